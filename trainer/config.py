@@ -1,0 +1,354 @@
+"""The schema of a run, and how a run's YAML becomes one checked object.
+
+A config file is YAML. ``extends: other.yaml`` (a path or a list of paths, relative to the file) is merged underneath it,
+and dotted overrides (``train.lr.fusion=1e-3``) are merged on top. The result is validated by one schema, and every fault
+is reported in one message, unknown keys with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+Modality = Literal["text", "audio", "video"]
+Expert = Literal["local", "semantic", "global"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+EXPERTS: tuple[Expert, ...] = get_args(Expert)
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message lists every fault with its dotted key."""
+
+
+class Section(BaseModel):
+    """A part of a config: unknown keys are faults, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where prepared datasets lie and how samples become batches."""
+
+    path: str = Field("data/{task}", description="prepared dataset (egmf prepare); '{task}' stands for the task's name")
+    prompt_language: Literal["auto", "en", "zh"] = Field("auto", description="auto: the task's own language")
+    answers: Literal["words", "indices"] = Field(
+        "words", description="the model answers with label words or label numbers"
+    )
+    history: int = Field(0, ge=0, description="previous utterances of the conversation shown in the prompt")
+    max_text_tokens: PositiveInt = Field(256, description="longer texts keep their last tokens")
+    modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
+    weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
+    workers: int = Field(0, ge=0, description="collating processes per rank")
+
+
+class TinyConfig(Section):
+    """The offline backbone (`backbone.name: tiny`): a random Qwen3 and a byte-level BPE tokenizer of the task's texts."""
+
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 256
+    layers: PositiveInt = 2
+    heads: PositiveInt = 2
+    kv_heads: PositiveInt = 1
+    head_dim: PositiveInt = 64
+    vocab_size: int = Field(2048, ge=300)
+    initializer_range: PositiveFloat = 0.1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _sizes(self) -> TinyConfig:
+        for name in ("hidden_size", "intermediate_size", "head_dim"):
+            if getattr(self, name) % 64:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 64 (the NF4 block size)")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.hidden_size * self.initializer_range < 12:
+            raise ValueError(
+                f"hidden_size x initializer_range = {self.hidden_size * self.initializer_range:g} must be at least 12: "
+                "below that the frozen head's logits stay too small to be confident"
+            )
+        return self
+
+
+class BackboneConfig(Section):
+    """The causal language model."""
+
+    name: str = Field("tiny", description="hub name, folder, or 'tiny' (built locally)")
+    revision: str | None = None
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    quantization: Literal["none", "nf4"] = "none"
+    double_quantization: bool = True
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = Field(
+        False, description="runs code from the model's repository: only for sources you trust"
+    )
+    tiny: TinyConfig = Field(default_factory=TinyConfig)
+
+
+class AdapterConfig(Section):
+    """How the backbone is tuned."""
+
+    kind: Literal["lora", "full", "frozen"] = "lora"
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Fraction = 0.05
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class GateConfig(Section):
+    """The two gate levels; ``mean`` replaces a level by the mean over the valid (ablation)."""
+
+    modality: Literal["learned", "mean"] = "learned"
+    expert: Literal["learned", "mean"] = "learned"
+    temperature: PositiveFloat = 1.0
+    balance_weight: float = Field(0.0, ge=0.0)
+    usage_decay: Fraction = 0.9
+
+
+class FusionConfig(Section):
+    """Encoders, experts, gate and pseudo tokens."""
+
+    width: PositiveInt = Field(256, description="D")
+    pseudo_tokens: int = Field(4, ge=0, description="K; 0 switches fusion off")
+    heads: PositiveInt = 4
+    dropout: Fraction = 0.1
+    experts: list[Expert] = Field(default_factory=lambda: list(EXPERTS), min_length=1)
+    modalities: list[Modality] = Field(default_factory=lambda: list(MODALITIES), min_length=1)
+    local_kernels: list[PositiveInt] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
+    local_pooling: Literal["max", "logsumexp"] = "max"
+    global_stride: PositiveInt = 4
+    global_layers: PositiveInt = 2
+    gate: GateConfig = Field(default_factory=GateConfig)
+
+    @model_validator(mode="after")
+    def _shape(self) -> FusionConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if any(k % 2 == 0 for k in self.local_kernels):
+            raise ValueError(f"local_kernels={self.local_kernels} must be odd")
+        for name in ("experts", "modalities"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names one twice: {getattr(self, name)}")
+        return self
+
+
+class ModelConfig(Section):
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    fusion: FusionConfig = Field(default_factory=FusionConfig)
+
+    @model_validator(mode="after")
+    def _tuning(self) -> ModelConfig:
+        if self.adapter.kind == "full" and self.backbone.quantization != "none":
+            raise ValueError("adapter.kind=full cannot train a quantised backbone: use quantization=none, or lora")
+        if self.adapter.kind == "frozen" and self.fusion.pseudo_tokens == 0:
+            raise ValueError("nothing to train: adapter.kind=frozen with fusion.pseudo_tokens=0")
+        return self
+
+
+class LearningRates(Section):
+    fusion: PositiveFloat = 1e-3
+    backbone: PositiveFloat = Field(2e-4, description="of LoRA, or of the whole backbone with adapter.kind=full")
+
+
+class TrainConfig(Section):
+    """Optimisation; the global batch is a number of samples, the same on any number of ranks."""
+
+    seed: int = Field(0, ge=0)
+    epochs: PositiveFloat | None = Field(None, description="passes over the training data; or give steps")
+    steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
+    global_batch: PositiveInt = 32
+    micro_batch: PositiveInt = Field(
+        8, description="samples one rank holds at once: limits memory, never changes meaning"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
+    lr: LearningRates = Field(default_factory=LearningRates)
+    weight_decay: float = Field(0.01, ge=0.0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the steps")
+    clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0 switches clipping off")
+    log_every: PositiveInt = 10
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; default: once an epoch")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best")
+    resume: Literal["auto", "never"] = "auto"
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+Split = Literal["train", "valid", "test"]
+
+
+def _default_splits() -> list[Split]:
+    return ["valid", "test"]
+
+
+class EvalConfig(Section):
+    mode: Literal["score", "generate"] = Field("score", description="score every answer, or generate freely and parse")
+    prediction: Literal["expectation", "mode"] = Field("expectation", description="of a regression task's number grid")
+    batch: PositiveInt = 32
+    splits: list[Split] = Field(default_factory=_default_splits)
+
+
+class TrackConfig(Section):
+    mlflow: bool = True
+    uri: str | None = Field(None, description="default: an SQLite store, mlflow.db, beside the run folder")
+    experiment: str = "egmf"
+    run_name: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict)
+    system_metrics: bool = True
+
+
+class RunConfig(Section):
+    """One run: one training with one seed."""
+
+    task: str | list[str] = Field(description="a built-in task, a YAML file that defines one, or a list of these")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="raw DeepSpeed keys, laid over the derived ones"
+    )
+
+    @field_validator("task")
+    @classmethod
+    def _tasks(cls, value: str | list[str]) -> str | list[str]:
+        names = [value] if isinstance(value, str) else value
+        if not names or any(not n for n in names):
+            raise ValueError("name at least one task")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names a task twice: {names}")
+        return value
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of this run, always as a list."""
+        return [self.task] if isinstance(self.task, str) else list(self.task)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, what it extends, and `overrides` (``dotted.key=value``) into one checked config.
+
+    Raises:
+        ConfigError: with every fault of the files and overrides, each with its dotted key.
+    """
+    merged = OmegaConf.merge(_read(Path(path), ()), _parse_overrides(overrides))
+    try:
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return check_config(raw, where=str(path))
+
+
+def check_config(raw: Any, where: str = "config") -> RunConfig:
+    """Validate a plain dictionary; see :func:`load_config`."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        head = f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise ConfigError("\n".join([head, *(f"  {fault}" for fault in faults)])) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that :func:`load_config` reads back to the same config."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value, for tracking and comparison; lists and empty sections stay values."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> Any:
+    here = path.resolve()
+    if here in chain:
+        loop = " -> ".join(str(p) for p in (*chain, here))
+        raise ConfigError(f"{path}: extends itself: {loop}")
+    if not here.is_file():
+        near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        by = f", extended by {chain[-1]}" if chain else ""
+        raise ConfigError(f"no config file {path}{by}{near}")
+    try:
+        node = OmegaConf.load(here)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of sections, such as 'task: meld'")
+    bases = node.pop("extends", None)
+    bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
+    parents = [_read(here.parent / base, (*chain, here)) for base in bases]
+    return OmegaConf.merge(*parents, node)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Any:
+    bad = [o for o in overrides if "=" not in o or o.startswith("=")]
+    if bad:
+        raise ConfigError(f"overrides are written key=value, such as train.zero=3; not: {', '.join(bad)}")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error
+
+
+def _describe(fault: Any) -> str:
+    loc = [str(part) for part in fault["loc"]]
+    key = ".".join(loc) or "(top level)"
+    if fault["type"] == "extra_forbidden":
+        names = _fields_at(loc[:-1])
+        return f"{key}: unknown key{_nearest(loc[-1], names)}"
+    if fault["type"] == "missing":
+        return f"{key}: missing"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    given = fault.get("input")
+    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    near = _nearest(given, get_args_of(fault)) if isinstance(given, str) and fault["type"] == "literal_error" else ""
+    if message[0].islower() or fault["type"] == "value_error":
+        return f"{key}: {message}" if fault["type"] == "value_error" else f"{key}: must be {message}{shown}{near}"
+    return f"{key}: {message}{shown}{near}"
+
+
+def get_args_of(fault: Any) -> list[str]:
+    """The allowed words of a `literal_error`, from its text ("'a', 'b' or 'c'")."""
+    return [word.strip(" '") for word in str(fault["ctx"]["expected"]).replace(" or ", ",").split(",")]
+
+
+def _fields_at(loc: Sequence[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in loc:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            return []
+        model = model.model_fields[part].annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else (f"; known: {', '.join(names)}" if names else "")
