@@ -1,0 +1,49 @@
+"""Text to tokens, the one way for prompts, samples and answers: nothing is added and nothing in a text is a command."""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of `text` alone: no special token is added, and none written in `text` is parsed.
+
+    ``<|endoftext|>`` in a user's text becomes the tokens of these thirteen characters. The same holds for added tokens
+    that are not marked special, such as Qwen's ``<think>``: the text is cut behind their first character.
+    """
+    ids = _plain(tokenizer, text)
+    added = {
+        index: token.content
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if not token.special and len(token.content) > 1 and token.content.strip(" \t\r\n▁")
+    }
+    if added.keys().isdisjoint(ids):
+        return ids
+    marks = "|".join(re.escape(content) for content in sorted(added.values(), key=len, reverse=True))
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={marks})", text)]
+    pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [index for piece in pieces for index in _plain(tokenizer, piece)]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: the tokenizer's own end-of-sequence token.
+
+    Chat models that name several end tokens in their generation config are ended by this one alone, in training, scoring
+    and generation alike.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the backbone'} names no end-of-sequence token (eos_token): "
+            "answers could not end. Set eos_token in its tokenizer_config.json"
+        )
+    return int(end)
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if text else []
