@@ -110,6 +110,16 @@ class Task(BaseModel):
             return tuple(str(i) for i in range(len(self.labels)))
         return self.answers_words
 
+    def answer_texts(
+        self, style: Literal["words", "indices"] = "words", language: Language | None = None
+    ) -> tuple[str, ...]:
+        """:meth:`answers` as they follow the cue: behind a space where the prompt's language writes one.
+
+        The one place that says so, for training targets and scoring alike: answers are tokenised apart from the cue.
+        """
+        space = " " if (language or self.language) == "en" else ""
+        return tuple(space + answer for answer in self.answers(style))
+
     def answer_index(self, target: float) -> int:
         """The index in :meth:`answers` of a target: the label's own index, or the nearest number of the grid."""
         return int(target) if self.grid is None else self.grid.index(target)

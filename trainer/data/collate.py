@@ -1,0 +1,157 @@
+"""Samples to batches: prompts with places for pseudo tokens, answer targets, padded features on one time axis.
+
+A row reads ``instruction <Multimodal> [K places] history text </Multimodal> cue answer``; its pieces are tokenised
+apart and joined. What stands before the places is the same for every sample of a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trainer.batch import Batch, Features, Sample
+from trainer.config import DataConfig
+from trainer.data.sampling import hidden_modalities
+from trainer.tasks import Language, Task
+from trainer.text import encode, end_token
+
+OPEN, CLOSE = "<Multimodal>", "</Multimodal>"
+NOMINAL_SECONDS = 10.0  # a clip's length on the time axis where no frame rate is known
+
+
+def prompt_texts(task: Task, config: DataConfig) -> tuple[str, str]:
+    """What stands before the pseudo tokens, and between the sample's text and the answer."""
+    language = prompt_language(task, config)
+    return f"{task.instruction(config.answers, language)}\n{OPEN}", f"{CLOSE}\n{task.cue(language)}"
+
+
+def prompt_language(task: Task, config: DataConfig) -> Language:
+    return task.language if config.prompt_language == "auto" else config.prompt_language
+
+
+class Collator:
+    """Makes batches of one task's samples.
+
+    Args:
+        task: the question.
+        tokenizer: the backbone's.
+        config: the run's ``data`` section.
+        widths: features per frame of audio and video; 0 where the task has none.
+        rates: frames per second of audio and video, None where unknown.
+        pseudo_tokens: K.
+        modalities: those the model uses; the text of a model without text is empty.
+        seed: of the run, for modality dropout.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        *,
+        widths: Mapping[str, int],
+        rates: Mapping[str, float | None],
+        pseudo_tokens: int,
+        modalities: Sequence[str],
+        seed: int = 0,
+    ) -> None:
+        self.task, self.tokenizer, self.config = task, tokenizer, config
+        self.pseudo_tokens, self.modalities, self.seed = pseudo_tokens, tuple(modalities), seed
+        self.widths = {name: widths.get(name) or 0 for name in ("audio", "video")}
+        known = all(rates.get(name) for name, width in self.widths.items() if width)
+        self.rates = {name: rates.get(name) if known else None for name in self.widths}
+        self.end = end_token(tokenizer)
+        language = prompt_language(task, config)
+        before, after = prompt_texts(task, config)
+        bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self.prefix = bos + encode(tokenizer, before)
+        self.suffix = encode(tokenizer, after)
+        self.answers = [[*encode(tokenizer, text), self.end] for text in task.answer_texts(config.answers, language)]
+        self._tokens: dict[str, list[int]] = {}
+
+    def __call__(
+        self, samples: Sequence[Sample], *, answers: bool = True, weight: float = 1.0, epoch: int | None = None
+    ) -> Batch:
+        """A batch of `samples`. `epoch` switches modality dropout on (training); `answers` adds the targets."""
+        texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
+        contexts = [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
+        targets = [self.answers[self.task.answer_index(s.target)] if answers else [] for s in samples]
+        rows = [context + target[:-1] for context, target in zip(contexts, targets, strict=True)]
+        hidden = [self._hidden(sample, epoch) for sample in samples]
+        return Batch(
+            task=self.task.name,
+            ids=[sample.id for sample in samples],
+            input_ids_BL=_pad(rows)[0],
+            context_length_B=torch.tensor([len(c) for c in contexts]),
+            pseudo_start=len(self.prefix),
+            pseudo_tokens=self.pseudo_tokens,
+            answer_ids_BA=_pad(targets)[0],
+            answer_mask_BA=_pad(targets)[1],
+            text_ids_BS=_pad(texts, least=1)[0],
+            text_mask_BS=_pad(texts, least=1)[1],
+            audio=self._features("audio", samples, hidden),
+            video=self._features("video", samples, hidden),
+            target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
+            weight_B=torch.full((len(samples),), weight),
+        )
+
+    def positions(self, sample: Sample) -> int:
+        """Positions that a training row of `sample` passes through the backbone, unpadded."""
+        answer = self.answers[self.task.answer_index(sample.target)]
+        return len(self._context(sample, self._text(sample.text))) + len(answer) - 1
+
+    def _hidden(self, sample: Sample, epoch: int | None) -> set[str]:
+        if epoch is None:
+            return set()
+        return hidden_modalities(self.config.modality_dropout, self.seed, epoch, sample.id)
+
+    def _text(self, text: str) -> list[int]:
+        if text not in self._tokens:
+            self._tokens[text] = encode(self.tokenizer, text)[-self.config.max_text_tokens :]
+        return self._tokens[text]
+
+    def _context(self, sample: Sample, text: list[int]) -> list[int]:
+        history: list[int] = []
+        for speaker, said in sample.history:
+            history += self._text(f"{speaker}: {said}\n" if speaker else f"{said}\n")
+        return self.prefix + [self.end] * self.pseudo_tokens + history + text + self.suffix
+
+    def _features(self, name: str, samples: Sequence[Sample], hidden: Sequence[set[str]]) -> Features:
+        width, rate = max(self.widths[name], 1), self.rates[name]
+        used = name in self.modalities and self.widths[name] > 0
+        values = [
+            getattr(s, f"{name}_TF") if used and name not in h else None for s, h in zip(samples, hidden, strict=True)
+        ]
+        longest = max([1, *(len(v) for v in values if v is not None)])
+        out = torch.zeros(len(samples), longest, width)
+        mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+        time = torch.zeros(len(samples), longest)
+        frames = np.arange(longest, dtype=np.float32)
+        for row, (sample, value) in enumerate(zip(samples, values, strict=True)):
+            if value is None or len(value) == 0:
+                continue
+            if value.shape[1] != width:
+                raise ValueError(
+                    f"sample {sample.id} of task {self.task.name}: {name} has {value.shape[1]} features a frame, "
+                    f"the dataset's record says {width}"
+                )
+            n = len(value)
+            out[row, :n] = torch.from_numpy(np.array(value, dtype=np.float32))
+            valid = getattr(sample, f"{name}_mask_T")
+            mask[row, :n] = True if valid is None else torch.from_numpy(np.array(valid, dtype=bool))
+            time[row, :n] = torch.from_numpy((frames[:n] + 0.5) / (rate if rate else n / NOMINAL_SECONDS))
+        return Features(out, mask, time)
+
+
+def _pad(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:
+    longest = max([least, *map(len, rows)])
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = True
+    return ids, mask
