@@ -51,6 +51,10 @@ class Source:
 
     `widths` are features per frame where the format states them once (None: found by reading), `rates` frames per second
     where known, `notes` what the reader did that the user should see.
+
+    `part(split, k, n)`, where a reader has it, gives the k-th of n contiguous parts of `samples(split)` without reading
+    the others, so that several processes can share the work; it must be picklable (a `functools.partial` of a function of
+    the module, say). None: one process reads.
     """
 
     name: str
@@ -60,3 +64,4 @@ class Source:
     widths: dict[str, int] | None = None
     rates: dict[str, float | None] = field(default_factory=lambda: {"audio": None, "video": None})
     notes: list[str] = field(default_factory=list)
+    part: Callable[[str, int, int], Iterator[RawSample]] | None = None
