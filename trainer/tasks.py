@@ -18,6 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Language = Literal["en", "zh"]
 Family = Literal["emotion", "mosei", "sims"]
 
+METRICS: dict[Family, tuple[str, ...]] = {
+    "emotion": ("acc", "wf1", "macro_f1"),
+    "mosei": ("has0_acc", "has0_f1", "non0_acc", "non0_f1", "acc7", "acc5", "mae", "corr"),
+    "sims": ("acc2", "acc3", "acc5", "f1", "weak_acc2", "mae", "corr", "r2"),
+}
+
 
 class TaskError(ValueError):
     """A task that is not known, or whose definition cannot be used."""
@@ -89,14 +95,21 @@ class Task(BaseModel):
                 raise ValueError("classification has labels and the metrics family 'emotion', and no grid")
         elif self.grid is None or self.labels or self.family == "emotion":
             raise ValueError("regression needs a grid and a metrics family 'mosei' or 'sims', and no labels")
+        if self.select not in METRICS[self.family]:
+            raise ValueError(f"select={self.select!r} is none of the task's metrics: {', '.join(METRICS[self.family])}")
         if self.language not in self.prompts:
             raise ValueError(f"no prompt in the task's language {self.language!r}")
         return self
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the task's metrics, as :mod:`trainer.answers.metrics` computes them."""
+        return METRICS[self.family]
+
+    @property
     def maximise(self) -> bool:
         """Whether more of the selecting metric is better."""
-        return self.select not in ("mae", "invalid_rate")
+        return self.select != "mae"
 
     @cached_property
     def answers_words(self) -> tuple[str, ...]:
