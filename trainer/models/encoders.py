@@ -1,0 +1,125 @@
+"""Features and text embeddings become streams of one width on one time axis.
+
+Shapes: B samples, T time, F features of a frame, S text tokens, H hidden size of the backbone, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Features
+from trainer.config import Modality
+
+SHORTEST, LONGEST = 0.1, 100.0  # wavelengths of the positions, in seconds
+SECONDS_PER_TOKEN = 0.3  # nominal: about 200 words a minute; text has no clock
+
+
+@dataclass
+class Stream:
+    """An encoded modality: zeros where the mask is False; a missing modality is False everywhere."""
+
+    values_BTD: Tensor
+    mask_BT: Tensor
+
+
+def sinusoidal_positions(time_BT: Tensor, width: int) -> Tensor:
+    """Sines and cosines of the time [B, T, width], in float32.
+
+        lambda_i = 0.1 s * 1000^(i / (n - 1)),   n = ceil(width / 2)
+        p_t = [sin(2 pi t / lambda_0..n-1), cos(2 pi t / lambda_0..n-1)], cut to width
+
+    Wavelengths run from 0.1 to 100 seconds in geometric steps. Source: after Vaswani et al. 2017, section 3.5.
+    """
+    count = (width + 1) // 2
+    octaves = torch.arange(count, device=time_BT.device, dtype=torch.float32) / max(count - 1, 1)
+    rate = (2.0 * math.pi / SHORTEST) * torch.exp(octaves * math.log(SHORTEST / LONGEST))
+    angle_BTn = time_BT.to(torch.float32).unsqueeze(-1) * rate
+    return torch.cat([angle_BTn.sin(), angle_BTn.cos()], -1)[..., :width]
+
+
+class FeatureEncoder(nn.Module):
+    """``LayerNorm(Linear(x)) + positions``, zeros under the mask; what was under it before is never read."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(features, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> Stream:
+        hidden_mask_BT1 = ~mask_BT.unsqueeze(-1)
+        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(hidden_mask_BT1, 0.0)
+        values_BTD = self.norm(self.project(values_BTF))
+        position_BTD = sinusoidal_positions(time_BT, values_BTD.shape[-1]).to(values_BTD.dtype)
+        return Stream((values_BTD + position_BTD).masked_fill(hidden_mask_BT1, 0.0), mask_BT)
+
+
+class Encoders(nn.Module):
+    """All encoders of a run: `text`, shared by the tasks, and one per task and modality (``meld.audio``).
+
+    Every forward runs every encoder in one fixed order, those of the other tasks on one zero frame, so that under ZeRO
+    all ranks use the same parameters in every pass; their outputs, times 0, are the idle term.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Mapping[str, int]],
+        modalities: Sequence[Modality],
+        text_width: int,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.modalities = tuple(modalities)
+        self.inputs = {
+            task: {m: widths.get(m, 0) for m in modalities if m != "text"} for task, widths in inputs.items()
+        }
+        if "text" in modalities:
+            self.text = FeatureEncoder(text_width, width)
+        taken = [task for task in self.inputs if hasattr(self, task) or "." in task]
+        if taken:
+            raise ValueError(f"task names that the fusion network cannot use: {', '.join(taken)}; rename the tasks")
+        for task, widths in self.inputs.items():
+            self.add_module(task, nn.ModuleDict({m: FeatureEncoder(n, width) for m, n in widths.items() if n}))
+
+    def forward(
+        self, task: str, text_BSH: Tensor, text_mask_BS: Tensor, features: Mapping[str, Features]
+    ) -> tuple[dict[Modality, Stream], Tensor]:
+        """The streams of `task` by modality, and the idle term: a scalar 0 that holds on to the other encoders.
+
+        Raises:
+            ValueError: a task that this network was not built for, or features of another width.
+        """
+        self._check(task, features)
+        streams: dict[Modality, Stream] = {}
+        idle = text_BSH.new_zeros((), dtype=torch.float32)
+        if "text" in self.modalities:
+            index_S = torch.arange(text_BSH.shape[1], device=text_BSH.device, dtype=torch.float32)
+            time_BS = (index_S * SECONDS_PER_TOKEN).expand(text_mask_BS.shape)
+            streams["text"] = self.text(text_BSH.detach(), text_mask_BS, time_BS)
+        for name, widths in self.inputs.items():
+            for modality, encoder in self.get_submodule(name).items():  # type: ignore[operator]
+                if name == task:
+                    given = features[modality]
+                    streams[modality] = encoder(given.values_BTF, given.mask_BT, given.time_BT)
+                else:
+                    zero = text_BSH.new_zeros(1, 1, widths[modality])
+                    seen = torch.ones(1, 1, dtype=torch.bool, device=zero.device)
+                    idle = idle + 0.0 * encoder(zero, seen, zero[..., 0]).values_BTD.float().sum()
+        for modality in self.modalities:
+            if modality not in streams:  # the task has no such modality: it is missing in every sample
+                mask_BT = torch.zeros_like(features[modality].mask_BT)
+                streams[modality] = Stream(text_BSH.new_zeros(*mask_BT.shape, self.width), mask_BT)
+        return {modality: streams[modality] for modality in self.modalities}, idle
+
+    def _check(self, task: str, features: Mapping[str, Features]) -> None:
+        if task not in self.inputs:
+            raise ValueError(f"the fusion network has no encoders for task {task!r}; it has {', '.join(self.inputs)}")
+        for modality, width in self.inputs[task].items():
+            given = features[modality].values_BTF.shape[-1]
+            if width and given != width:
+                raise ValueError(f"task {task}: {modality} has {given} features per frame; its encoder takes {width}")

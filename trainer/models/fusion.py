@@ -1,0 +1,130 @@
+"""The fusion network: encoders, experts and gate turn text, audio and video into K pseudo tokens.
+
+Shapes: B samples, T time, S text tokens, H hidden size of the backbone, D width, K slots, E experts, M modalities.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Features
+from trainer.config import EXPERTS, MODALITIES, Expert, FusionConfig, Modality
+from trainer.models.encoders import Encoders
+from trainer.models.experts import GlobalExpert, LocalExpert, SemanticExpert
+from trainer.models.gating import Float32Buffers, HierarchicalGate
+
+log = logging.getLogger(__name__)
+
+_BUILD: dict[Expert, type[LocalExpert] | type[SemanticExpert] | type[GlobalExpert]] = {
+    "local": LocalExpert,
+    "semantic": SemanticExpert,
+    "global": GlobalExpert,
+}
+
+
+@dataclass
+class FusionOutput:
+    """Pseudo tokens and what the gate decided; `idle` is a scalar 0 to be added to the loss (see :class:`Encoders`).
+
+    Experts and modalities stand in the order of `Fusion.experts_built` and `Fusion.modalities`: an ablated one has no
+    place.
+    """
+
+    pseudo_BKH: Tensor
+    gate_expert_BKE: Tensor
+    gate_modality_BKEM: Tensor
+    idle: Tensor
+
+
+class PseudoProjection(Float32Buffers):
+    """``scale * (W y + b)`` from D to H, so that a pseudo token starts as long as an embedding of the backbone.
+
+    y leaves an RMSNorm with length sqrt(D); W has entries of variance 1/D, so that W y has length sqrt(H) on average,
+    and scale = norm / sqrt(H). The scale is a constant of the checkpoint (float32) and not part of W, whose entries
+    would otherwise be as small as the embeddings of a large model and be overthrown by one optimizer step.
+    """
+
+    scale: Tensor
+
+    def __init__(self, width: int, output_width: int, output_norm: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, output_width)
+        nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(width))
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("scale", torch.tensor(output_norm / math.sqrt(output_width)))
+
+    def forward(self, mixed_BKD: Tensor) -> Tensor:
+        raw_BKH = self.linear(mixed_BKD)
+        return raw_BKH * self.scale.to(raw_BKH.dtype)
+
+
+class Fusion(nn.Module):
+    """Text, audio and video of a task in; K pseudo tokens for the backbone out.
+
+    Args:
+        inputs: task -> {"audio": features per frame, "video": features per frame}; 0: the task has none of it.
+        text_width: H of the embeddings that come in. output_width: H of the pseudo tokens.
+        output_norm: mean length of the backbone's input embeddings.
+
+    A modality that the config removes, or that no task has, is built nowhere, and neither is an ablated expert.
+
+    Raises:
+        ValueError: a network with nothing to mix.
+    """
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        inputs: Mapping[str, Mapping[str, int]],
+        text_width: int,
+        output_width: int,
+        output_norm: float,
+    ) -> None:
+        super().__init__()
+        if config.pseudo_tokens < 1:
+            raise ValueError("fusion.pseudo_tokens=0 switches fusion off: build no fusion network")
+        self.modalities = _modalities(config, inputs)
+        self.experts_built = _experts(config, self.modalities)
+        self.tasks = {task: index for index, task in enumerate(inputs)}
+        self.encoders = Encoders(inputs, self.modalities, text_width, config.width)
+        self.experts = nn.ModuleDict({name: _BUILD[name](config, self.modalities) for name in self.experts_built})
+        self.gate = HierarchicalGate(config, self.experts_built, self.modalities, len(self.tasks))
+        self.pseudo = PseudoProjection(config.width, output_width, output_norm)
+
+    def forward(
+        self, task: str, text_BSH: Tensor, text_mask_BS: Tensor, audio: Features, video: Features
+    ) -> FusionOutput:
+        """The pseudo tokens of samples of one task; every submodule runs, whatever is missing."""
+        features = {"audio": audio, "video": video}
+        streams, idle = self.encoders(task, text_BSH, text_mask_BS, features)
+        answers = [expert(streams) for expert in self.experts.values()]
+        values_BKEMD = torch.stack([values for values, _ in answers], 2)
+        valid_BEM = torch.stack([valid for _, valid in answers], 1)
+        mixed_BKD, expert_BKE, modality_BKEM = self.gate(values_BKEMD, valid_BEM, streams, self.tasks[task])
+        return FusionOutput(self.pseudo(mixed_BKD), expert_BKE, modality_BKEM, idle)
+
+
+def _modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:
+    if not inputs:
+        raise ValueError("the fusion network needs at least one task")
+    had = {"text", *(name for widths in inputs.values() for name, width in widths.items() if width)}
+    kept = tuple(name for name in MODALITIES if name in config.modalities and name in had)
+    if not kept:
+        raise ValueError(f"fusion.modalities={config.modalities}, but no task of this run has any of them")
+    return kept
+
+
+def _experts(config: FusionConfig, modalities: tuple[Modality, ...]) -> tuple[Expert, ...]:
+    kept = tuple(name for name in EXPERTS if name in config.experts)
+    if "semantic" in kept and len(modalities) < 2:
+        kept = tuple(name for name in kept if name != "semantic")
+        if not kept:
+            raise ValueError(f"the semantic expert alone relates modalities, and there is only {modalities[0]}")
+        log.warning("the semantic expert is left out: it relates modalities, and there is only %s", modalities[0])
+    return kept
