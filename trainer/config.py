@@ -165,8 +165,8 @@ class TrainConfig(Section):
     """Optimisation; the global batch is a number of samples, the same on any number of ranks."""
 
     seed: int = Field(0, ge=0)
-    epochs: PositiveFloat | None = Field(None, description="passes over the training data; or give steps")
-    steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: PositiveFloat = Field(10.0, description="passes over the training data")
+    steps: PositiveInt | None = Field(None, description="optimizer steps; given, it stands instead of epochs")
     global_batch: PositiveInt = 32
     micro_batch: PositiveInt = Field(
         8, description="samples one rank holds at once: limits memory, never changes meaning"
@@ -185,12 +185,6 @@ class TrainConfig(Section):
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
     keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best")
     resume: Literal["auto", "never"] = "auto"
-
-    @model_validator(mode="after")
-    def _length(self) -> TrainConfig:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("give epochs or steps, not both")
-        return self
 
 
 Split = Literal["train", "valid", "test"]

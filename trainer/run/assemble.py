@@ -1,0 +1,114 @@
+"""From a config to the parts of a run: datasets, tokenizer, model, collators, answer tries. Training and evaluation alike."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.answers.scoring import task_trie
+from trainer.batch import AnswerTrie
+from trainer.config import RunConfig
+from trainer.data.collate import Collator, prompt_language, prompt_texts
+from trainer.data.dataset import PreparedDataset, open_dataset
+from trainer.models.backbone import build_backbone, build_tiny, load_tokenizer
+from trainer.models.egmf import EGMF
+from trainer.models.fusion import Fusion
+from trainer.run.distributed import World
+from trainer.tasks import Task, get_task
+
+log = logging.getLogger(__name__)
+
+BACKBONE = "backbone"  # the offline backbone's folder in the run folder
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    tasks: dict[str, Task]
+    data: dict[str, PreparedDataset]
+    collators: dict[str, Collator]
+    tries: dict[str, AnswerTrie]
+    model: EGMF
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: data.fingerprint for name, data in self.data.items()}
+
+
+def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDataset]]:
+    """The run's tasks and their prepared datasets.
+
+    Raises:
+        ValueError: every task that is unknown and every dataset that is absent or belongs to another task.
+    """
+    tasks: dict[str, Task] = {}
+    data: dict[str, PreparedDataset] = {}
+    faults = []
+    for named in config.tasks:
+        try:
+            task = get_task(named)
+            path = config.data.path.replace("{task}", task.name)
+            opened = open_dataset(path, history=config.data.history)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        for key in ("name", "kind", "labels", "grid"):
+            theirs, ours = getattr(opened.task, key), getattr(task, key)
+            if theirs != ours:
+                faults.append(
+                    f"{path} was prepared for another task: its {key} is {theirs!r}, that of {named} is {ours!r}"
+                )
+        tasks[task.name], data[task.name] = task, opened
+    if len(data) > 1 and "{task}" not in config.data.path:
+        faults.append(f"data.path={config.data.path!r} is one folder for {len(data)} tasks: write {{task}} in it")
+    if faults:
+        raise ValueError("\n".join(faults))
+    return tasks, data
+
+
+def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype) -> Parts:
+    """Build all parts; the same on every rank (module initialisation is seeded by the run's seed)."""
+    tasks, data = open_data(config)
+    folder = out / BACKBONE
+    if config.model.backbone.name == "tiny":
+        with world.first_does() as first:
+            if first and not folder.exists():
+                build_tiny(config.model.backbone.tiny, tiny_texts(config, tasks, data), folder)
+    tokenizer = load_tokenizer(config.model.backbone, folder)
+    torch.manual_seed(config.train.seed)
+    backbone = build_backbone(config.model.backbone, config.model.adapter, dtype, world.device, folder=folder)
+    fusion = None
+    if config.model.fusion.pseudo_tokens:
+        inputs = {name: opened.widths for name, opened in data.items()}
+        fusion = Fusion(
+            config.model.fusion, inputs, backbone.hidden_size, backbone.hidden_size, backbone.embedding_norm
+        )
+        fusion.to(device=world.device, dtype=dtype)
+    collators, tries = {}, {}
+    for name, task in tasks.items():
+        collators[name] = Collator(
+            task,
+            tokenizer,
+            config.data,
+            widths=data[name].widths,
+            rates=data[name].rates,
+            pseudo_tokens=config.model.fusion.pseudo_tokens,
+            modalities=config.model.fusion.modalities,
+            seed=config.train.seed,
+        )
+        tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
+    return Parts(tasks, data, collators, tries, EGMF(backbone, fusion))
+
+
+def tiny_texts(config: RunConfig, tasks: dict[str, Task], data: dict[str, PreparedDataset]) -> list[str]:
+    """What the offline tokenizer is trained on: prompts, answers and training texts of the run's tasks."""
+    texts: list[str] = []
+    for name, task in tasks.items():
+        split = data[name]["train"]
+        texts += [split[i].text for i in range(len(split))]
+        texts += [*prompt_texts(task, config.data), *task.answer_texts(config.data.answers)] * max(1, len(split) // 4)
+    return texts

@@ -1,0 +1,177 @@
+"""The processes of a run: who we are, how we meet, and the few things we say to each other.
+
+Works under the ``deepspeed`` launcher, ``torchrun`` and ``srun`` alike (they set RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT), and as a single process with none of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the run's processes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable `value`, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.first else None
+        dist.gather_object(value, values)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    @contextlib.contextmanager
+    def first_does(self) -> Iterator[bool]:
+        """Rank 0 runs the block's work while the others wait behind it; its failure fails all of them.
+
+        The block gets whether this is rank 0 and must do nothing elsewhere.
+        """
+        fault: BaseException | None = None
+        try:
+            yield self.first
+        except Exception as error:
+            fault = error
+            raise
+        finally:
+            told = self.share(None if fault is None else f"{type(fault).__name__}: {fault}")
+            if fault is None and told is not None:
+                raise RuntimeError(f"stopped, since rank 0 failed: {told}")
+
+
+def start_world() -> World:
+    """Join the run's processes (or start alone), through DeepSpeed's own initialisation.
+
+    On CPU the backend is gloo. DeepSpeed's shared-memory all-reduce is compiled on first use; without a C++ compiler or
+    ninja it is left out with one warning.
+
+    Raises:
+        ValueError: a launcher set some but not all of the variables that processes need to meet.
+    """
+    _check_launcher()
+    import deepspeed
+
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local % torch.cuda.device_count())
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+        _shared_memory_op()
+    deepspeed.init_distributed(verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_world() -> None:
+    """Leave the process group; safe to call more than once."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_deepspeed() -> None:
+    """Set what DeepSpeed reads when it is imported; call before any import of it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "egmf" / "torch_extensions"))
+    beside = Path(sys.executable).parent  # ninja's wheel puts its program beside an unactivated environment's python
+    if (beside / "ninja").exists() and shutil.which("ninja") is None:
+        os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{beside}"
+
+
+def _check_launcher() -> None:
+    present = [key for key in LAUNCHER_KEYS if key in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & set(present):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(alone)
+        return
+    absent = [key for key in LAUNCHER_KEYS if key not in os.environ]
+    if absent:
+        raise ValueError(
+            f"{', '.join(present)} set but {', '.join(absent)} not: start the processes with 'egmf launch', 'deepspeed' or "
+            "'torchrun', or unset these variables to train in one process"
+        )
+
+
+def _shared_memory_op() -> None:
+    """Build DeepSpeed's shared-memory op one process at a time, or switch it off where it cannot be built."""
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    missing = [
+        what
+        for what, names in (("a C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
+        if not any(map(shutil.which, names))
+    ]
+    if missing:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if os.environ["RANK"] == "0":
+            log.warning(
+                "no %s on PATH: DeepSpeed's shared-memory all-reduce is off, gloo is used", " and no ".join(missing)
+            )
+        return
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".egmf.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for stale in root.glob(
+            f"{builder.NAME}/lock"
+        ):  # left by a build that was killed: torch would wait on it for ever
+            stale.unlink()
+        if not any(root.glob(f"{builder.NAME}/*.so")) and os.environ["RANK"] == "0":
+            log.info("compiling DeepSpeed's shared-memory all-reduce, once: about a minute")
+        builder.load()

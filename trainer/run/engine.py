@@ -1,0 +1,136 @@
+"""The DeepSpeed engine of a run: its configuration derived from ours, its optimizer, its schedule, its weights.
+
+We own the accumulation boundary: a step's micro-batches are counted by the loop, and their losses are scaled so that
+DeepSpeed's mean over ranks is the weighted mean over the global batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from trainer.config import RunConfig, TrainConfig
+from trainer.models.egmf import EGMF
+from trainer.run.distributed import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON for a run; the raw ``deepspeed`` section is laid over it, key by key."""
+    train = config.train
+    zero: dict[str, Any] = {"stage": train.zero}
+    if train.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.clip,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16"},
+    }
+    if train.precision == "bf16" and train.zero in (1, 2):
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    merged = OmegaConf.to_container(OmegaConf.merge(derived, config.deepspeed))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage in force, raw overrides included."""
+    return int(deepspeed_config(config)["zero_optimization"].get("stage", 0))
+
+
+def dtype_of(config: RunConfig) -> torch.dtype:
+    """The training dtype in force, raw overrides included."""
+    raw = deepspeed_config(config)
+    for name in ("bf16", "fp16"):
+        if raw[name].get("enabled"):
+            return DTYPES[name]
+    return torch.float32
+
+
+def check_precision(config: RunConfig, device: torch.device) -> None:
+    """Refuse what the device cannot train.
+
+    Raises:
+        ValueError: fp16 on a CPU (DeepSpeed has no such path).
+    """
+    if dtype_of(config) is torch.float16 and device.type == "cpu":
+        raise ValueError("train.precision=fp16 needs a GPU: on a CPU use train.precision=fp32 or bf16")
+
+
+def build_engine(model: EGMF, config: RunConfig, steps: int) -> deepspeed.DeepSpeedEngine:
+    """The engine that trains `model` for `steps` optimizer steps."""
+    raw = deepspeed_config(config)
+    groups = model.parameter_groups(config.train.lr.fusion, config.train.lr.backbone, config.train.weight_decay)
+    arguments: dict[str, Any] = {}
+    if "optimizer" not in raw:
+        arguments["optimizer"] = _optimizer(groups, config.train, raw)
+    if "scheduler" not in raw:
+        arguments["lr_scheduler"] = _schedule(config.train, steps)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=raw, **arguments)
+    return engine
+
+
+def build_inference_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
+    """The model partitioned by ZeRO-3, without an optimizer: evaluation of what one GPU cannot hold."""
+    raw = deepspeed_config(config)
+    raw.pop("optimizer", None)
+    raw.pop("scheduler", None)
+    zero = dict(raw["zero_optimization"], stage=3)
+    zero.pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=model, config={**raw, "zero_optimization": zero})
+    return engine
+
+
+def _optimizer(groups: list[dict[str, Any]], train: TrainConfig, raw: dict[str, Any]) -> torch.optim.Optimizer:
+    offload = (raw["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, betas=train.betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, betas=train.betas, fused=torch.cuda.is_available())
+
+
+def _schedule(train: TrainConfig, steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    return lambda optimizer: get_scheduler(name, optimizer, round(train.warmup * steps), steps)
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside the block these parameters are whole on every rank, whatever the ZeRO stage; writes by rank 0 are kept."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
+        yield
+
+
+def trainable_state(model: EGMF, world: World) -> dict[str, Tensor]:
+    """The trainable weights and the gate's usage, whole and on the CPU, on rank 0; an empty dictionary elsewhere."""
+    state: dict[str, Tensor] = {}
+    with gathered([p for p in model.parameters() if p.requires_grad]):
+        if world.first:
+            state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in model.trainable_state().items()}
+    return state
+
+
+def load_trainable_state(model: EGMF, state: dict[str, Tensor], world: World) -> None:
+    """Put `state` (the same on every rank) into `model`, partitioned or not.
+
+    Raises:
+        ValueError: the weights are not those of this model.
+    """
+    with gathered([p for p in model.parameters() if p.requires_grad]):
+        model.load_trainable_state(state)

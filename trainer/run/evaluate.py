@@ -1,0 +1,158 @@
+"""Evaluation: every sample of a split scored once, over all ranks, into one table and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from trainer.answers.metrics import compute
+from trainer.answers.scoring import Predictions, parse_answers, predict
+from trainer.batch import Batch
+from trainer.config import RunConfig
+from trainer.data.sampling import GlobalBatch, micro_batches
+from trainer.run.assemble import Parts
+from trainer.run.distributed import World
+from trainer.tasks import Task
+
+COLUMNS = (
+    "task",
+    "id",
+    "label",
+    "prediction",
+    "valid",
+    "answer",
+    "probabilities",
+    "gate_expert",
+    "gate_modality",
+    "kind",
+)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[..., Any],
+    parts: Parts,
+    config: RunConfig,
+    split: str,
+    world: World,
+    dtype: torch.dtype,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """The predictions of `split`, a row per sample sorted by task and id, and task -> metrics.
+
+    Every rank calls this and gets the same answer; `forward` is the engine or the model in evaluation mode.
+    """
+    mine: list[dict[str, Any]] = []
+    for name in parts.tasks:
+        mine += _task_rows(forward, parts, config, name, split, world, dtype, advance)
+    everyone = world.gather(mine)
+    table, metrics = None, None
+    if everyone is not None:
+        table = pd.DataFrame([row for rows in everyone for row in rows], columns=[*COLUMNS, "target", "value"])
+        table = table.sort_values(["task", "id"], kind="stable", ignore_index=True)
+        metrics = {name: score_table(parts, table[table["task"] == name], name) for name in parts.tasks}
+    return world.share((table, metrics))
+
+
+def score_table(parts: Parts, rows: pd.DataFrame, name: str) -> dict[str, Any]:
+    """The task's metrics over its rows of a table that :func:`evaluate` makes."""
+    valid = rows["valid"].to_numpy(dtype=bool)
+    probabilities = None
+    if len(rows) and not rows.loc[valid, "probabilities"].isna().any():
+        width = len(parts.tries[name].answers)
+        probabilities = np.array([p if p is not None else [np.nan] * width for p in rows["probabilities"]])
+    return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
+
+
+def write_predictions(table: pd.DataFrame, path: Path) -> None:
+    """The table as parquet, under a temporary name first. Columns that no row fills are left out.
+
+    Labels and predictions are words or numbers; where a run has tasks of both kinds they are all written as text.
+    """
+    table = table.drop(columns=["target", "value"]).dropna(axis="columns", how="all")
+    for column in ("label", "prediction"):
+        if column in table and table[column].map(type).nunique() > 1:
+            table[column] = table[column].map(lambda v: v if v is None or isinstance(v, str) else repr(v))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    table.to_parquet(temporary, index=False)
+    temporary.replace(path)
+
+
+def batches(n: int, lengths: np.ndarray, size: int, rank: int, world: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """This rank's batches of `n` samples, like lengths together; the same number on every rank."""
+    order = GlobalBatch("", 0, tuple(int(i) for i in np.argsort(-lengths, kind="stable")))
+    for micro in micro_batches(order, size, rank, world) if n else ():
+        yield micro.indices, micro.weight
+
+
+def _task_rows(
+    forward: Callable[..., Any],
+    parts: Parts,
+    config: RunConfig,
+    name: str,
+    split: str,
+    world: World,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    view, collate, task = parts.data[name][split], parts.collators[name], parts.tasks[name]
+    trie = parts.tries[name].to(world.device)
+    rows: list[dict[str, Any]] = []
+    for indices, weight in batches(len(view), view.lengths(), config.eval.batch, world.rank, world.size):
+        samples = [view[i] for i in indices]
+        batch = collate(samples, answers=False, weight=weight).to(world.device, dtype)
+        if config.eval.mode == "generate":
+            answers = _generated(forward, parts, config, name, batch)
+        else:
+            answers = _scored(forward, parts, config, name, batch, trie)
+        if weight:
+            for sample, answer in zip(samples, answers, strict=True):
+                label = task.labels[int(sample.target)] if task.kind == "classification" else float(sample.target)
+                about = {"task": name, "id": sample.id, "label": label, "kind": sample.kind, "target": sample.target}
+                rows.append({**about, **answer})
+            advance(len(samples))
+    return rows
+
+
+def _scored(
+    forward: Callable[..., Any], parts: Parts, config: RunConfig, name: str, batch: Batch, trie: Any
+) -> list[dict[str, Any]]:
+    output = forward(batch, trie)
+    said = predict(parts.tasks[name], output.logprob_BC, config.data.answers, config.eval.prediction)
+    return [
+        {**row, **gate} for row, gate in zip(_rows(parts.tasks[name], said), _gates(output, len(batch)), strict=True)
+    ]
+
+
+def _generated(
+    forward: Callable[..., Any], parts: Parts, config: RunConfig, name: str, batch: Batch
+) -> list[dict[str, Any]]:
+    task, style = parts.tasks[name], config.data.answers
+    longest = max(map(len, parts.collators[name].answers)) + 4
+    return _rows(task, parse_answers(task, parts.model.generate(batch, longest), style))
+
+
+def _rows(task: Task, said: Predictions) -> list[dict[str, Any]]:
+    """Predictions as the columns of the table; an invalid one is None."""
+    rows = []
+    for b, (value, valid) in enumerate(zip(said.value_B, said.valid_B, strict=True)):
+        shown = None if not valid else task.labels[int(value)] if task.kind == "classification" else float(value)
+        probabilities = said.probability_BC[b].tolist() if said.probability_BC is not None and valid else None
+        rows.append(
+            {"prediction": shown, "valid": bool(valid), "answer": said.answers[b], "probabilities": probabilities}
+        )
+    return rows
+
+
+def _gates(output: Any, size: int) -> list[dict[str, Any]]:
+    if output.gate_expert_BKE is None:
+        return [{"gate_expert": None, "gate_modality": None}] * size
+    expert = output.gate_expert_BKE.float().mean(1).cpu().tolist()
+    modality = output.gate_modality_BKEM.float().mean(1).cpu().tolist()
+    return [{"gate_expert": e, "gate_modality": m} for e, m in zip(expert, modality, strict=True)]

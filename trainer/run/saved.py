@@ -1,0 +1,82 @@
+"""A trained run, opened again: its config, its parts, and its chosen weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from trainer.config import RunConfig, load_config
+from trainer.models.backbone import base_fingerprint
+from trainer.run.assemble import Parts, assemble
+from trainer.run.checkpoint import CheckpointError, Checkpoints, load_weights, read_state
+from trainer.run.distributed import World
+from trainer.run.engine import build_inference_engine, dtype_of, zero_stage
+from trainer.run.evaluate import evaluate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SavedRun:
+    """A run whose weights are loaded. `forward` is the model, or its ZeRO-3 engine where the config and world ask it."""
+
+    config: RunConfig
+    parts: Parts
+    world: World
+    dtype: torch.dtype
+    checkpoint: Path
+    forward: Callable[..., Any]
+
+    def evaluate(
+        self, split: str, advance: Callable[[int], None] = lambda n: None
+    ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+        """See :func:`trainer.run.evaluate.evaluate`."""
+        return evaluate(self.forward, self.parts, self.config, split, self.world, self.dtype, advance)
+
+
+def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
+    """The config a run was trained with.
+
+    Raises:
+        ValueError: `run` is not a run folder.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
+    return load_config(path, [*overrides, *([f"data.path={data}"] if data else [])])
+
+
+def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str | None = None) -> SavedRun:
+    """Rebuild a run's model and load the checkpoint that validation chose (the newest, with a warning, if none was).
+
+    Raises:
+        ValueError: no run, no checkpoint, another frozen base, or data that do not fit.
+    """
+    config = saved_config(run, overrides, data)
+    checkpoints = Checkpoints(run / "checkpoints", world, config.train.keep)
+    chosen = checkpoints.best()
+    if chosen is None:
+        chosen = checkpoints.latest()
+        if chosen is None:
+            raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
+        log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
+    dtype = dtype_of(config)
+    parts = assemble(config, run, world, dtype)
+    expected, found = read_state(chosen).get("base"), base_fingerprint(parts.model.backbone)
+    if expected != found:
+        raise CheckpointError(
+            f"{chosen} was trained on another frozen backbone (hash {expected}, here {found}): "
+            f"model.backbone.name={config.model.backbone.name} no longer gives the same weights"
+        )
+    load_weights(parts.model, chosen, world)
+    forward: Callable[..., Any] = parts.model.eval()
+    if zero_stage(config) == 3 and world.size > 1:
+        engine = build_inference_engine(parts.model, config)
+        forward = engine.eval()
+    return SavedRun(config, parts, world, dtype, chosen, forward)
