@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,10 +38,10 @@ app.add_typer(launch_app, name="launch")
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML config", metavar="CONFIG")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP007 - typer reads the annotation at run time on Python 3.10 too
+    list[str] | None,
     typer.Argument(help="values that replace the config's, such as train.zero=3", metavar="[KEY=VALUE]..."),
 ]
-Out = Annotated[Optional[Path], typer.Option(help="run folder; default runs/<config>-s<seed>", metavar="RUN")]  # noqa: UP007
+Out = Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-s<seed>", metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, all else on stderr")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the libraries' own messages and full tracebacks")]
 
@@ -53,7 +53,7 @@ def main() -> None:
     if rank is not None:  # the deepspeed launcher puts it in front of the command
         os.environ.setdefault("LOCAL_RANK", rank)
     arguments = [a for a in arguments if not re.fullmatch(r"--local_rank=\d+", a)]
-    arguments = ["--drop-bad=train" if a == "--drop-bad" else a for a in arguments]
+    arguments = _spread(["--drop-bad=train" if a == "--drop-bad" else a for a in arguments])
     with contextlib.ExitStack() as stack:
         if "--json" in arguments:
             stack.enter_context(_stdout_to_stderr())
@@ -106,8 +106,8 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
-    data: Annotated[Optional[str], typer.Option(help="another prepared dataset of the same task")] = None,  # noqa: UP007
-    predictions: Annotated[Optional[Path], typer.Option(help="write the predictions to this parquet file")] = None,  # noqa: UP007
+    data: Annotated[str | None, typer.Option(help="another prepared dataset of the same task")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="write the predictions to this parquet file")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -141,10 +141,8 @@ def evaluate(
 def prepare(
     name: Annotated[str, typer.Argument(help="a task, or a YAML file that defines one", metavar="TASK")],
     out: Annotated[Path, typer.Option(help="where the prepared dataset goes", metavar="DIR")],
-    source: Annotated[Optional[list[Path]], typer.Option(help="published files, or folders of them")] = None,  # noqa: UP007
-    task_file: Annotated[
-        Optional[Path], typer.Option("--task", help="YAML file that defines TASK, for own data")
-    ] = None,  # noqa: UP007
+    source: Annotated[list[Path] | None, typer.Option(help="published files, or folders of them")] = None,
+    task_file: Annotated[Path | None, typer.Option("--task", help="YAML file that defines TASK, for own data")] = None,
     strict: Annotated[bool, typer.Option(help="refuse every fault, also those with one right repair")] = False,
     drop_bad: Annotated[
         str, typer.Option(help="leave faulty samples out: of train (--drop-bad), of every split (--drop-bad=all)")
@@ -153,7 +151,7 @@ def prepare(
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     seed: Annotated[int, typer.Option(help="of the generated tasks (diagnostic)")] = 0,
     size: Annotated[
-        Optional[list[str]],  # noqa: UP007
+        list[str] | None,
         typer.Option(help="of the generated tasks: SPLIT=N, such as train=4000"),
     ] = None,
 ) -> None:
@@ -264,6 +262,20 @@ def launch_local(
 def default_out(config: Path, seed: int) -> Path:
     """The run folder of a config where none is given."""
     return Path("runs") / f"{config.stem}-s{seed}"
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """``--source A B C`` as the repeated option that the parser knows; TASK stands before it."""
+    if arguments[:1] != ["prepare"] or len(arguments) < 2 or arguments[1].startswith("-"):
+        return arguments
+    out: list[str] = []
+    inside = False
+    for word in arguments:
+        if inside and not word.startswith("-") and out[-1] != "--source":
+            out.append("--source")
+        inside = word == "--source" or (inside and not word.startswith("-"))
+        out.append(word)
+    return out
 
 
 def _in_world(work: Callable[[Any], int], debug: bool) -> int:

@@ -1,0 +1,47 @@
+# make demo      set up, generate data, train with two processes, evaluate, show
+# make test      lint, types, unit and two-process tests
+# make test-all  the above and what takes longer or needs root
+#
+# TORCH="torch==2.13.0"   the torch to install; on a GPU machine name the build that fits its driver, with pip's options
+#                         if it needs any: make demo TORCH="torch==2.13.0 --index-url URL"
+# PYTHON=python3          the interpreter the environment is made from (3.10 or later)
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs
+
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PYTHONUNBUFFERED ?= 1
+
+.PHONY: demo test test-all lint types install ops clean
+
+install:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash launch/setup_env.sh
+
+demo: install
+	$(BIN)/egmf demo --runs $(RUN)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+ops: install
+	$(BIN)/python -m trainer.run.distributed
+
+test: lint types ops
+	$(BIN)/python -m pytest -m "not slow and not slurm and not multinode" --durations=15
+
+test-all: lint types ops
+	$(BIN)/python -m pytest --durations=25
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
