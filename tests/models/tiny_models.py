@@ -1,0 +1,165 @@
+"""Small random models of several families, batches and tries for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trainer.batch import AnswerTrie, Batch, Features
+from trainer.config import AdapterConfig, BackboneConfig, FusionConfig, TinyConfig
+from trainer.models.backbone import Backbone, build_backbone, build_tiny
+from trainer.models.egmf import EGMF
+from trainer.models.fusion import Fusion
+
+TEXTS = ["Answer with one of: joy, anger, sadness.", "Oh no, what happened to you?", "今天天气很好，我很高兴。", "-1.0 0.3"]
+FAMILIES = ("qwen2", "qwen3", "llama", "glm", "glm4")
+
+
+def save_family(family: str, folder: Path, tied: bool = False, **sizes: int) -> Path:
+    """A random model of `family` (2 layers, width 64, uneven biases) with the tiny tokenizer, in `folder`."""
+    build_tiny(TinyConfig(vocab_size=320), TEXTS, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 320,
+        "initializer_range": 0.2,
+    }
+    config = AutoConfig.for_model(
+        family,
+        **{**shape, **sizes},
+        tie_word_embeddings=tied,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # biases and norms differ from 0 and 1, so that losing one is seen
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, adapter: AdapterConfig | None = None, **changes) -> Backbone:
+    torch.manual_seed(3)
+    backbone = build_backbone(BackboneConfig(name=str(folder), **changes), adapter or AdapterConfig(dropout=0.0), dtype, "cpu")
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:  # zero at first: an adapter that does nothing hides faults
+            torch.nn.init.normal_(parameter, std=0.1)
+    return backbone
+
+
+def make_fusion(backbone: Backbone, dtype: torch.dtype = torch.float32, **changes) -> Fusion:
+    torch.manual_seed(5)
+    config = FusionConfig(width=32, heads=2, dropout=0.0, pseudo_tokens=3, **changes)
+    widths = {"one": {"audio": 6, "video": 5}, "two": {"audio": 4, "video": 0}}
+    return Fusion(config, widths, backbone.hidden_size, backbone.hidden_size, backbone.embedding_norm).to(dtype)
+
+
+def make_model(folder: Path, dtype: torch.dtype = torch.float32, fusion: bool = True, **changes) -> EGMF:
+    backbone = load(folder, dtype, **changes)
+    return EGMF(backbone, make_fusion(backbone, dtype) if fusion else None)
+
+
+def make_batch(
+    lengths: Sequence[int], answers: Sequence[Sequence[int]] | None = None, pseudo: int = 3, pad: int = 0, seed: int = 0
+) -> Batch:
+    """Rows of random tokens with these context lengths; `pad` more columns than needed."""
+    random = torch.Generator().manual_seed(seed)
+    rows = len(lengths)
+    answers = answers or [[] for _ in lengths]
+    context = [torch.randint(2, 320, (n,), generator=random).tolist() for n in lengths]
+    tokens = [c + list(a[:-1]) for c, a in zip(context, answers, strict=True)]
+    longest = max(map(len, tokens)) + pad
+    longest_answer = max(map(len, answers))
+    frames = 4
+
+    def features(width: int) -> Features:
+        values = torch.randn(rows, frames, width, generator=random)
+        mask = torch.arange(frames) < torch.randint(1, frames + 1, (rows, 1), generator=random)
+        return Features(values * mask[..., None], mask, torch.arange(frames).float().expand(rows, frames))
+
+    return Batch(
+        task="one",
+        ids=[str(i) for i in range(rows)],
+        input_ids_BL=torch.tensor([t + [1] * (longest - len(t)) for t in tokens]),
+        context_length_B=torch.tensor(list(lengths)),
+        pseudo_start=2,
+        pseudo_tokens=pseudo,
+        answer_ids_BA=torch.tensor([list(a) + [0] * (longest_answer - len(a)) for a in answers]),
+        answer_mask_BA=torch.tensor([[i < len(a) for i in range(longest_answer)] for a in answers]),
+        text_ids_BS=torch.randint(2, 320, (rows, 3), generator=random),
+        text_mask_BS=torch.ones(rows, 3, dtype=torch.bool),
+        audio=features(6),
+        video=features(5),
+        target_B=torch.zeros(rows),
+        weight_B=torch.ones(rows),
+    )
+
+
+def rows_of(batch: Batch, keep: Sequence[int]) -> Batch:
+    """The batch of some of the rows of `batch`, cut to what they need."""
+
+    def pick(features: Features) -> Features:
+        return Features(features.values_BTF[keep], features.mask_BT[keep], features.time_BT[keep])
+
+    keep = list(keep)
+    length = int((batch.context_length_B + (batch.answer_mask_BA.sum(1) - 1).clamp(min=0))[keep].max())
+    return Batch(
+        task=batch.task,
+        ids=[batch.ids[i] for i in keep],
+        input_ids_BL=batch.input_ids_BL[keep][:, :length],
+        context_length_B=batch.context_length_B[keep],
+        pseudo_start=batch.pseudo_start,
+        pseudo_tokens=batch.pseudo_tokens,
+        answer_ids_BA=batch.answer_ids_BA[keep],
+        answer_mask_BA=batch.answer_mask_BA[keep],
+        text_ids_BS=batch.text_ids_BS[keep],
+        text_mask_BS=batch.text_mask_BS[keep],
+        audio=pick(batch.audio),
+        video=pick(batch.video),
+        target_B=batch.target_B[keep],
+        weight_B=batch.weight_B[keep],
+    )
+
+
+def make_trie(answers: Sequence[Sequence[int]], end: int = 0) -> AnswerTrie:
+    """The tree of token sequences, written as plainly as can be."""
+    nodes: list[tuple[int, ...]] = []
+    for answer in answers:
+        for stop in range(1, len(answer) + 1):
+            if tuple(answer[:stop]) not in nodes:
+                nodes.append(tuple(answer[:stop]))
+    nodes.sort(key=len)
+    return AnswerTrie(
+        token_N=torch.tensor([path[-1] for path in nodes]),
+        parent_N=torch.tensor([nodes.index(path[:-1]) if len(path) > 1 else -1 for path in nodes]),
+        depth_N=torch.tensor([len(path) - 1 for path in nodes]),
+        leaf_C=torch.tensor([nodes.index(tuple(answer)) for answer in answers]),
+        ancestors_NN=torch.tensor([[path[: len(other)] == other for other in nodes] for path in nodes]),
+        end=end,
+        answers=[" ".join(map(str, answer)) for answer in answers],
+    )
+
+
+def brute_force(model: EGMF, batch: Batch, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+    """log p of every answer and the end token, each as its own unpadded row through the language model's own forward."""
+    embeds_BLH, _ = model._embed(batch)
+    scores = torch.zeros(len(batch), len(answers))
+    for b in range(len(batch)):
+        context = embeds_BLH[b, : batch.context_length_B[b]]
+        for c, answer in enumerate(answers):
+            row = torch.cat([context, model.backbone.embed(torch.tensor(answer))])[None]
+            logits = model.backbone.model(inputs_embeds=row, use_cache=False).logits[0].float()
+            logprob = logits.double().log_softmax(-1)[len(context) - 1 :]
+            scores[b, c] = sum(logprob[i, t] for i, t in enumerate([*answer, model.end]))
+    return scores

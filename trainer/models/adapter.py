@@ -1,0 +1,65 @@
+"""What of the backbone is trained: LoRA matrices, everything, or nothing.
+
+Source: Hu et al. 2021 (LoRA), arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.config import AdapterConfig
+
+
+def adapt(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> nn.Module:
+    """`model` with exactly those parameters trainable that `config` names.
+
+    LoRA adds to a frozen layer `y = W x` the term `alpha / rank * B A dropout(x)`, B zero at first. Its matrices have the
+    dtype of training. The output head never gets one: hidden states reach it outside the model's own forward.
+
+    Raises:
+        ValueError: a target that names no linear layer, with the nearest names.
+    """
+    if config.kind != "lora":
+        model.requires_grad_(config.kind == "full")
+        return model
+    targets = config.targets if config.targets == "all-linear" else list(config.targets)
+    if isinstance(targets, list):
+        _check_targets(model, targets)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number does
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    model.requires_grad_(False)
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            if "lora_" not in name:
+                raise ValueError(f"peft made {name} trainable, which is no LoRA matrix")
+            parameter.data = parameter.data.to(dtype)
+    return adapted
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    head = model.get_output_embeddings()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    head_names = {n for n, m in model.named_modules() if m is head and n}
+    short = sorted({n.rpartition(".")[2] for n in names})
+    faults = [] if targets else ["the list is empty: name layers, or use 'all-linear'"]
+    for target in targets:
+        if target in head_names or any(n.endswith(f".{target}") for n in head_names):
+            faults.append(f"{target!r} is the output head, which gets no LoRA")
+        elif not any(n == target or n.endswith(f".{target}") for n in names):
+            near = difflib.get_close_matches(target.rpartition(".")[2], short, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(short)}"
+            faults.append(f"{target!r} names no linear layer; {hint}")
+    if faults:
+        raise ValueError("model.adapter.targets: " + "; ".join(faults))

@@ -1,0 +1,261 @@
+"""The backbone: a causal language model of any family, read as embeddings -> hidden states -> logits.
+
+Shapes: B rows, L positions, H hidden size, V vocabulary. The three steps are separate so that hidden states can be
+gathered before the output head: no `[B, L, V]` tensor exists. Each step calls a module's forward, never a weight, so
+that ZeRO-3 can gather parameters; :func:`build_backbone` measures what needs whole weights before they are cut up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.config import AdapterConfig, BackboneConfig
+from trainer.models.adapter import adapt
+from trainer.models.loading import BackboneError, load_model, load_tokenizer, resolve_attention
+from trainer.models.tiny import build_tiny
+
+__all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
+
+_WINDOWED = {"sliding_attention", "chunked_attention"}
+
+
+class Backbone(nn.Module):
+    """A causal language model with its adapter.
+
+    Attributes: `model` (the language model, inside peft's wrapper with LoRA), `tokenizer`, `attention` (the kernel in
+    use), `vocabulary` (V), `hidden_size`, `embedding_norm` (mean L2 norm of an input embedding), `fingerprint` (of the frozen weights).
+    """
+
+    embedding_norm: float
+    fingerprint: str
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.attention = attention
+        embedding: Any = self.base.get_input_embeddings()
+        self.vocabulary, self.hidden_size = int(embedding.num_embeddings), int(embedding.embedding_dim)
+        self._scale_logits = _logit_scale(self.base.config)
+        kinds = set(getattr(self.base.config, "layer_types", None) or ())
+        self._window = _window(self.base.config) if kinds & _WINDOWED or not kinds else None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The language model itself, inside peft's wrapper or not."""
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings `[..., H]` of token ids `[...]`."""
+        return self.base.get_input_embeddings()(ids)
+
+    def hidden(self, embeds_BLH: Tensor, positions_BL: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
+        """Hidden states `[B, L, H]` after the final norm.
+
+        Without a mask attention is causal, which is all that rows padded on the right need. `mask_B1LL[b, 0, q, k]`
+        true: q sees k. Kernels that take no such mask (flash-attn) leave this one pass to sdpa.
+        """
+        decoder = self.base.get_decoder()
+        if mask_B1LL is None:
+            out = decoder(inputs_embeds=embeds_BLH, position_ids=positions_BL, attention_mask=None, use_cache=False)
+            return out.last_hidden_state
+        if self._window is not None and embeds_BLH.shape[1] > self._window and int(positions_BL.max()) >= self._window:
+            raise ValueError(
+                f"rows reach position {int(positions_BL.max())}, beyond the backbone's attention window of {self._window}: "
+                "answers cannot be scored as a tree there. Shorten data.max_text_tokens or data.history"
+            )
+        with self._masked_kernel() as kernel:
+            mask = mask_B1LL
+            if kernel == "eager":
+                mask = torch.zeros(mask.shape, dtype=embeds_BLH.dtype, device=mask.device)
+                mask.masked_fill_(~mask_B1LL, torch.finfo(embeds_BLH.dtype).min)
+            out = decoder(inputs_embeds=embeds_BLH, position_ids=positions_BL, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state
+
+    def step(self, embeds_BLH: Tensor, positions_BL: Tensor, seen_BS: Tensor, cache: DynamicCache) -> Tensor:
+        """Hidden states `[B, L, H]` of positions that continue those in `cache`, which grows by them.
+
+        `seen_BS` covers the cache and the new positions: false on padding.
+        """
+        out = self.base.get_decoder()(
+            inputs_embeds=embeds_BLH,
+            position_ids=positions_BL,
+            attention_mask=seen_BS.long(),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.base.config)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., H]`."""
+        logits = self.base.get_output_embeddings()(hidden)
+        return logits if self._scale_logits is None else self._scale_logits(logits)
+
+    @contextmanager
+    def _masked_kernel(self) -> Iterator[str]:
+        if self.attention in ("sdpa", "eager"):
+            yield self.attention
+            return
+        if torch.is_grad_enabled() and self.training and getattr(self.base, "is_gradient_checkpointing", False):
+            raise ValueError(
+                f"{self.attention} takes no attention mask, and gradient checkpointing would recompute with it what sdpa "
+                "computed: use model.backbone.attention=sdpa"
+            )
+        self.base.set_attn_implementation("sdpa")
+        try:
+            yield "sdpa"
+        finally:
+            self.base.set_attn_implementation(self.attention)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """As in `nn.Module`, but a cast (DeepSpeed's to bf16) leaves float buffers alone: rotary frequencies need float32."""
+        return keep_buffers(self, lambda: super(Backbone, self)._apply(fn, recurse))
+
+
+def keep_buffers(module: nn.Module, change: Callable[[], Any]) -> Any:
+    """Run `change`, which may cast and move `module`; give buffers of floats their former precision back."""
+    before = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+    out = change()
+    for name, old in before.items():
+        owner, _, leaf = name.rpartition(".")
+        place = module.get_submodule(owner)._buffers
+        now = place[leaf]
+        if now is not None and now.dtype != old.dtype:
+            place[leaf] = old.to(now.device)
+    return out
+
+
+def build_backbone(
+    config: BackboneConfig,
+    adapter: AdapterConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    folder: Path | None = None,
+) -> Backbone:
+    """Load, quantise, adapt and check a backbone; `folder` holds the tiny one (name 'tiny').
+
+    At the end four tokens go through it twice, whole and as a tree, and must agree: a family whose logits are made in a way
+    that is not reproduced here, or whose layers cannot attend to a tree, is refused by name.
+
+    Raises:
+        BackboneError: with what is wrong and what to do.
+    """
+    device = torch.device(device)
+    attention = resolve_attention(config.attention, device, dtype)
+    tokenizer = load_tokenizer(config, folder)
+    model = load_model(config, dtype, device, attention, folder)
+    rows = _embedding_weight(model).shape[0]
+    if len(tokenizer) > rows:
+        raise BackboneError(f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    norm = _embedding_norm(model, len(tokenizer))
+    backbone = Backbone(adapt(model, adapter, dtype), tokenizer, attention).to(device)
+    backbone.embedding_norm = norm
+    if config.gradient_checkpointing:
+        enable = getattr(backbone.base, "activation_checkpointing_enable", backbone.base.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    _probe(backbone, config.name)
+    backbone.fingerprint = base_fingerprint(backbone)
+    backbone.train()
+    return backbone
+
+
+def base_fingerprint(backbone: Backbone) -> str:
+    """sha256 over all frozen weights as they are stored: names, dtypes, shapes, bytes; of 4-bit weights the packed bytes
+    and their scales too. Any changed bit changes it.
+
+    It is the same with and without LoRA, and differs between dtypes, and may between CPU and CUDA (rounding of 4-bit
+    weights). Weights must be whole: call it before ZeRO-3 cuts them up. About 1 s per GB and core, tensors in parallel.
+    """
+    parts: list[tuple[str, Tensor]] = []
+    for name, parameter in backbone.base.named_parameters():
+        if parameter.requires_grad or "lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        parts.append((name, parameter.data))
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            parts += [(f"{name}.{key}", value) for key, value in sorted(state.as_dict(packed=True).items())]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(lambda part: _tensor_digest(part[1]), parts))
+    total = hashlib.sha256()
+    for (name, tensor), digest in zip(parts, digests, strict=True):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def _embedding_weight(model: PreTrainedModel) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _embedding_norm(model: PreTrainedModel, used: int) -> float:
+    weight = _embedding_weight(model).detach()[:used]
+    return float(torch.cat([chunk.float().norm(dim=1) for chunk in weight.split(8192)]).mean())
+
+
+def _logit_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
+    cap, times, over = (getattr(config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    if cap:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    if times and times != 1:
+        return lambda logits: logits * times
+    if over and over != 1:
+        return lambda logits: logits / over
+    return None
+
+
+def _window(config: Any) -> int | None:
+    sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    known = [int(size) for size in sizes if size]
+    return min(known) if known else None
+
+
+@torch.no_grad()
+def _probe(backbone: Backbone, name: str) -> None:
+    """Logits of four tokens: the model's own against ours, the last two tokens as branches of a tree."""
+    parameters = list(backbone.parameters())
+    if any(p.is_meta or hasattr(p, "ds_id") for p in parameters):
+        return  # weights not whole here: cut up by ZeRO-3
+    device = parameters[0].device
+    rows = _embedding_weight(backbone.base).shape[0]
+    ids = torch.tensor([rows // 7, rows // 5, rows // 3, rows // 2], device=device)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        branches = torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]])
+        want = backbone.base(input_ids=branches, use_cache=False).logits.float()
+        see = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool, device=device)
+        positions = torch.tensor([[0, 1, 2, 2]], device=device)
+        got = backbone.logits(backbone.hidden(backbone.embed(ids[None]), positions, see[None, None]))[0].float()
+    finally:
+        backbone.train(was_training)
+    want = torch.stack([want[0, 0], want[0, 1], want[0, 2], want[1, 2]])
+    off = float((got - want).norm() / want.norm().clamp_min(1e-6))
+    if not off < (1e-3 if parameters[0].dtype == torch.float32 else 0.1):
+        kind = backbone.base.config.model_type
+        raise BackboneError(
+            f"{name}: models of type {kind!r} are not supported: logits differ from the model's own by {off:.2g} "
+            "(relative). Its head or its layers do something that is not reproduced here"
+        )

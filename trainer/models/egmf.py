@@ -1,0 +1,244 @@
+"""EGMF: pseudo tokens of the fusion network inside a prompt, read by the backbone, which answers in words.
+
+Source: EGMF, arXiv 2601.07565; the loss and the scores as DESIGN says.
+Shapes: B samples, L positions of a row, H backbone hidden size, K pseudo tokens, A answer tokens, V vocabulary, N nodes
+of the answer trie, C answers, E experts, M modalities, P = N + 1 places that predict a token of the trie.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import AnswerTrie, Batch
+from trainer.models.backbone import Backbone
+from trainer.models.fusion import Fusion, FusionOutput
+from trainer.text import end_token
+
+LOGITS_AT_ONCE = 2**21  # entries of [P, V] per sample held at a time in scoring
+
+
+class LossOutput(NamedTuple):
+    """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included; `balance_B` is
+    already times its weight. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
+
+    loss_B: Tensor
+    balance_B: Tensor
+    idle: Tensor
+    gate_expert_BKE: Tensor | None
+    gate_modality_BKEM: Tensor | None
+
+
+class ScoreOutput(NamedTuple):
+    """`logprob_BC`: log p of every answer with its end token, float32, not normalised over the answers."""
+
+    logprob_BC: Tensor
+    gate_expert_BKE: Tensor | None
+    gate_modality_BKEM: Tensor | None
+
+
+class EGMF(nn.Module):
+    """The fusion network before the backbone; without it (K = 0) the backbone alone, a text-only model."""
+
+    def __init__(self, backbone: Backbone, fusion: Fusion | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fusion = fusion
+        self.end = end_token(backbone.tokenizer)
+
+    def forward(self, batch: Batch, trie: AnswerTrie | None = None) -> LossOutput | ScoreOutput:
+        """With a trie the log-probability of each of its answers, else the loss of the batch's own answers."""
+        embeds_BLH, fused = self._embed(batch)
+        gates = (None, None) if fused is None else (fused.gate_expert_BKE, fused.gate_modality_BKEM)
+        if trie is not None:
+            return ScoreOutput(self._score(embeds_BLH, batch, trie), *gates)
+        loss_B = self._loss(embeds_BLH, batch)
+        if fused is None or self.fusion is None:
+            return LossOutput(loss_B, torch.zeros_like(loss_B), loss_B.new_zeros(()), *gates)
+        gate = self.fusion.gate
+        balance_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
+        if self.training:
+            gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B)
+        return LossOutput(loss_B, balance_B, fused.idle.float(), *gates)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
+        """The most likely text after each context, token by token until the end token; what came, uncleaned.
+
+        Dropout is off. With several processes every one makes all `max_new_tokens` steps (ZeRO-3 needs equal calls).
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return self._generate(batch, max_new_tokens)
+        finally:
+            self.train(was_training)
+
+    def parameter_groups(self, fusion_lr: float, backbone_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Trainable parameters for an optimizer: fusion and backbone, each with and without weight decay.
+
+        Only matrices of layers decay: no norms, biases, embeddings, slots. Groups are named and never empty.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for module_name, module in self.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    continue
+                part = module_name.partition(".")[0]
+                matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not isinstance(
+                    module, nn.Embedding
+                )
+                decays = matrix and (part == "backbone" or leaf.endswith("weight"))
+                group = groups.setdefault(
+                    part if decays else f"{part}-nodecay",
+                    {
+                        "params": [],
+                        "lr": fusion_lr if part == "fusion" else backbone_lr,
+                        "weight_decay": weight_decay if decays else 0.0,
+                    },
+                )
+                if not any(parameter is known for known in group["params"]):
+                    group["params"].append(parameter)
+        return [{"name": name, **group} for name, group in sorted(groups.items())]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name: trainable parameters and the fusion network's buffers (its usage).
+
+        The tensors are the live ones: clone to keep them. Shared weights appear once.
+        """
+        state = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        if self.fusion is not None:
+            state |= {f"fusion.{name}": value for name, value in self.fusion.state_dict().items()}
+        return state
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`trainable_state` gave; dtypes may differ, names and shapes may not.
+
+        Raises:
+            ValueError: with all names that are missing, unknown or of another shape; nothing is changed then.
+        """
+        own = self.trainable_state()
+        faults = [f"missing: {name}" for name in own.keys() - state.keys()]
+        faults += [f"not of this model: {name}" for name in state.keys() - own.keys()]
+        faults += [
+            f"another shape: {name} is {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
+            for name in own.keys() & state.keys()
+            if own[name].shape != state[name].shape
+        ]
+        if faults:
+            faults.sort()
+            shown = [f"  {fault}" for fault in faults[:10]] + (
+                [f"  … {len(faults)} in all"] if len(faults) > 10 else []
+            )
+            raise ValueError(
+                "these trained weights do not belong to this model (other adapter, fusion or task?):\n"
+                + "\n".join(shown)
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, FusionOutput | None]:
+        built = 0 if self.fusion is None else self.fusion.gate.slot_KD.shape[0]
+        embeds_BLH = self.backbone.embed(batch.input_ids_BL)
+        if self.fusion is None:
+            if batch.pseudo_tokens:
+                raise ValueError(
+                    f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes none"
+                )
+            return embeds_BLH, None
+        text_BSH = self.backbone.embed(batch.text_ids_BS).detach()
+        fused = self.fusion(batch.task, text_BSH, batch.text_mask_BS, batch.audio, batch.video)
+        if fused.pseudo_BKH.shape[1] != batch.pseudo_tokens:
+            raise ValueError(f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes {built}")
+        start, stop = batch.pseudo_start, batch.pseudo_start + batch.pseudo_tokens
+        pseudo_BKH = fused.pseudo_BKH.to(embeds_BLH.dtype)
+        return torch.cat([embeds_BLH[:, :start], pseudo_BKH, embeds_BLH[:, stop:]], 1), fused
+
+    def _loss(self, embeds_BLH: Tensor, batch: Batch) -> Tensor:
+        B, L, _ = embeds_BLH.shape
+        A = batch.answer_ids_BA.shape[1]
+        if A == 0:
+            raise ValueError("a batch without answers has no loss: collate it with answers=True, or give a trie")
+        hidden_BLH = self.backbone.hidden(embeds_BLH, _arange(B, L, embeds_BLH.device))
+        at_BA = batch.context_length_B[:, None] - 1 + torch.arange(A, device=embeds_BLH.device)
+        logits_BAV = self.backbone.logits(_gather(hidden_BLH, at_BA.clamp(max=L - 1))).float()
+        nll_BA = nn.functional.cross_entropy(logits_BAV.transpose(1, 2), batch.answer_ids_BA, reduction="none")
+        return torch.where(batch.answer_mask_BA, nll_BA, 0.0).sum(1)
+
+    def _score(self, embeds_BLH: Tensor, batch: Batch, trie: AnswerTrie) -> Tensor:
+        """The trie stands after the padded context; each node sees its row's context and its ancestors."""
+        B, L, _ = embeds_BLH.shape
+        N = trie.token_N.shape[0]
+        device = embeds_BLH.device
+        nodes_BNH = self.backbone.embed(trie.token_N)[None].expand(B, N, -1)
+        positions_BL = torch.cat([_arange(B, L, device), batch.context_length_B[:, None] + trie.depth_N], 1)
+        hidden_BLH = self.backbone.hidden(
+            torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, _trie_mask(batch.context_length_B, L, trie)
+        )
+        nodes_BN = torch.arange(L, L + N, device=device).expand(B, N)
+        hidden_BPH = _gather(hidden_BLH, torch.cat([batch.context_length_B[:, None] - 1, nodes_BN], 1))
+        node_BN = hidden_BPH.new_zeros(B, N, dtype=torch.float32)
+        end_BP = hidden_BPH.new_zeros(B, N + 1, dtype=torch.float32)
+        from_N = trie.parent_N + 1  # the place that predicts a node: 0 is the cue's end
+        vocabulary = self.backbone.vocabulary
+        at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+        for start in range(0, N + 1, at_once):
+            logprob_BpV = self.backbone.logits(hidden_BPH[:, start : start + at_once]).float().log_softmax(-1)
+            end_BP[:, start : start + at_once] = logprob_BpV[..., trie.end]
+            here_n = ((from_N >= start) & (from_N < start + at_once)).nonzero()[:, 0]
+            node_BN[:, here_n] = logprob_BpV[:, from_N[here_n] - start, trie.token_N[here_n]]
+        total_BP = torch.zeros_like(end_BP)
+        for depth in range(int(trie.depth_N.max()) + 1):
+            at_n = (trie.depth_N == depth).nonzero()[:, 0]
+            total_BP[:, at_n + 1] = total_BP[:, from_N[at_n]] + node_BN[:, at_n]
+        return (total_BP + end_BP)[:, trie.leaf_C + 1]
+
+    def _generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
+        embeds_BLH, _ = self._embed(batch)
+        B, L, _ = embeds_BLH.shape
+        device = embeds_BLH.device
+        from_BL = torch.arange(L, device=device) - (L - batch.context_length_B[:, None])  # rows shifted to end together
+        seen_BL = from_BL >= 0
+        positions_BL = from_BL.clamp(min=0)
+        cache = self.backbone.new_cache()
+        hidden_BLH = self.backbone.step(_gather(embeds_BLH, positions_BL), positions_BL, seen_BL, cache)
+        position_B1 = batch.context_length_B[:, None]
+        told = torch.full((B, max_new_tokens), self.end, device=device)
+        done_B = torch.zeros(B, dtype=torch.bool, device=device)
+        together = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        for step in range(max_new_tokens):
+            token_B = self.backbone.logits(hidden_BLH[:, -1]).argmax(-1).masked_fill(done_B, self.end)
+            told[:, step] = token_B
+            done_B |= token_B == self.end
+            if step + 1 == max_new_tokens or (not together and bool(done_B.all())):
+                break
+            seen_BL = torch.cat([seen_BL, seen_BL.new_ones(B, 1)], 1)
+            hidden_BLH = self.backbone.step(self.backbone.embed(token_B[:, None]), position_B1 + step, seen_BL, cache)
+        texts = []
+        for row in told.tolist():
+            kept = row[: row.index(self.end)] if self.end in row else row
+            texts.append(str(self.backbone.tokenizer.decode(kept, clean_up_tokenization_spaces=False)))
+        return texts
+
+
+def _trie_mask(context_length_B: Tensor, length: int, trie: AnswerTrie) -> Tensor:
+    """`[B, 1, L + N, L + N]`: contexts causal, nodes see their row's unpadded context and their ancestors."""
+    B, N = context_length_B.shape[0], trie.token_N.shape[0]
+    device = context_length_B.device
+    mask = torch.zeros(B, 1, length + N, length + N, dtype=torch.bool, device=device)
+    mask[:, :, :length, :length] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask[:, :, length:, :length] = (torch.arange(length, device=device) < context_length_B[:, None])[:, None, None]
+    mask[:, :, length:, length:] = trie.ancestors_NN
+    return mask
+
+
+def _gather(values_BLH: Tensor, at_BA: Tensor) -> Tensor:
+    """`[B, A, H]`: the positions `at_BA` of every row."""
+    return values_BLH.gather(1, at_BA[..., None].expand(-1, -1, values_BLH.shape[2]))
+
+
+def _arange(rows: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(length, device=device).expand(rows, length)

@@ -1,0 +1,197 @@
+"""From a name or a folder to a causal language model and its tokenizer, with every fault said in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainer.config import BackboneConfig
+from trainer.models import quantization
+from trainer.text import end_token
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be loaded or used as asked; says what to do."""
+
+
+def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer; `folder` is where `build_tiny` wrote the tiny backbone.
+
+    Raises:
+        BackboneError: not found, not usable offline, or without an end-of-sequence token.
+    """
+    source = _source(config, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BackboneError(_explain(config, source, "tokenizer", error)) from error
+    try:
+        end = end_token(tokenizer)
+    except ValueError as error:
+        raise BackboneError(str(error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = end
+    return tokenizer
+
+
+def load_model(
+    config: BackboneConfig, dtype: torch.dtype, device: torch.device, attention: str, folder: Path | None = None
+) -> PreTrainedModel:
+    """The pretrained weights in `dtype` on `device`, quantised if asked, read from safetensors only.
+
+    Raises:
+        BackboneError: not found, no network, no safetensors, own code needed, no causal LM, weights missing from the
+            files, already quantised, or sizes that NF4 cannot hold.
+    """
+    source = _source(config, folder)
+    shape = load_shape(config, folder)
+    options: dict[str, Any] = {}
+    if config.quantization == "nf4":
+        quantization.check_sizes(shape, config.name, config.trust_remote_code)
+        options["quantization_config"] = quantization.nf4_config(dtype, config.double_quantization)
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    load: Any = AutoModelForCausalLM.from_pretrained  # with loading info: a pair, which its type does not say
+    try:
+        model, info = load(
+            source,
+            config=shape,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **_common(config),
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BackboneError(_explain(config, source, "weights", error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise BackboneError(
+            f"{config.name}: {len(missing)} weights are not in its files and would be random: {', '.join(missing[:4])}"
+            f"{' …' if len(missing) > 4 else ''}. The files do not belong to this architecture ({shape.model_type})"
+        )
+    if config.quantization == "nf4":
+        quantization.settle(model, config.name)
+    return model
+
+
+def load_shape(config: BackboneConfig, folder: Path | None = None) -> PretrainedConfig:
+    """The model's configuration: a fresh copy, since two models of one object would share their attention kernel."""
+    source = _source(config, folder)
+    try:
+        shape = copy.deepcopy(AutoConfig.from_pretrained(source, **_common(config)))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BackboneError(_explain(config, source, "configuration", error)) from error
+    made = getattr(shape, "quantization_config", None)
+    if made is not None:
+        method = made.get("quant_method") if isinstance(made, dict) else getattr(made, "quant_method", made)
+        raise BackboneError(
+            f"{config.name} is already quantised ({method}): name the unquantised model, and set "
+            "model.backbone.quantization=nf4 for 4 bits"
+        )
+    shape.use_cache = False
+    return shape
+
+
+def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention kernel to use: `auto` is flash-attn where it can run, else sdpa.
+
+    Raises:
+        BackboneError: `flash_attention_2` was asked for and cannot run here, with every reason.
+    """
+    if asked not in ("auto", "flash_attention_2"):
+        return asked
+    reasons = []
+    if device.type != "cuda":
+        reasons.append(f"it needs a CUDA device, and this run is on {device.type}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"it needs bf16 or fp16, and train.precision gives {str(dtype).removeprefix('torch.')}")
+    try:
+        if not hasattr(importlib.import_module("flash_attn"), "flash_attn_func"):
+            reasons.append("the installed flash_attn is hollow (it was built without CUDA)")
+    except ImportError as error:
+        reasons.append(f"flash_attn cannot be imported ({error}); docs/clusters.md says how to install it")
+    if not reasons:
+        return "flash_attention_2"
+    if asked == "auto":
+        return "sdpa"
+    raise BackboneError(
+        f"model.backbone.attention=flash_attention_2 cannot run: {'; '.join(reasons)}. Use auto, or sdpa"
+    )
+
+
+def _source(config: BackboneConfig, folder: Path | None) -> str:
+    if config.name == "tiny":
+        if folder is None:
+            raise BackboneError("backbone 'tiny' is read from the folder where build_tiny wrote it: give that folder")
+        if not (Path(folder) / "config.json").is_file():
+            raise BackboneError(f"no tiny backbone in {folder}: build_tiny writes it")
+        return str(folder)
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BackboneError(f"{config.name} is a folder without config.json: no Hugging Face model")
+        return str(path)
+    if path.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1 or os.sep != "/":
+        raise BackboneError(f"no model folder {config.name} (a hub name is written owner/name)")
+    return config.name
+
+
+def _common(config: BackboneConfig) -> dict[str, Any]:
+    return {
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": bool(constants.HF_HUB_OFFLINE),
+    }
+
+
+def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -> str:
+    text = str(error)
+    at = f" at revision {config.revision}" if config.revision else ""
+    hub = not Path(source).is_dir()
+    if "trust_remote_code" in text:
+        return (
+            f"{config.name} brings its own code, which would run on this machine. If you trust its authors, read the code "
+            "and set model.backbone.trust_remote_code=true and model.backbone.revision=<the commit you read>"
+        )
+    if isinstance(error, ImportError):
+        return f"the {what} of {config.name} needs a library that is not here: {text}"
+    if "safetensors" in text:
+        return (
+            f"{config.name}{at} has no safetensors weights, and others (pickles) are not read: convert them, for instance "
+            "with transformers' save_pretrained, or name a model that has them"
+        )
+    if "Unrecognized configuration class" in text or "Unrecognized model" in text or isinstance(error, KeyError):
+        return f"{config.name} is no causal language model that transformers knows: {text.splitlines()[0]}"
+    if hub and constants.HF_HUB_OFFLINE:
+        return (
+            f"the {what} of {config.name}{at} is not in the local cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is "
+            f"set: fetch it where there is a network (hf download {config.name}), or name a folder"
+        )
+    if "gated repo" in text or "401" in text or "403" in text:
+        return (
+            f"{config.name}{at} is not open to you: accept its terms on its hub page and log in (hf auth login). {text}"
+        )
+    if "is not a valid model identifier" in text or "404" in text:
+        return f"the hub knows no model {config.name}{at}: check the name, or give the path of a folder"
+    if hub and isinstance(error, OSError):
+        return (
+            f"the {what} of {config.name}{at} could not be fetched and is not in the local cache: is there a network? "
+            f"Else name a folder. ({text.splitlines()[0]})"
+        )
+    return f"the {what} of {config.name}{at} could not be read: {text}"
