@@ -15,7 +15,6 @@ setup(
     description="Distributed training of Expert-Guided Multimodal Fusion (EGMF) with large language models",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["trainer", "trainer.*", "launch", "launch.*"]),
     package_data={"launch": ["templates/*"], "trainer": ["py.typed"]},
@@ -58,7 +57,6 @@ setup(
         ],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
         "Operating System :: POSIX :: Linux",
