@@ -1,17 +1,43 @@
-"""From raw samples to a checked, fingerprinted, memory-mapped dataset on disk."""
+"""From raw samples to a checked, fingerprinted, memory-mapped dataset on disk.
+
+One pass over the source checks each sample and writes the good ones to Arrow files in a temporary folder; what needs
+several samples (ids, widths, empty splits) is decided on what remains in memory of each; the folder is then put in place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from trainer.data.readers import Source
+import pyarrow as pa
+
+from trainer.data.dataset import FORMAT, open_dataset
+from trainer.data.faults import DataError, Fault, describe, group
+from trainer.data.folder import RECORD, NewFolder, check_free, new_folder, read_record
+from trainer.data.readers import SPLITS, Source, open_source
+from trainer.data.rows import STREAMS, Part, Seen, convert, convert_part, keep
+from trainer.data.summary import statistics
 from trainer.tasks import Task
+
+log = logging.getLogger(__name__)
 
 DropBad = Literal["none", "train", "all"]
 Progress = Callable[[str, int, "int | None"], None]
+PARTS = 4  # parts of a split for each process: smaller parts even out the work
+KEEPER = ("test", "valid", "train")  # of samples with one id, that of the earlier split here stays
 
 
 @dataclass
@@ -38,8 +64,17 @@ def prepare(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Open the published files at `paths` and prepare them; see :func:`prepare_source`."""
-    raise NotImplementedError
+    """Open the published files at `paths` and prepare them; see :func:`prepare_source`.
+
+    Raises:
+        ReaderError: files that cannot be read, or do not fit together.
+        DataError: faults in the data, or an `out` that is taken.
+    """
+    _check_arguments(task, out, strict, drop_bad, workers, force)
+    source = open_source(task, paths)
+    return prepare_source(
+        task, source, out, strict=strict, drop_bad=drop_bad, workers=workers, force=force, progress=progress
+    )
 
 
 def prepare_source(
@@ -53,5 +88,336 @@ def prepare_source(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Check `source` and write it to `out` as an Arrow dataset with `record.json`."""
-    raise NotImplementedError
+    """Check `source` and write it to `out` as an Arrow dataset with `record.json`.
+
+    A fault with one right repair is repaired (a frame with nan or inf is masked; a clip without any other frame counts as
+    missing), all others refuse the source, in one message. `strict` repairs nothing. `drop_bad` leaves out the samples
+    that would refuse it, of train or of all splits. Of samples with one id those of test stay before those of valid and
+    train, and earlier ones before later ones.
+
+    `workers` processes read where the source can be read in parts; the result does not depend on their number. An `out`
+    that holds the same dataset is left as it is, another prepared dataset is replaced with `force`. `progress(split,
+    done, total)` is called now and then; the total may be None. Nothing remains of a preparation that fails.
+
+    Raises:
+        DataError: faults in the data, or an `out` that is taken.
+    """
+    _check_arguments(task, out, strict, drop_bad, workers, force)
+    if workers > 1 and source.part is None:
+        log.warning("%s is read by one process: it cannot be read in parts", source.name)
+        workers = 1
+    try:
+        with new_folder(out) as folder:
+            parts = _convert(task, source, folder.path, workers, progress or (lambda split, done, total: None))
+            record = _judge(task, source, parts, strict, drop_bad)
+            _write(folder.path, parts, record)
+            return _put_in_place(folder, record, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise DataError(f"cannot write {out}: {error.strerror}; nothing was written") from error
+        raise
+
+
+def _check_arguments(task: Task, out: Path, strict: bool, drop_bad: DropBad, workers: int, force: bool) -> None:
+    """Everything that can be refused before the source is read."""
+    if drop_bad not in get_args(DropBad):
+        raise DataError(f"drop_bad is one of {', '.join(get_args(DropBad))}, not {drop_bad!r}")
+    if strict and drop_bad != "none":
+        raise DataError("strict refuses every faulty sample and drop_bad leaves them out: give one of them")
+    if workers < 1:
+        raise DataError(f"workers must be at least 1, not {workers}")
+    check_free(out)
+    there = read_record(out)
+    if there is not None and not force:
+        mode = there.get("dropped", {}).get("mode", "none")
+        if there["task"] != task.model_dump(mode="json"):
+            other = there["task"].get("name")
+            what = f"task {other}" if other != task.name else f"another definition of task {other}"
+            raise DataError(f"{out} holds a dataset of {what}: choose another --out, or replace it with --force")
+        if mode != drop_bad:
+            raise DataError(
+                f"{out} was prepared with drop_bad={mode}, not {drop_bad}: choose another --out, or replace it with --force"
+            )
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value  # slow to import, and helper processes need it not
+
+    columns: dict[str, Any] = {"id": Value("string"), "text": Value("string"), "label": Value("string")}
+    columns["target"] = Value("float64")
+    for name in STREAMS:
+        columns[name] = List(Value("float32"))
+        columns[f"{name}_frames"] = Value("int32")
+        columns[f"{name}_mask"] = List(Value("bool"))
+    columns |= {"speaker": Value("string"), "dialogue": Value("string"), "turn": Value("int64")}
+    columns |= {"kind": Value("string"), "language": Value("string")}
+    return Features(columns)
+
+
+def _schema() -> pa.Schema:
+    return _features().arrow_schema
+
+
+def _convert(task: Task, source: Source, folder: Path, workers: int, progress: Progress) -> dict[str, list[Part]]:
+    schema = _schema()
+    splits = [split for split in SPLITS if split in source.splits]
+    for split in splits:
+        (folder / split).mkdir()
+    if workers == 1:
+        parts = {}
+        for split in splits:
+            path = folder / split / "part-0.arrow"
+
+            def tick(done: int, split: str = split) -> None:
+                progress(split, done, None)
+
+            parts[split] = [convert(source.samples(split), task, split, path, schema, tick)]
+        return parts
+    return _convert_many(task, source, folder, workers, progress, splits)
+
+
+def _convert_many(
+    task: Task, source: Source, folder: Path, workers: int, progress: Progress, splits: list[str]
+) -> dict[str, list[Part]]:
+    count = workers * PARTS
+    places = {}
+    done: dict[str, int] = Counter()
+    schema = _schema()
+    with _processes(workers) as pool:
+        for split in splits:
+            for k in range(count):
+                path = folder / split / f"part-{k}.arrow"
+                job = pool.submit(convert_part, _not_none(source.part), task, split, (k, count), path, schema)
+                places[job] = (split, k)
+        found: dict[tuple[str, int], Part] = {}
+        for job in as_completed(places):
+            found[places[job]] = part = job.result()
+            done[part.split] += len(part.seen)
+            progress(part.split, done[part.split], None)
+    return {split: [found[split, k] for k in range(count)] for split in splits}
+
+
+def _not_none(part: Any) -> Any:
+    assert part is not None
+    return part
+
+
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Helper processes that are ended at once where the block fails or is interrupted, and that die with this one."""
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_helper)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+            child.join()
+        raise
+    pool.shutdown()
+
+
+def _begin_helper() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _judge(task: Task, source: Source, parts: dict[str, list[Part]], strict: bool, drop_bad: DropBad) -> dict[str, Any]:
+    """Decide what stays; the parts' files and `seen` hold just that afterwards. Returns the record, without the files."""
+    widths, wrong = _widths(source, parts)
+    alone = [fault for split in parts for part in parts[split] for fault in part.faults]
+    faults = [*alone, *wrong.values(), *(twice := _duplicates(parts)).values()]
+    bad = set(wrong) | set(twice)
+    left = {"train": ("train",), "all": SPLITS}.get(drop_bad, ())
+    dropped = [
+        {"split": key[0], "id": row.id, "where": row.where}
+        for key, row in _walk(parts)
+        if row.digest is None or key in bad
+    ]
+    full = {key[0] for key, row in _walk(parts) if row.digest and key not in bad}
+    empty = [split for split in SPLITS if split not in full]
+    faults += [Fault("split without samples", split, detail=_why(split, source, dropped)) for split in empty]
+    refused = (strict and faults) or [f for f in faults if not f.repair and (f.split not in left or f.split in empty)]
+    if refused:
+        raise DataError(_refusal(task, source, faults, strict, drop_bad, left))
+    _take_out(parts, bad)
+    record: dict[str, Any] = {"format": FORMAT, "task": task.model_dump(mode="json"), "fingerprint": ""}
+    record |= {"widths": widths, "rates": {name: source.rates.get(name) for name in STREAMS}}
+    counts = Counter(entry["split"] for entry in dropped)
+    record["splits"] = {
+        split: statistics(task, [row for part in parts[split] for row in part.seen], counts[split]) for split in SPLITS
+    }
+    record["faults"] = group(faults, otherwise="left out")
+    record["dropped"] = {"mode": drop_bad, "n": {s: counts[s] for s in SPLITS}, "samples": dropped}
+    record["fingerprint"] = _fingerprint(record, parts)
+    record["source"] = {"name": source.name, "files": _hashes(source.files), "notes": list(source.notes)}
+    return record
+
+
+Key = tuple[str, int, int]  # split, part, place among the part's seen samples
+
+
+def _walk(parts: dict[str, list[Part]], splits: Sequence[str] = SPLITS) -> Iterator[tuple[Key, Seen]]:
+    for split in splits:
+        for k, part in enumerate(parts.get(split, [])):
+            for i, row in enumerate(part.seen):
+                yield (split, k, i), row
+
+
+def _widths(source: Source, parts: dict[str, list[Part]]) -> tuple[dict[str, int], dict[Key, Fault]]:
+    """Features per frame: as the source states, else what most training samples have; and the rows that differ."""
+    widths, wrong = {}, {}
+    for m, name in enumerate(STREAMS):
+        stated = (source.widths or {}).get(name)
+        found = Counter(row.widths[m] for _, row in _walk(parts) if row.widths[m])
+        train = Counter(row.widths[m] for _, row in _walk(parts, ["train"]) if row.widths[m])
+        width = stated if stated is not None else (train or found or Counter([0])).most_common(1)[0][0]
+        widths[name] = int(width)
+        for key, row in _walk(parts) if set(found) - {width} else ():
+            if row.widths[m] not in (0, width):
+                detail = f"{row.widths[m]} features per frame instead of {width}"
+                wrong[key] = Fault(f"wrong dimension of {name}", key[0], row.id, row.where, detail)
+    return widths, wrong
+
+
+def _duplicates(parts: dict[str, list[Part]]) -> dict[Key, Fault]:
+    first: dict[str, str] = {}
+    twice = {}
+    for key, row in _walk(parts, KEEPER):
+        if not row.id:
+            continue
+        if row.id in first:
+            detail = "" if first[row.id] == key[0] else f"the same id in {first[row.id]}"
+            twice[key] = Fault("duplicate id", key[0], row.id, row.where, detail)
+        else:
+            first[row.id] = key[0]
+    return twice
+
+
+def _take_out(parts: dict[str, list[Part]], bad: set[Key]) -> None:
+    """Leave in the files and in `seen` what stays."""
+    for split in parts:
+        for k, part in enumerate(parts[split]):
+            wanted = [(split, k, i) not in bad for i, row in enumerate(part.seen) if row.digest]
+            if not all(wanted):
+                keep(part, wanted, _schema())
+            part.seen = [row for i, row in enumerate(part.seen) if row.digest and (split, k, i) not in bad]
+
+
+def _why(split: str, source: Source, dropped: list[dict[str, str]]) -> str:
+    if split not in source.splits:
+        return f"the source has no {split} split (it has {', '.join(source.splits) or 'none'})"
+    return f"every sample of {split} is faulty" if any(d["split"] == split for d in dropped) else f"{split} is empty"
+
+
+def _refusal(
+    task: Task, source: Source, faults: list[Fault], strict: bool, drop_bad: DropBad, left: Sequence[str]
+) -> str:
+    would = [f for f in faults if f.split in left and not f.repair and f.kind != "split without samples"]
+    rest = [f for f in faults if f not in set(would)]
+    lines = describe([*group(rest, repair=not strict), *group(would, otherwise="left out")])
+    kinds = len({f.kind for f in faults})
+    head = f"{task.name} from {source.name}: {len(faults)} fault(s) of {kinds} kind(s); nothing was written"
+    advice = []
+    kept = [f for f in rest if f.kind != "split without samples"]
+    if strict:
+        advice.append("without --strict, faults with one right repair are repaired")
+    elif any(f.split == "train" and not f.repair for f in kept):
+        advice.append("--drop-bad leaves faulty training samples out")
+    if any(f.split != "train" and not f.repair for f in kept) and drop_bad != "all":
+        advice.append("--drop-bad=all leaves faulty samples of valid and test out too")
+    tail = ["Correct the source" + "".join(f"; {a}" for a in advice) + "."]
+    return "\n".join([head, *(f"  {line}" for line in lines), *tail])
+
+
+# ── recording ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _fingerprint(record: dict[str, Any], parts: dict[str, list[Part]]) -> str:
+    """sha256 over task, widths, rates, what was left out, and every row in order: not over places or processes."""
+    out = hashlib.sha256()
+    dropped = [record["dropped"]["mode"], [[d["split"], d["id"]] for d in record["dropped"]["samples"]]]
+    head = [record["format"], record["task"], record["widths"], record["rates"], dropped]
+    out.update(json.dumps(head, sort_keys=True, ensure_ascii=True).encode())
+    for split in SPLITS:
+        rows = [row.digest for part in parts[split] for row in part.seen if row.digest]
+        out.update(f"{split} {len(rows)}".encode())
+        for digest in rows:
+            out.update(digest)
+    return out.hexdigest()
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    """sha256 of each file, by its path below the folder common to all."""
+    if not files:
+        return {}
+    paths = [Path(f).resolve() for f in files]
+    common = Path(os.path.commonpath([p.parent for p in paths]))
+    out = {}
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        out[path.relative_to(common).as_posix()] = digest.hexdigest()
+    return out
+
+
+def _write(folder: Path, parts: dict[str, list[Part]], record: dict[str, Any]) -> None:
+    """Complete the folder to what `DatasetDict.save_to_disk` would have written, and add the record."""
+    from datasets import DatasetInfo
+
+    sizes = {}
+    for split in SPLITS:
+        full = [part for part in parts[split] if part.seen]
+        for part in parts[split]:
+            if not part.seen:
+                part.path.unlink()
+        names = [f"data-{k:05d}-of-{len(full):05d}.arrow" for k in range(len(full))]
+        for part, name in zip(full, names, strict=True):
+            part.path.rename(folder / split / name)
+            sizes[f"{split}/{name}"] = (folder / split / name).stat().st_size
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": name} for name in names],
+            "_fingerprint": f"{record['fingerprint'][:16]}-{split}",
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split,
+        }
+        (folder / split / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+        DatasetInfo(features=_features()).write_to_directory(str(folder / split))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(SPLITS)}))
+    record["files"] = sizes
+    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _put_in_place(folder: NewFolder, record: dict[str, Any], force: bool) -> Summary:
+    there = read_record(folder.out)
+    if there is not None and there["fingerprint"] == record["fingerprint"]:
+        with contextlib.suppress(DataError):  # a damaged copy is replaced
+            return Summary(folder.out, open_dataset(folder.out).record, unchanged=True)
+    elif there is not None and not force:
+        raise DataError(
+            f"{folder.out} holds another dataset of task {there['task'].get('name')} (fingerprint "
+            f"{there['fingerprint'][:12]}, now {record['fingerprint'][:12]}), so it is not replaced: choose another --out, "
+            "or replace it with --force"
+        )
+    folder.put_in_place()
+    return Summary(folder.out, record)

@@ -1,0 +1,267 @@
+"""Opening a prepared dataset: memory-mapped, with features as views of the map, and histories of conversations.
+
+Shapes: T frames, F features of a frame.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.batch import Sample
+from trainer.data.faults import DataError
+from trainer.data.folder import RECORD, read_record
+from trainer.tasks import Task, TaskError, define_task
+
+FORMAT = 1
+STREAMS = ("audio", "video")
+_ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "training": "train", "testing": "test"}
+
+
+def open_dataset(path: str | Path, *, history: int = 0) -> PreparedDataset:
+    """Open what :func:`trainer.data.prepare.prepare` wrote; features stay on disk until they are read.
+
+    Args:
+        path: the folder.
+        history: how many previous utterances of the conversation each sample gets.
+
+    Raises:
+        DataError: no prepared dataset, one of a newer format, or a damaged one.
+    """
+    return PreparedDataset(Path(path), history)
+
+
+class PreparedDataset:
+    """A prepared dataset; ``dataset["train"]`` is a :class:`SplitView`. Pickling keeps the path and opens it again."""
+
+    def __init__(self, path: Path, history: int = 0) -> None:
+        if history < 0:
+            raise DataError(f"history must be 0 or more, not {history}")
+        self.path = path.resolve()
+        self.history = history
+        self.record = _checked_record(path)
+        try:
+            self.task: Task = define_task(self.record["task"], where=f"{path}/{RECORD}")
+            self.fingerprint = str(self.record["fingerprint"])
+            self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
+            self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
+            self.splits: list[str] = list(self.record["splits"])
+            sizes = self.record["files"]
+            self._views = {split: SplitView(self, split, _map(self.path, split, sizes)) for split in self.splits}
+        except (TaskError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
+            raise DataError(f"{path} is damaged ({reason}): prepare it again") from error
+
+    def __getitem__(self, split: str) -> SplitView:
+        if split not in self._views:
+            near = _ALIASES.get(split) or next(iter(difflib.get_close_matches(split, self.splits, n=1)), None)
+            hint = f"; did you mean {near}?" if near in self._views else ""
+            raise DataError(f"{self.path} has no split {split!r}{hint} It has {', '.join(self.splits)}")
+        return self._views[split]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.history, self.fingerprint)
+
+
+class SplitView:
+    """The samples of one split, in the published order. Pickling keeps the path and opens it again."""
+
+    def __init__(self, dataset: PreparedDataset, split: str, batches: list[pa.RecordBatch]) -> None:
+        self.split = split
+        self.task, self.widths, self.rates = dataset.task, dataset.widths, dataset.rates
+        self._origin = (dataset.path, dataset.history, dataset.fingerprint)
+        self._batches = batches
+        self._starts = [0, *np.cumsum([len(b) for b in batches]).tolist()]
+        self._columns = [{name: batch.column(name) for name in batch.schema.names} for batch in batches]
+        self._frames = {name: self._array(f"{name}_frames", np.int64) for name in STREAMS}
+        self._values = {name: [_buffers(columns[name]) for columns in self._columns] for name in STREAMS}
+        self._check(dataset.record["splits"][split]["n"])
+
+    def _check(self, n: int) -> None:
+        if len(self) != n:
+            raise ValueError(f"{self.split} has {len(self)} rows, its record says {n}")
+        for name in STREAMS:
+            for (values, offsets), start, stop in zip(self._values[name], self._starts, self._starts[1:], strict=False):
+                frames = int(self._frames[name][start:stop].sum())
+                if int(offsets[-1]) - int(offsets[0]) != frames * self.widths[name] or int(offsets[-1]) > len(values):
+                    raise ValueError(
+                        f"{self.split}: the {name} features are not {frames} frames of {self.widths[name]}"
+                    )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample `i`; its arrays are read-only views of the file."""
+        i = int(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        i %= len(self)
+        b = bisect.bisect_right(self._starts, i) - 1
+        j, columns = i - self._starts[b], self._columns[b]
+        audio, video = (self._stream(name, i, b, j) for name in STREAMS)
+        return Sample(
+            id=columns["id"][j].as_py(),
+            text=columns["text"][j].as_py(),
+            target=columns["target"][j].as_py(),
+            audio_TF=audio[0],
+            video_TF=video[0],
+            audio_mask_T=audio[1],
+            video_mask_T=video[1],
+            speaker=columns["speaker"][j].as_py(),
+            dialogue=columns["dialogue"][j].as_py(),
+            turn=columns["turn"][j].as_py(),
+            kind=columns["kind"][j].as_py(),
+            history=self._history(i),
+        )
+
+    def _stream(self, name: str, i: int, b: int, j: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        frames = int(self._frames[name][i])
+        if not frames:
+            return None, None
+        values, offsets = self._values[name][b]
+        values_TF = values[offsets[j] : offsets[j + 1]].reshape(frames, self.widths[name])
+        mask = self._columns[b][f"{name}_mask"][j]
+        return values_TF, mask.values.to_numpy(zero_copy_only=False) if mask.is_valid else None
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return self._list("id")
+
+    def lengths(self) -> np.ndarray:
+        """A length per sample for putting like with like: characters of text + frames of audio and video."""
+        characters = [pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False) for columns in self._columns]
+        return _join(characters, np.int64) + self._frames["audio"] + self._frames["video"]
+
+    def targets(self) -> np.ndarray:
+        """The label's index or the number as published, float64, one per sample."""
+        return self._array("target", np.float64)
+
+    def kinds(self) -> list[str | None] | None:
+        """The kind of each sample, or None where the data has none."""
+        kinds = self._list("kind")
+        return kinds if any(kind is not None for kind in kinds) else None
+
+    def texts(self) -> Iterator[str]:
+        """The texts alone, in order."""
+        return (text for columns in self._columns for text in columns["text"].to_pylist())
+
+    def _list(self, name: str) -> list[Any]:
+        return [value for columns in self._columns for value in columns[name].to_pylist()]
+
+    def _array(self, name: str, dtype: Any) -> np.ndarray:
+        return _join([columns[name].to_numpy(zero_copy_only=False) for columns in self._columns], dtype)
+
+    def _history(self, i: int) -> list[tuple[str, str]]:
+        limit = self._origin[1]
+        if not limit or self._conversations is None:
+            return []
+        before = self._conversations.before(i, limit)
+        return [(self._speakers[k] or "", self._texts[k]) for k in before]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return list(self.texts())
+
+    @cached_property
+    def _speakers(self) -> list[str | None]:
+        return self._list("speaker")
+
+    @cached_property
+    def _conversations(self) -> Conversations | None:
+        dialogues = self._list("dialogue")
+        if all(name is None for name in dialogues):
+            return None
+        return Conversations(dialogues, self._list("turn"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen_split, (*self._origin, self.split)
+
+
+class Conversations:
+    """Which samples came before which, by dialogue and turn.
+
+    A dialogue without any turn is in the order of its rows. Where only some rows have a turn, those without one have no
+    history and are in nobody's. Of rows with the same turn none is before the other.
+    """
+
+    def __init__(self, dialogues: list[str | None], turns: list[int | None]) -> None:
+        numbered = {name for name, turn in zip(dialogues, turns, strict=True) if turn is not None}
+        self._members: dict[str, list[tuple[int, int]]] = {}
+        self._place: dict[int, tuple[str, int]] = {}
+        for i, (name, turn) in enumerate(zip(dialogues, turns, strict=True)):
+            if name is not None and (turn is not None or name not in numbered):
+                self._place[i] = (name, i if turn is None else turn)
+                self._members.setdefault(name, []).append((i if turn is None else turn, i))
+        for members in self._members.values():
+            members.sort()
+
+    def before(self, i: int, limit: int) -> list[int]:
+        """The at most `limit` samples just before sample `i`, oldest first."""
+        if i not in self._place:
+            return []
+        name, turn = self._place[i]
+        members = self._members[name]
+        end = bisect.bisect_left(members, (turn, -1))
+        return [k for _, k in members[max(0, end - limit) : end]]
+
+
+def _checked_record(path: Path) -> dict[str, Any]:
+    record = read_record(path)
+    if record is None:
+        inside = sorted(p.parent.name for p in path.glob(f"*/{RECORD}")) if path.is_dir() else []
+        hint = f"; the folder holds the prepared datasets {', '.join(inside)}" if inside else ""
+        state = "no such folder" if not path.exists() else f"it has no {RECORD} that egmf wrote"
+        if path.is_dir() and (path / RECORD).exists():
+            state = f"its {RECORD} cannot be read"
+        raise DataError(f"{path} is no prepared dataset ({state}){hint}: make one with egmf prepare TASK --out {path}")
+    if not isinstance(record["format"], int) or record["format"] > FORMAT:
+        raise DataError(
+            f"{path} has format {record['format']}, newer than this version's {FORMAT}: update egmf-trainer"
+        )
+    return record
+
+
+def _map(path: Path, split: str, sizes: dict[str, int]) -> list[pa.RecordBatch]:
+    """The record batches of a split, memory-mapped; reads only their descriptions."""
+    state = json.loads((path / split / "state.json").read_text(encoding="utf-8"))
+    batches: list[pa.RecordBatch] = []
+    for name in (entry["filename"] for entry in state["_data_files"]):
+        file = path / split / name
+        size, expected = file.stat().st_size, sizes[f"{split}/{name}"]
+        if size != expected:
+            raise ValueError(f"{split}/{name} has {size} bytes instead of {expected}")
+        with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
+            batches += [batch for batch in reader if len(batch)]
+    return batches
+
+
+def _buffers(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    return column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True)
+
+
+def _join(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype=dtype)
+
+
+def _reopen(path: Path, history: int, fingerprint: str) -> PreparedDataset:
+    dataset = open_dataset(path, history=history)
+    if dataset.fingerprint != fingerprint:
+        raise DataError(f"{path} was replaced by another dataset while it was in use")
+    return dataset
+
+
+def _reopen_split(path: Path, history: int, fingerprint: str, split: str) -> SplitView:
+    return _reopen(path, history, fingerprint)[split]

@@ -1,0 +1,351 @@
+"""One raw sample -> one checked row, and rows -> Arrow files.
+
+A row's features are flat float32, unpadded; its mask is null where every frame is fine. Every check of a single sample
+is here; what needs several samples (ids, widths, empty splits) is in `prepare`. Nothing here imports `datasets`, so that
+helper processes start quickly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.data.faults import Fault
+from trainer.data.readers import RawSample
+from trainer.tasks import Task
+
+STREAMS = ("audio", "video")
+EXTRA = ("speaker", "dialogue", "turn", "kind", "language")
+FLUSH_BYTES = 32 << 20
+FLUSH_ROWS = 4096
+TICK = 64  # samples between two reports of progress
+MASKED = "frames masked"
+MISSING = "counted as missing"
+
+
+class Stream(NamedTuple):
+    """The features of one clip: `values_TF` without padding, `mask_T` False on repaired frames (None: all are fine)."""
+
+    values_TF: np.ndarray
+    mask_T: np.ndarray | None
+
+
+@dataclass
+class Row:
+    """A checked sample."""
+
+    id: str
+    text: str
+    target: float
+    label: str | None
+    streams: dict[str, Stream | None]
+    extra: dict[str, Any]
+
+    def digest(self) -> bytes:
+        """sha256 over the row's content, the same on every machine."""
+        head = [self.id, self.text, float(self.target).hex(), self.label, *(self.extra[name] for name in EXTRA)]
+        out = hashlib.sha256(json.dumps(head, ensure_ascii=True).encode())
+        for name in STREAMS:
+            stream = self.streams[name]
+            if stream is None:
+                out.update(b"-")
+                continue
+            out.update(json.dumps(stream.values_TF.shape).encode())
+            out.update(np.ascontiguousarray(stream.values_TF, dtype="<f4").data)
+            out.update(b"" if stream.mask_T is None else np.packbits(stream.mask_T).tobytes())
+        return out.digest()
+
+
+class Seen(NamedTuple):
+    """What remains in memory of a sample. Without `digest` it was faulty and not written."""
+
+    id: str
+    where: str
+    digest: bytes | None = None
+    label: str | None = None
+    target: float = 0.0
+    characters: int = 0
+    frames: tuple[int, int] = (0, 0)
+    widths: tuple[int, int] = (0, 0)
+    masked: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Part:
+    """A part of a split: its Arrow file holds the samples of `seen` that have a digest, in order."""
+
+    split: str
+    path: Path
+    seen: list[Seen] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+class Checker:
+    """Checks single samples of a task."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._index = {label: i for i, label in enumerate(task.labels)}
+        self._folded: dict[str, list[int]] = {}
+        for label, i in self._index.items():
+            self._folded.setdefault(label.casefold(), []).append(i)
+
+    def check(self, raw: RawSample, split: str) -> tuple[Row | None, list[Fault]]:
+        """The row, or None where a fault has no right repair; and the faults, repaired ones too."""
+        faults: list[Fault] = []
+        name = raw.id.strip() if isinstance(raw.id, str) else ""
+
+        def fault(kind: str, detail: str = "", repair: str = "") -> None:
+            faults.append(Fault(kind, split, _printable(name), raw.where, detail, repair))
+
+        if not name:
+            fault("no id")
+        text = raw.text.strip() if isinstance(raw.text, str) else ""
+        if not text:
+            fault("empty text")
+        extra = {key: getattr(raw, key) for key in EXTRA}
+        if extra["turn"] is not None and not isinstance(extra["turn"], numbers.Integral):
+            fault("turn that is no whole number", repr(extra["turn"])[:40])
+        elif extra["turn"] is not None:
+            extra["turn"] = int(extra["turn"])
+        if any(isinstance(s, str) and not _unicode(s) for s in (name, text, *extra.values())):
+            fault("text that is no Unicode (a lone surrogate)")
+        label, target = self._classify(raw.label, fault) if self.task.grid is None else (None, self._rate(raw, fault))
+        streams = {
+            "audio": _stream("audio", raw.audio, raw.audio_length, fault),
+            "video": _stream("video", raw.video, raw.video_length, fault),
+        }
+        if not all(f.repair for f in faults):
+            return None, faults
+        return Row(name, text, target, label, streams, extra), faults
+
+    def _classify(self, label: Any, fault: Callable[..., None]) -> tuple[str | None, float]:
+        word = "" if label is None or (isinstance(label, float) and math.isnan(label)) else str(label).strip()
+        if not word:
+            fault("no label")
+            return None, math.nan
+        index = self._index.get(word)
+        if index is None:
+            alike = self._folded.get(word.casefold(), [])
+            if len(alike) != 1:
+                near = difflib.get_close_matches(word.casefold(), list(self._folded), n=1)
+                hint = f" (did you mean {self.task.labels[self._folded[near[0]][0]]}?)" if near else ""
+                fault("unknown label", f"{_printable(word)!r}{hint}")
+                return None, math.nan
+            index = alike[0]
+            fault("label in another case", f"{word!r}", f"read as {self.task.labels[index]!r}")
+        return self.task.labels[index], float(index)
+
+    def _rate(self, raw: RawSample, fault: Callable[..., None]) -> float:
+        grid = self.task.grid
+        assert grid is not None
+        if raw.label is None or raw.label == "":
+            fault("no label")
+            return math.nan
+        value = _number(raw.label)
+        if value is None:
+            fault("label that is no number", repr(raw.label)[:40])
+        elif not math.isfinite(value):
+            fault("label that is nan or inf")
+        elif not grid.low - 1e-6 <= value <= grid.high + 1e-6:
+            fault("out-of-range value", f"{value:g} is outside {grid.low:g} to {grid.high:g}")
+        return math.nan if value is None else value
+
+
+def _number(label: Any) -> float | None:
+    if isinstance(label, bool) or not isinstance(label, (str, numbers.Real)):
+        return None
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
+def _unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    return text if _unicode(text) else text.encode(errors="backslashreplace").decode()
+
+
+def _stream(name: str, array: Any, length: Any, fault: Callable[..., None]) -> Stream | None:
+    """Cut the padding, mask frames that hold nan or inf, name what cannot be repaired."""
+    array = np.empty(0) if array is None else np.asarray(array)
+    if array.size == 0:
+        if length:
+            fault(f"length beyond the array in {name}", f"claims {length} frames of an array without any")
+        return None
+    if array.dtype.kind not in "fiub":
+        fault(f"{name} that is no array of numbers", f"dtype {array.dtype}")
+        return None
+    if array.ndim != 2:
+        fault(f"wrong dimension of {name}", f"shape {list(array.shape)} instead of [frames, features]")
+        return None
+    try:
+        frames = len(array) if length is None else operator.index(length)
+    except TypeError:
+        fault(f"length of {name} that is no whole number", repr(length)[:40])
+        return None
+    if frames < 0:
+        fault(f"negative length of {name}", f"{frames}")
+        return None
+    if frames > len(array):
+        fault(f"length beyond the array in {name}", f"claims {frames} of {len(array)} frames")
+        return None
+    if frames == 0:
+        return None
+    with np.errstate(over="ignore"):
+        values = np.array(array[:frames], dtype=np.float32, order="C")
+    mask = np.asarray(np.isfinite(values).all(axis=1))
+    if mask.all():
+        return Stream(values, None)
+    if not mask.any():
+        fault(f"no finite frame in {name}", repair=MISSING)
+        return None
+    fault(f"nan or inf in {name}", repair=MASKED)
+    values[~mask] = 0.0
+    return Stream(values, mask)
+
+
+def convert(
+    samples: Iterable[RawSample],
+    task: Task,
+    split: str,
+    path: Path,
+    schema: pa.Schema,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Part:
+    """Check `samples` and write the good ones to the Arrow file `path`; memory holds one batch of rows."""
+    checker, part = Checker(task), Part(split, path)
+    with RowWriter(path, schema) as writer:
+        for raw in samples:
+            row, faults = checker.check(raw, split)
+            part.faults += faults
+            if row is None:
+                name = raw.id.strip() if isinstance(raw.id, str) else ""
+                part.seen.append(Seen(name, raw.where))
+            else:
+                writer.write(row)
+                part.seen.append(_seen(row, raw.where))
+            if len(part.seen) % TICK == 0:
+                tick(len(part.seen))
+    tick(len(part.seen))
+    return part
+
+
+def convert_part(
+    read: Callable[[str, int, int], Iterator[RawSample]],
+    task: Task,
+    split: str,
+    place: tuple[int, int],
+    path: Path,
+    schema: pa.Schema,
+) -> Part:
+    """:func:`convert` of the k-th of n parts, `place` = (k, n), for a helper process."""
+    return convert(read(split, *place), task, split, path, schema)
+
+
+def keep(part: Part, wanted: list[bool], schema: pa.Schema) -> None:
+    """Rewrite a part's file with the rows that are `wanted` (one flag per row of the file)."""
+    fresh = part.path.with_suffix(".kept")
+    flags, start = np.asarray(wanted, dtype=bool), 0
+    with pa.memory_map(str(part.path)) as source, pa.ipc.new_stream(str(fresh), schema) as sink:
+        for batch in pa.ipc.open_stream(source):
+            sink.write_batch(batch.filter(pa.array(flags[start : start + len(batch)])))
+            start += len(batch)
+    fresh.replace(part.path)
+
+
+class RowWriter:
+    """Writes rows to an Arrow stream file in record batches of bounded size."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._sink = pa.ipc.new_stream(str(path), schema)
+        self._rows: list[Row] = []
+        self._bytes = 0
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._sink.close()
+
+    def write(self, row: Row) -> None:
+        self._rows.append(row)
+        self._bytes += sum(s.values_TF.nbytes for s in row.streams.values() if s is not None)
+        if self._bytes >= FLUSH_BYTES or len(self._rows) >= FLUSH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._sink.write_batch(_batch(self._rows, self._schema))
+        self._rows, self._bytes = [], 0
+
+
+def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
+    columns: dict[str, Any] = {name: [row.extra[name] for row in rows] for name in EXTRA}
+    columns.update({name: [getattr(row, name) for row in rows] for name in ("id", "text", "label", "target")})
+    for name in STREAMS:
+        streams = [row.streams[name] for row in rows]
+        columns[name] = _lists([None if s is None else s.values_TF.reshape(-1) for s in streams], pa.float32())
+        columns[f"{name}_mask"] = _lists([None if s is None else s.mask_T for s in streams], pa.bool_())
+        columns[f"{name}_frames"] = [0 if s is None else len(s.values_TF) for s in streams]
+    arrays = [
+        columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in schema
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _lists(values: list[np.ndarray | None], kind: pa.DataType) -> pa.ListArray:
+    """A list array from one copy of all values, null where None."""
+    missing = np.array([v is None for v in values])
+    offsets = np.cumsum([0, *(0 if v is None else len(v) for v in values)])
+    present = [v for v in values if v is not None]
+    flat = np.concatenate(present) if present else np.empty(0, dtype=np.float32)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(flat, kind), mask=pa.array(missing) if missing.any() else None
+    )
+
+
+def _seen(row: Row, where: str) -> Seen:
+    audio, video = (row.streams[name] for name in STREAMS)
+    return Seen(
+        row.id,
+        where,
+        row.digest(),
+        row.label,
+        row.target,
+        len(row.text),
+        (_size(audio, 0), _size(video, 0)),
+        (_size(audio, 1), _size(video, 1)),
+        (_masked(audio), _masked(video)),
+    )
+
+
+def _size(stream: Stream | None, axis: int) -> int:
+    return 0 if stream is None else int(stream.values_TF.shape[axis])
+
+
+def _masked(stream: Stream | None) -> int:
+    return 0 if stream is None or stream.mask_T is None else int((~stream.mask_T).sum())

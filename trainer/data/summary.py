@@ -1,0 +1,110 @@
+"""What a prepared dataset holds, as numbers and as tables.
+
+For regression `labels` counts the signs of the published numbers (negative, zero, positive), which is what the binary
+metrics of these benchmarks cut by; `target` beside it has mean, standard deviation and range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from trainer.data.faults import describe
+from trainer.data.rows import STREAMS, Seen
+from trainer.tasks import Task
+
+SIGNS = ("negative", "zero", "positive")
+
+
+def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> dict[str, Any]:
+    """The record's entry of one split."""
+    targets = np.array([row.target for row in rows], dtype=np.float64)
+    if task.grid is None:
+        labels = {label: int((targets == i).sum()) for i, label in enumerate(task.labels)}
+    else:
+        labels = {name: int((np.sign(targets) == sign).sum()) for name, sign in zip(SIGNS, (-1, 0, 1), strict=True)}
+    out: dict[str, Any] = {"n": len(rows), "labels": labels}
+    if task.grid is not None:
+        out["target"] = {
+            "mean": _float(targets.mean()) if len(rows) else None,
+            "std": _float(targets.std()) if len(rows) else None,
+            "min": _float(targets.min()) if len(rows) else None,
+            "max": _float(targets.max()) if len(rows) else None,
+        }
+    out["text_characters"] = _lengths([row.characters for row in rows])
+    for i, name in enumerate(STREAMS):
+        out[f"{name}_frames"] = _lengths([row.frames[i] for row in rows if row.frames[i]])
+    out["missing"] = {name: sum(not row.frames[i] for row in rows) for i, name in enumerate(STREAMS)}
+    out["masked_frames"] = {name: sum(row.masked[i] for row in rows) for i, name in enumerate(STREAMS)}
+    out["dropped"] = dropped
+    return out
+
+
+def _float(value: Any) -> float:
+    return round(float(value), 6)
+
+
+def _lengths(values: Sequence[int]) -> dict[str, float | int | None]:
+    if not values:
+        return {"mean": None, "p50": None, "p95": None, "max": None}
+    p50, p95 = np.percentile(values, [50, 95], method="inverted_cdf")
+    return {"mean": round(float(np.mean(values)), 2), "p50": int(p50), "p95": int(p95), "max": int(max(values))}
+
+
+def summary_json(record: dict[str, Any]) -> dict[str, Any]:
+    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``."""
+    return {split: dict(entry) for split, entry in record["splits"].items()}
+
+
+def summary_table(record: dict[str, Any]) -> Group:
+    """One table with a column per split, then one line for each kind of fault; nothing in it is cut off."""
+    splits = record["splits"]
+    table = Table(title=f"{record['task']['name']}  {record['fingerprint'][:12]}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for split in splits:
+        table.add_column(split, justify="right", no_wrap=True)
+
+    def add(name: str, *path: str, section: bool = False) -> None:
+        table.add_row(name, *(_cell(entry, path) for entry in splits.values()), end_section=section)
+
+    add("samples", "n", section=True)
+    first = next(iter(splits.values()))
+    for label in first["labels"]:
+        add(label, "labels", label, section=label == list(first["labels"])[-1] and "target" not in first)
+    for key in first.get("target", {}):
+        add(f"target {key}", "target", key, section=key == "max")
+    for key in ("mean", "p50", "p95", "max"):
+        add(f"characters {key}", "text_characters", key, section=key == "max")
+    for name in STREAMS:
+        if record["widths"][name]:
+            for key in ("mean", "p50", "p95", "max"):
+                add(f"{name} frames {key}", f"{name}_frames", key)
+            add(f"{name} frames masked", "masked_frames", name)
+            add(f"{name} missing", "missing", name, section=True)
+    if any(entry["dropped"] for entry in splits.values()):
+        add("left out", "dropped", section=True)
+    lines = [_features(record), *(f"fault: {line}" for line in describe(record["faults"]))]
+    lines += [f"note: {note}" for note in record["source"].get("notes", [])]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _cell(entry: dict[str, Any], path: Sequence[str]) -> str:
+    value: Any = entry
+    for key in path:
+        value = value[key]
+    return "-" if value is None else f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)
+
+
+def _features(record: dict[str, Any]) -> str:
+    def one(name: str) -> str:
+        width, rate = record["widths"][name], record["rates"][name]
+        if not width:
+            return f"{name}: none"
+        return f"{name}: {width} features per frame, " + (f"{rate:g} frames/s" if rate else "rate unknown")
+
+    return "; ".join(one(name) for name in STREAMS)
