@@ -160,7 +160,7 @@ def prepare(
     The diagnostic tasks are generated and take no --source.
     """
     from trainer.data.prepare import prepare as prepare_files
-    from trainer.data.report import tables
+    from trainer.data.summary import summary_table
     from trainer.tasks import get_task
 
     if drop_bad not in ("none", "train", "all"):
@@ -178,8 +178,7 @@ def prepare(
             raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
         else:
             summary = prepare_files(task, source, out, progress=progress, **options)
-    for table in tables(summary.record):
-        _wide().print(table)
+    _wide().print(summary_table(summary.record))
     _say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
 
 
@@ -189,14 +188,13 @@ def data_show(
 ) -> None:
     """Samples, labels, lengths and missing modalities of a prepared dataset."""
     from trainer.data.dataset import open_dataset
-    from trainer.data.report import as_dict, tables
+    from trainer.data.summary import summary_json, summary_table
 
     record = open_dataset(folder).record
     if as_json:
-        _print_json(as_dict(record))
+        _print_json(summary_json(record))
     else:
-        for table in tables(record):
-            _wide().print(table)
+        _wide().print(summary_table(record))
 
 
 @app.command()
@@ -257,6 +255,17 @@ def launch_local(
         typer.echo(" ".join(line))
         return 0
     return launch(line, folder)
+
+
+@app.command()
+def demo(
+    runs: Annotated[Path, typer.Option(help="where data and runs go", metavar="DIR")] = Path("runs"),
+    procs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+) -> int:
+    """Generate data, train EGMF in 4 bits on two processes, and show that fusion works. Needs no GPU and no download."""
+    from launch.demo import demo as run_demo
+
+    return run_demo(runs, procs)
 
 
 def default_out(config: Path, seed: int) -> Path:

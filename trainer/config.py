@@ -245,7 +245,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
-    merged = OmegaConf.merge(_read(Path(path), ()), _parse_overrides(overrides))
+    over = _parse_overrides(overrides)
+    merged = OmegaConf.merge(_read(Path(path), ()), over)
     try:
         raw = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -320,16 +321,15 @@ def _describe(fault: Any) -> str:
         return f"{key}: unknown key{_nearest(loc[-1], names)}"
     if fault["type"] == "missing":
         return f"{key}: missing"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
     given = fault.get("input")
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    near = _nearest(given, get_args_of(fault)) if isinstance(given, str) and fault["type"] == "literal_error" else ""
-    if message[0].islower() or fault["type"] == "value_error":
-        return f"{key}: {message}" if fault["type"] == "value_error" else f"{key}: must be {message}{shown}{near}"
-    return f"{key}: {message}{shown}{near}"
+    near = _nearest(given, _expected(fault)) if isinstance(given, str) and fault["type"] == "literal_error" else ""
+    return f"{key}: {fault['msg'].replace('Input should', 'must', 1)}{shown}{near}"
 
 
-def get_args_of(fault: Any) -> list[str]:
+def _expected(fault: Any) -> list[str]:
     """The allowed words of a `literal_error`, from its text ("'a', 'b' or 'c'")."""
     return [word.strip(" '") for word in str(fault["ctx"]["expected"]).replace(" or ", ",").split(",")]
 

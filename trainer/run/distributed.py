@@ -43,11 +43,10 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+    def sum(self, values: Tensor) -> None:
+        """Replace `values` by their sum over ranks."""
         if self.size > 1:
             dist.all_reduce(values)
-        return values
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's picklable `value`, on rank 0; None elsewhere."""
@@ -175,3 +174,11 @@ def _shared_memory_op() -> None:
         if not any(root.glob(f"{builder.NAME}/*.so")) and os.environ["RANK"] == "0":
             log.info("compiling DeepSpeed's shared-memory all-reduce, once: about a minute")
         builder.load()
+
+
+if __name__ == "__main__":  # builds the shared-memory op ahead of time: make ops
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_deepspeed()
+    _check_launcher()
+    if not torch.cuda.is_available():
+        _shared_memory_op()

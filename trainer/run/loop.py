@@ -253,7 +253,8 @@ def train_step(
     engine.step()
     if parts.model.fusion is not None:
         parts.model.fusion.gate.update_usage(world.sum)
-    loss, balance, asked = world.sum(told).tolist()
+    world.sum(told)
+    loss, balance, asked = told.tolist()
     if not math.isfinite(loss):
         ids = ", ".join(view[i].id for micro in micros for i in micro.indices)
         raise FloatingPointError(f"the loss of step {step + 1} is {loss / total}; samples on rank {world.rank}: {ids}")

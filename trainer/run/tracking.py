@@ -49,11 +49,11 @@ class Tracker:
             raise ValueError(
                 f"MLflow at {self.uri} (track.uri) does not answer: {error}; start the server, or set track.mlflow=false"
             ) from error
-        self.run_id = run.info.run_id
+        self.run_id = str(run.info.run_id)
 
     def start(self, config: RunConfig, tags: dict[str, Any]) -> None:
         """The resolved config as parameters (long ones cut, and said so) and `tags`."""
-        if not self.enabled:
+        if not self.enabled or self.run_id is None:
             return
         shown = {key: _shorten(key, value) for key, value in flatten(config).items()}
         known = self._mlflow.MlflowClient().get_run(self.run_id).data.params

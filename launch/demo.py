@@ -1,0 +1,77 @@
+"""The demo: generated data, a 4-bit backbone, two processes, and the proof that fusion works."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from launch.local import command, launch
+from trainer.data.dataset import open_dataset
+from trainer.data.diagnostic import generate
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RUNS = {"full model": "demo", "text only": "demo-text"}
+
+
+def demo(runs: Path, procs: int) -> int:
+    """Generate the diagnostic data, train the full and the text-only model, print one table. Returns the exit code.
+
+    What is finished already is not done again, and what was interrupted is continued.
+
+    Raises:
+        ValueError: the configs are not beside the package (the demo runs from a checkout).
+    """
+    if not (CONFIGS / "demo.yaml").is_file():
+        raise ValueError(f"no {CONFIGS / 'demo.yaml'}: run the demo from a checkout of the project")
+    data = runs / "demo-data"
+    generate("diagnostic", data)
+    for name, config in RUNS.items():
+        out = runs / config
+        _say(f"\n{name}: {out}")
+        code = launch(command(CONFIGS / f"{config}.yaml", [f"data.path={data}"], out, procs), out)
+        if code:
+            return code
+    Console().print(_table(runs, data))
+    _next(runs, data)
+    return 0
+
+
+def _table(runs: Path, data: Path) -> Table:
+    predictions = {
+        name: pd.read_parquet(runs / config / "predictions" / "test.parquet") for name, config in RUNS.items()
+    }
+    prepared = open_dataset(data)
+    train = prepared["train"].targets()
+    majority = prepared.task.labels[int(pd.Series(train).mode()[0])]
+    truth = predictions["full model"].assign(prediction=majority)
+    rows: dict[str, Any] = {**predictions, f"majority class ({majority})": truth}
+    kinds = sorted(truth["kind"].unique())
+    table = Table(title=f"accuracy on {len(truth)} test samples", title_justify="left")
+    for head in ("", "all", *kinds):
+        table.add_column(head, justify="right" if head else "left")
+    for name, frame in rows.items():
+        hit = frame["prediction"] == frame["label"]
+        table.add_row(name, *(f"{v:.3f}" for v in (hit.mean(), *(hit[frame["kind"] == kind].mean() for kind in kinds))))
+    return table
+
+
+def _next(runs: Path, data: Path) -> None:
+    bin_folder = Path(sys.executable).parent
+    _say(
+        f"""
+Try next:
+  {bin_folder}/mlflow ui --backend-store-uri sqlite:///{(runs / "mlflow.db").resolve()}   # both runs side by side
+  {bin_folder}/egmf evaluate {runs / "demo"} --split valid
+  {bin_folder}/egmf data show {data}
+  {bin_folder}/egmf train configs/demo.yaml data.path={data} model.fusion.experts='[local,global]' --out {runs / "no-semantic"}
+  {bin_folder}/egmf config show configs/meld.yaml"""
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")

@@ -1,0 +1,98 @@
+"""Configs: every file loads, every fault is named, nothing is lost between file and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, check_config, dump_config, flatten, load_config
+from trainer.tasks import get_task
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_comes_back_from_its_dump(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    for name in config.tasks:
+        get_task(name)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+
+
+def test_all_the_configs_of_the_issue_are_there() -> None:
+    assert {"base", "meld", "cherma", "mosei", "simsv2", "unified", "demo", "zero0", "zero1", "zero3"} <= {
+        p.stem for p in CONFIGS
+    }
+
+
+def test_every_fault_is_reported_at_once_with_the_nearest_name() -> None:
+    raw = {
+        "task": "meld",
+        "trian": {},
+        "train": {"zero": 5, "seedd": 1, "precision": "bf61", "lr": {"fusoin": 1}, "global_batch": 0},
+        "model": {"fusion": {"width": 255, "experts": ["locl"]}, "backbone": {"tiny": {"hidden_size": 100}}},
+        "data": {"history": -1, "modality_dropout": 1.0},
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_config(raw, "run.yaml")
+    text = str(caught.value)
+    for expected in (
+        "run.yaml: 10 faults",
+        "trian: unknown key; did you mean train?",
+        "train.seedd: unknown key; did you mean seed?",
+        "train.lr.fusoin: unknown key; did you mean fusion?",
+        "train.precision: must be 'fp32', 'bf16' or 'fp16', not 'bf61'; did you mean bf16?",
+        "train.zero: must be 0, 1, 2 or 3, not 5",
+        "train.global_batch",
+        "model.fusion.experts.0",
+        "did you mean local?",
+        "hidden_size=100 must be a multiple of 64",
+        "data.history",
+        "data.modality_dropout",
+    ):
+        assert expected in text, f"{expected!r} not in:\n{text}"
+
+
+def test_combinations_that_cannot_train_are_refused() -> None:
+    with pytest.raises(ConfigError, match="full cannot train a quantised backbone"):
+        check_config({"task": "meld", "model": {"adapter": {"kind": "full"}, "backbone": {"quantization": "nf4"}}})
+    with pytest.raises(ConfigError, match="nothing to train"):
+        check_config({"task": "meld", "model": {"adapter": {"kind": "frozen"}, "fusion": {"pseudo_tokens": 0}}})
+    with pytest.raises(ConfigError, match="at least 12"):
+        check_config({"task": "meld", "model": {"backbone": {"tiny": {"initializer_range": 0.02}}}})
+
+
+def test_extends_and_overrides_merge_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("task: meld\ntrain: {zero: 1, seed: 4}\nmodel: {fusion: {experts: [local]}}\n")
+    (tmp_path / "b.yaml").write_text("train: {zero: 0}\n")
+    (tmp_path / "sub" / "c.yaml").write_text("extends: [../a.yaml, ../b.yaml]\ntrain: {clip: 0.5}\n")
+    config = load_config(
+        tmp_path / "sub" / "c.yaml", ["train.lr.fusion=1e-5", "model.fusion.experts=[global]", "deepspeed.a.b=3"]
+    )
+    assert (config.train.zero, config.train.seed, config.train.clip, config.train.lr.fusion) == (0, 4, 0.5, 1e-5)
+    assert config.model.fusion.experts == ["global"]
+    assert config.deepspeed == {"a": {"b": 3}}
+    assert flatten(config)["deepspeed.a.b"] == 3
+    assert flatten(config)["model.fusion.experts"] == ["global"]
+
+
+def test_bad_files_are_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\ntask: meld\n")
+    (tmp_path / "list.yaml").write_text("- task\n")
+    (tmp_path / "broken.yaml").write_text("task: [meld\n")
+    (tmp_path / "orphan.yaml").write_text("extends: lop.yaml\n")
+    for name, words in (
+        ("loop.yaml", "extends itself"),
+        ("list.yaml", "mapping of sections"),
+        ("broken.yaml", "not readable YAML"),
+        ("orphan.yaml", "did you mean loop.yaml"),
+        ("lst.yaml", "did you mean list.yaml"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_config(tmp_path / name)
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(tmp_path / "list.yaml", ["train.zero"])
