@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.adapter import adapt
@@ -27,6 +35,7 @@ from trainer.models.tiny import build_tiny
 
 __all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
 
+SDPA_FLOAT32 = "sdpa_float32"
 _WINDOWED = {"sliding_attention", "chunked_attention"}
 
 
@@ -61,11 +70,14 @@ class Backbone(nn.Module):
         """Input embeddings `[..., H]` of token ids `[...]`."""
         return self.base.get_input_embeddings()(ids)
 
-    def hidden(self, embeds_BLH: Tensor, positions_BL: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, embeds_BLH: Tensor, positions_BL: Tensor, mask_B1LL: Tensor | None = None, *, exact: bool = False
+    ) -> Tensor:
         """Hidden states `[B, L, H]` after the final norm.
 
         Without a mask attention is causal, which is all that rows padded on the right need. `mask_B1LL[b, 0, q, k]`
-        true: q sees k. Kernels that take no such mask (flash-attn) leave this one pass to sdpa.
+        true: q sees k. Kernels that take no such mask (flash-attn) leave this one pass to sdpa. `exact` with a mask: half
+        precision attends in float32, so that a row's values do not hang on its padding and neighbours.
         """
         decoder = self.base.get_decoder()
         if mask_B1LL is None:
@@ -76,7 +88,7 @@ class Backbone(nn.Module):
                 f"rows reach position {int(positions_BL.max())}, beyond the backbone's attention window of {self._window}: "
                 "answers cannot be scored as a tree there. Shorten data.max_text_tokens or data.history"
             )
-        with self._masked_kernel() as kernel:
+        with self._masked_kernel(exact and embeds_BLH.dtype in (torch.bfloat16, torch.float16)) as kernel:
             mask = mask_B1LL
             if kernel == "eager":
                 mask = torch.zeros(mask.shape, dtype=embeds_BLH.dtype, device=mask.device)
@@ -107,18 +119,21 @@ class Backbone(nn.Module):
         return logits if self._scale_logits is None else self._scale_logits(logits)
 
     @contextmanager
-    def _masked_kernel(self) -> Iterator[str]:
-        if self.attention in ("sdpa", "eager"):
-            yield self.attention
+    def _masked_kernel(self, exact: bool) -> Iterator[str]:
+        kernel = self.attention if self.attention in ("sdpa", "eager") else "sdpa"
+        if exact and kernel == "sdpa":  # eager takes its softmax in float32 as it is
+            kernel = SDPA_FLOAT32
+        if kernel == self.attention:
+            yield kernel
             return
         if torch.is_grad_enabled() and self.training and getattr(self.base, "is_gradient_checkpointing", False):
             raise ValueError(
-                f"{self.attention} takes no attention mask, and gradient checkpointing would recompute with it what sdpa "
-                "computed: use model.backbone.attention=sdpa"
+                f"this pass attends with {kernel}, and gradient checkpointing would recompute it with {self.attention}: "
+                "use model.backbone.attention=sdpa, or no checkpointing"
             )
-        self.base.set_attn_implementation("sdpa")
+        self.base.set_attn_implementation(kernel)
         try:
-            yield "sdpa"
+            yield kernel
         finally:
             self.base.set_attn_implementation(self.attention)
 
@@ -157,6 +172,8 @@ def build_backbone(
         BackboneError: with what is wrong and what to do.
     """
     device = torch.device(device)
+    AttentionInterface.register(SDPA_FLOAT32, _sdpa_float32)
+    AttentionMaskInterface.register(SDPA_FLOAT32, sdpa_mask)
     attention = resolve_attention(config.attention, device, dtype)
     tokenizer = load_tokenizer(config, folder)
     model = load_model(config, dtype, device, attention, folder)
@@ -173,6 +190,13 @@ def build_backbone(
     backbone.fingerprint = base_fingerprint(backbone)
     backbone.train()
     return backbone
+
+
+def _sdpa_float32(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    return out.to(query.dtype), None
 
 
 def base_fingerprint(backbone: Backbone) -> str:

@@ -175,9 +175,8 @@ class EGMF(nn.Module):
         device = embeds_BLH.device
         nodes_BNH = self.backbone.embed(trie.token_N)[None].expand(B, N, -1)
         positions_BL = torch.cat([_arange(B, L, device), batch.context_length_B[:, None] + trie.depth_N], 1)
-        hidden_BLH = self.backbone.hidden(
-            torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, _trie_mask(batch.context_length_B, L, trie)
-        )
+        mask_B1LL = _trie_mask(batch.context_length_B, L, trie)
+        hidden_BLH = self.backbone.hidden(torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, exact=True)
         nodes_BN = torch.arange(L, L + N, device=device).expand(B, N)
         hidden_BPH = _gather(hidden_BLH, torch.cat([batch.context_length_B[:, None] - 1, nodes_BN], 1))
         node_BN = hidden_BPH.new_zeros(B, N, dtype=torch.float32)
