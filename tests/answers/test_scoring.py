@@ -227,7 +227,7 @@ def test_anything_else_is_invalid_and_never_zero_or_a_label(name, style, text):
 def test_grids_of_own_tasks_parse_exactly_their_numbers(low, steps, step):
     grid = {"low": low / 10, "high": (low + steps * step) / 10, "step": step / 10}
     task = define_task({"name": "own", "kind": "regression", "grid": grid})
-    inside = {tenth for tenth in range(low, low + steps * step + 1, step)}
+    inside = set(range(low, low + steps * step + 1, step))
     for tenth in range(low - 3, low + steps * step + 4):
         text = f"{'-' if tenth < 0 else ''}{abs(tenth) // 10}.{abs(tenth) % 10}"
         value = parse_answer(task, text)
