@@ -19,10 +19,9 @@ import pyarrow.compute as pc
 
 from trainer.batch import Sample
 from trainer.data.faults import DataError
-from trainer.data.folder import RECORD, read_record
+from trainer.data.folder import FORMAT, RECORD, read_record
 from trainer.tasks import Task, TaskError, define_task
 
-FORMAT = 1
 STREAMS = ("audio", "video")
 _ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "training": "train", "testing": "test"}
 

@@ -19,6 +19,7 @@ from typing import Any
 from trainer.data.faults import DataError
 
 RECORD = "record.json"
+FORMAT = 1
 _LOCK = ".egmf-preparing"
 
 

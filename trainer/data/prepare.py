@@ -11,22 +11,19 @@ import errno
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
-from trainer.data.dataset import FORMAT, open_dataset
 from trainer.data.faults import DataError, Fault, describe, group
-from trainer.data.folder import RECORD, NewFolder, check_free, new_folder, read_record
+from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
+from trainer.data.helpers import helpers
 from trainer.data.readers import SPLITS, Source, open_source
 from trainer.data.rows import STREAMS, Part, Seen, convert, convert_part, keep
 from trainer.data.summary import statistics
@@ -182,15 +179,15 @@ def _convert(task: Task, source: Source, folder: Path, workers: int, progress: P
 def _convert_many(
     task: Task, source: Source, folder: Path, workers: int, progress: Progress, splits: list[str]
 ) -> dict[str, list[Part]]:
-    count = workers * PARTS
+    read, schema, count = source.part, _schema(), workers * PARTS
+    assert read is not None
     places = {}
     done: dict[str, int] = Counter()
-    schema = _schema()
-    with _processes(workers) as pool:
+    with helpers(workers) as pool:
         for split in splits:
             for k in range(count):
                 path = folder / split / f"part-{k}.arrow"
-                job = pool.submit(convert_part, _not_none(source.part), task, split, (k, count), path, schema)
+                job = pool.submit(convert_part, read, task, split, (k, count), path, schema)
                 places[job] = (split, k)
         found: dict[tuple[str, int], Part] = {}
         for job in as_completed(places):
@@ -198,40 +195,6 @@ def _convert_many(
             done[part.split] += len(part.seen)
             progress(part.split, done[part.split], None)
     return {split: [found[split, k] for k in range(count)] for split in splits}
-
-
-def _not_none(part: Any) -> Any:
-    assert part is not None
-    return part
-
-
-@contextlib.contextmanager
-def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Helper processes that are ended at once where the block fails or is interrupted, and that die with this one."""
-    before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_helper)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-            child.join()
-        raise
-    pool.shutdown()
-
-
-def _begin_helper() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 # ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -409,6 +372,8 @@ def _write(folder: Path, parts: dict[str, list[Part]], record: dict[str, Any]) -
 
 
 def _put_in_place(folder: NewFolder, record: dict[str, Any], force: bool) -> Summary:
+    from trainer.data.dataset import open_dataset  # imports torch
+
     there = read_record(folder.out)
     if there is not None and there["fingerprint"] == record["fingerprint"]:
         with contextlib.suppress(DataError):  # a damaged copy is replaced
