@@ -88,8 +88,8 @@ def train(config: ConfigFile, overrides: Overrides = None, out: Out = None, debu
     folder = out or default_out(config, loaded.train.seed)
 
     def work(world: Any) -> int:
+        from trainer.run.logs import set_up_logging
         from trainer.run.loop import fit
-        from trainer.run.record import set_up_logging
 
         set_up_logging(folder, world.rank, debug=debug)
         code = fit(loaded, folder, world)
@@ -115,7 +115,7 @@ def evaluate(
 
     def work(world: Any) -> int:
         from trainer.run.evaluate import write_predictions
-        from trainer.run.record import set_up_logging
+        from trainer.run.logs import set_up_logging
         from trainer.run.saved import open_run
 
         set_up_logging(None, world.rank, debug=debug)
@@ -293,7 +293,7 @@ def _in_world(work: Callable[[Any], int], debug: bool) -> int:
 
     quiet_deepspeed()
     from trainer.run.distributed import start_world, stop_world
-    from trainer.run.record import set_up_logging
+    from trainer.run.logs import set_up_logging
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
     world = start_world()

@@ -238,7 +238,8 @@ def _text(raw: bytes) -> str:
         return halves.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def text2(raw: bytes) -> str:
+def old_text(raw: bytes) -> str:
+    """Text that nobody named the encoding of: UTF-8, else Windows-1252, else Latin-1."""
     for encoding in ("utf-8", "cp1252"):
         try:
             return raw.decode(encoding)
@@ -342,7 +343,7 @@ def _refused(name: str) -> Callable[[Machine], NoReturn]:
     return lambda machine: machine.refuse(f"opcode {name}")
 
 
-_DECODERS: dict[str, Callable[[bytes], Any]] = {"str2": text2, "text": _text, "bytes": bytes, "bytearray": bytearray}
+_DECODERS: dict[str, Callable[[bytes], Any]] = {"str2": old_text, "text": _text, "bytes": bytes, "bytearray": bytearray}
 _U1, _U2, _U4, _U8, _I4, _F8 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<Q", "<i", ">d"))
 _STOP = ord(".")
 _REFUSED = {

@@ -82,25 +82,22 @@ class EGMF(nn.Module):
         Only matrices of layers decay: no norms, biases, embeddings, slots. Groups are named and never empty.
         """
         groups: dict[str, dict[str, Any]] = {}
-        for module_name, module in self.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if not parameter.requires_grad:
-                    continue
-                part = module_name.partition(".")[0]
-                matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not isinstance(
-                    module, nn.Embedding
-                )
-                decays = matrix and (part == "backbone" or leaf.endswith("weight"))
-                group = groups.setdefault(
-                    part if decays else f"{part}-nodecay",
-                    {
-                        "params": [],
-                        "lr": fusion_lr if part == "fusion" else backbone_lr,
-                        "weight_decay": weight_decay if decays else 0.0,
-                    },
-                )
-                if not any(parameter is known for known in group["params"]):
-                    group["params"].append(parameter)
+        for (
+            name,
+            parameter,
+        ) in self.named_parameters():  # a weight shared by embedding and head comes once, as embedding
+            if not parameter.requires_grad:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            part = name.partition(".")[0]
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            layer = not isinstance(self.get_submodule(owner), nn.Embedding) and (part != "fusion" or "weight" in leaf)
+            decay = weight_decay if matrix and layer else 0.0
+            group = groups.setdefault(
+                part if matrix and layer else f"{part}-nodecay",
+                {"params": [], "lr": fusion_lr if part == "fusion" else backbone_lr, "weight_decay": decay},
+            )
+            group["params"].append(parameter)
         return [{"name": name, **group} for name, group in sorted(groups.items())]
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -179,21 +176,22 @@ class EGMF(nn.Module):
         hidden_BLH = self.backbone.hidden(torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, exact=True)
         nodes_BN = torch.arange(L, L + N, device=device).expand(B, N)
         hidden_BPH = _gather(hidden_BLH, torch.cat([batch.context_length_B[:, None] - 1, nodes_BN], 1))
-        node_BN = hidden_BPH.new_zeros(B, N, dtype=torch.float32)
-        end_BP = hidden_BPH.new_zeros(B, N + 1, dtype=torch.float32)
+        node_BN = hidden_BPH.new_zeros(B, N, dtype=torch.float64)  # sums in float64: scores reach -50 and below
+        end_BP = hidden_BPH.new_zeros(B, N + 1, dtype=torch.float64)
         from_N = trie.parent_N + 1  # the place that predicts a node: 0 is the cue's end
-        vocabulary = self.backbone.vocabulary
-        at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+        at_once = max(1, LOGITS_AT_ONCE // self.backbone.vocabulary)
         for start in range(0, N + 1, at_once):
-            logprob_BpV = self.backbone.logits(hidden_BPH[:, start : start + at_once]).float().log_softmax(-1)
-            end_BP[:, start : start + at_once] = logprob_BpV[..., trie.end]
+            logits_BpV = self.backbone.logits(hidden_BPH[:, start : start + at_once]).float()
+            norm_Bp = logits_BpV.logsumexp(-1).double()
+            end_BP[:, start : start + at_once] = logits_BpV[..., trie.end].double() - norm_Bp
             here_n = ((from_N >= start) & (from_N < start + at_once)).nonzero()[:, 0]
-            node_BN[:, here_n] = logprob_BpV[:, from_N[here_n] - start, trie.token_N[here_n]]
+            at_n = from_N[here_n] - start
+            node_BN[:, here_n] = logits_BpV[:, at_n, trie.token_N[here_n]].double() - norm_Bp[:, at_n]
         total_BP = torch.zeros_like(end_BP)
         for depth in range(int(trie.depth_N.max()) + 1):
             at_n = (trie.depth_N == depth).nonzero()[:, 0]
             total_BP[:, at_n + 1] = total_BP[:, from_N[at_n]] + node_BN[:, at_n]
-        return (total_BP + end_BP)[:, trie.leaf_C + 1]
+        return (total_BP + end_BP)[:, trie.leaf_C + 1].float()
 
     def _generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
         embeds_BLH, _ = self._embed(batch)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from trainer.models.egmf import EGMF
 from trainer.run.distributed import World
+from trainer.run.files import write_json, write_text
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -139,15 +139,3 @@ def load_weights(model: EGMF, checkpoint: Path, world: World) -> None:
         raise CheckpointError(f"checkpoint {checkpoint} has no {WEIGHTS}")
     weights: dict[str, Tensor] = load_file(path)
     load_trainable_state(model, weights, world)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.run.logs import captured_stdout
+
 log = logging.getLogger(__name__)
 
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -101,7 +103,8 @@ def start_world() -> World:
     else:
         device = torch.device("cpu")
         _shared_memory_op()
-    deepspeed.init_distributed(verbose=False)
+    with captured_stdout():
+        deepspeed.init_distributed(verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

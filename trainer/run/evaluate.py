@@ -145,7 +145,13 @@ def _rows(task: Task, said: Predictions) -> list[dict[str, Any]]:
         shown = None if not valid else task.labels[int(value)] if task.kind == "classification" else float(value)
         probabilities = said.probability_BC[b].tolist() if said.probability_BC is not None and valid else None
         rows.append(
-            {"prediction": shown, "valid": bool(valid), "answer": said.answers[b], "probabilities": probabilities}
+            {
+                "value": value,
+                "prediction": shown,
+                "valid": bool(valid),
+                "answer": said.answers[b],
+                "probabilities": probabilities,
+            }
         )
     return rows
 

@@ -22,12 +22,11 @@ from trainer.run.checkpoint import (
     load_weights,
     read_state,
     resume_engine,
-    write_json,
-    write_text,
 )
 from trainer.run.distributed import World
 from trainer.run.engine import build_engine, check_precision, dtype_of, zero_stage
 from trainer.run.evaluate import evaluate, write_predictions
+from trainer.run.files import write_json, write_text
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.signals import STOPPED, StopRequest
@@ -70,7 +69,7 @@ def fit(config: RunConfig, out: Path, world: World) -> int:
             record.update(state="running", started=now(), ended=None, failure=None, **environment())
             parts = assemble(config, out, world, dtype_of(config))
             identity = _identity(config, parts, world)
-            record.update(seed=config.train.seed, precision=config.train.precision, **identity)
+            record.update(precision=config.train.precision, **identity)
             tracker = Tracker(config, out, enabled=world.first, run_id=_known_run(config, record))
             record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None)
             tracker.start(config, _tags(record.values))

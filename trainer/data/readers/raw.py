@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
 
 
 class ReaderError(ValueError):
@@ -65,3 +68,64 @@ class Source:
     rates: dict[str, float | None] = field(default_factory=lambda: {"audio": None, "video": None})
     notes: list[str] = field(default_factory=list)
     part: Callable[[str, int, int], Iterator[RawSample]] | None = None
+
+
+@dataclass
+class Table:
+    """The rows of one split in one file: `row(i)` for 0 <= i < n, in any order. `text` and `label` of a row alone are cheap."""
+
+    path: Path
+    split: str
+    n: int
+    row: Callable[[int], RawSample]
+    widths: dict[str, int] | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file or key is named after: its only part that is the name of one."""
+    words = re.split(r"[^a-z]+", name.lower())
+    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return found.pop() if len(found) == 1 else None
+
+
+def as_text(value: Any) -> str | None:
+    """Text as published; a number is written out, anything else is no text (None)."""
+    value = _plain(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def as_label(value: Any) -> str | float | None:
+    """A label's word or number."""
+    value = _plain(value)
+    if isinstance(value, (bool, bytes)):
+        return as_text(value) if isinstance(value, bytes) else str(value)
+    return value if isinstance(value, (str, int, float)) else None
+
+
+def as_length(value: Any) -> Any:
+    """A claimed length: an integer where it is one, else the value itself, for the checks to name."""
+    value = _plain(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_features(value: Any) -> np.ndarray | None:
+    """An array of features; what is none becomes an array of dtype object, for the checks to name."""
+    if value is None:
+        return None
+    try:
+        array = np.asarray(value)
+        return array if array.dtype.kind != "O" else np.asarray(value, dtype=np.float32)
+    except (ValueError, TypeError, RecursionError):
+        return np.array([None], dtype=object)
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar, or an array of one element, as the Python value it holds."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.item() if value.size == 1 else None
+    return value

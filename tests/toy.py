@@ -1,0 +1,57 @@
+"""Small datasets for tests of the run: a label written in text and audio, ragged lengths, missing modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.prepare import prepare_source
+from trainer.data.readers import Source
+from trainer.data.readers.raw import RawSample
+from trainer.tasks import get_task
+
+WIDTHS = {"audio": 6, "video": 5}
+WORDS = ("red", "green", "blue", "white", "grey", "black", "pink")
+
+
+def toy_source(name: str, sizes: dict[str, int], seed: int = 0) -> Source:
+    """Samples of task `name`: the label's word in half of the texts, its number in the audio's mean."""
+    task = get_task(name)
+    answers = task.answers()
+
+    def samples(split: str) -> Iterator[RawSample]:
+        rng = np.random.default_rng([seed, len(split)])
+        for i in range(sizes[split]):
+            k = int(rng.integers(len(answers)))
+            word = WORDS[k % len(WORDS)] if i % 2 else "nothing"
+            frames, images = int(rng.integers(2, 12)), int(rng.integers(1, 6))
+            audio = rng.normal(k % 4, 0.5, (frames, WIDTHS["audio"])) if i % 5 else None
+            video = rng.normal(0, 1.0, (images, WIDTHS["video"])) if i % 7 else None
+            label = task.labels[k] if task.kind == "classification" else task.grid.values[k]  # type: ignore[union-attr]
+            yield RawSample(
+                id=f"{split}-{i:04d}",
+                split=split,
+                text=f"{word} {' so'.join([''] * int(rng.integers(1, 9)))} 说 {i % 10}",
+                label=label,
+                audio=audio,
+                video=video,
+                audio_length=None,
+                video_length=None,
+                dialogue=f"d{i // 4}",
+                turn=i % 4,
+                speaker=f"speaker {i % 2}",
+            )
+
+    return Source(
+        name="toy", samples=samples, splits=list(sizes), files=[], widths=WIDTHS, rates={"audio": 10.0, "video": 5.0}, notes=[]
+    )
+
+
+def prepare_toy(name: str, folder: Path, train: int = 48, valid: int = 13, test: int = 11, seed: int = 0) -> Path:
+    """A prepared toy dataset in `folder`/`name`."""
+    out = folder / name
+    sizes = {"train": train, "valid": valid, "test": test}
+    prepare_source(get_task(name), toy_source(name, sizes, seed), out)
+    return out

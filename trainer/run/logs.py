@@ -1,0 +1,85 @@
+"""The logs of a run: readable for people, free of what a user can do nothing about."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+log = logging.getLogger(__name__)
+
+NOISY = (
+    "DeepSpeed",
+    "deepspeed",
+    "mlflow",
+    "alembic",
+    "datasets",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "urllib3",
+    "git",
+)
+SILENT = ("bitsandbytes.backends.cpu.ops",)  # says that a kernel of the hub is absent: it is not needed
+
+
+def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console: Console | None = None) -> None:
+    """Rank 0: readable lines on stderr and in ``log.txt``. Other ranks: warnings on stderr, all in ``log.rankN.txt``.
+
+    Our libraries' chatter is kept to warnings; what a user can do nothing about is dropped. `debug` shows all of it.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    screen: logging.Handler
+    if rank == 0:
+        shown = console or Console(stderr=True)
+        if shown.is_terminal:
+            screen = RichHandler(console=shown, show_path=debug, rich_tracebacks=False, omit_repeated_times=False)
+        else:
+            screen = logging.StreamHandler()
+            screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    else:
+        screen = logging.StreamHandler()
+        screen.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+        screen.setLevel(logging.DEBUG if debug else logging.WARNING)
+    root.addHandler(screen)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(out / ("log.txt" if rank == 0 else f"log.rank{rank}.txt"), encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(file)
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in NOISY:
+        library = logging.getLogger(name)
+        library.setLevel(logging.WARNING)
+        for handler in list(library.handlers):  # some print beside the root logger, DeepSpeed to stdout
+            library.removeHandler(handler)
+        library.propagate = True
+    warnings.simplefilter("default")
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    logging.captureWarnings(True)
+
+
+@contextlib.contextmanager
+def captured_stdout() -> Iterator[None]:
+    """What Python code prints inside the block goes to the log, as detail."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    for line in said.getvalue().splitlines():
+        log.debug("%s", line)
