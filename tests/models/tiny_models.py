@@ -14,7 +14,12 @@ from trainer.models.backbone import Backbone, build_backbone, build_tiny
 from trainer.models.egmf import EGMF
 from trainer.models.fusion import Fusion
 
-TEXTS = ["Answer with one of: joy, anger, sadness.", "Oh no, what happened to you?", "今天天气很好，我很高兴。", "-1.0 0.3"]
+TEXTS = [
+    "Answer with one of: joy, anger, sadness.",
+    "Oh no, what happened to you?",
+    "今天天气很好，我很高兴。",
+    "-1.0 0.3",
+]
 FAMILIES = ("qwen2", "qwen3", "llama", "glm", "glm4")
 
 
@@ -51,7 +56,9 @@ def save_family(family: str, folder: Path, tied: bool = False, **sizes: int) -> 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, adapter: AdapterConfig | None = None, **changes) -> Backbone:
     torch.manual_seed(3)
-    backbone = build_backbone(BackboneConfig(name=str(folder), **changes), adapter or AdapterConfig(dropout=0.0), dtype, "cpu")
+    backbone = build_backbone(
+        BackboneConfig(name=str(folder), **changes), adapter or AdapterConfig(dropout=0.0), dtype, "cpu"
+    )
     for name, parameter in backbone.named_parameters():
         if "lora_B" in name:  # zero at first: an adapter that does nothing hides faults
             torch.nn.init.normal_(parameter, std=0.1)
