@@ -1,0 +1,225 @@
+"""Own data: a JSONL with one sample a line, features in `.npy` or `.npz` files beside it.
+
+`{"id": "a1", "text": "…", "label": "joy", "audio": "a1.npy", "video": "a1.npz", "split": "train", "speaker": "Ann",
+"dialogue": "d7", "turn": 3, "rate": {"audio": 100, "video": 25}}`. Only text and label (or `target`, a number) are needed. Paths are relative to the
+JSONL. The split may be the file's name instead. `docs/data.md` has the whole list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import mmap
+import zipfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table, split_of
+from trainer.tasks import Task
+
+_DEFLATE = 1100  # what a compressed byte can expand to, at most
+
+Word = str | int | None
+Length = Annotated[int, Field(strict=True)] | None
+
+
+class Line(BaseModel):
+    """One sample as written."""
+
+    model_config = ConfigDict(extra="allow")
+    id: Word = None
+    text: str | None = None
+    label: str | int | float | None = None
+    target: str | int | float | None = None
+    audio: str | None = None
+    video: str | None = None
+    audio_length: Length = None
+    video_length: Length = None
+    split: str | None = None
+    speaker: Word = None
+    dialogue: Word = None
+    turn: Length = None
+    kind: str | None = None
+    language: str | None = None
+    rate: dict[Literal["audio", "video"], Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
+
+
+def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], check: bool = True) -> list[Table]:
+    """One table for each split in the file; what is wrong with its lines goes to `faults`.
+
+    `check` looks into every feature file's header as well.
+    """
+    if path.stat().st_size == 0:
+        faults.append(f"{path}: is empty")
+        return []
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    named = split_of(path.stem)
+    places: dict[str, list[tuple[int, int, int]]] = {}  # split -> line number, start and stop of its lines
+    rates: dict[str, Counter[float]] = {"audio": Counter(), "video": Counter()}
+    unknown: Counter[str] = Counter()
+    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+    number = 0
+    while start < len(data):
+        stop = data.find(b"\n", start) + 1 or len(data)
+        number += 1
+        raw = data[start:stop].strip()
+        if raw:
+            where = f"{path} line {number}"
+            line = _parse(raw, where, faults)
+            if line is not None:
+                split = SPLIT_NAMES.get(line.split.lower()) if line.split is not None else named
+                if split is None:
+                    faults.append(f"{where}: {_no_split(line)}")
+                places.setdefault(split or "", []).append((number, start, stop))
+                unknown.update(line.model_extra or {})
+                for stream, rate in line.rate.items():
+                    rates[stream][rate] += 1
+                if check:
+                    faults += [f"{where}: {fault}" for fault in _feature_faults(path, line)]
+        start = stop
+    for name, found in rates.items():
+        if len(found) > 1:
+            faults.append(
+                f"{path}: {name} has several rates ({', '.join(f'{rate:g}' for rate in found)}): resample to one"
+            )
+    if unknown:
+        notes.append(f"{path.name}: not used: {', '.join(_unused(key, n) for key, n in unknown.most_common(20))}")
+    agreed = {name: next(iter(found)) for name, found in rates.items() if found}
+    return [
+        Table(path, split, len(lines), partial(_sample, task, path, data, split, lines), rates=agreed)
+        for split, lines in places.items()
+        if split
+    ]
+
+
+def _parse(raw: bytes, where: str, faults: list[str]) -> Line | None:
+    try:
+        return Line.model_validate_json(raw)
+    except ValidationError as error:
+        seen: dict[str, str] = {}
+        for fault in error.errors(include_url=False):
+            at = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int", "float"))
+            seen.setdefault(at, fault["msg"])
+        faults += [f"{where}: {f'{at}: ' if at else ''}{message}" for at, message in seen.items()]
+    return None
+
+
+def _no_split(line: Line) -> str:
+    if line.split is None:
+        return "no split: give every sample one, or name the file train.jsonl, valid.jsonl or test.jsonl"
+    return f"split {line.split!r} is none of train, valid, test"
+
+
+def _unused(key: str, n: int) -> str:
+    close = difflib.get_close_matches(key, Line.model_fields, n=1)
+    return f"{key[:40]!r} of {n} line(s)" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def _sample(
+    task: Task, path: Path, data: mmap.mmap, split: str, lines: list[tuple[int, int, int]], i: int
+) -> RawSample:
+    number, start, stop = lines[i]
+    line = Line.model_validate_json(data[start:stop].strip())
+    first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
+    features = {
+        name: None if (file := getattr(line, name)) is None else load_features(path.parent / file, name)
+        for name in ("audio", "video")
+    }
+    return RawSample(
+        id=f"{split}-{number:05d}" if line.id is None else str(line.id),
+        split=split,
+        text=line.text,
+        label=second if first is None else first,
+        audio=features["audio"],
+        video=features["video"],
+        audio_length=line.audio_length,
+        video_length=line.video_length,
+        speaker=_word(line.speaker),
+        dialogue=_word(line.dialogue),
+        turn=line.turn,
+        kind=line.kind,
+        language=line.language,
+        where=f"{path.name} line {number}",
+    )
+
+
+def _word(value: Word) -> str | None:
+    return None if value is None else str(value)
+
+
+def _feature_faults(path: Path, line: Line) -> list[str]:
+    faults = []
+    for name in ("audio", "video"):
+        file = getattr(line, name)
+        if file is not None:
+            try:
+                load_features(path.parent / file, name, check=True)
+            except FileNotFoundError:
+                faults.append(f"no {name} file {path.parent / file}")
+            except (OSError, ValueError) as error:
+                faults.append(f"{name} file {path.parent / file}: {error}")
+    return faults
+
+
+def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray | None:
+    """The array in an `.npy` file (mapped, not read), or in an `.npz`: the one called `name`, or the only one.
+
+    `check` looks at the header alone and returns nothing.
+
+    Raises:
+        OSError, ValueError: no such file, or no array of numbers; objects (pickles) are never read.
+    """
+    if path.suffix == ".npy":
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise ValueError("is no .npy array")
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"is no readable array: {error}") from error
+        return None if check else array
+    if path.suffix != ".npz":
+        raise ValueError("features are .npy or .npz files")
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n.removesuffix(".npy") for n in archive.namelist()]
+            key = name if name in names else names[0] if len(names) == 1 else None
+            if key is None:
+                raise ValueError(
+                    f"holds {', '.join(names[:8]) or 'nothing'}; one array, or one called {name!r}, was expected"
+                )
+            info = archive.getinfo(f"{key}.npy")
+            with archive.open(info) as member:
+                _check_member(member, info)
+        if check:
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.asarray(arrays[key])
+    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"is no readable .npz: {error}") from error
+
+
+def _check_member(member: Any, info: zipfile.ZipInfo) -> None:
+    """Refuse an array in an archive that holds objects or claims more than the archive has."""
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"is an array of format {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects")
+    if (
+        member.tell() + math.prod(shape) * dtype.itemsize != info.file_size
+        or info.file_size > _DEFLATE * info.compress_size
+    ):
+        raise ValueError(f"claims shape {shape} of type {dtype}, which is not the size of what it holds")

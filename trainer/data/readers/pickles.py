@@ -1,0 +1,160 @@
+"""Pickles of samples and of arrays.
+
+- One list of samples per split, `meld_train.pkl`: `{"features": {"text", "audio", "video", "audio_len", "video_len"}, "label"}`
+  (MELD, CHERMA, and own tasks of that layout; samples may also carry id, speaker, dialogue, turn, kind, language).
+- One mapping of splits to columns, `unaligned_50.pkl`: `{"train": {"raw_text", "audio", "vision", "id", "regression_labels",
+  "audio_lengths", "vision_lengths", …}, …}` (CMU-MOSEI, CMU-MOSI, CH-SIMS v2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.readers.raw import (
+    SPLIT_NAMES,
+    RawSample,
+    Table,
+    as_features,
+    as_label,
+    as_length,
+    as_text,
+    split_of,
+)
+from trainer.data.unpickle import UnsafePickle, load_pickle
+from trainer.tasks import Task
+
+# what a column is for -> its published names, the first found is read
+_COLUMNS = {
+    "text": ("raw_text", "text"),
+    "id": ("id", "ids"),
+    "audio": ("audio",),
+    "video": ("vision", "video"),
+    "audio_length": ("audio_lengths",),
+    "video_length": ("vision_lengths", "video_lengths"),
+}
+_NUMBERS = ("regression_labels", "labels")
+_WORDS = ("labels", "label", "annotations")
+
+
+def read_pickle(task: Task, path: Path, faults: list[str]) -> list[Table]:
+    """The tables in one pickle; what is wrong with it goes to `faults`."""
+    try:
+        content = load_pickle(path)
+    except UnsafePickle as error:
+        faults.append(str(error))
+        return []
+    if isinstance(content, dict):
+        splits = {str(key): value for key, value in content.items() if str(key) in SPLIT_NAMES}
+        if splits:
+            tables = [_columns(task, path, SPLIT_NAMES[key], value, faults) for key, value in splits.items()]
+            return [table for table in tables if table is not None]
+    split = split_of(path.stem)
+    if not isinstance(content, (list, tuple, dict)) or (isinstance(content, dict) and "raw_text" not in content):
+        faults.append(
+            f"{path}: holds {_kind(content)}; a list of samples, or a mapping with train, valid and test, was expected"
+        )
+    elif split is None:
+        faults.append(f"{path}: holds one split, but its name does not say which: name it {task.name}_train.pkl or so")
+    else:
+        read: Any = _columns if isinstance(content, dict) else _samples
+        table = read(task, path, split, content, faults)
+        return [] if table is None else [table]
+    return []
+
+
+def _samples(task: Task, path: Path, split: str, rows: Sequence[Any], faults: list[str]) -> Table | None:
+    known = len(faults)
+    for i, row in enumerate(rows):
+        features = row.get("features", row) if isinstance(row, dict) else None
+        if not isinstance(features, dict) or "text" not in features or "label" not in row:
+            faults.append(
+                f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …) and label was expected"
+            )
+
+    def sample(i: int) -> RawSample:
+        row = rows[i]
+        features = row.get("features", row)
+        return RawSample(
+            id=as_text(row.get("id")) or f"{split}-{i:05d}",
+            split=split,
+            text=as_text(features["text"]),
+            label=as_label(row["label"]),
+            audio=as_features(features.get("audio")),
+            video=as_features(features.get("video")),
+            audio_length=as_length(features.get("audio_len")),
+            video_length=as_length(features.get("video_len")),
+            speaker=as_text(row.get("speaker")),
+            dialogue=as_text(row.get("dialogue")),
+            turn=as_length(row.get("turn")),
+            kind=as_text(row.get("kind")),
+            language=as_text(row.get("language")),
+            where=f"{path.name} row {i}",
+        )
+
+    return Table(path, split, len(rows), sample) if len(faults) == known else None
+
+
+def _columns(task: Task, path: Path, split: str, content: Any, faults: list[str]) -> Table | None:
+    if not isinstance(content, dict):
+        faults.append(f"{path}: its {split} is {_kind(content)}; a mapping of columns was expected")
+        return None
+    names = {**_COLUMNS, "label": _NUMBERS if task.kind == "regression" else _WORDS}
+    columns: dict[str, Any] = {
+        use: next((content[n] for n in found if n in content), None) for use, found in names.items()
+    }
+    known = len(faults)
+    for use in ("text", "label"):
+        if columns[use] is None:
+            faults.append(f"{path}: {split} has no {' or '.join(names[use])}; it has {_shown(content)}")
+    sizes: dict[str, int | None] = {}
+    for use, column in columns.items():
+        if column is not None:
+            sized = isinstance(column, (list, tuple)) or (isinstance(column, np.ndarray) and column.ndim > 0)
+            sizes[use] = len(column) if sized else None
+    if len(set(sizes.values())) > 1 or None in sizes.values():
+        found = ", ".join(f"{use} {'no list' if size is None else size}" for use, size in sizes.items())
+        faults.append(f"{path}: the columns of {split} differ in length: {found}")
+    if len(faults) > known:
+        return None
+
+    def cell(use: str, i: int) -> Any:
+        column = columns[use]
+        return None if column is None else column[i]
+
+    def sample(i: int) -> RawSample:
+        return RawSample(
+            id=_id(cell("id", i)) or f"{split}-{i:05d}",
+            split=split,
+            text=as_text(cell("text", i)),
+            label=as_label(cell("label", i)),
+            audio=as_features(cell("audio", i)),
+            video=as_features(cell("video", i)),
+            audio_length=as_length(cell("audio_length", i)),
+            video_length=as_length(cell("video_length", i)),
+            where=f"{path.name} {split} row {i}",
+        )
+
+    widths = {use: columns[use].shape[2] for use in ("audio", "video") if getattr(columns[use], "ndim", 0) == 3}
+    return Table(path, split, next(s for s in sizes.values() if s is not None), sample, widths or None)
+
+
+def _id(value: Any) -> str | None:
+    """An id; published as one text, or as several parts (video, start, end)."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.size > 1):
+        return "_".join(as_text(part) or "" for part in value)
+    return as_text(value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"a mapping of {_shown(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _shown(content: Mapping[Any, Any]) -> str:
+    keys = [str(key)[:40] for key in list(content)[:12]]
+    return (", ".join(keys) or "nothing") + (", …" if len(content) > 12 else "")
