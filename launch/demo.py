@@ -33,7 +33,7 @@ def demo(runs: Path, procs: int) -> int:
     for name, config in RUNS.items():
         out = runs / config
         _say(f"\n{name}: {out}")
-        code = launch(command(CONFIGS / f"{config}.yaml", [f"data.path={data}"], out, procs), out)
+        code = launch(command(CONFIGS / f"{config}.yaml", [f"data.path={data}"], out), procs, out)
         if code:
             return code
     Console().print(_table(runs, data))

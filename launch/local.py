@@ -1,56 +1,138 @@
-"""Several processes on this machine, through torchrun's elastic agent.
+"""Several processes on this machine: one per GPU, or as many as asked for on a CPU.
 
-The agent is used and not the deepspeed launcher, since it ends every process when one fails, reports the first cause,
-and leaves nothing in shared memory.
+Own processes rather than torchrun's agent, since a stop signal must reach each of them once, their exit codes must
+arrive (85: stopped and resumable), and none may outlive the launcher, however that ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 STOPPED = 85
+GRACE = 10.0  # seconds that the others have to end by themselves, then again after a SIGTERM, before a SIGKILL
+PR_SET_PDEATHSIG = 1
 
 
-def command(config: Path, overrides: Sequence[str], out: Path, procs: int, *, debug: bool = False) -> list[str]:
-    """The command that trains `config` on `procs` processes of this machine."""
-    run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"] if procs > 1 else []
-    module = ["--module", "trainer"] if run else ["trainer"]
+def command(config: Path, overrides: Sequence[str], out: Path, *, debug: bool = False) -> list[str]:
+    """The command of every process of a run."""
     more = ["--debug"] if debug else []
-    return [sys.executable, "-m", *run, *module, "train", str(config), "--out", str(out), *more, *overrides]
+    return [sys.executable, "-m", "trainer", "train", str(config), "--out", str(out), *more, *overrides]
 
 
-def launch(line: Sequence[str], out: Path) -> int:
-    """Run it and wait. Signals are passed on. Returns the run's exit code, judged by its own completion marker."""
-    environment = dict(os.environ)
-    cores = os.cpu_count() or 1
-    procs = next((int(word.partition("=")[2]) for word in line if word.startswith("--nproc-per-node=")), 1)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // procs)))
-    child = subprocess.Popen(line, env=environment, start_new_session=True)
-    before = {}
-    for name in (signal.SIGTERM, signal.SIGINT):
-        before[name] = signal.signal(name, lambda number, _: child.send_signal(number))
+def environments(procs: int) -> list[dict[str, str]]:
+    """What each process needs to find the others; cores are shared out unless OMP_NUM_THREADS is set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // procs))
+    common = {
+        "WORLD_SIZE": str(procs),
+        "LOCAL_WORLD_SIZE": str(procs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(procs)]
+    return [{"OMP_NUM_THREADS": threads, **os.environ, **common, **rank} for rank in ranks]
+
+
+def launch(line: Sequence[str], procs: int, out: Path) -> int:
+    """Run `line` in `procs` processes and wait for the run to end.
+
+    Returns 0 only when all of them ended well and the run's own record says done; 85 when it stopped and can go on;
+    otherwise the code of the process that failed first (a signal as 128 + its number).
+    """
+    parent = os.getpid()
+    workers = [
+        subprocess.Popen(line, env=env, start_new_session=True, preexec_fn=lambda: _die_with(parent))
+        for env in environments(procs)
+    ]
+    with _passing_signals(workers):
+        first = _wait(workers)
+    if first is not None:
+        rank, code = first
+        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        sys.stderr.write(f"the run failed: rank {rank} ended first, with {what}; log: {out / 'log.txt'}\n")
+        return 128 - code if code < 0 else code
+    if any(worker.returncode == STOPPED for worker in workers):
+        return STOPPED
+    state = _state(out)
+    if state != "done":
+        sys.stderr.write(f"the processes ended, but {out / 'run.json'} says {state!r} and not 'done'\n")
+        return 1
+    return 0
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """Wait for all; the rank and code of the first failure, after which the others are ended."""
+    while True:
+        codes = [worker.poll() for worker in workers]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)]
+        if failed:
+            _end(workers)
+            rank, code = failed[0]
+            assert code is not None
+            return rank, code
+        if all(code is not None for code in codes):
+            return None
+        time.sleep(0.1)
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: let it notice by itself, then ask, then force."""
+    for ask in (None, signal.SIGTERM, signal.SIGKILL):
+        if ask is not None:
+            for worker in workers:
+                if worker.poll() is None:
+                    os.killpg(worker.pid, ask)
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until and any(worker.poll() is None for worker in workers):
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _passing_signals(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """A signal to the launcher goes to every process once."""
+
+    def handle(number: int, _: object) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    before = {name: signal.signal(name, handle) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        code = child.wait()
+        yield
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-    return _judge(code, out)
+        _end_now(workers)
 
 
-def _judge(code: int, out: Path) -> int:
-    """torchrun turns the workers' codes into 1: the run's record says how it ended."""
+def _end_now(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+
+
+def _die_with(parent: int) -> None:
+    """In the child: be told to stop when the launcher is gone (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _state(out: Path) -> str | None:
     try:
-        state = json.loads((out / "run.json").read_text(encoding="utf-8")).get("state")
+        return str(json.loads((out / "run.json").read_text(encoding="utf-8")).get("state"))
     except (OSError, ValueError):
-        return code or 1
-    if state == "stopped":
-        return STOPPED
-    if state == "done" and code == 0:
-        return 0
-    return code if code > 0 else 1
+        return None

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,11 +251,11 @@ def launch_local(
 
     loaded = load_config(config, overrides or [])
     folder = out or default_out(config, loaded.train.seed)
-    line = command(config, overrides or [], folder, procs, debug=debug)
+    line = command(config, overrides or [], folder, debug=debug)
     if dry_run:
-        typer.echo(" ".join(line))
+        typer.echo(f"{procs} processes of: {shlex.join(line)}")
         return 0
-    return launch(line, folder)
+    return launch(line, procs, folder)
 
 
 @app.command()
@@ -307,8 +308,7 @@ def _in_world(work: Callable[[Any], int], debug: bool) -> int:
             import traceback
 
             traceback.print_exc()
-        if world.first or not isinstance(error, ValueError):
-            _say(f"error on rank {world.rank}: {error}")
+        _say(f"error on rank {world.rank}: {error}")
         sys.stderr.flush()
         os._exit(1)
     stop_world()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ SHORTEST, LONGEST = 0.1, 100.0  # wavelengths of the positions, in seconds
 SECONDS_PER_TOKEN = 0.3  # nominal: about 200 words a minute; text has no clock
 
 
-@dataclass
-class Stream:
+class Stream(NamedTuple):
     """An encoded modality: zeros where the mask is False; a missing modality is False everywhere."""
 
     values_BTD: Tensor

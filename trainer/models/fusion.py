@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ _BUILD: dict[Expert, type[LocalExpert] | type[SemanticExpert] | type[GlobalExper
 }
 
 
-@dataclass
-class FusionOutput:
+class FusionOutput(NamedTuple):
     """Pseudo tokens and what the gate decided; `idle` is a scalar 0 to be added to the loss (see :class:`Encoders`).
 
     Experts and modalities stand in the order of `Fusion.experts_built` and `Fusion.modalities`: an ablated one has no
