@@ -164,9 +164,7 @@ class _Unpickler(Machine):
             )
         if dtype.hasobject or not needs:
             self.charge(8 * count)
-            flat = np.zeros(count, dtype)
-            for at in range(needs):
-                flat[at] = content[at]
+            flat = np.fromiter(content, dtype, count) if needs else np.zeros(count, dtype)
             return flat.reshape(shape)  # numpy lists objects in C order, whatever the array's own
         flat = np.frombuffer(content.buffer, dtype, count, content.start)
         if dtype.kind == "U":

@@ -1,0 +1,532 @@
+"""The restricted unpickler: honest pickles read as Python reads them, everything else refused with nothing run."""
+
+from __future__ import annotations
+
+import collections
+import copyreg
+import json
+import os
+import pickle
+import pickletools
+import random
+import struct
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.data import pickle_machine
+from trainer.data.unpickle import ALLOWED, UnsafePickle, load_pickle, loads
+
+GRID = np.arange(6, dtype=np.float32).reshape(2, 3)
+HONEST = {
+    "features": GRID,
+    "fortran": np.asfortranarray(GRID),
+    "strided": GRID[:, ::2],
+    "permuted": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1),
+    "big-endian": np.array([1.5, -2.0], dtype=">f4"),
+    "zero-size": np.zeros((0, 74), dtype=np.float32),
+    "zero-dim": np.array(3.0),
+    "bool": np.array([True, False]),
+    "text-array": np.array(["ab", "中文", "😀"]),
+    "empty-text-array": np.array([""]),
+    "bytes-array": np.array([b"ab", b"c"]),
+    "objects": np.array([["a", None], [[1, 2], GRID]], dtype=object),
+    "objects-fortran": np.asfortranarray(np.array([["a", None], [[1], 2]], dtype=object)),
+    "float32": np.float32(0.1),
+    "int64": np.int64(-3),
+    "bool_": np.bool_(True),
+    "str_": np.str_("é"),
+    "bytes_": np.bytes_(b"x"),
+    "numbers": [0, 1, 255, 256, -1, 65536, 2**40, -(2**70), 1.5, float("inf"), True, False, None, 1 + 2j],
+    "text": ["", "a", "é", "你好", "😀", "x" * 300, "long é" * 20_000, "line\nbreak\\", 'it\'s "quoted"'],
+    "bytes": [b"", b"a", b"\x00\xff\n", bytes(range(256)) * 300, bytearray(b"ab"), bytearray()],
+    "containers": [
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        [],
+        {},
+        {"a": {"b": [{}]}},
+        set(),
+        {1, "a"},
+        frozenset([1]),
+    ],
+    "keys": {"a": 1, 2: 2, 3.5: 3, None: 4, True: 5, (1, "b"): 6, b"c": 7},
+    "ordered": collections.OrderedDict(b=1, a=[2]),
+    "many": [{"id": i, "text": f"row {i}", "x": np.full(3, i)} for i in range(1500)],
+}
+
+
+def same(got: object, expected: object) -> bool:
+    """Equal in type, shape and value, all the way down; nan equals nan."""
+    if type(got) is not type(expected):
+        return False
+    if isinstance(expected, np.ndarray):
+        if got.dtype != expected.dtype or got.shape != expected.shape:  # type: ignore[attr-defined]
+            return False
+        if expected.dtype.hasobject:
+            return all(same(a, b) for a, b in zip(got.ravel(), expected.ravel(), strict=True))  # type: ignore[attr-defined]
+        return np.array_equal(got, expected)  # type: ignore[arg-type]
+    if isinstance(expected, dict):
+        return list(got) == list(expected) and all(same(got[k], v) for k, v in expected.items())  # type: ignore
+    if isinstance(expected, (list, tuple)):
+        return len(got) == len(expected) and all(map(same, got, expected))  # type: ignore[arg-type]
+    return bool(got == expected)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", HONEST)
+def test_reads_what_python_wrote(name: str, protocol: int) -> None:
+    assert same(loads(pickle.dumps(HONEST[name], protocol)), HONEST[name])
+
+
+def as_numpy_1(data: bytes) -> bytes:
+    """The pickle with the module names that numpy 1.x wrote, lengths and frame mended."""
+    for module in (b"multiarray", b"numeric"):
+        new, old = b"numpy._core." + module, b"numpy.core." + module
+        data = data.replace(b"\x8c" + bytes([len(new)]) + new, b"\x8c" + bytes([len(old)]) + old)
+        data = data.replace(b"c" + new + b"\n", b"c" + old + b"\n")
+    if data[2:3] == b"\x95":
+        data = data[:3] + struct.pack("<Q", len(data) - 11) + data[11:]
+    return data
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ["features", "fortran", "strided", "text-array", "objects", "float32"])
+def test_reads_numpy_1_names(name: str, protocol: int) -> None:
+    data = as_numpy_1(pickle.dumps(HONEST[name], protocol))
+    assert b"numpy.core." in data
+    assert b"numpy._core" not in data
+    assert same(loads(data), HONEST[name])
+
+
+FLOATS = struct.pack("<6f", *range(6))
+PYTHON_2 = {  # as cPickle of Python 2.7 with numpy 1.16 writes {"text": str, "audio": float32 [2, 3], "n": 3L}
+    2: b"\x80\x02}q\x01(U\x04textq\x02U\x05caf\xc3\xa9q\x03U\x05audioq\x04cnumpy.core.multiarray\n_reconstruct\nq\x05"
+    b"cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x08U\x02f4K\x00K\x01\x87Rq\x09"
+    b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x18" + FLOATS + b"tbU\x01n\x8a\x01\x03u.",
+    0: b"(dp1\nS'text'\np2\nS'caf\\xc3\\xa9'\np3\nsS'audio'\np4\ncnumpy.core.multiarray\n_reconstruct\np5\n(cnumpy\nndarray\np6\n"
+    b"(I0\ntS'b'\ntRp7\n(I1\n(I2\nI3\ntcnumpy\ndtype\np8\n(S'f4'\nI0\nI1\ntRp9\n(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'"
+    + "".join(f"\\x{byte:02x}" for byte in FLOATS).encode()
+    + b"'\ntbsS'n'\nL3L\ns.",
+}
+
+
+@pytest.mark.parametrize("protocol", PYTHON_2)
+def test_reads_python_2(protocol: int) -> None:
+    content = loads(PYTHON_2[protocol])
+    reference = pickle.loads(PYTHON_2[protocol], encoding="latin1")
+    assert same(content["audio"], GRID)
+    assert same(content["audio"], reference["audio"])
+    assert content["text"] == "café" == reference["text"].encode("latin1").decode("utf-8")
+    assert content["n"] == 3
+
+
+@pytest.mark.parametrize(("raw", "text"), [(b"it\x92s", "it’s"), (b"\xe4\xbd\xa0", "你"), (b"\x81", "\x81"), (b"", "")])
+def test_python_2_text_of_any_encoding(raw: bytes, text: str) -> None:
+    assert loads(b"\x80\x02]U" + bytes([len(raw)]) + raw + b"a.") == [text]
+
+
+def test_lone_surrogates_become_valid_text() -> None:
+    assert loads(pickle.dumps(["a\ud83d", "\ud83d\ude00"], 4)) == ["a\ufffd", "😀"]
+    assert loads(pickle.dumps(["a\ud83d"], 0)) == ["a\ufffd"]
+
+
+def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "big.pkl"
+    big = np.arange(4_000_000, dtype=np.float32).reshape(1000, 4000)
+    path.write_bytes(pickle.dumps({"audio": big, "again": big}, 4))
+    tracemalloc.start()
+    content = load_pickle(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert not content["audio"].flags.writeable
+    assert np.array_equal(content["audio"][[0, -1]], big[[0, -1]])
+    assert content["again"] is content["audio"]
+
+
+def test_the_list_of_names_is_exact() -> None:
+    pairs = {("_codecs", "encode"), ("collections", "OrderedDict"), ("numpy", "dtype"), ("numpy", "ndarray")}
+    for core in ("numpy.core", "numpy._core"):
+        pairs |= {(f"{core}.multiarray", "_reconstruct"), (f"{core}.multiarray", "scalar")}
+        pairs |= {(f"{core}.numeric", "_frombuffer")}
+    for module in ("builtins", "__builtin__"):
+        pairs |= {(module, name) for name in ("set", "frozenset", "bytes", "bytearray", "complex")}
+    assert pairs == ALLOWED
+    assert isinstance(ALLOWED, frozenset)
+
+
+def test_the_opcodes_are_python_s() -> None:
+    ours = {name: code for name, code, _, _ in pickle_machine._TABLE}
+    assert ours == {op.name: op.code.encode("latin1") for op in pickletools.opcodes}
+
+
+# ── files that ask for more ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def call(module: str, name: str, *args: str) -> bytes:
+    return f"c{module}\n{name}\n(".encode() + b"".join(map(text, args)) + b"tR"
+
+
+def stack_call(module: bytes, name: bytes, *args: str) -> bytes:
+    return module + name + b"\x93(" + b"".join(map(text, args)) + b"tR"
+
+
+RECONSTRUCT = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tB\x01\x00\x00\x00btR"
+OBJECTS = (
+    b"cnumpy\ndtype\n(X\x01\x00\x00\x00O\x89\x88tR(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
+)
+
+
+def zoo(command: str, code: str) -> dict[str, tuple[bytes, str]]:
+    """Name -> pickle that would run `command` (a shell's) or `code` (Python's), and what the refusal must name."""
+    honest = pickle.dumps([{"features": {"audio": GRID}, "label": "joy"}], 2)[:-1]
+    run = call("os", "system", command)
+    return {
+        "os.system": (run + b".", "os.system"),
+        "posix.system": (call("posix", "system", command) + b".", "posix.system"),
+        "subprocess": (call("subprocess", "getoutput", command) + b".", "subprocess.getoutput"),
+        "builtins.eval": (call("builtins", "eval", code) + b".", "builtins.eval"),
+        "python 2 eval": (call("__builtin__", "eval", code) + b".", "__builtin__.eval"),
+        "builtins.exec": (call("builtins", "exec", code) + b".", "builtins.exec"),
+        "getattr": (call("builtins", "getattr", "a", "upper") + b".", "builtins.getattr"),
+        "import": (call("builtins", "__import__", "os") + b".", "builtins.__import__"),
+        "numpy runstring": (
+            f"cnumpy.testing._private.utils\nrunstring\n({text(code).decode()}}}tR.".encode(),
+            "numpy.testing._private.utils.runstring",
+        ),
+        "numpy.load": (call("numpy", "load", "x.npy") + b".", "numpy.load"),
+        "numpy.fromfile": (call("numpy._core.multiarray", "fromfile", "/etc/hosts") + b".", "fromfile"),
+        "a dotted name": (stack_call(text("numpy"), text("f2py.crackfortran.os.system"), command) + b".", "f2py"),
+        "a dotted listed name": (call("numpy", "ndarray.__class__", "a") + b".", "numpy.ndarray.__class__"),
+        "a dotted module": (call("numpy.core", "multiarray._reconstruct", "a") + b".", "multiarray._reconstruct"),
+        "dunder of a listed name": (call("collections", "OrderedDict.__init__.__globals__", "a") + b".", "__globals__"),
+        "copyreg": (call("copyreg", "__newobj__", "a") + b".", "copyreg.__newobj__"),
+        "reconstructor": (b"ccopy_reg\n_reconstructor\n(cnumpy\nndarray\nc__builtin__\nobject\nNtR.", "_reconstructor"),
+        "attrgetter": (call("operator", "attrgetter", "system") + b".", "operator.attrgetter"),
+        "partial": (call("functools", "partial", "a") + b".", "functools.partial"),
+        "pickle.loads": (call("pickle", "loads", "a") + b".", "pickle.loads"),
+        "nested by _codecs": (call("_codecs", "encode", "a", "zlib") + b".", "_codecs.encode to zlib"),
+        "STACK_GLOBAL": (b"\x80\x04" + stack_call(text("os"), text("system"), command) + b".", "os.system"),
+        "memoised strings": (
+            b"\x80\x04"
+            + text("os")
+            + b"\x94"
+            + text("system")
+            + b"\x940\x30"
+            + stack_call(b"h\x00", b"h\x01", command)
+            + b".",
+            "os.system",
+        ),
+        "memo confusion": (
+            text("os") + b"q\x000" + text("numpy") + b"\x940" + stack_call(b"h\x00", text("system"), command) + b".",
+            "os.system",
+        ),
+        "STACK_GLOBAL of bytes": (b"\x80\x04" + stack_call(b"C\x02os", text("system"), command) + b".", "bytes.system"),
+        "STACK_GLOBAL of a name": (b"\x80\x04" + stack_call(b"cnumpy\nndarray\n", text("x"), command) + b".", "x"),
+        "a name with control signs": (b"cos\x1b[2J\nsystem\n.", r"os\\x1b\[2J"),
+        "INST": (b"(" + text(command) + b"ios\nsystem\n.", r"os.system \(INST\)"),
+        "INST of a listed name": (b"(icollections\nOrderedDict\n.", r"OrderedDict \(INST\)"),
+        "OBJ": (b"(cos\nsystem\n" + text(command) + b"o.", "os.system"),
+        "OBJ of a listed name": (b"(ccollections\nOrderedDict\no.", "opcode OBJ"),
+        "NEWOBJ": (b"ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
+        "NEWOBJ_EX": (b"ccollections\nOrderedDict\n)}\x92.", "opcode NEWOBJ_EX"),
+        "PERSID": (b"Pos.system\n.", "opcode PERSID"),
+        "BINPERSID": (text("os") + b"Q.", "opcode BINPERSID"),
+        "EXT1": (b"\x82\xf0(" + text(command) + b"tR.", "opcode EXT1"),
+        "EXT4": (b"\x84\xf0\x00\x00\x00(" + text(command) + b"tR.", "opcode EXT4"),
+        "NEXT_BUFFER": (b"\x80\x05\x97.", "opcode NEXT_BUFFER"),
+        "no opcode": (b"\xff.", "opcode 0xff"),
+        "call of a string": (text("a") + b")R.", "a call of a str"),
+        "call of a result": (b"ccollections\nOrderedDict\n)R)R.", "a call of a OrderedDict"),
+        "call of numpy.ndarray": (b"cnumpy\nndarray\n(I99999999999\ntR.", "a call of numpy.ndarray"),
+        "array of another class": (
+            b"cnumpy._core.multiarray\n_reconstruct\n(ccollections\nOrderedDict\n(K\x00tNtR.",
+            "class",
+        ),
+        "BUILD of a dict": (b"}}" + text("a") + b"K\x01sb.", r"a change of a dict \(BUILD\)"),
+        "BUILD of a class": (
+            b"cnumpy\nndarray\nN}" + text("__reduce__") + b"K\x01s\x86b.",
+            "a change of numpy.ndarray",
+        ),
+        "BUILD of a mapping": (
+            b"ccollections\nOrderedDict\n)R}" + text("update") + b"K\x01sb.",
+            "a change of a OrderedDict",
+        ),
+        "pickle in a scalar": (
+            b"cnumpy._core.multiarray\nscalar\n(" + OBJECTS + text(run + b".") + b"tR.",
+            "an object hidden in a numpy scalar",
+        ),
+        "in an object array": (RECONSTRUCT + b"(K\x01(K\x01t" + OBJECTS + b"\x89(" + run + b"ltb.", "os.system"),
+        "structured dtype": (b"cnumpy\ndtype\n(X\x02\x00\x00\x00V8\x89\x88tR.", "dtype V8"),
+        "a bare name": (b"]cnumpy\nndarray\na.", "numpy.ndarray as data"),
+        "a bare dtype": (pickle.dumps(np.dtype("f4"), 2), "a numpy dtype as data"),
+        "after honest data": (honest + run + b"a.", "os.system"),
+        "a class of one's own": (
+            pickle.dumps(pytest.Mark("a", (), {}, _ispytest=True), 2),
+            "_pytest.mark.structures.Mark|copy_?reg",
+        ),
+        "a path": (pickle.dumps(Path("a"), 2), "pathlib"),
+    }
+
+
+ZOO = list(zoo("", ""))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_refuses_by_name_and_runs_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentinel = tmp_path / "ran"
+    data, wanted = zoo(f"touch {sentinel}", f"open({str(sentinel)!r}, 'w')")[name]
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(data)
+    modules = set(sys.modules)
+    with pytest.raises(UnsafePickle, match=wanted) as caught:
+        load_pickle(path)
+    assert str(path) in str(caught.value)
+    assert "nothing of this file was run" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert not sentinel.exists()
+    assert set(sys.modules) == modules
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "STACK_GLOBAL", "memo confusion", "INST", "EXT1", "in an object array"]
+)
+def test_the_zoo_is_dangerous(name: str, tmp_path: Path) -> None:
+    """Control: Python's own unpickler does run these."""
+    sentinel = tmp_path / "ran"
+    data, _ = zoo(f"touch {sentinel}", f"open({str(sentinel)!r}, 'w').close()")[name]
+    copyreg.add_extension("os", "system", 0xF0)
+    try:
+        pickle.loads(data)
+    finally:
+        copyreg.remove_extension("os", "system", 0xF0)
+    assert sentinel.exists()
+
+
+# ── files that claim more than they are ──────────────────────────────────────────────────────────────────────────────
+
+
+def array_of(shape: bytes, dtype: bytes = b"X\x02\x00\x00\x00f4", content: bytes = b"C\x04abcd") -> bytes:
+    return RECONSTRUCT + b"(K\x01" + shape + b"cnumpy\ndtype\n(" + dtype + b"\x89\x88tR\x89" + content + b"tb"
+
+
+def laughs() -> bytes:
+    """Ten of ten of ten …: a few bytes that written out would be 10**30 strings."""
+    out = b"](" + text("ha" * 500) * 10 + b"eq\x00"
+    for level in range(1, 30):
+        out += b"0](" + (b"h" + bytes([level - 1])) * 10 + b"eq" + bytes([level])
+    return out + b"."
+
+
+THOUSAND = b"](" + b"N" * 1000 + b"eq\x00"
+BOMBS = {
+    "BINBYTES8": (b"\x8e" + struct.pack("<Q", 1 << 62) + b"abc.", "truncated"),
+    "BYTEARRAY8": (b"\x96" + struct.pack("<Q", 1 << 40) + b"abc.", "truncated"),
+    "BINUNICODE8": (b"\x8d" + struct.pack("<Q", (1 << 64) - 1) + b"abc.", "truncated"),
+    "BINSTRING": (b"T" + struct.pack("<i", -1) + b"abc.", "truncated"),
+    "FRAME": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.", "truncated"),
+    "memo index": (b"Nr\xff\xff\xff\xff" * 3 + b"000]p99999999999999\n.", None),
+    "LONG4": (b"\x8b\xff\xff\xff\x7f" + b"\xff" * 100 + b".", "claims too much"),
+    "digits": (b"L" + b"9" * 1_000_000 + b"L\n.", "claims too much"),
+    "shape": (array_of(b"(L1000000000000L\nt") + b".", "claims too much"),
+    "shape product": (array_of(b"(M\xff\xffM\xff\xffM\xff\xfft") + b".", "claims too much"),
+    "negative shape": (array_of(b"(J\xff\xff\xff\xfft") + b".", "claims too much"),
+    "shape with 0": (array_of(b"(L1000000000000L\nK\x00t", content=b"C\x00") + b".", "claims too much"),
+    "item size": (array_of(b"(K\x01t", b"X\x0a\x00\x00\x00S999999999") + b".", "claims too much"),
+    "item size 0": (array_of(b"(" + b"K\x50" * 9 + b"t", b"X\x02\x00\x00\x00S0", b"C\x00") + b".", "claims too much"),
+    "bytearray": (b"cbuiltins\nbytearray\n(L99999999999L\ntR.", "bytearray of a int"),
+    "bytes": (b"cbuiltins\nbytes\n(L99999999999L\ntR.", "no valid pickle"),
+    "set of a range": (b"cbuiltins\nset\n(L99999999999L\ntR.", "no valid pickle"),
+    "laughs": (laughs(), "claims too much"),
+    "sets": (b"](" + b"\x8f" * 3_000_000 + b"e.", "claims too much"),
+    "nested lists": (b"]" * 2_000_000 + b"a" * 1_999_999 + b".", "claims too much"),
+    "the same array": (
+        b"](B"
+        + struct.pack("<I", 4_000_000)
+        + bytes(4_000_000)
+        + b"q\x000"
+        + array_of(b"(L1000000L\nt", content=b"h\x00")
+        + b"q\x01"
+        + b"h\x01" * 100_000
+        + b"e.",
+        "claims too much",
+    ),
+    "lists into object arrays": (
+        THOUSAND + b"0](" + (RECONSTRUCT + b"(K\x01(M\xe8\x03t" + OBJECTS + b"\x89h\x00tb") * 40_000 + b"e.",
+        "claims too much",
+    ),
+    "lists into sets": (
+        b"]("
+        + b"".join(b"M" + struct.pack("<H", n) for n in range(1000))
+        + b"eq\x000]("
+        + b"cbuiltins\nset\n(h\x00tR" * 200_000
+        + b"e.",
+        "claims too much",
+    ),
+    "text into bytes": (
+        text("x" * 60_000)
+        + b"q\x000"
+        + text("latin1")
+        + b"q\x010]("
+        + b"c_codecs\nencode\n(h\x00h\x01tR" * 200_000
+        + b"e.",
+        "claims too much",
+    ),
+    "no end of names": (b"c" + b"a" * 5_000_000, "truncated"),
+    "surrogates in a text array": (
+        array_of(b"(K\x01t", b"X\x02\x00\x00\x00U1", b"C\x04\xff\xff\xff\xff") + b".",
+        "no text",
+    ),
+}
+
+
+def test_bombs_stay_small(tmp_path: Path) -> None:
+    """All of them in a process that may take 600 MiB more than it has when it starts."""
+    for name, (data, _) in BOMBS.items():
+        (tmp_path / f"{name}.pkl").write_bytes(data)
+    program = """
+import gc, json, pathlib, resource, sys
+from trainer.data.unpickle import UnsafePickle, load_pickle
+vm = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (vm + (600 << 20),) * 2)
+out = {}
+for path in pathlib.Path(sys.argv[1]).glob("*.pkl"):
+    try:
+        load_pickle(path)
+        out[path.stem] = None
+    except UnsafePickle as error:
+        out[path.stem] = str(error)
+    gc.collect()
+print(json.dumps(out))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    for name, (_, wanted) in BOMBS.items():
+        assert (said[name] is None) if wanted is None else wanted in said[name], (name, said[name])
+
+
+LOOPS = {
+    "a list": b"]q\x00h\x00a.",
+    "a dict": b"}q\x00" + text("a") + b"h\x00s.",
+    "a tuple in a list": b"]q\x00h\x00\x85a.",
+    "two lists": b"]q\x00]q\x01h\x00a0h\x01a.",
+    "an object array": RECONSTRUCT + b"q\x00(K\x01(K\x01t" + OBJECTS + b"\x89]h\x00atb.",
+    "an object array through a list": b"]q\x00" + RECONSTRUCT + b"(K\x01(K\x01t" + OBJECTS + b"\x89]h\x00atba.",
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_refuses_what_contains_itself(name: str) -> None:
+    with pytest.raises(UnsafePickle, match="contains itself"):
+        loads(LOOPS[name])
+
+
+def test_shared_parts_are_no_loops() -> None:
+    row = {"a": [1, 2]}
+    assert loads(pickle.dumps([row, row, (row, [row])], 2)) == [row, row, (row, [row])]
+
+
+def test_deep_nesting_is_read_and_let_go() -> None:
+    deep: object = loads(b"]" * 100_000 + b"a" * 99_999 + b".")
+    levels = 0
+    while deep:
+        deep = deep[0]  # type: ignore[index]
+        levels += 1
+    assert levels == 99_999
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_every_truncation_is_refused(protocol: int, tmp_path: Path) -> None:
+    data = pickle.dumps([{"features": {"text": "hi", "audio": GRID, "n": 3}, "label": "joy"}], protocol)
+    for stop in range(len(data)):
+        with pytest.raises(UnsafePickle):
+            loads(data[:stop])
+    path = tmp_path / "cut.pkl"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UnsafePickle, match=r"cut\.pkl: is (truncated|no valid pickle)"):
+        load_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (b"", "is empty"),
+        (pickle.dumps([1]) + pickle.dumps([2]), "more than one pickle"),
+        (b"\x80\x06N.", "protocol 6"),
+        (b"NN.", "does not end with one object"),
+        (b"(N.", "does not end with one object"),
+        (b"h\x05.", "no valid pickle: BINGET"),
+        (b"0.", "no valid pickle: POP"),
+        (b"]]K\x01s.", "no valid pickle: SETITEM"),
+        (b"}]K\x01s.", "a list as a dictionary key"),
+        (b"X\x02\x00\x00\x00\xff\xfe.", "no valid pickle: BINUNICODE"),
+        (RECONSTRUCT + b".", "a numpy array as data"),
+        (array_of(b"(K\x01t") + b"(K\x01(K\x01tNNNtb.", "second filling|no valid pickle"),
+        (b"{'a': 1}\n", "no valid pickle|refused"),
+        (b"PK\x03\x04 a zip archive", "refused"),
+        (b"\x1f\x8b gzip", "refused"),
+    ],
+)
+def test_what_is_no_pickle_says_so(data: bytes, wanted: str) -> None:
+    with pytest.raises(UnsafePickle, match=wanted):
+        loads(data)
+
+
+def test_no_file_and_no_plain_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pkl", tmp_path):
+        with pytest.raises(UnsafePickle, match="cannot be read"):
+            load_pickle(path)
+
+
+def test_random_damage_never_gets_through() -> None:
+    """300 damaged pickles: each is read or refused, with little memory, and nothing else happens."""
+    draw = random.Random(20260107)
+    rows = [{"features": {"text": f"row {i}", "audio": GRID, "len": 2}, "label": np.str_("joy")} for i in range(3)]
+    objects = np.array(["a", [1], None], dtype=object)
+    honest = [pickle.dumps([*rows, objects, {1, 2}], protocol) for protocol in range(6)] + list(PYTHON_2.values())
+    refused = 0
+    tracemalloc.start()
+    for _ in range(300):
+        data = bytearray(draw.choice(honest))
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(data))
+            kind = draw.randrange(4)
+            if kind == 0:
+                data[at] = draw.randrange(256)
+            elif kind == 1:
+                del data[at : at + draw.randint(1, 8)]
+            elif kind == 2:
+                data[at:at] = draw.randbytes(draw.randint(1, 8))
+            else:
+                start = draw.randrange(len(data))
+                data[at:at] = data[start : start + draw.randint(1, 40)]
+        try:
+            loads(bytes(data))
+        except UnsafePickle:
+            refused += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused > 150
+    assert peak < 8 << 20
