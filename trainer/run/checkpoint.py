@@ -106,11 +106,16 @@ def check_fit(state: dict[str, Any], expected: dict[str, Any], checkpoint: Path)
     Raises:
         CheckpointError: every difference, and what to do.
     """
-    faults = [
-        f"  {key}: the checkpoint has {state.get(key)!r}, this run {value!r}"
-        for key, value in expected.items()
-        if state.get(key) != value
-    ]
+    faults = []
+    for key, value in expected.items():
+        theirs = state.get(key)
+        if key == "settings" and isinstance(theirs, dict):
+            changed = [name for name in {**theirs, **value} if theirs.get(name) != value.get(name)]
+            faults += [
+                f"  {n}: the checkpoint has {theirs.get(n)!r}, this run {value.get(n)!r}" for n in sorted(changed)
+            ]
+        elif theirs != value:
+            faults.append(f"  {key}: the checkpoint has {theirs!r}, this run {value!r}")
     if faults:
         raise CheckpointError(
             "\n".join(

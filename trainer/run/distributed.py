@@ -153,7 +153,7 @@ def _shared_memory_op() -> None:
 
     missing = [
         what
-        for what, names in (("a C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
+        for what, names in (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
         if not any(map(shutil.which, names))
     ]
     if missing:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.answers.metrics import primary
-from trainer.config import RunConfig, dump_config
+from trainer.config import RunConfig, dump_config, flatten
 from trainer.data.sampling import GlobalBatch, Order, micro_batches
 from trainer.models.backbone import base_fingerprint
 from trainer.run.assemble import Parts, assemble
@@ -36,6 +36,22 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
+
+# settings that may change when a run is continued: they say where and how often, or how much memory, not what
+FREE = frozenset(
+    {
+        "data.path",
+        "data.workers",
+        "model.backbone.attention",
+        "model.backbone.gradient_checkpointing",
+        "train.micro_batch",
+        "train.log_every",
+        "train.eval_every",
+        "train.save_every",
+        "train.keep",
+        "train.resume",
+    }
+)
 
 
 @dataclass
@@ -69,7 +85,11 @@ def fit(config: RunConfig, out: Path, world: World) -> int:
             record.update(state="running", started=now(), ended=None, failure=None, **environment())
             parts = assemble(config, out, world, dtype_of(config))
             identity = _identity(config, parts, world)
-            record.update(precision=config.train.precision, **identity)
+            record.update(
+                precision=config.train.precision,
+                seed=config.train.seed,
+                **{key: value for key, value in identity.items() if key != "settings"},
+            )
             tracker = Tracker(config, out, enabled=world.first, run_id=_known_run(config, record))
             record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None)
             tracker.start(config, _tags(record.values))
@@ -279,8 +299,11 @@ def _identity(config: RunConfig, parts: Parts, world: World) -> dict[str, Any]:
         "base": base_fingerprint(parts.model.backbone),
         "world": world.size,
         "zero": zero_stage(config),
-        "seed": config.train.seed,
-        "global_batch": config.train.global_batch,
+        "settings": {
+            key: value
+            for key, value in flatten(config).items()
+            if key.startswith(("task", "data.", "model.", "train.", "deepspeed")) and key not in FREE
+        },
     }
 
 

@@ -1,0 +1,60 @@
+"""The cases of the two-process tests, and what one of them does: a few steps, then an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.config import RunConfig, load_config
+
+TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: `overrides` change what is computed (single process and ranks alike), `engine` only how."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    engine: tuple[str, ...] = ()
+    single: tuple[str, ...] = field(default=())
+
+
+COMMON = (
+    "train.global_batch=10",
+    "train.micro_batch=4",
+    f"train.steps={STEPS}",
+    "train.warmup=0.25",
+    "train.clip=0.5",
+    "train.weight_decay=0.1",
+    "model.fusion.gate.balance_weight=0.1",
+    "model.backbone.tiny.vocab_size=400",
+    "data.modality_dropout=0.3",
+    "eval.batch=4",
+    "track.mlflow=false",
+)
+NF4 = ("model.backbone.quantization=nf4",)
+BF16 = ("train.precision=bf16",)
+TWO = ("task=[meld,simsv2]",)
+
+CASES = (
+    *(Case(f"zero{z}", (), (f"train.zero={z}",)) for z in range(4)),
+    *(Case(f"zero{z}-nf4", NF4, (f"train.zero={z}",)) for z in range(4)),
+    *(Case(f"zero{z}-nf4-bf16", (*NF4, *BF16), (f"train.zero={z}",)) for z in (1, 2, 3)),
+    Case("zero2-two-tasks", TWO, ("train.zero=2",)),
+    Case("zero3-two-tasks-checkpointing", (*TWO, *NF4), ("train.zero=3", "model.backbone.gradient_checkpointing=true")),
+    Case("zero2-full", ("model.adapter.kind=full",), ("train.zero=2",)),
+    Case("zero3-no-fusion", ("model.fusion.pseudo_tokens=0",), ("train.zero=3",)),
+    Case(
+        "zero3-raw-keys",
+        (),
+        ("train.zero=0", "deepspeed.zero_optimization.stage=3", "deepspeed.gradient_accumulation_steps=3"),
+    ),
+)
+
+
+def config_of(case: Case, data: Path, *, engine: bool) -> RunConfig:
+    return load_config(
+        TINY, ["task=meld", f"data.path={data}/{{task}}", *COMMON, *case.overrides, *(case.engine if engine else ())]
+    )

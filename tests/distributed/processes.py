@@ -1,0 +1,52 @@
+"""Start real processes for distributed tests: many cases in one launch, results by file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours, without what a launcher around the tests may have set."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    base = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**base, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **more}
+
+
+def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 240, **more: str) -> None:
+    """Run ``python -m module arguments`` on `procs` ranks; fails with their output when one fails."""
+    port = str(free_port())
+    command = [sys.executable, "-m", module, *arguments]
+    ranks = []
+    for rank in range(procs):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1"}
+        env = environment(**place, MASTER_PORT=port, **more)
+        ranks.append(
+            subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    said = []
+    try:
+        for worker in ranks:
+            said.append(worker.communicate(timeout=timeout)[0])
+    finally:
+        for worker in ranks:
+            worker.kill()
+    codes = [worker.returncode for worker in ranks]
+    assert codes == [0] * procs, f"exit codes {codes}\n" + "\n".join(text[-4000:] for text in said)
+
+
+def egmf(*arguments: str, timeout: float = 240, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.run(command, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout)

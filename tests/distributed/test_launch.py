@@ -1,0 +1,220 @@
+"""The command line on real processes: launchers, stop and continue, failures, a machine without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.distributed.processes import ROOT, egmf, environment, free_port
+from tests.toy import prepare_toy
+
+pytestmark = pytest.mark.distributed
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with toy data and a config whose module dropout is on."""
+    folder = tmp_path_factory.mktemp("launch")
+    prepare_toy("meld", folder)
+    (folder / "toy.yaml").write_text(
+        f"""
+extends: {ROOT}/configs/tiny.yaml
+task: meld
+data: {{path: "{folder}/{{task}}"}}
+model:
+  backbone: {{quantization: nf4, tiny: {{vocab_size: 400}}}}
+  adapter: {{dropout: 0.1}}
+  fusion: {{dropout: 0.1}}
+train: {{steps: {STEPS}, global_batch: 12, micro_batch: 4, eval_every: 4, save_every: 2, keep: 9, log_every: 1}}
+track: {{system_metrics: false}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> Path:
+    """An undisturbed run of two processes."""
+    out = work / "whole"
+    done = egmf("launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return out
+
+
+def record(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "run.json").read_text()))
+
+
+def same_results(a: Path, b: Path) -> None:
+    assert json.loads((a / "metrics.json").read_text()) == json.loads((b / "metrics.json").read_text())
+    for split in ("valid", "test"):
+        one, two = (pd.read_parquet(run / "predictions" / f"{split}.parquet") for run in (a, b))
+        pd.testing.assert_frame_equal(one, two)
+    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    assert (a / last).read_bytes() == (b / last).read_bytes()
+
+
+def test_the_run_folder_holds_what_the_plan_says(whole: Path) -> None:
+    held = record(whole)
+    assert held["state"] == "done"
+    assert held["world"] == 2
+    assert held["zero"] == 2
+    assert len(held["data"]["meld"]) == 64
+    assert held["versions"]["torch"]
+    for name in ("config.yaml", "log.txt", "metrics.json"):
+        assert (whole / name).is_file()
+    table = pd.read_parquet(whole / "predictions" / "test.parquet")
+    assert {
+        "task",
+        "id",
+        "label",
+        "prediction",
+        "valid",
+        "answer",
+        "probabilities",
+        "gate_expert",
+        "gate_modality",
+    } <= set(table)
+    assert list(table["id"]) == sorted(table["id"])
+    assert len(table) == 11
+    assert "ERROR" not in (whole / "log.txt").read_text()
+
+
+def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: Path, whole: Path) -> None:
+    bin_folder = Path(sys.executable).parent
+    train = ["train", str(work / "toy.yaml")]
+    starts = {
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            f"--master-port={free_port()}",
+            "--module",
+            "trainer",
+            *train,
+        ],
+        "deepspeed": [
+            str(bin_folder / "deepspeed"),
+            "--num_gpus=2",
+            f"--master_port={free_port()}",
+            "--module",
+            "trainer",
+            *train,
+        ],
+    }
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    for name, command in starts.items():
+        out = work / name
+        held = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+        done = subprocess.run(
+            [*command, "--out", str(out)],
+            env=environment(PATH=path),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        for left in set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - held:
+            left.unlink()
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert record(out)["state"] == "done"
+        same_results(out, whole)
+
+
+def test_a_stopped_run_exits_85_and_continues_to_the_same_weights(work: Path, whole: Path) -> None:
+    out = work / "stopped"
+    arguments = ["launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out)]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *arguments], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert launcher.stderr is not None
+    said = ""
+    for line in launcher.stderr:
+        said += line
+        if "step 3/" in line:
+            launcher.send_signal(signal.SIGTERM)
+            break
+    said += launcher.stderr.read()
+    assert launcher.wait(timeout=60) == 85, said
+    assert "Traceback" not in said
+    assert record(out)["state"] == "stopped"
+    run_id = record(out)["mlflow"]["run_id"]
+    assert not (out / "metrics.json").exists()
+    again = egmf(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "continuing from" in again.stderr
+    assert record(out)["mlflow"]["run_id"] == run_id
+    same_results(out, whole)
+    # once more: nothing is left to train, the result stays
+    finished = egmf(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    same_results(out, whole)
+    other = egmf("train", str(work / "toy.yaml"), "--out", str(out), "train.seed=5", "model.fusion.width=128")
+    assert other.returncode == 1
+    for words in ("world: the checkpoint has 2, this run 1", "seed", "model.fusion.width", "train.resume=never"):
+        assert words in other.stderr
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error(work: Path) -> None:
+    out = work / "failing"
+    arguments = ["launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out), "track.mlflow=false"]
+    began = time.monotonic()
+    done = egmf(
+        *arguments,
+        timeout=120,
+        EGMF_TEST_FAIL_RANK="1",
+        PYTHONPATH=f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "planted on rank 1" in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("the run failed: rank 1 ended first")
+    assert record(out)["state"] == "failed"
+    assert time.monotonic() - began < 110
+
+
+def test_without_a_compiler_training_goes_on_over_gloo(work: Path, tmp_path: Path) -> None:
+    for program in ("python3", "git", "env", "sh", "uname"):  # what is left on PATH: no compiler, no ninja
+        where = shutil.which(program)
+        if where:
+            (tmp_path / program).symlink_to(where)
+    out = work / "no-compiler"
+    (tmp_path / "ext").mkdir()
+    done = egmf(
+        "launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out), "train.steps=2", "track.mlflow=false",
+        PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "ext"), CC="", CXX="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no C++ compiler on PATH: DeepSpeed's shared-memory all-reduce is off") == 1, done.stderr
+    assert record(out)["state"] == "done"
+    assert not list((tmp_path / "ext").rglob("*.so"))
+
+
+def test_an_interrupted_build_of_the_op_does_not_hang_the_next(work: Path) -> None:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/egmf/torch_extensions"))
+    built = next(root.glob("*/*.so"), None)
+    if built is None:
+        pytest.skip("the op is not built here: no C++ compiler")
+    (built.parent / "lock").touch()
+    done = egmf(
+        "train",
+        str(work / "toy.yaml"),
+        "--out",
+        str(work / "after"),
+        "train.steps=1",
+        "track.mlflow=false",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

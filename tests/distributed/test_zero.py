@@ -1,0 +1,134 @@
+"""Two real processes under ZeRO 0 to 3 against plain PyTorch on the same global batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from tests.distributed.cases import CASES, STEPS, Case, config_of
+from tests.distributed.processes import run_ranks
+from tests.toy import prepare_toy
+from trainer.data.sampling import Order
+from trainer.run.assemble import Parts, assemble
+from trainer.run.distributed import World
+
+pytestmark = pytest.mark.distributed
+
+LOSS = {"fp32": 2e-6, "bf16": 6e-3}  # relative; bf16 ranks sum rounded gradients in another order
+PROBABILITY = {"fp32": 2e-5, "bf16": 5e-2}
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    for name in ("meld", "simsv2"):
+        prepare_toy(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("ranks")
+    run_ranks("tests.distributed.zero_worker", str(data), str(out), timeout=280)
+    return json.loads((out / "results.json").read_text()), out
+
+
+def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
+    """The same run in plain PyTorch: one process, sample by sample, torch's own AdamW, clipping and schedule."""
+    config = config_of(case, data, engine=False)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    parts: Parts = assemble(config, backbones / "-".join(config.tasks), ALONE, dtype)
+    model = parts.model.train()
+    rates = config.train.lr
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    master = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
+    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for group in model.parameter_groups(rates.fusion, rates.backbone, config.train.weight_decay):
+        for p in group["params"]:
+            name = next(n for n, q in trained.items() if q is p)
+            groups.setdefault((group["lr"], group["weight_decay"]), []).append(master[name])
+    optimizer = torch.optim.AdamW(
+        [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()],
+        betas=config.train.betas,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.train.warmup * STEPS), STEPS)
+    lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
+    order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+    losses, balances = [], []
+    for step in range(STEPS):
+        batch = order.step(step)
+        view, collate = parts.data[batch.task]["train"], parts.collators[batch.task]
+        loss = balance = 0.0
+        for i in batch.indices:
+            output = model(collate([view[i]], epoch=batch.epoch).to("cpu", dtype))
+            share = (output.loss_B.sum() + output.balance_B.sum()) / len(batch.indices) + output.idle
+            share.backward()
+            loss += float(output.loss_B.detach().sum()) / len(batch.indices)
+            balance += float(output.balance_B.detach().sum()) / len(batch.indices)
+        losses.append(loss)
+        balances.append(balance)
+        for name, p in trained.items():
+            master[name].grad = p.grad.float()
+            p.grad = None
+        torch.nn.utils.clip_grad_norm_(master.values(), config.train.clip)
+        optimizer.step()
+        schedule.step()
+        if model.fusion is not None:
+            model.fusion.gate.update_usage()
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(master[name])
+    state = {name: float(t.double().square().sum().sqrt()) for name, t in model.trainable_state().items()}
+    return {"losses": losses, "balance": balances, "state": state, "probabilities": _probabilities(parts, dtype)}
+
+
+@torch.no_grad()
+def _probabilities(parts: Parts, dtype: torch.dtype) -> dict[str, list[float]]:
+    out = {}
+    model = parts.model.eval()
+    for name, opened in parts.data.items():
+        for sample in opened["valid"]:
+            batch = parts.collators[name]([sample], answers=False).to("cpu", dtype)
+            score = model(batch, parts.tries[name]).logprob_BC[0].double()
+            out[sample.id + name] = torch.softmax(score, 0).tolist()
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path, ranks: tuple[dict[str, Any], Path]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The reference of every different computation among the cases, from the same offline backbones."""
+    torch.set_num_threads(1)
+    different = {case.overrides: case for case in CASES}
+    return {overrides: plain_training(case, data, ranks[1]) for overrides, case in different.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any, plain: Any) -> None:
+    found, expected = ranks[0][case.name], plain[case.overrides]
+    kind = "bf16" if "bf16" in case.name else "fp32"
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=LOSS[kind])
+    np.testing.assert_allclose(found["balance"], expected["balance"], rtol=LOSS[kind], atol=1e-7)
+    assert len({round(loss, 6) for loss in found["losses"]}) == STEPS  # it trains
+    assert found["state"].keys() == expected["state"].keys()
+    if kind == "fp32":
+        for name, norm in expected["state"].items():
+            # Adam divides by the gradient's size: where the true gradient is 0 (keys' biases) it amplifies rounding
+            assert math.isclose(found["state"][name], norm, rel_tol=2e-4, abs_tol=2e-6), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_processes_score_each_sample_once_and_as_one_alone(case: Case, ranks: Any, plain: Any) -> None:
+    found, expected = ranks[0][case.name], plain[case.overrides]["probabilities"]
+    assert found["n"] == dict.fromkeys(found["n"], 13)
+    assert found["probabilities"].keys() == expected.keys()
+    kind = "bf16" if "bf16" in case.name else "fp32"
+    for name, probabilities in expected.items():
+        np.testing.assert_allclose(found["probabilities"][name], probabilities, atol=PROBABILITY[kind], err_msg=name)
