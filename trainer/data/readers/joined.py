@@ -13,7 +13,7 @@ from functools import partial
 from trainer.data.align import AlignmentError, Key, align
 from trainer.data.readers.raw import RawSample, Table
 
-_SHOWN = 20
+_SHOWN = 20  # rows listed with their text; the others by their place alone
 
 
 def join(annotations: Table, features: Table, faults: list[str], notes: list[str]) -> list[Table]:
@@ -28,9 +28,8 @@ def join(annotations: Table, features: Table, faults: list[str], notes: list[str
         (features, alignment.right_only, "annotation: kept without speaker and dialogue"),
     ):
         if only:
-            rows = "; ".join(_shown(table.row(i)) for i in only[:_SHOWN])
-            more = f"; and {len(only) - _SHOWN} more" if len(only) > _SHOWN else ""
-            notes.append(f"{annotations.split}: {len(only)} row(s) without {lacks}: {rows}{more}")
+            rows = [_shown(table.row(i)) for i in only[:_SHOWN]] + [table.row(i).where for i in only[_SHOWN:]]
+            notes.append(f"{annotations.split}: {len(only)} row(s) without {lacks}: {'; '.join(rows)}")
     row = partial(_row, annotations, features, alignment.pairs)
     return [Table(annotations.path, annotations.split, len(alignment.pairs), row, features.widths, features.rates)]
 
