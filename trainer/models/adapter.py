@@ -39,7 +39,10 @@ def adapt(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> 
         bias="none",
     )
     model.requires_grad_(False)
-    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    try:
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"LoRA does not fit this backbone ({model.config.model_type}): {error}") from error
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             if "lora_" not in name:

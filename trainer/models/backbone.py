@@ -36,7 +36,6 @@ from trainer.models.tiny import build_tiny
 __all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
 
 SDPA_FLOAT32 = "sdpa_float32"
-_WINDOWED = {"sliding_attention", "chunked_attention"}
 
 
 class Backbone(nn.Module):
@@ -57,8 +56,6 @@ class Backbone(nn.Module):
         embedding: Any = self.base.get_input_embeddings()
         self.vocabulary, self.hidden_size = int(embedding.num_embeddings), int(embedding.embedding_dim)
         self._scale_logits = _logit_scale(self.base.config)
-        kinds = set(getattr(self.base.config, "layer_types", None) or ())
-        self._window = _window(self.base.config) if kinds & _WINDOWED or not kinds else None
 
     @property
     def base(self) -> PreTrainedModel:
@@ -83,16 +80,8 @@ class Backbone(nn.Module):
         if mask_B1LL is None:
             out = decoder(inputs_embeds=embeds_BLH, position_ids=positions_BL, attention_mask=None, use_cache=False)
             return out.last_hidden_state
-        if self._window is not None and embeds_BLH.shape[1] > self._window and int(positions_BL.max()) >= self._window:
-            raise ValueError(
-                f"rows reach position {int(positions_BL.max())}, beyond the backbone's attention window of {self._window}: "
-                "answers cannot be scored as a tree there. Shorten data.max_text_tokens or data.history"
-            )
         with self._masked_kernel(exact and embeds_BLH.dtype in (torch.bfloat16, torch.float16)) as kernel:
-            mask = mask_B1LL
-            if kernel == "eager":
-                mask = torch.zeros(mask.shape, dtype=embeds_BLH.dtype, device=mask.device)
-                mask.masked_fill_(~mask_B1LL, torch.finfo(embeds_BLH.dtype).min)
+            mask = self._layer_masks(mask_B1LL, positions_BL, embeds_BLH.dtype if kernel == "eager" else None)
             out = decoder(inputs_embeds=embeds_BLH, position_ids=positions_BL, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
 
@@ -118,9 +107,28 @@ class Backbone(nn.Module):
         logits = self.base.get_output_embeddings()(hidden)
         return logits if self._scale_logits is None else self._scale_logits(logits)
 
+    def _layer_masks(
+        self, mask_B1LL: Tensor, positions_BL: Tensor, additive: torch.dtype | None
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask as the decoder takes it: narrowed to the window of layers that have one, added to scores if asked."""
+        config = self.base.config
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
+        masks = {"full_attention": mask_B1LL}
+        if window and "sliding_attention" in kinds:
+            near_B1LL = (positions_BL[:, None, :, None] - positions_BL[:, None, None, :]) < window
+            masks["sliding_attention"] = mask_B1LL & near_B1LL
+        if additive is not None:
+            zero, lowest = torch.tensor(0.0, dtype=additive), torch.finfo(additive).min
+            masks = {kind: torch.where(mask, zero.to(mask.device), lowest) for kind, mask in masks.items()}
+        if getattr(config, "layer_types", None) and len(masks) > 1:
+            return masks
+        return masks[kinds.pop() if len(masks) > 1 else "full_attention"]
+
     @contextmanager
     def _masked_kernel(self, exact: bool) -> Iterator[str]:
-        kernel = self.attention if self.attention in ("sdpa", "eager") else "sdpa"
+        plain = "sdpa" if getattr(self.base, "_supports_sdpa", True) else "eager"
+        kernel = self.attention if self.attention in ("sdpa", "eager") else plain
         if exact and kernel == "sdpa":  # eager takes its softmax in float32 as it is
             kernel = SDPA_FLOAT32
         if kernel == self.attention:
@@ -131,11 +139,15 @@ class Backbone(nn.Module):
                 f"this pass attends with {kernel}, and gradient checkpointing would recompute it with {self.attention}: "
                 "use model.backbone.attention=sdpa, or no checkpointing"
             )
-        self.base.set_attn_implementation(kernel)
+        configs = {id(m.config): m.config for m in self.base.modules() if isinstance(m, PreTrainedModel)}.values()
+        before = [config._attn_implementation for config in configs]
         try:
+            for config in configs:
+                config._attn_implementation = kernel
             yield kernel
         finally:
-            self.base.set_attn_implementation(self.attention)
+            for config, own in zip(configs, before, strict=True):
+                config._attn_implementation = own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         """As in `nn.Module`, but a cast (DeepSpeed's to bf16) leaves float buffers alone: rotary frequencies need float32."""
@@ -169,7 +181,7 @@ def build_backbone(
     that is not reproduced here, or whose layers cannot attend to a tree, is refused by name.
 
     Raises:
-        BackboneError: with what is wrong and what to do.
+        ValueError: with what is wrong and what to do.
     """
     device = torch.device(device)
     AttentionInterface.register(SDPA_FLOAT32, _sdpa_float32)
@@ -181,6 +193,7 @@ def build_backbone(
     if len(tokenizer) > rows:
         raise BackboneError(f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
     norm = _embedding_norm(model, len(tokenizer))
+    attention = attention or str(model.config._attn_implementation)
     backbone = Backbone(adapt(model, adapter, dtype), tokenizer, attention).to(device)
     backbone.embedding_norm = norm
     if config.gradient_checkpointing:
@@ -250,12 +263,6 @@ def _logit_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _window(config: Any) -> int | None:
-    sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    known = [int(size) for size in sizes if size]
-    return min(known) if known else None
-
-
 @torch.no_grad()
 def _probe(backbone: Backbone, name: str) -> None:
     """Logits of four tokens: the model's own against ours, the last two tokens as branches of a tree."""
@@ -265,7 +272,7 @@ def _probe(backbone: Backbone, name: str) -> None:
     device = parameters[0].device
     rows = _embedding_weight(backbone.base).shape[0]
     ids = torch.tensor([rows // 7, rows // 5, rows // 3, rows // 2], device=device)
-    was_training = backbone.training
+    kind, was_training = backbone.base.config.model_type, backbone.training
     backbone.eval()
     try:
         branches = torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]])
@@ -273,12 +280,13 @@ def _probe(backbone: Backbone, name: str) -> None:
         see = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool, device=device)
         positions = torch.tensor([[0, 1, 2, 2]], device=device)
         got = backbone.logits(backbone.hidden(backbone.embed(ids[None]), positions, see[None, None]))[0].float()
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise BackboneError(f"{name}: models of type {kind!r} are not supported: {error}") from error
     finally:
         backbone.train(was_training)
     want = torch.stack([want[0, 0], want[0, 1], want[0, 2], want[1, 2]])
     off = float((got - want).norm() / want.norm().clamp_min(1e-6))
     if not off < (1e-3 if parameters[0].dtype == torch.float32 else 0.1):
-        kind = backbone.base.config.model_type
         raise BackboneError(
             f"{name}: models of type {kind!r} are not supported: logits differ from the model's own by {off:.2g} "
             "(relative). Its head or its layers do something that is not reproduced here"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,8 @@ from transformers import (
 from trainer.config import BackboneConfig
 from trainer.models import quantization
 from trainer.text import end_token
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class BackboneError(ValueError):
@@ -49,7 +52,7 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
 
 
 def load_model(
-    config: BackboneConfig, dtype: torch.dtype, device: torch.device, attention: str, folder: Path | None = None
+    config: BackboneConfig, dtype: torch.dtype, device: torch.device, attention: str | None, folder: Path | None = None
 ) -> PreTrainedModel:
     """The pretrained weights in `dtype` on `device`, quantised if asked, read from safetensors only.
 
@@ -77,7 +80,7 @@ def load_model(
             **options,
             **_common(config),
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_explain(config, source, "weights", error)) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -104,12 +107,19 @@ def load_shape(config: BackboneConfig, folder: Path | None = None) -> Pretrained
             f"{config.name} is already quantised ({method}): name the unquantised model, and set "
             "model.backbone.quantization=nf4 for 4 bits"
         )
+    other = set(getattr(shape, "layer_types", None) or ()) - KNOWN_LAYERS
+    if other:
+        raise BackboneError(
+            f"{config.name}: models of type {shape.model_type!r} are not supported: their layers of "
+            f"{', '.join(sorted(other))} cannot see answers as a tree"
+        )
     shape.use_cache = False
     return shape
 
 
-def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention kernel to use: `auto` is flash-attn where it can run, else sdpa.
+def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The attention kernel to use: `auto` is flash-attn where it can run, else None, the family's own choice (sdpa, or
+    eager where sdpa lacks what the family needs).
 
     Raises:
         BackboneError: `flash_attention_2` was asked for and cannot run here, with every reason.
@@ -129,7 +139,7 @@ def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> s
     if not reasons:
         return "flash_attention_2"
     if asked == "auto":
-        return "sdpa"
+        return None
     raise BackboneError(
         f"model.backbone.attention=flash_attention_2 cannot run: {'; '.join(reasons)}. Use auto, or sdpa"
     )
@@ -169,8 +179,12 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             f"{config.name} brings its own code, which would run on this machine. If you trust its authors, read the code "
             "and set model.backbone.trust_remote_code=true and model.backbone.revision=<the commit you read>"
         )
+    if "does not support" in text and "attention" in text:
+        return f"{config.name} cannot attend with {config.attention}: set model.backbone.attention=auto, or eager"
     if isinstance(error, ImportError):
         return f"the {what} of {config.name} needs a library that is not here: {text}"
+    if isinstance(error, SafetensorError):
+        return f"the {what} of {config.name}{at} are damaged ({text}): fetch them again"
     if "safetensors" in text:
         return (
             f"{config.name}{at} has no safetensors weights, and others (pickles) are not read: convert them, for instance "
