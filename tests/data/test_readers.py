@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
-import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -42,6 +40,11 @@ def dump(path: Path, content: Any, protocol: int = 4) -> Path:
 def read(task: Any, *paths: Path) -> tuple[Source, dict[str, list[RawSample]]]:
     source = open_source(task, list(paths))
     return source, {split: list(source.samples(split)) for split in source.splits}
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+    return path
 
 
 def faults_of(task: Any, *paths: Path) -> str:
@@ -343,135 +346,6 @@ def test_features_that_do_not_align_are_refused_for_all_splits_at_once(tmp_path:
     assert said.count("first mismatch: row 0, 'Utterance 0' [joy] against 'Utterance 59' [joy]") == 2
     assert "(train)" in said
     assert "(valid)" in said
-
-
-# ── own samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def write_lines(path: Path, *lines: Any) -> Path:
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
-    return path
-
-
-def test_own_samples(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    audio = RNG.standard_normal((7, 4)).astype("f4")
-    np.save(tmp_path / "clips" / "a.npy", audio)
-    np.savez_compressed(tmp_path / "clips" / "a.npz", audio=audio, video=audio[:, :2])
-    np.savez(tmp_path / "clips" / "b.npz", features=audio[:1])
-    full = {
-        "id": "a1",
-        "text": "Hi 你",
-        "label": "joy",
-        "audio": "clips/a.npy",
-        "video": "clips/a.npz",
-        "split": "train",
-    }
-    full |= {"audio_length": 5, "speaker": "Ann", "dialogue": 7, "turn": 3, "kind": "local", "language": "en"}
-    full |= {"rate": {"audio": 100, "video": 25}, "lable": 1}
-    bare = {"text": "b", "label": "anger", "video": str(tmp_path / "clips" / "b.npz"), "split": "dev"}
-    path = write_lines(tmp_path / "own.jsonl", full, "", bare)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    source, found = read(MELD, path)
-    assert source.splits == ["train", "valid"]
-    assert source.rates == {"audio": 100.0, "video": 25.0}
-    assert source.notes == ["own.jsonl: not used: 'lable' of 1 line(s) (did you mean label?)"]
-    one, two = found["train"][0], found["valid"][0]
-    assert (one.id, one.text, one.label, one.audio_length, one.video_length) == ("a1", "Hi 你", "joy", 5, None)
-    assert (one.speaker, one.dialogue, one.turn, one.kind, one.language) == ("Ann", "7", 3, "local", "en")
-    assert np.array_equal(one.audio, audio)  # type: ignore[arg-type]
-    assert np.array_equal(one.video, audio[:, :2])  # type: ignore[arg-type]
-    assert (two.id, two.audio, two.where) == ("valid-00003", None, "own.jsonl line 3")
-    assert np.array_equal(two.video, audio[:1])  # type: ignore[arg-type]
-
-
-def test_own_samples_in_files_named_after_splits(tmp_path: Path) -> None:
-    write_lines(tmp_path / "train.jsonl", {"text": "a", "target": -0.25}, {"text": "b", "label": 1})
-    write_lines(tmp_path / "extra_train.jsonl", {"id": 9, "text": "c", "target": 0.5, "label": "neutral"})
-    write_lines(tmp_path / "dev.jsonl", {"text": "d", "target": 0.0, "split": "test"})
-    source, found = read(SIMS, tmp_path)
-    assert source.splits == ["train", "test"]
-    assert [s.label for s in found["train"]] == [0.5, -0.25, 1]
-    assert found["train"][0].id == "9"
-    assert found["test"][0].label == 0.0
-
-
-def test_all_faults_of_own_samples_come_at_once(tmp_path: Path) -> None:
-    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object))
-    (tmp_path / "text.npy").write_text("no array")
-    np.save(tmp_path / "cut.npy", np.zeros((9, 9)))
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:300])
-    np.savez(tmp_path / "two.npz", a=np.zeros(2), b=np.zeros(2))
-    np.savez(tmp_path / "objects.npz", audio=np.array([{}], dtype=object))
-    (tmp_path / "text.npz").write_text("no archive")
-    header = (
-        b"\x93NUMPY\x01\x00v\x00"
-        + b"{'descr': '<f8', 'fortran_order': False, 'shape': (9000000000, 9), }".ljust(117)
-        + b"\n"
-    )
-    with zipfile.ZipFile(tmp_path / "claims.npz", "w") as archive:
-        archive.writestr("audio.npy", header + bytes(64))
-    base = {"text": "a", "label": "joy", "split": "train"}
-    path = write_lines(
-        tmp_path / "own.jsonl",
-        base | {"audio": "none.npy", "video": "none.npz"},
-        "{broken",
-        base | {"split": "tset"},
-        {"text": "a", "label": "joy"},
-        base | {"text": 5, "turn": "x", "audio_length": 1.5},
-        *(
-            base | {"audio": name}
-            for name in ("objects.npy", "text.npy", "cut.npy", "two.npz", "objects.npz", "text.npz")
-        ),
-        base | {"audio": "claims.npz"},
-        base | {"audio": "a.wav"},
-        base | {"rate": {"audio": 10}},
-        base | {"rate": {"audio": 20}},
-        base | {"rate": {"sound": -1}},
-        "[" * 100_000,
-        base | {"audio": "../up/none.npy"},
-    )
-    with pytest.raises(ReaderError) as caught:
-        open_source(MELD, [path])
-    said = "\n".join(caught.value.faults)
-    for wanted in (
-        "own.jsonl line 1: no audio file ",
-        "own.jsonl line 1: no video file ",
-        "line 2: Invalid JSON",
-        "line 3: split 'tset' is none of train, valid, test",
-        "line 4: no split: give every sample one",
-        "line 5: text: ",
-        "line 5: turn: ",
-        "line 5: audio_length: ",
-        "objects.npy: is no readable array: ",
-        "text.npy: is no .npy array",
-        "cut.npy: is no readable array: ",
-        "two.npz: holds a, b; one array, or one called 'audio', was expected",
-        "objects.npz: holds Python objects",
-        "text.npz: is no readable .npz",
-        "claims.npz: claims shape (9000000000, 9)",
-        "a.wav: features are .npy or .npz files",
-        "audio has several rates (10, 20)",
-        "line 16: rate",
-        "line 17: Invalid JSON",
-        "line 18: no audio file ",
-    ):
-        assert wanted in said, wanted
-    assert "… and " in str(caught.value)
-
-
-def test_pickles_inside_npy_never_run(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    np.save(tmp_path / "a.npy", np.array([Evil()], dtype=object))
-    np.savez(tmp_path / "a.npz", np.array([Evil()], dtype=object))
-    (tmp_path / "b.npy").write_bytes(pickle.dumps(Evil()))
-    base = {"text": "a", "label": "joy"}
-    path = write_lines(tmp_path / "train.jsonl", *(base | {"audio": name} for name in ("a.npy", "a.npz", "b.npy")))
-    assert "3 faults" in faults_of(MELD, path)
-    assert not (tmp_path / "ran").exists()
 
 
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────

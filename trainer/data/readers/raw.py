@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.pickle_machine import old_text
+
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
 
@@ -93,7 +95,7 @@ def as_text(value: Any) -> str | None:
     """Text as published; a number is written out, anything else is no text (None)."""
     value = _plain(value)
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return old_text(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
