@@ -27,6 +27,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [index for piece in pieces for index in _plain(tokenizer, piece)]
 
 
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the model expects before any text, as its own tokenizer writes it: nothing (Qwen), a begin-of-sequence token
+    (Llama), or several (GLM's ``[gMASK]<sop>``)."""
+    ids = list(tokenizer("", add_special_tokens=True)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id:
+        ids.pop()
+    return ids
+
+
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an answer: the tokenizer's own end-of-sequence token.
 

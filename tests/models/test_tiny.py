@@ -18,7 +18,7 @@ from trainer.batch import Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone import build_backbone, build_tiny
 from trainer.models.egmf import EGMF
-from trainer.text import encode, end_token
+from trainer.text import encode, end_token, start_tokens
 
 SMALL = TinyConfig(vocab_size=400)
 
@@ -114,6 +114,21 @@ def test_special_tokens_in_a_text_are_text(folder):
     assert tokenizer.convert_tokens_to_ids("<think>") not in ids
     assert tokenizer.decode(ids) == "I <think> so<think>"
     assert encode(tokenizer, "") == []
+
+
+def test_start_tokens_are_those_the_tokenizer_writes_itself(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert start_tokens(tokenizer) == []
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    special = [("<|pad|>", pad), ("<|endoftext|>", end)]
+    for template, want in (
+        ("<|pad|> $A", [pad]),
+        ("<|pad|> <|pad|> $A <|endoftext|>", [pad, pad]),
+        ("$A <|endoftext|>", []),
+    ):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+        assert start_tokens(tokenizer) == want
+        assert encode(tokenizer, "a") == encode(AutoTokenizer.from_pretrained(folder), "a")
 
 
 def test_digits_are_single_tokens(folder):

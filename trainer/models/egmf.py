@@ -138,7 +138,6 @@ class EGMF(nn.Module):
             tensor.copy_(state[name])
 
     def _embed(self, batch: Batch) -> tuple[Tensor, FusionOutput | None]:
-        built = 0 if self.fusion is None else self.fusion.gate.slot_KD.shape[0]
         embeds_BLH = self.backbone.embed(batch.input_ids_BL)
         if self.fusion is None:
             if batch.pseudo_tokens:
@@ -148,7 +147,8 @@ class EGMF(nn.Module):
             return embeds_BLH, None
         text_BSH = self.backbone.embed(batch.text_ids_BS).detach()
         fused = self.fusion(batch.task, text_BSH, batch.text_mask_BS, batch.audio, batch.video)
-        if fused.pseudo_BKH.shape[1] != batch.pseudo_tokens:
+        built = fused.pseudo_BKH.shape[1]
+        if built != batch.pseudo_tokens:
             raise ValueError(f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes {built}")
         start, stop = batch.pseudo_start, batch.pseudo_start + batch.pseudo_tokens
         pseudo_BKH = fused.pseudo_BKH.to(embeds_BLH.dtype)
