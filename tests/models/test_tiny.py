@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from tiny_models import TEXTS, make_trie
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.batch import Batch, Features
