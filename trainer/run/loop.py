@@ -229,7 +229,9 @@ class Run:
             values["train/gradient_norm"] = float(norm)
         if self.parts.model.fusion is not None:
             usage = self.parts.model.fusion.gate.usage_E.tolist()
-            values.update({f"gate/{name}": u for name, u in zip(self.config.model.fusion.experts, usage, strict=True)})
+            values.update(
+                {f"gate/{name}": u for name, u in zip(self.parts.model.fusion.experts_built, usage, strict=True)}
+            )
         self.progress.step(step, result.loss, rates[0], result.samples, seconds)
         if step % self.config.train.log_every == 0 or step in (1, self.steps):
             self.tracker.metrics(values, step)
