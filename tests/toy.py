@@ -45,7 +45,13 @@ def toy_source(name: str, sizes: dict[str, int], seed: int = 0) -> Source:
             )
 
     return Source(
-        name="toy", samples=samples, splits=list(sizes), files=[], widths=WIDTHS, rates={"audio": 10.0, "video": 5.0}, notes=[]
+        name="toy",
+        samples=samples,
+        splits=list(sizes),
+        files=[],
+        widths=WIDTHS,
+        rates={"audio": 10.0, "video": 5.0},
+        notes=[],
     )
 
 

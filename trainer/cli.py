@@ -86,6 +86,7 @@ def train(config: ConfigFile, overrides: Overrides = None, out: Out = None, debu
     from trainer.config import load_config
 
     loaded = load_config(config, overrides or [])
+    _check_tasks(loaded.tasks)
     folder = out or default_out(config, loaded.train.seed)
 
     def work(world: Any) -> int:
@@ -113,6 +114,9 @@ def evaluate(
     debug: Debug = False,
 ) -> int:
     """Score a split with a run's best checkpoint. Works on several processes too, under any launcher."""
+    from trainer.run.files import saved_config
+
+    saved_config(run, overrides or [], data)
 
     def work(world: Any) -> int:
         from trainer.run.evaluate import write_predictions
@@ -228,11 +232,8 @@ def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
 def config_check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate a config and its task; every fault in one message."""
     from trainer.config import load_config
-    from trainer.tasks import get_task
 
-    loaded = load_config(config, overrides or [])
-    for name in loaded.tasks:
-        get_task(name)
+    _check_tasks(load_config(config, overrides or []).tasks)
     _say(f"{config}: ok")
 
 
@@ -250,6 +251,7 @@ def launch_local(
     from trainer.config import load_config
 
     loaded = load_config(config, overrides or [])
+    _check_tasks(loaded.tasks)
     folder = out or default_out(config, loaded.train.seed)
     line = command(config, overrides or [], folder, debug=debug)
     if dry_run:
@@ -313,6 +315,20 @@ def _in_world(work: Callable[[Any], int], debug: bool) -> int:
         os._exit(1)
     stop_world()
     return code
+
+
+def _check_tasks(names: list[str]) -> None:
+    """Refuse unknown tasks before anything heavy is loaded; all of them at once."""
+    from trainer.tasks import TaskError, get_task
+
+    faults = []
+    for name in names:
+        try:
+            get_task(name)
+        except TaskError as error:
+            faults.append(str(error))
+    if faults:
+        raise TaskError("\n".join(faults))
 
 
 def _defined(name: str, task_file: Path | None) -> Any:

@@ -17,7 +17,7 @@ from trainer.batch import Batch, Features, Sample
 from trainer.config import DataConfig
 from trainer.data.sampling import hidden_modalities
 from trainer.tasks import Language, Task
-from trainer.text import encode, end_token
+from trainer.text import encode, end_token, start_tokens
 
 OPEN, CLOSE = "<Multimodal>", "</Multimodal>"
 NOMINAL_SECONDS = 10.0  # a clip's length on the time axis where no frame rate is known
@@ -67,8 +67,7 @@ class Collator:
         self.end = end_token(tokenizer)
         language = prompt_language(task, config)
         before, after = prompt_texts(task, config)
-        bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-        self.prefix = bos + encode(tokenizer, before)
+        self.prefix = start_tokens(tokenizer) + encode(tokenizer, before)
         self.suffix = encode(tokenizer, after)
         self.answers = [[*encode(tokenizer, text), self.end] for text in task.answer_texts(config.answers, language)]
         self._tokens: dict[str, list[int]] = {}

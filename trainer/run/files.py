@@ -1,11 +1,14 @@
-"""Small files, written whole or not at all."""
+"""Small files of a run: written whole or not at all, and read back."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from trainer.config import RunConfig, load_config
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -18,3 +21,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
+    """The config a run was trained with.
+
+    Raises:
+        ValueError: `run` is not a run folder.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
+    return load_config(path, [*overrides, *([f"data.path={data}"] if data else [])])

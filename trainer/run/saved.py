@@ -11,13 +11,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig
 from trainer.models.backbone import base_fingerprint
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import CheckpointError, Checkpoints, load_weights, read_state
 from trainer.run.distributed import World
 from trainer.run.engine import build_inference_engine, dtype_of, zero_stage
 from trainer.run.evaluate import evaluate
+from trainer.run.files import saved_config
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +39,6 @@ class SavedRun:
     ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
         """See :func:`trainer.run.evaluate.evaluate`."""
         return evaluate(self.forward, self.parts, self.config, split, self.world, self.dtype, advance)
-
-
-def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
-    """The config a run was trained with.
-
-    Raises:
-        ValueError: `run` is not a run folder.
-    """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
-    return load_config(path, [*overrides, *([f"data.path={data}"] if data else [])])
 
 
 def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str | None = None) -> SavedRun:

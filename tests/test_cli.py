@@ -1,0 +1,142 @@
+"""The command line: help, JSON alone on stdout, faults in words with the right exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import egmf
+from tests.toy import prepare_toy
+from trainer.cli import _spread, default_out
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("train",),
+        ("evaluate",),
+        ("prepare",),
+        ("score",),
+        ("demo",),
+        ("data", "show"),
+        ("config", "show"),
+        ("config", "check"),
+        ("launch", "local"),
+    ],
+    ids=" ".join,
+)
+def test_every_command_explains_itself(words: tuple[str, ...]) -> None:
+    shown = egmf(*words, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "Usage: egmf" in shown.stdout
+    assert len(shown.stdout.splitlines()) > 6
+
+
+def test_usage_faults_exit_2_and_name_the_word() -> None:
+    for words in (("trian",), ("train",), ("score", "x.csv"), ("launch", "local", "--procs", "0", "c.yaml")):
+        done = egmf(*words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert done.stderr
+
+
+def test_faults_are_one_message_and_exit_1(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("task: meld\ntrain: {zero: 7, sed: 1}\n")
+    cases = {
+        ("config", "check", str(tmp_path / "bad.yaml")): ("train.zero", "did you mean seed?"),
+        ("config", "check", f"{ROOT}/configs/meld.yml"): ("did you mean meld.yaml?",),
+        ("train", f"{ROOT}/configs/tiny.yaml", "task=meldd"): ("did you mean meld?",),
+        ("train", f"{ROOT}/configs/tiny.yaml", f"data.path={tmp_path}/none", "--out", str(tmp_path / "r")): (
+            "egmf prepare",
+        ),
+        ("evaluate", str(tmp_path)): ("is not a run folder",),
+        ("prepare", "meld", "--out", str(tmp_path / "d")): ("--source",),
+        ("prepare", "diagnostic", "--out", str(tmp_path / "d"), "--size", "train=x"): ("SPLIT=N",),
+        ("score", "--task", "meld", str(tmp_path / "none.csv")): ("none.csv",),
+        ("data", "show", str(tmp_path)): ("not a prepared dataset",),
+    }
+    for words, expected in cases.items():
+        done = egmf(*words)
+        assert done.returncode == 1, (words, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr, (words, done.stderr)
+        assert not done.stdout
+        for text in expected:
+            assert text in done.stderr, (words, done.stderr)
+
+
+def test_json_is_alone_on_stdout(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("id,label,prediction\na,joy,joy\nb,anger,neutral\nc,fear,rage\n", encoding="utf-8")
+    done = egmf("score", "--task", "meld", str(tmp_path / "p.csv"), "--json")
+    assert done.returncode == 0, done.stderr
+    held = json.loads(done.stdout)
+    assert (held["n"], held["invalid_rate"], held["acc"]) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    folder = prepare_toy("simsv2", tmp_path)
+    shown = egmf("data", "show", str(folder), "--json")
+    assert json.loads(shown.stdout)["train"]["n"] == 48
+    table = egmf("data", "show", str(folder))
+    assert "48" in table.stdout
+    assert "…" not in table.stdout
+
+
+def test_a_run_can_be_evaluated_again_alone_and_with_other_settings(tmp_path: Path) -> None:
+    folder = prepare_toy("simsv2", tmp_path)
+    small = (
+        "train.steps=3",
+        "model.backbone.tiny.vocab_size=400",
+        "train.global_batch=8",
+        "train.micro_batch=4",
+        "track.mlflow=false",
+    )
+    run = tmp_path / "run"
+    done = egmf("train", f"{ROOT}/configs/tiny.yaml", "task=simsv2", f"data.path={folder}", *small, "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    assert "acc2" in done.stdout
+    written = json.loads((run / "metrics.json").read_text())["test"]["simsv2"]
+    again = egmf(
+        "evaluate", str(run), "--split", "test", "--json", "eval.batch=3", "--predictions", str(tmp_path / "p.parquet")
+    )
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert found.keys() == written.keys()
+    assert {"n", "invalid_rate", "acc2", "acc3", "acc5", "f1", "weak_acc2", "mae", "corr", "r2"} <= found.keys()
+    for key, value in written.items():
+        assert found[key] == (value if value is None else pytest.approx(value, abs=1e-5)), key
+    scored = egmf("score", "--task", "simsv2", str(tmp_path / "p.parquet"), "--json")
+    assert json.loads(scored.stdout)["mae"] == pytest.approx(found["mae"], abs=1e-9)
+    mode = egmf("evaluate", str(run), "--json", "eval.prediction=mode")
+    assert json.loads(mode.stdout)["mae"] != found["mae"]
+    free = egmf("evaluate", str(run), "--json", "eval.mode=generate")
+    held = json.loads(free.stdout)
+    assert 0.0 <= held["invalid_rate"] <= 1.0
+    wrong = egmf("evaluate", str(run), "--split", "tset")
+    assert wrong.returncode == 1
+    assert "did you mean test" in wrong.stderr
+    (run / "backbone" / "model.safetensors").write_bytes(
+        (run / "backbone" / "model.safetensors").read_bytes()[:-4] + b"\1\2\3\4"
+    )
+    other = egmf("evaluate", str(run))
+    assert other.returncode == 1
+    assert "another frozen backbone" in other.stderr
+
+
+def test_sources_are_spread_and_runs_named() -> None:
+    words = ["prepare", "meld", "--source", "a", "b", "--strict", "--source", "c", "--out", "d"]
+    assert _spread(words) == [
+        "prepare",
+        "meld",
+        "--source",
+        "a",
+        "--source",
+        "b",
+        "--strict",
+        "--source",
+        "c",
+        "--out",
+        "d",
+    ]
+    assert default_out(Path("configs/meld.yaml"), 3) == Path("runs/meld-s3")
