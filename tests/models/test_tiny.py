@@ -207,14 +207,14 @@ def teach(answers: Sequence[str], folder, steps: int) -> torch.Tensor:
 
 
 def test_nf4_and_lora_make_the_frozen_head_confident(tmp_path):
-    probability = teach(["joy", "anger", "sadness", "fear"], tmp_path / "t", steps=100)
+    probability = teach(["joy", "anger", "sadness", "fear"], tmp_path / "t", steps=40)
     assert probability.diag().min() > 0.95  # of all texts there are, not only of the four
 
 
 @pytest.mark.parametrize("steps_of_ten", [10, 30])
 def test_the_expectation_over_the_grid_is_not_shrunk(tmp_path, steps_of_ten):
     values = [i / 10 for i in range(-steps_of_ten, steps_of_ten + 1)]
-    probability = teach([f"{v:.1f}" for v in values], tmp_path / "t", steps=250)
+    probability = teach([f"{v:.1f}" for v in values], tmp_path / "t", steps=140)
     truth = torch.tensor(values)
     expected = (probability / probability.sum(1, keepdim=True)) @ truth
     assert expected.std() / truth.std() >= 0.95

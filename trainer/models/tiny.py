@@ -1,8 +1,11 @@
 """The offline backbone: a random Qwen3 and a byte-level BPE tokenizer of the task's texts, in standard Hugging Face form.
 
 Nothing is downloaded, and nothing is pre-trained: the frozen weights are random features that LoRA and the pseudo tokens
-learn to read. Width x `initializer_range` is at least 12 (checked by :class:`trainer.config.TinyConfig`): below that the
-frozen head cannot give any token a high probability.
+learn to read. Two things make them easy to teach. Logits must be able to grow: a normed hidden state reaches at most
+width x `initializer_range` (at least 12, checked by :class:`trainer.config.TinyConfig`) x `HEAD_GAIN`. And each block adds
+to the residual stream about as much as the embedding put in, not ten times as much: its two output matrices are times
+`initializer_range`. Measured on "two words, four labels, answer (a + b) mod 4" with NF4 and LoRA, 250 steps of 32, three
+seeds: p(answer) 0.39-0.97 without the gain, 1.00 with it; without the narrower blocks 0.31 after 300 steps.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from trainer.config import TinyConfig
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 MARK = "tiny.json"  # what the folder was built from; only a folder that holds it is ever replaced
-FORMAT = 1
+FORMAT = 2
+HEAD_GAIN = 3.0
 
 # Qwen's pre-tokenizer: every digit alone, so that numbers are spelled the same way everywhere.
 _SPLIT = (
@@ -100,9 +104,14 @@ def _random_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwe
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(config.seed)
-        return Qwen3ForCausalLM(shape).float()
+        model = Qwen3ForCausalLM(shape).float()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= config.initializer_range
+            layer.mlp.down_proj.weight *= config.initializer_range
+        model.lm_head.weight *= HEAD_GAIN
+    return model
 
 
 def _swap(new: Path, folder: Path) -> None:
