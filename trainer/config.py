@@ -231,7 +231,9 @@ class RunConfig(Section):
             raise ValueError("name at least one task")
         if len(set(names)) < len(names):
             raise ValueError(f"names a task twice: {names}")
-        return value
+        # a run keeps its config: a task's own file must be found from anywhere
+        whole = [str(Path(n).resolve()) if n.endswith((".yaml", ".yml")) else n for n in names]
+        return whole[0] if isinstance(value, str) else whole
 
     @property
     def tasks(self) -> list[str]:
