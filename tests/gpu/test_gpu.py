@@ -1,0 +1,63 @@
+"""What only a GPU can show: the same model on CUDA as on the CPU, 4-bit and flash attention included."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.processes import egmf
+from tests.toy import prepare_toy
+from trainer.config import load_config
+from trainer.run.assemble import assemble
+from trainer.run.distributed import World
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
+SMALL = ("task=meld", "model.backbone.tiny.vocab_size=400", "track.mlflow=false")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_toy("meld", tmp_path_factory.mktemp("toy"))
+
+
+def scores(data: Path, folder: Path, device: str, dtype: torch.dtype, *overrides: str) -> torch.Tensor:
+    config = load_config(TINY, [*SMALL, f"data.path={data}", *overrides])
+    parts = assemble(config, folder, World(0, 1, torch.device(device)), dtype)
+    view = parts.data["meld"]["valid"]
+    batch = parts.collators["meld"]([view[i] for i in range(len(view))], answers=False).to(device, dtype)
+    with torch.no_grad():
+        return parts.model.eval()(batch, parts.tries["meld"].to(device)).logprob_BC.cpu()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_cuda_scores_as_the_cpu_does(data: Path, tmp_path: Path, quantization: str) -> None:
+    chosen = (f"model.backbone.quantization={quantization}",)
+    expected = scores(data, tmp_path, "cpu", torch.float32, *chosen)
+    torch.testing.assert_close(scores(data, tmp_path, "cuda", torch.float32, *chosen), expected, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(scores(data, tmp_path, "cuda", torch.bfloat16, *chosen), expected, atol=0.3, rtol=0.03)
+
+
+def test_flash_attention_scores_as_sdpa_does(data: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    found, expected = (
+        scores(data, tmp_path, "cuda", torch.bfloat16, f"model.backbone.attention={name}")
+        for name in ("flash_attention_2", "sdpa")
+    )
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_trains_on_a_gpu(data: Path, tmp_path: Path, precision: str) -> None:
+    overrides = (
+        f"data.path={data}",
+        f"train.precision={precision}",
+        "model.backbone.quantization=nf4",
+        "train.steps=4",
+    )
+    done = egmf("train", str(TINY), *SMALL, *overrides, "--out", str(tmp_path / "run"), DS_ACCELERATOR="cuda")
+    assert done.returncode == 0, done.stderr
