@@ -20,10 +20,15 @@ SECONDS_PER_TOKEN = 0.3  # nominal: about 200 words a minute; text has no clock
 
 
 class Stream(NamedTuple):
-    """An encoded modality: zeros where the mask is False; a missing modality is False everywhere."""
+    """An encoded modality: `values = content + position`, all 0 where the mask is False (a missing modality: everywhere).
+
+    A tuple and no dataclass: the hooks of ZeRO-3 find tensors inside tuples only.
+    """
 
     values_BTD: Tensor
     mask_BT: Tensor
+    content_BTD: Tensor
+    position_BTD: Tensor
 
 
 def sinusoidal_positions(time_BT: Tensor, width: int) -> Tensor:
@@ -52,9 +57,10 @@ class FeatureEncoder(nn.Module):
     def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> Stream:
         hidden_mask_BT1 = ~mask_BT.unsqueeze(-1)
         values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(hidden_mask_BT1, 0.0)
-        values_BTD = self.norm(self.project(values_BTF))
-        position_BTD = sinusoidal_positions(time_BT, values_BTD.shape[-1]).to(values_BTD.dtype)
-        return Stream((values_BTD + position_BTD).masked_fill(hidden_mask_BT1, 0.0), mask_BT)
+        content_BTD = self.norm(self.project(values_BTF)).masked_fill(hidden_mask_BT1, 0.0)
+        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(hidden_mask_BT1, 0.0)
+        position_BTD = position_BTD.to(content_BTD.dtype)
+        return Stream(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
 
 
 class Encoders(nn.Module):
@@ -112,7 +118,8 @@ class Encoders(nn.Module):
         for modality in self.modalities:
             if modality not in streams:  # the task has no such modality: it is missing in every sample
                 mask_BT = torch.zeros_like(features[modality].mask_BT)
-                streams[modality] = Stream(text_BSH.new_zeros(*mask_BT.shape, self.width), mask_BT)
+                nothing_BTD = text_BSH.new_zeros(*mask_BT.shape, self.width)
+                streams[modality] = Stream(nothing_BTD, mask_BT, nothing_BTD, nothing_BTD)
         return {modality: streams[modality] for modality in self.modalities}, idle
 
     def _check(self, task: str, features: Mapping[str, Features]) -> None:

@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from trainer.config import FusionConfig, Modality
 from trainer.models.encoders import Stream
 from trainer.models.masked import (
-    SlotPooling,
+    SlotAttention,
+    SlotLinear,
     masked_attention,
-    masked_logsumexp,
-    masked_max,
+    masked_scaled_logsumexp,
+    masked_scaled_max,
     masked_window_mean,
+    pool,
 )
 
 Streams = Mapping[Modality, Stream]
@@ -51,32 +54,33 @@ class _LocalStream(nn.Module):
         super().__init__()
         width = config.width
         self.pooling = config.local_pooling
-        self.slots = config.pseudo_tokens
         self.depthwise = nn.ModuleList(
             nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
             for kernel in config.local_kernels
         )
         self.pointwise = nn.Linear(width * len(config.local_kernels), width)
-        self.slot = nn.Linear(width, width * config.pseudo_tokens)
+        self.detect = nn.Linear(width, width)
+        self.slot_KD = nn.Parameter(torch.randn(config.pseudo_tokens, width))
+        self.out = nn.Linear(width, width)
 
     def forward(self, stream: Stream) -> Tensor:
         stream_BDT = stream.values_BTD.transpose(1, 2).contiguous()
         scales_BnT = torch.cat([convolve(stream_BDT) for convolve in self.depthwise], 1)
-        hidden_BTD = nn.functional.gelu(self.pointwise(scales_BnT.transpose(1, 2)))
-        wide_BTn = self.slot(hidden_BTD)
+        found_BTD = self.detect(gelu(self.pointwise(scales_BnT.transpose(1, 2))))
         if self.pooling == "max":
-            pooled_Bn = masked_max(wide_BTn, stream.mask_BT)
+            peak_BKD = masked_scaled_max(found_BTD, stream.mask_BT, self.slot_KD)
         else:
-            pooled_Bn = masked_logsumexp(wide_BTn, stream.mask_BT, SHARPNESS)
-        return pooled_Bn.unflatten(-1, (self.slots, -1))
+            peak_BKD = masked_scaled_logsumexp(found_BTD, stream.mask_BT, self.slot_KD, SHARPNESS)
+        return self.out(gelu(peak_BKD))
 
 
 class LocalExpert(nn.Module):
     """Narrow receptive field, fine time resolution, one modality at a time.
 
-    Of a stream x, for every kernel k of the config: c_k = depthwise_k(x); h = GELU(W [c_3; c_5; c_7]);
-    y_slot = pool_t(V_slot h_t), with the maximum or log-sum-exp over the valid frames as pool: peaks survive, where a
-    mean would drown a burst of few frames. Masked frames are 0 and act like the zero padding at the ends.
+    Of a stream x, for every kernel k of the config: c_k = depthwise_k(x); h = V GELU(W [c_3; c_5; c_7]); and per slot
+    y = U GELU(pool_t(s_slot * h_t)), with the maximum or log-sum-exp over the valid frames as pool: peaks survive, where
+    a mean would drown a burst of few frames. s scales each channel per slot, and its sign chooses between peak and
+    trough. Masked frames are 0 and act like the zero padding at the ends.
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
@@ -88,43 +92,51 @@ class LocalExpert(nn.Module):
         return self.answer([self.streams[m](stream) for m, stream in streams.items()], presence(streams))
 
 
-class _SemanticStream(nn.Module):
-    """What one modality contributes: queries to the others, keys and values for them."""
+class _Question(nn.Module):
+    """The slots' questions of one modality: its pooled frames, what they hold and when they are, as queries."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        width = config.width
-        self.qkv = nn.Linear(width, 3 * width)
+        width, slots = config.width, config.pseudo_tokens
+        self.attention = SlotAttention(width, slots, config.heads)
+        self.norm = nn.LayerNorm(width)
+        self.content = SlotLinear(slots, width)
+        self.position = SlotLinear(slots, width)
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.qkv(stream.values_BTD).chunk(3, -1)
-        return query, key, value
+    def forward(self, stream: Stream) -> Tensor:
+        weight_BhKT = self.attention(stream.values_BTD, stream.mask_BT)
+        content_BKD = self.norm(pool(weight_BhKT, stream.content_BTD))
+        return self.content(content_BKD) + self.position(pool(weight_BhKT, stream.position_BTD))
 
 
-class _SemanticAnswer(nn.Module):
-    """Joins what a modality's frames asked and what they were answered, and pools it per slot."""
+class _Source(nn.Module):
+    """The keys and values of one modality's frames: keys know what and when, values know what."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        width = config.width
-        self.out = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(2 * width)
-        self.up = nn.Linear(2 * width, width)
-        self.pool = SlotPooling(width, config.pseudo_tokens, config.heads)
+        self.content = nn.Linear(config.width, 2 * config.width)
+        self.position = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, stream: Stream, heard_BTD: Tensor) -> Tensor:
-        heard_BTD = self.out(heard_BTD)
-        joint_BTn = self.norm(torch.cat([stream.values_BTD, heard_BTD], -1))
-        return self.pool(heard_BTD + nn.functional.gelu(self.up(joint_BTn)), stream.mask_BT)
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        key_BTD, value_BTD = self.content(stream.content_BTD).chunk(2, -1)
+        return key_BTD + self.position(stream.position_BTD), value_BTD
 
 
 class SemanticExpert(nn.Module):
-    """Cross-modal attention only: the frames of each modality query those of every other one.
+    """Cross-modal attention only: every slot of each modality queries the frames of every other one.
 
-    For modality m, over the others o that are present, every pair with its own softmax:
-    a_m = W_m sum_o attend(Q_m x_m, K_o x_o, V_o x_o); h_m = a_m + GELU(U_m LayerNorm([x_m; a_m])); then attention
-    pooling of h_m per slot. There is no self-attention, and no position beyond that of the encoders. Not valid where
-    the modality itself, or every other one, is missing.
+    For modality m: attention pooling turns its frames into one query per slot,
+
+        q_mk = Q_k LayerNorm(sum_t a_kt content_t) + P_k sum_t a_kt position_t
+
+    and over the others o that are present, every pair with its own softmax,
+
+        y_mk = W_m sum_o attend(q_mk, K_o content_o + R_o position_o, V_o content_o).
+
+    The answer holds nothing of m but what m asked for. There is no self-attention, and no position beyond that of the
+    encoders; content and position have weights of their own, since positions as large as the content, and nearly
+    constant in their long wavelengths, would otherwise drown it in the pooled query (measured: a relation between audio
+    and video is then learned several times later). Not valid where the modality itself, or every other one, is missing.
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
@@ -132,20 +144,21 @@ class SemanticExpert(nn.Module):
         if len(modalities) < 2:
             raise ValueError("the semantic expert relates modalities: it needs at least two of them")
         self.heads = config.heads
-        self.ask = nn.ModuleDict({modality: _SemanticStream(config) for modality in modalities})
-        self.join = nn.ModuleDict({modality: _SemanticAnswer(config) for modality in modalities})
+        self.ask = nn.ModuleDict({modality: _Question(config) for modality in modalities})
+        self.source = nn.ModuleDict({modality: _Source(config) for modality in modalities})
+        self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        asked = {m: self.ask[m](stream) for m, stream in streams.items()}
+        query = {m: self.ask[m](stream) for m, stream in streams.items()}
+        source = {m: self.source[m](stream) for m, stream in streams.items()}
         values = []
-        for m, stream in streams.items():
+        for m in streams:
+            others = [o for o in streams if o != m]
             heard = [
-                masked_attention(asked[m][0], asked[o][1], asked[o][2], streams[o].mask_BT, self.heads)
-                for o in streams
-                if o != m
+                masked_attention(query[m], source[o][0], source[o][1], streams[o].mask_BT, self.heads) for o in others
             ]
-            values.append(self.join[m](stream, torch.stack(heard).sum(0)))
+            values.append(self.out[m](torch.stack(heard).sum(0)))
         present_BM = presence(streams)
         return self.answer(values, present_BM & (present_BM.sum(1, keepdim=True) > 1))
 
@@ -168,7 +181,7 @@ class _GlobalBlock(nn.Module):
     def forward(self, joined_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         query, key, value = self.qkv(self.attention_norm(joined_BTD)).chunk(3, -1)
         joined_BTD = joined_BTD + self.dropout(self.out(masked_attention(query, key, value, mask_BT, self.heads)))
-        hidden_BTn = nn.functional.gelu(self.up(self.norm(joined_BTD)))
+        hidden_BTn = gelu(self.up(self.norm(joined_BTD)))
         return joined_BTD + self.dropout(self.down(hidden_BTn))
 
 
@@ -181,6 +194,18 @@ class _Tag(nn.Module):
 
     def forward(self, values_BTD: Tensor) -> Tensor:
         return values_BTD + self.vector_D
+
+
+class _Reading(nn.Module):
+    """Attention pooling of one modality's windows, per slot."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.attention = SlotAttention(config.width, config.pseudo_tokens, config.heads)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        return self.out(pool(self.attention(values_BTD, mask_BT), values_BTD))
 
 
 class GlobalExpert(nn.Module):
@@ -197,9 +222,7 @@ class GlobalExpert(nn.Module):
         self.tag = nn.ModuleDict({modality: _Tag(config.width) for modality in modalities})
         self.blocks = nn.ModuleList(_GlobalBlock(config) for _ in range(config.global_layers))
         self.norm = nn.LayerNorm(config.width)
-        self.pool = nn.ModuleDict(
-            {modality: SlotPooling(config.width, config.pseudo_tokens, config.heads) for modality in modalities}
-        )
+        self.read = nn.ModuleDict({modality: _Reading(config) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
@@ -209,5 +232,5 @@ class GlobalExpert(nn.Module):
         for block in self.blocks:
             joined_BTD = block(joined_BTD, mask_BT)
         parts = self.norm(joined_BTD).split([mask.shape[1] for _, mask in windows], 1)
-        pooled = [self.pool[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]
+        pooled = [self.read[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]
         return self.answer(pooled, presence(streams))

@@ -19,26 +19,30 @@ def masked_mean(values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     return total_BD / mask_BT.sum(1, keepdim=True).clamp_min(1).to(total_BD.dtype)
 
 
-def masked_max(values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """The largest of the valid frames, per channel [B, D]."""
-    lowest = torch.finfo(values_BTD.dtype).min
-    peak_BD = values_BTD.masked_fill(~mask_BT.unsqueeze(-1), lowest).amax(1)
-    return peak_BD.masked_fill(~mask_BT.any(1, keepdim=True), 0.0)
+def masked_scaled_max(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor) -> Tensor:
+    """max_t(scale_kd x_td) over the valid frames [B, K, D]; a negative scale reads the lowest value."""
+    hidden_BT1 = ~mask_BT.unsqueeze(-1)
+    limit = torch.finfo(values_BTD.dtype).max
+    high_B1D = values_BTD.masked_fill(hidden_BT1, -limit).amax(1, keepdim=True)
+    low_B1D = values_BTD.masked_fill(hidden_BT1, limit).amin(1, keepdim=True)
+    peak_BKD = torch.where(scale_KD > 0, high_B1D, low_B1D)
+    return peak_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0) * scale_KD
 
 
-def masked_logsumexp(values_BTD: Tensor, mask_BT: Tensor, sharpness: float) -> Tensor:
-    """A smooth maximum of the valid frames, per channel [B, D].
+def masked_scaled_logsumexp(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor, sharpness: float) -> Tensor:
+    """A smooth maximum of scale_kd x_td over the valid frames [B, K, D].
 
-        log(mean_t exp(sharpness x_t)) / sharpness
+        log(mean_t exp(sharpness scale_kd x_td)) / sharpness
 
-    between the mean (sharpness to 0) and the maximum (to infinity), independent of padding and of repetition. Computed
-    in float32 at least. Source: Pinheiro and Collobert 2015, equation 6.
+    between the mean (sharpness to 0) and the maximum (to infinity), independent of padding. Computed in float32 at least.
+    Source: Pinheiro and Collobert 2015, equation 6.
     """
-    wide_BTD = values_BTD.to(torch.promote_types(values_BTD.dtype, torch.float32)) * sharpness
-    wide_BTD = wide_BTD.masked_fill(~mask_BT.unsqueeze(-1), torch.finfo(wide_BTD.dtype).min)
-    count_B1 = mask_BT.sum(1, keepdim=True).clamp_min(1).to(wide_BTD.dtype)
-    pooled_BD = (wide_BTD.logsumexp(1) - count_B1.log()) / sharpness
-    return pooled_BD.masked_fill(~mask_BT.any(1, keepdim=True), 0.0).to(values_BTD.dtype)
+    wide = torch.promote_types(values_BTD.dtype, torch.float32)
+    scaled_BTKD = values_BTD.to(wide).unsqueeze(2) * (sharpness * scale_KD.to(wide))
+    scaled_BTKD = scaled_BTKD.masked_fill(~mask_BT[:, :, None, None], torch.finfo(wide).min)
+    count_B11 = mask_BT.sum(1)[:, None, None].clamp_min(1).to(wide)
+    pooled_BKD = (scaled_BTKD.logsumexp(1) - count_B11.log()) / sharpness
+    return pooled_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0).to(values_BTD.dtype)
 
 
 def masked_window_mean(values_BTD: Tensor, mask_BT: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -64,32 +68,44 @@ def masked_attention(query_BQD: Tensor, key_BTD: Tensor, value_BTD: Tensor, mask
     """
     query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query_BQD, key_BTD, value_BTD))
     some_B1 = mask_BT.any(1, keepdim=True)
-    allowed_B11T = (mask_BT | ~some_B1)[:, None, None, :]
-    out_BhQd = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed_B11T.expand(-1, -1, query_BQD.shape[1], -1)
-    )
+    out_BhQd = F.scaled_dot_product_attention(query, key, value, attn_mask=(mask_BT | ~some_B1)[:, None, None, :])
     return out_BhQd.transpose(1, 2).flatten(2).masked_fill(~some_B1.unsqueeze(-1), 0.0)
 
 
-class SlotPooling(nn.Module):
-    """Attention pooling with one learned query per slot and head.
+class SlotAttention(nn.Module):
+    """Attention weights over time with one learned query per slot and head.
 
-        a_kht = softmax_t(w_kh . x_t + b_kh) over the valid t,   y_k = W concat_h(sum_t a_kht x_t[head h])
+        a_kht = softmax_t(w_kh . x_t + b_kh) over the valid t
 
-    The rows of the `score` layer are the queries (a key projection would fold into them). Weights in float32.
+    The rows of the `score` layer are the queries; a key projection would fold into them. Weights in float32.
     """
 
     def __init__(self, width: int, slots: int, heads: int) -> None:
         super().__init__()
         self.slots, self.heads = slots, heads
         self.score = nn.Linear(width, slots * heads)
-        self.out = nn.Linear(width, width)
 
     def forward(self, values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         score_BTn = self.score(values_BTD)
         score_BTn = score_BTn.to(torch.promote_types(score_BTn.dtype, torch.float32))
         score_BTn = score_BTn.masked_fill(~mask_BT.unsqueeze(-1), torch.finfo(score_BTn.dtype).min)
         weight_BTn = (score_BTn.softmax(1) * mask_BT.unsqueeze(-1)).to(values_BTD.dtype)
-        weight_BhKT = weight_BTn.unflatten(-1, (self.slots, self.heads)).permute(0, 3, 2, 1)
-        value_BhTd = values_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.out((weight_BhKT @ value_BhTd).transpose(1, 2).flatten(2))
+        return weight_BTn.unflatten(-1, (self.slots, self.heads)).permute(0, 3, 2, 1)
+
+
+def pool(weight_BhKT: Tensor, values_BTD: Tensor) -> Tensor:
+    """The weighted sums over time [B, K, D]: head h pools its own share of the channels."""
+    value_BhTd = values_BTD.unflatten(-1, (weight_BhKT.shape[1], -1)).transpose(1, 2)
+    return (weight_BhKT @ value_BhTd).transpose(1, 2).flatten(2)
+
+
+class SlotLinear(nn.Module):
+    """A linear layer of its own for every slot: y_k = x_k W_k + b_k; W of variance 1/D."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.weight_KDD = nn.Parameter(torch.randn(slots, width, width) / width**0.5)
+        self.bias_KD = nn.Parameter(torch.zeros(slots, width))
+
+    def forward(self, values_BKD: Tensor) -> Tensor:
+        return torch.einsum("bkd,kde->bke", values_BKD, self.weight_KDD) + self.bias_KD
