@@ -37,7 +37,7 @@ LEVELS = (-0.9, -0.3, 0.3, 0.9)
 WIDTHS = {"audio": 16, "video": 16}
 FRAMES = {"audio": 48, "video": 48}
 RATES: dict[str, float | None] = {"audio": 10.0, "video": 10.0}
-NOISE, LOCAL, KEY, VALUE, CARRIER, EVENT = 0.3, 0.9, 1.5, 1.5, 0.5, 1.5  # amplitudes
+NOISE, LOCAL, KEY, VALUE, CARRIER, EVENT = 0.3, 1.5, 1.5, 1.5, 0.5, 1.5  # amplitudes
 KEY_WIDTH, ROUNDS, EVENT_FRAMES, MARGIN = 4, 4, 7, 4
 
 CORNERS = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / np.sqrt(3)
