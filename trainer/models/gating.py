@@ -16,6 +16,9 @@ from trainer.models.experts import Streams, presence
 from trainer.models.masked import masked_mean
 
 
+PACE = 0.25  # of the gate's logits: see HierarchicalGate
+
+
 class Float32Buffers(nn.Module):
     """A module whose own floating buffers stay float32 whatever its parameters are cast to.
 
@@ -23,8 +26,14 @@ class Float32Buffers(nn.Module):
     are followed.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
-        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> Float32Buffers:
+        kept = {
+            name: b
+            for name, b in self.named_buffers(recurse=False)
+            if b.is_floating_point()
+        }
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             now = getattr(self, name)
@@ -39,7 +48,9 @@ class Context(nn.Module):
     A learned vector stands for the mean of a modality that a sample does not have, so that the gate knows.
     """
 
-    def __init__(self, config: FusionConfig, modalities: Sequence[Modality], tasks: int) -> None:
+    def __init__(
+        self, config: FusionConfig, modalities: Sequence[Modality], tasks: int
+    ) -> None:
         super().__init__()
         width = config.width
         self.missing_MD = nn.Parameter(torch.randn(len(modalities), width) * 0.5)
@@ -48,18 +59,26 @@ class Context(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, streams: Streams, task: int) -> Tensor:
-        mean_BMD = torch.stack([masked_mean(s.values_BTD, s.mask_BT) for s in streams.values()], 1)
-        mean_BMD = torch.where(presence(streams).unsqueeze(-1), mean_BMD, self.missing_MD)
-        task_BD = self.task(torch.full(mean_BMD.shape[:1], task, device=mean_BMD.device))
+        mean_BMD = torch.stack(
+            [masked_mean(s.values_BTD, s.mask_BT) for s in streams.values()], 1
+        )
+        mean_BMD = torch.where(
+            presence(streams).unsqueeze(-1), mean_BMD, self.missing_MD
+        )
+        task_BD = self.task(
+            torch.full(mean_BMD.shape[:1], task, device=mean_BMD.device)
+        )
         return self.norm(self.project(torch.cat([mean_BMD.flatten(1), task_BD], -1)))
 
 
 class HierarchicalGate(Float32Buffers):
     """Weighs modalities inside each expert, then experts, per slot, and mixes them.
 
-    With z_BK = GELU(W (c_B + slot_K)): modality logits V_1 z, expert logits V_2 z, residual r_BK = slot_K + W_c c_B; the
-    mix is :func:`trainer.kernels.gate.gate_mix`. The last layers start at 0: all that is valid weighs the same at
-    first. A level that the config replaces by the mean has no logits and no parameters.
+    With z_BK = GELU(W (c_B + slot_K)): modality logits 0.25 V_1 z, expert logits 0.25 V_2 z, residual
+    r_BK = slot_K + W_c c_B; the mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the
+    same at first; and the factor lets the gate move slower than the experts. Measured without it: in the first hundred
+    steps the gate gives everything to the expert that learns first, and the others, without gradient, never learn.
+    A level that the config replaces by the mean has no logits and no parameters.
 
     Balance: `usage_E` (float32, in the state dict) is the exponential average of the experts' mean weight over earlier
     steps, 1/E at first. Samples of this step are collected by `accumulate` and enter it by `update_usage`.
@@ -70,7 +89,11 @@ class HierarchicalGate(Float32Buffers):
     step_weight: Tensor
 
     def __init__(
-        self, config: FusionConfig, experts: Sequence[str], modalities: Sequence[Modality], tasks: int
+        self,
+        config: FusionConfig,
+        experts: Sequence[str],
+        modalities: Sequence[Modality],
+        tasks: int,
     ) -> None:
         super().__init__()
         width, slots = config.width, config.pseudo_tokens
@@ -87,7 +110,9 @@ class HierarchicalGate(Float32Buffers):
         if config.gate.expert == "learned":
             self.expert = _from_zero(nn.Linear(width, self.experts))
         self.register_buffer("usage_E", torch.full((self.experts,), 1.0 / self.experts))
-        self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
+        self.register_buffer(
+            "step_usage_E", torch.zeros(self.experts), persistent=False
+        )
         self.register_buffer("step_weight", torch.zeros(()), persistent=False)
 
     def forward(
@@ -99,10 +124,20 @@ class HierarchicalGate(Float32Buffers):
         expert_BKE = modality_BKn = None
         if self.config.modality == "learned" or self.config.expert == "learned":
             hidden_BKD = nn.functional.gelu(self.hidden(context_B1D + self.slot_KD))
-            modality_BKn = self.modality(hidden_BKD) if self.config.modality == "learned" else None
-            expert_BKE = self.expert(hidden_BKD) if self.config.expert == "learned" else None
+            modality_BKn = (
+                PACE * self.modality(hidden_BKD)
+                if self.config.modality == "learned"
+                else None
+            )
+            expert_BKE = (
+                PACE * self.expert(hidden_BKD)
+                if self.config.expert == "learned"
+                else None
+            )
         if modality_BKn is None:
-            modality_BKn = values_BKEMD.new_zeros(*shape_BKE[:2], self.experts * self.modalities)
+            modality_BKn = values_BKEMD.new_zeros(
+                *shape_BKE[:2], self.experts * self.modalities
+            )
         if expert_BKE is None:
             expert_BKE = values_BKEMD.new_zeros(shape_BKE)
         return gate_mix(
@@ -123,7 +158,9 @@ class HierarchicalGate(Float32Buffers):
         Linear in the samples (u is constant within a step), so the same however a step is cut into micro-batches or
         dealt to ranks. It is 1 at even usage, or for an even gate.
         """
-        return self.experts * (gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype))
+        return self.experts * (
+            gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True)
+        )
 
     @torch.no_grad()
     def accumulate(self, gate_expert_BKE: Tensor, weight_B: Tensor) -> None:
