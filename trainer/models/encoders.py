@@ -40,12 +40,8 @@ def sinusoidal_positions(time_BT: Tensor, width: int) -> Tensor:
     Wavelengths run from 0.1 to 100 seconds in geometric steps. Source: after Vaswani et al. 2017, section 3.5.
     """
     count = (width + 1) // 2
-    octaves = torch.arange(count, device=time_BT.device, dtype=torch.float32) / max(
-        count - 1, 1
-    )
-    rate = (2.0 * math.pi / SHORTEST) * torch.exp(
-        octaves * math.log(SHORTEST / LONGEST)
-    )
+    octaves = torch.arange(count, device=time_BT.device, dtype=torch.float32) / max(count - 1, 1)
+    rate = (2.0 * math.pi / SHORTEST) * torch.exp(octaves * math.log(SHORTEST / LONGEST))
     angle_BTn = time_BT.to(torch.float32).unsqueeze(-1) * rate
     return torch.cat([angle_BTn.sin(), angle_BTn.cos()], -1)[..., :width]
 
@@ -60,15 +56,9 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> Stream:
         hidden_mask_BT1 = ~mask_BT.unsqueeze(-1)
-        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(
-            hidden_mask_BT1, 0.0
-        )
-        content_BTD = self.norm(self.project(values_BTF)).masked_fill(
-            hidden_mask_BT1, 0.0
-        )
-        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(
-            hidden_mask_BT1, 0.0
-        )
+        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(hidden_mask_BT1, 0.0)
+        content_BTD = self.norm(self.project(values_BTF)).masked_fill(hidden_mask_BT1, 0.0)
+        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(hidden_mask_BT1, 0.0)
         position_BTD = position_BTD.to(content_BTD.dtype)
         return Stream(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
 
@@ -91,22 +81,17 @@ class Encoders(nn.Module):
         self.width = width
         self.modalities = tuple(modalities)
         self.inputs = {
-            task: {m: widths.get(m, 0) for m in modalities if m != "text"}
-            for task, widths in inputs.items()
+            task: {m: widths.get(m, 0) for m in modalities if m != "text"} for task, widths in inputs.items()
         }
         if "text" in modalities:
             self.text = FeatureEncoder(text_width, width)
         taken = [task for task in self.inputs if hasattr(self, task) or "." in task]
         if taken:
-            raise ValueError(
-                f"task names that the fusion network cannot use: {', '.join(taken)}; rename the tasks"
-            )
+            raise ValueError(f"task names that the fusion network cannot use: {', '.join(taken)}; rename the tasks")
         for task, widths in self.inputs.items():
             self.add_module(
                 task,
-                nn.ModuleDict(
-                    {m: FeatureEncoder(n, width) for m, n in widths.items() if n}
-                ),
+                nn.ModuleDict({m: FeatureEncoder(n, width) for m, n in widths.items() if n}),
             )
 
     def forward(
@@ -125,45 +110,29 @@ class Encoders(nn.Module):
         streams: dict[Modality, Stream] = {}
         idle = text_BSH.new_zeros((), dtype=torch.float32)
         if "text" in self.modalities:
-            index_S = torch.arange(
-                text_BSH.shape[1], device=text_BSH.device, dtype=torch.float32
-            )
+            index_S = torch.arange(text_BSH.shape[1], device=text_BSH.device, dtype=torch.float32)
             time_BS = (index_S * SECONDS_PER_TOKEN).expand(text_mask_BS.shape)
             streams["text"] = self.text(text_BSH.detach(), text_mask_BS, time_BS)
         for name, widths in self.inputs.items():
             for modality, encoder in self.get_submodule(name).items():  # type: ignore[operator]
                 if name == task:
                     given = features[modality]
-                    streams[modality] = encoder(
-                        given.values_BTF, given.mask_BT, given.time_BT
-                    )
+                    streams[modality] = encoder(given.values_BTF, given.mask_BT, given.time_BT)
                 else:
                     zero = text_BSH.new_zeros(1, 1, widths[modality])
                     seen = torch.ones(1, 1, dtype=torch.bool, device=zero.device)
-                    idle = (
-                        idle
-                        + 0.0
-                        * encoder(zero, seen, zero[..., 0]).values_BTD.float().sum()
-                    )
+                    idle = idle + 0.0 * encoder(zero, seen, zero[..., 0]).values_BTD.float().sum()
         for modality in self.modalities:
-            if (
-                modality not in streams
-            ):  # the task has no such modality: it is missing in every sample
+            if modality not in streams:  # the task has no such modality: it is missing in every sample
                 mask_BT = torch.zeros_like(features[modality].mask_BT)
                 nothing_BTD = text_BSH.new_zeros(*mask_BT.shape, self.width)
-                streams[modality] = Stream(
-                    nothing_BTD, mask_BT, nothing_BTD, nothing_BTD
-                )
+                streams[modality] = Stream(nothing_BTD, mask_BT, nothing_BTD, nothing_BTD)
         return {modality: streams[modality] for modality in self.modalities}, idle
 
     def _check(self, task: str, features: Mapping[str, Features]) -> None:
         if task not in self.inputs:
-            raise ValueError(
-                f"the fusion network has no encoders for task {task!r}; it has {', '.join(self.inputs)}"
-            )
+            raise ValueError(f"the fusion network has no encoders for task {task!r}; it has {', '.join(self.inputs)}")
         for modality, width in self.inputs[task].items():
             given = features[modality].values_BTF.shape[-1]
             if width and given != width:
-                raise ValueError(
-                    f"task {task}: {modality} has {given} features per frame; its encoder takes {width}"
-                )
+                raise ValueError(f"task {task}: {modality} has {given} features per frame; its encoder takes {width}")

@@ -43,9 +43,7 @@ class _Answer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
 
-    def forward(
-        self, values: Sequence[Tensor], valid_BM: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, values: Sequence[Tensor], valid_BM: Tensor) -> tuple[Tensor, Tensor]:
         values_BKMD = self.norm(torch.stack(list(values), 2))
         return values_BKMD.masked_fill(~valid_BM[:, None, :, None], 0.0), valid_BM
 
@@ -58,9 +56,7 @@ class _LocalStream(nn.Module):
         width = config.width
         self.pooling = config.local_pooling
         self.depthwise = nn.ModuleList(
-            nn.Conv1d(
-                width, width, kernel, padding=kernel // 2, groups=width, bias=False
-            )
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
             for kernel in config.local_kernels
         )
         self.pointwise = nn.Linear(width * len(config.local_kernels), width)
@@ -75,9 +71,7 @@ class _LocalStream(nn.Module):
         if self.pooling == "max":
             peak_BKD = masked_scaled_max(found_BTD, stream.mask_BT, self.slot_KD)
         else:
-            peak_BKD = masked_scaled_logsumexp(
-                found_BTD, stream.mask_BT, self.slot_KD, SHARPNESS
-            )
+            peak_BKD = masked_scaled_logsumexp(found_BTD, stream.mask_BT, self.slot_KD, SHARPNESS)
         return self.out(gelu(peak_BKD))
 
 
@@ -92,9 +86,7 @@ class LocalExpert(nn.Module):
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         super().__init__()
-        self.streams = nn.ModuleDict(
-            {modality: _LocalStream(config) for modality in modalities}
-        )
+        self.streams = nn.ModuleDict({modality: _LocalStream(config) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
@@ -115,11 +107,7 @@ class _Question(nn.Module):
         self.timed = timed
         if timed:
             waves = (config.width + 1) // 2
-            self.near_hKn = nn.Parameter(
-                torch.full(
-                    (config.heads, config.pseudo_tokens, waves), NEARNESS / waves
-                )
-            )
+            self.near_hKn = nn.Parameter(torch.full((config.heads, config.pseudo_tokens, waves), NEARNESS / waves))
 
     def forward(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
         weight_BhKT = self.attention(stream.content_BTD, stream.mask_BT)
@@ -127,9 +115,7 @@ class _Question(nn.Module):
         if not self.timed:
             return query_BKD, None
         when_BhKD = weight_BhKT @ stream.position_BTD.unsqueeze(1)
-        return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[
-            ..., : when_BhKD.shape[-1]
-        ]
+        return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BhKD.shape[-1]]
 
 
 class SemanticExpert(nn.Module):
@@ -153,38 +139,17 @@ class SemanticExpert(nn.Module):
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         super().__init__()
         if len(modalities) < 2:
-            raise ValueError(
-                "the semantic expert relates modalities: it needs at least two of them"
-            )
+            raise ValueError("the semantic expert relates modalities: it needs at least two of them")
         self.heads = config.heads
-        self.timed = (
-            [m for m in modalities if m != "text"]
-            if {"audio", "video"} <= set(modalities)
-            else []
-        )
-        self.ask = nn.ModuleDict(
-            {
-                modality: _Question(config, modality in self.timed)
-                for modality in modalities
-            }
-        )
-        self.source = nn.ModuleDict(
-            {
-                modality: nn.Linear(config.width, 2 * config.width)
-                for modality in modalities
-            }
-        )
-        self.out = nn.ModuleDict(
-            {modality: nn.Linear(config.width, config.width) for modality in modalities}
-        )
+        self.timed = [m for m in modalities if m != "text"] if {"audio", "video"} <= set(modalities) else []
+        self.ask = nn.ModuleDict({modality: _Question(config, modality in self.timed) for modality in modalities})
+        self.source = nn.ModuleDict({modality: nn.Linear(config.width, 2 * config.width) for modality in modalities})
+        self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
         asked = {m: self.ask[m](stream) for m, stream in streams.items()}
-        source = {
-            m: self.source[m](stream.content_BTD).chunk(2, -1)
-            for m, stream in streams.items()
-        }
+        source = {m: self.source[m](stream.content_BTD).chunk(2, -1) for m, stream in streams.items()}
         values = []
         for m in streams:
             query_BKD, when_BhKD = asked[m]
@@ -193,9 +158,7 @@ class SemanticExpert(nn.Module):
                 if o != m:
                     near_BhKT = None
                     if when_BhKD is not None and o in self.timed:
-                        near_BhKT = when_BhKD @ other.position_BTD.transpose(
-                            1, 2
-                        ).unsqueeze(1)
+                        near_BhKT = when_BhKD @ other.position_BTD.transpose(1, 2).unsqueeze(1)
                     key_BTD, value_BTD = source[o]
                     heard.append(
                         masked_attention(
@@ -229,9 +192,7 @@ class _GlobalBlock(nn.Module):
 
     def forward(self, joined_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         query, key, value = self.qkv(self.attention_norm(joined_BTD)).chunk(3, -1)
-        joined_BTD = joined_BTD + self.dropout(
-            self.out(masked_attention(query, key, value, mask_BT, self.heads))
-        )
+        joined_BTD = joined_BTD + self.dropout(self.out(masked_attention(query, key, value, mask_BT, self.heads)))
         hidden_BTn = gelu(self.up(self.norm(joined_BTD)))
         return joined_BTD + self.dropout(self.down(hidden_BTn))
 
@@ -270,36 +231,21 @@ class GlobalExpert(nn.Module):
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         super().__init__()
         self.stride = config.global_stride
-        self.tag = nn.ModuleDict(
-            {modality: _Tag(config.width) for modality in modalities}
-        )
-        self.blocks = nn.ModuleList(
-            _GlobalBlock(config) for _ in range(config.global_layers)
-        )
+        self.tag = nn.ModuleDict({modality: _Tag(config.width) for modality in modalities})
+        self.blocks = nn.ModuleList(_GlobalBlock(config) for _ in range(config.global_layers))
         self.norm = nn.LayerNorm(config.width)
-        self.read = nn.ModuleDict(
-            {modality: _Reading(config) for modality in modalities}
-        )
+        self.read = nn.ModuleDict({modality: _Reading(config) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        windows = [
-            masked_window_mean(s.values_BTD, s.mask_BT, self.stride)
-            for s in streams.values()
-        ]
+        windows = [masked_window_mean(s.values_BTD, s.mask_BT, self.stride) for s in streams.values()]
         joined_BTD = torch.cat(
-            [
-                self.tag[m](values)
-                for m, (values, _) in zip(streams, windows, strict=True)
-            ],
+            [self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)],
             1,
         )
         mask_BT = torch.cat([mask for _, mask in windows], 1)
         for block in self.blocks:
             joined_BTD = block(joined_BTD, mask_BT)
         parts = self.norm(joined_BTD).split([mask.shape[1] for _, mask in windows], 1)
-        pooled = [
-            self.read[m](part, mask)
-            for m, part, (_, mask) in zip(streams, parts, windows, strict=True)
-        ]
+        pooled = [self.read[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]
         return self.answer(pooled, presence(streams))

@@ -26,14 +26,8 @@ class Float32Buffers(nn.Module):
     are followed.
     """
 
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> Float32Buffers:
-        kept = {
-            name: b
-            for name, b in self.named_buffers(recurse=False)
-            if b.is_floating_point()
-        }
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
+        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             now = getattr(self, name)
@@ -48,9 +42,7 @@ class Context(nn.Module):
     A learned vector stands for the mean of a modality that a sample does not have, so that the gate knows.
     """
 
-    def __init__(
-        self, config: FusionConfig, modalities: Sequence[Modality], tasks: int
-    ) -> None:
+    def __init__(self, config: FusionConfig, modalities: Sequence[Modality], tasks: int) -> None:
         super().__init__()
         width = config.width
         self.missing_MD = nn.Parameter(torch.randn(len(modalities), width) * 0.5)
@@ -59,15 +51,9 @@ class Context(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, streams: Streams, task: int) -> Tensor:
-        mean_BMD = torch.stack(
-            [masked_mean(s.values_BTD, s.mask_BT) for s in streams.values()], 1
-        )
-        mean_BMD = torch.where(
-            presence(streams).unsqueeze(-1), mean_BMD, self.missing_MD
-        )
-        task_BD = self.task(
-            torch.full(mean_BMD.shape[:1], task, device=mean_BMD.device)
-        )
+        mean_BMD = torch.stack([masked_mean(s.values_BTD, s.mask_BT) for s in streams.values()], 1)
+        mean_BMD = torch.where(presence(streams).unsqueeze(-1), mean_BMD, self.missing_MD)
+        task_BD = self.task(torch.full(mean_BMD.shape[:1], task, device=mean_BMD.device))
         return self.norm(self.project(torch.cat([mean_BMD.flatten(1), task_BD], -1)))
 
 
@@ -110,9 +96,7 @@ class HierarchicalGate(Float32Buffers):
         if config.gate.expert == "learned":
             self.expert = _from_zero(nn.Linear(width, self.experts))
         self.register_buffer("usage_E", torch.full((self.experts,), 1.0 / self.experts))
-        self.register_buffer(
-            "step_usage_E", torch.zeros(self.experts), persistent=False
-        )
+        self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
         self.register_buffer("step_weight", torch.zeros(()), persistent=False)
 
     def forward(
@@ -124,20 +108,10 @@ class HierarchicalGate(Float32Buffers):
         expert_BKE = modality_BKn = None
         if self.config.modality == "learned" or self.config.expert == "learned":
             hidden_BKD = nn.functional.gelu(self.hidden(context_B1D + self.slot_KD))
-            modality_BKn = (
-                PACE * self.modality(hidden_BKD)
-                if self.config.modality == "learned"
-                else None
-            )
-            expert_BKE = (
-                PACE * self.expert(hidden_BKD)
-                if self.config.expert == "learned"
-                else None
-            )
+            modality_BKn = PACE * self.modality(hidden_BKD) if self.config.modality == "learned" else None
+            expert_BKE = PACE * self.expert(hidden_BKD) if self.config.expert == "learned" else None
         if modality_BKn is None:
-            modality_BKn = values_BKEMD.new_zeros(
-                *shape_BKE[:2], self.experts * self.modalities
-            )
+            modality_BKn = values_BKEMD.new_zeros(*shape_BKE[:2], self.experts * self.modalities)
         if expert_BKE is None:
             expert_BKE = values_BKEMD.new_zeros(shape_BKE)
         return gate_mix(
@@ -158,9 +132,7 @@ class HierarchicalGate(Float32Buffers):
         Linear in the samples (u is constant within a step), so the same however a step is cut into micro-batches or
         dealt to ranks. It is 1 at even usage, or for an even gate.
         """
-        return self.experts * (
-            gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True)
-        )
+        return self.experts * (gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True))
 
     @torch.no_grad()
     def accumulate(self, gate_expert_BKE: Tensor, weight_B: Tensor) -> None:

@@ -31,9 +31,7 @@ def masked_scaled_max(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor) -> 
     return peak_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0) * scale_KD
 
 
-def masked_scaled_logsumexp(
-    values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor, sharpness: float
-) -> Tensor:
+def masked_scaled_logsumexp(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor, sharpness: float) -> Tensor:
     """A smooth maximum of scale_kd x_td over the valid frames [B, K, D].
 
         log(mean_t exp(sharpness scale_kd x_td)) / sharpness
@@ -43,19 +41,13 @@ def masked_scaled_logsumexp(
     """
     wide = torch.promote_types(values_BTD.dtype, torch.float32)
     scaled_BTKD = values_BTD.to(wide).unsqueeze(2) * (sharpness * scale_KD.to(wide))
-    scaled_BTKD = scaled_BTKD.masked_fill(
-        ~mask_BT[:, :, None, None], torch.finfo(wide).min
-    )
+    scaled_BTKD = scaled_BTKD.masked_fill(~mask_BT[:, :, None, None], torch.finfo(wide).min)
     count_B11 = mask_BT.sum(1)[:, None, None].clamp_min(1).to(wide)
     pooled_BKD = (scaled_BTKD.logsumexp(1) - count_B11.log()) / sharpness
-    return pooled_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0).to(
-        values_BTD.dtype
-    )
+    return pooled_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0).to(values_BTD.dtype)
 
 
-def masked_window_mean(
-    values_BTD: Tensor, mask_BT: Tensor, stride: int
-) -> tuple[Tensor, Tensor]:
+def masked_window_mean(values_BTD: Tensor, mask_BT: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """The mean over the valid frames of each window of `stride` frames, and which windows have one.
 
     Windows start at the first frame, so padding on the right only adds windows that are not valid.
@@ -64,14 +56,10 @@ def masked_window_mean(
         [B, ceil(T / stride), D] and its mask.
     """
     short = -values_BTD.shape[1] % stride
-    values_BTD = F.pad(
-        values_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0), (0, 0, 0, short)
-    )
+    values_BTD = F.pad(values_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0), (0, 0, 0, short))
     count_BT = F.pad(mask_BT, (0, short)).unflatten(1, (-1, stride)).sum(2)
     total_BTD = values_BTD.unflatten(1, (-1, stride)).sum(2)
-    return total_BTD / count_BT.clamp_min(1).unsqueeze(-1).to(
-        total_BTD.dtype
-    ), count_BT > 0
+    return total_BTD / count_BT.clamp_min(1).unsqueeze(-1).to(total_BTD.dtype), count_BT > 0
 
 
 def masked_attention(
@@ -87,10 +75,7 @@ def masked_attention(
     A row without a valid key attends to all of them and is then set to 0: attention kernels disagree on such rows, and
     some give nan gradients. `bias` is added to the scores.
     """
-    query, key, value = (
-        t.unflatten(-1, (heads, -1)).transpose(1, 2)
-        for t in (query_BQD, key_BTD, value_BTD)
-    )
+    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query_BQD, key_BTD, value_BTD))
     some_B1 = mask_BT.any(1, keepdim=True)
     allowed = (mask_BT | ~some_B1)[:, None, None, :]
     if bias_BhQT is not None:
@@ -115,9 +100,7 @@ class SlotAttention(nn.Module):
     def forward(self, values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         score_BTn = self.score(values_BTD)
         score_BTn = score_BTn.to(torch.promote_types(score_BTn.dtype, torch.float32))
-        score_BTn = score_BTn.masked_fill(
-            ~mask_BT.unsqueeze(-1), torch.finfo(score_BTn.dtype).min
-        )
+        score_BTn = score_BTn.masked_fill(~mask_BT.unsqueeze(-1), torch.finfo(score_BTn.dtype).min)
         weight_BTn = (score_BTn.softmax(1) * mask_BT.unsqueeze(-1)).to(values_BTD.dtype)
         return weight_BTn.unflatten(-1, (self.slots, self.heads)).permute(0, 3, 2, 1)
 
