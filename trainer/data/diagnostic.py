@@ -4,7 +4,7 @@ A sample has one of four labels, k = 0..3, and one kind. Everything else is nois
 
 - *local*: four audio frames in a row at a random place hold the corners of a tetrahedron in an order that depends on k.
   The corners sum to zero and each occurs once for every k: neither a mean nor a maximum over time tells the orders apart.
-- *cross-modal*: audio holds four key-value symbols, a frame each, in random order, the round said four times at a random
+- *cross-modal*: audio holds four key-value symbols, a frame each, in random order, the round said eight times at a random
   place. A key is one of four random orthonormal vectors drawn anew for every sample, so keys cannot be learned by heart.
   Every value occurs. Video shows one key all along; k is the value bound to it. Symbols stand closer together than the
   global expert's stride, and no single modality knows anything.
@@ -38,7 +38,7 @@ WIDTHS = {"audio": 16, "video": 16}
 FRAMES = {"audio": 48, "video": 48}
 RATES: dict[str, float | None] = {"audio": 10.0, "video": 10.0}
 NOISE, LOCAL, KEY, VALUE, CARRIER, EVENT = 0.3, 1.5, 1.5, 1.5, 0.5, 1.5  # amplitudes
-KEY_WIDTH, ROUNDS, EVENT_FRAMES, MARGIN = 4, 4, 7, 4
+KEY_WIDTH, ROUNDS, EVENT_FRAMES, MARGIN = 4, 8, 7, 4
 
 CORNERS = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / np.sqrt(3)
 ORDERS = np.array(
