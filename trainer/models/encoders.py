@@ -71,11 +71,7 @@ class Encoders(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: Mapping[str, Mapping[str, int]],
-        modalities: Sequence[Modality],
-        text_width: int,
-        width: int,
+        self, inputs: Mapping[str, Mapping[str, int]], modalities: Sequence[Modality], text_width: int, width: int
     ) -> None:
         super().__init__()
         self.width = width
@@ -89,17 +85,10 @@ class Encoders(nn.Module):
         if taken:
             raise ValueError(f"task names that the fusion network cannot use: {', '.join(taken)}; rename the tasks")
         for task, widths in self.inputs.items():
-            self.add_module(
-                task,
-                nn.ModuleDict({m: FeatureEncoder(n, width) for m, n in widths.items() if n}),
-            )
+            self.add_module(task, nn.ModuleDict({m: FeatureEncoder(n, width) for m, n in widths.items() if n}))
 
     def forward(
-        self,
-        task: str,
-        text_BSH: Tensor,
-        text_mask_BS: Tensor,
-        features: Mapping[str, Features],
+        self, task: str, text_BSH: Tensor, text_mask_BS: Tensor, features: Mapping[str, Features]
     ) -> tuple[dict[Modality, Stream], Tensor]:
         """The streams of `task` by modality, and the idle term: a scalar 0 that holds on to the other encoders.
 

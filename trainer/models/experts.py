@@ -90,10 +90,7 @@ class LocalExpert(nn.Module):
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        return self.answer(
-            [self.streams[m](stream) for m, stream in streams.items()],
-            presence(streams),
-        )
+        return self.answer([self.streams[m](stream) for m, stream in streams.items()], presence(streams))
 
 
 class _Question(nn.Module):
@@ -160,16 +157,7 @@ class SemanticExpert(nn.Module):
                     if when_BhKD is not None and o in self.timed:
                         near_BhKT = when_BhKD @ other.position_BTD.transpose(1, 2).unsqueeze(1)
                     key_BTD, value_BTD = source[o]
-                    heard.append(
-                        masked_attention(
-                            query_BKD,
-                            key_BTD,
-                            value_BTD,
-                            other.mask_BT,
-                            self.heads,
-                            near_BhKT,
-                        )
-                    )
+                    heard.append(masked_attention(query_BKD, key_BTD, value_BTD, other.mask_BT, self.heads, near_BhKT))
             values.append(self.out[m](torch.stack(heard).sum(0)))
         present_BM = presence(streams)
         return self.answer(values, present_BM & (present_BM.sum(1, keepdim=True) > 1))
@@ -239,10 +227,7 @@ class GlobalExpert(nn.Module):
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
         windows = [masked_window_mean(s.values_BTD, s.mask_BT, self.stride) for s in streams.values()]
-        joined_BTD = torch.cat(
-            [self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)],
-            1,
-        )
+        joined_BTD = torch.cat([self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)], 1)
         mask_BT = torch.cat([mask for _, mask in windows], 1)
         for block in self.blocks:
             joined_BTD = block(joined_BTD, mask_BT)

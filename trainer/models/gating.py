@@ -15,7 +15,6 @@ from trainer.kernels.gate import gate_mix
 from trainer.models.experts import Streams, presence
 from trainer.models.masked import masked_mean
 
-
 PACE = 0.25  # of the gate's logits: see HierarchicalGate
 
 
@@ -75,11 +74,7 @@ class HierarchicalGate(Float32Buffers):
     step_weight: Tensor
 
     def __init__(
-        self,
-        config: FusionConfig,
-        experts: Sequence[str],
-        modalities: Sequence[Modality],
-        tasks: int,
+        self, config: FusionConfig, experts: Sequence[str], modalities: Sequence[Modality], tasks: int
     ) -> None:
         super().__init__()
         width, slots = config.width, config.pseudo_tokens

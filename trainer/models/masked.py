@@ -63,12 +63,7 @@ def masked_window_mean(values_BTD: Tensor, mask_BT: Tensor, stride: int) -> tupl
 
 
 def masked_attention(
-    query_BQD: Tensor,
-    key_BTD: Tensor,
-    value_BTD: Tensor,
-    mask_BT: Tensor,
-    heads: int,
-    bias_BhQT: Tensor | None = None,
+    query_BQD: Tensor, key_BTD: Tensor, value_BTD: Tensor, mask_BT: Tensor, heads: int, bias_BhQT: Tensor | None = None
 ) -> Tensor:
     """Multi-head scaled dot-product attention to the valid keys; 0 for a sample that has none.
 
