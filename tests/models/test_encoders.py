@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fusion_cases import H, INPUTS, backward, features, fusion, lengths_mask
+from fusion_cases import INPUTS, H, backward, features, fusion, lengths_mask
 
 from trainer.batch import Features
 from trainer.models.encoders import SECONDS_PER_TOKEN, Encoders, FeatureEncoder, sinusoidal_positions
@@ -128,7 +128,7 @@ def test_faults_say_what_is_wrong():
         net("cherma", *args, features([3], 3, 5), features([3], 3, 3))
     with pytest.raises(ValueError, match="meld: audio has 6 features per frame; its encoder takes 5"):
         net("meld", *args, features([3], 3, 6), features([3], 3, 3))
-    with pytest.raises(ValueError, match="cannot use: train, a.b; rename"):
+    with pytest.raises(ValueError, match=r"cannot use: train, a\.b; rename"):
         Encoders({"train": {}, "a.b": {}, "fine-task": {}}, MODALITIES, H, 8)
 
 
