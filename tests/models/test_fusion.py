@@ -9,6 +9,10 @@ import pytest
 import torch
 from fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, widen
 
+from trainer.batch import Features
+from trainer.config import FusionConfig
+from trainer.models.fusion import Fusion
+
 TASKS = list(INPUTS)
 
 
