@@ -28,7 +28,7 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install -q --upgrade pip setuptools wheel
 # shellcheck disable=SC2086  # TORCH may hold options of pip
 pip install -q $TORCH
-pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+PYTHONWARNINGS=ignore pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
 command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
     echo "no C++ compiler: DeepSpeed's shared-memory all-reduce and offload stay off (apt-get install g++ python3-dev brings them)" >&2
 printf '%s\n' "$wanted" >"$stamp"
