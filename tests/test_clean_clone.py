@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -49,9 +48,7 @@ def test_the_demo_from_a_clean_clone_and_once_more(tmp_path: Path) -> None:
     assert "mlflow ui" in done.stderr
     table = pd.read_parquet(clone / "runs" / "demo" / "predictions" / "test.parquet")
     assert (table["prediction"] == table["label"]).mean() == pytest.approx(float(row[1]), abs=6e-4)
-    began = time.monotonic()
     again = make_demo(clone)
     assert again.returncode == 0, again.stderr[-3000:]
     assert re.search(r"full model\s*│\s*([\d.]+)", again.stdout)[1] == row[1]  # type: ignore[index]
-    assert time.monotonic() - began < 600
     assert not os.path.exists(clone / "runs" / "demo" / "checkpoints" / ".writing-step-00000500")
