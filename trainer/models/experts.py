@@ -111,8 +111,9 @@ class _Question(nn.Module):
         query_BKD = self.content(self.norm(pool(weight_BhKT, stream.content_BTD)))
         if not self.timed:
             return query_BKD, None
-        when_BhKD = weight_BhKT @ stream.position_BTD.unsqueeze(1)
-        return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BhKD.shape[-1]]
+        when_BnD = weight_BhKT.flatten(1, 2) @ stream.position_BTD  # n: heads and slots
+        near_nD = torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BnD.shape[-1]].flatten(0, 1)
+        return query_BKD, when_BnD * near_nD
 
 
 class SemanticExpert(nn.Module):
@@ -149,13 +150,13 @@ class SemanticExpert(nn.Module):
         source = {m: self.source[m](stream.content_BTD).chunk(2, -1) for m, stream in streams.items()}
         values = []
         for m in streams:
-            query_BKD, when_BhKD = asked[m]
+            query_BKD, when_BnD = asked[m]
             heard = []
             for o, other in streams.items():
                 if o != m:
                     near_BhKT = None
-                    if when_BhKD is not None and o in self.timed:
-                        near_BhKT = when_BhKD @ other.position_BTD.transpose(1, 2).unsqueeze(1)
+                    if when_BnD is not None and o in self.timed:
+                        near_BhKT = (when_BnD @ other.position_BTD.transpose(1, 2)).unflatten(1, (self.heads, -1))
                     key_BTD, value_BTD = source[o]
                     heard.append(masked_attention(query_BKD, key_BTD, value_BTD, other.mask_BT, self.heads, near_BhKT))
             values.append(self.out[m](torch.stack(heard).sum(0)))
