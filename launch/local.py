@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,18 +75,19 @@ def launch(line: Sequence[str], procs: int, out: Path) -> int:
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """Wait for all; the rank and code of the first failure, after which the others are ended."""
-    while True:
-        codes = [worker.poll() for worker in workers]
-        failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)]
-        if failed:
+    """Wait for all; the rank and code of the first failure, after which the others are ended.
+
+    A thread waits for each process: one that fails takes its peers along within milliseconds, and it is the first that counts.
+    """
+    ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    for rank, worker in enumerate(workers):
+        threading.Thread(target=lambda r=rank, w=worker: ended.put((r, w.wait())), daemon=True).start()
+    for _ in workers:
+        rank, code = ended.get()
+        if code not in (0, STOPPED):
             _end(workers)
-            rank, code = failed[0]
-            assert code is not None
             return rank, code
-        if all(code is not None for code in codes):
-            return None
-        time.sleep(0.1)
+    return None
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
