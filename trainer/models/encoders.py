@@ -55,11 +55,11 @@ class FeatureEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> Stream:
-        shown_BT1 = mask_BT.unsqueeze(-1).to(self.project.weight.dtype)
-        values_BTF = values_BTF.to(shown_BT1.dtype).masked_fill(~mask_BT.unsqueeze(-1), 0.0)  # nan and inf too
-        content_BTD = self.norm(self.project(values_BTF)) * shown_BT1
-        position_BTD = sinusoidal_positions(time_BT.masked_fill(~mask_BT, 0.0), content_BTD.shape[-1])
-        position_BTD = position_BTD.to(content_BTD.dtype) * shown_BT1
+        hidden_mask_BT1 = ~mask_BT.unsqueeze(-1)
+        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(hidden_mask_BT1, 0.0)
+        content_BTD = self.norm(self.project(values_BTF)).masked_fill(hidden_mask_BT1, 0.0)
+        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(hidden_mask_BT1, 0.0)
+        position_BTD = position_BTD.to(content_BTD.dtype)
         return Stream(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
 
 

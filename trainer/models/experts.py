@@ -65,7 +65,7 @@ class _LocalStream(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, stream: Stream) -> Tensor:
-        stream_BDT = stream.content_BTD.transpose(1, 2).contiguous()
+        stream_BDT = stream.values_BTD.transpose(1, 2).contiguous()
         scales_BnT = torch.cat([convolve(stream_BDT) for convolve in self.depthwise], 1)
         found_BTD = self.detect(gelu(self.pointwise(scales_BnT.transpose(1, 2))))
         if self.pooling == "max":
@@ -78,11 +78,10 @@ class _LocalStream(nn.Module):
 class LocalExpert(nn.Module):
     """Narrow receptive field, fine time resolution, one modality at a time.
 
-    Of a stream's content x, for every kernel k of the config: c_k = depthwise_k(x); h = V GELU(W [c_3; c_5; c_7]); per slot
+    Of a stream x, for every kernel k of the config: c_k = depthwise_k(x); h = V GELU(W [c_3; c_5; c_7]); and per slot
     y = U GELU(pool_t(s_slot * h_t)), with the maximum or log-sum-exp over the valid frames as pool: peaks survive, where
     a mean would drown a burst of few frames. s scales each channel per slot, and its sign chooses between peak and
-    trough. Masked frames are 0 and act like the zero padding at the ends. What a burst looks like does not depend on when
-    it comes, so positions stay out.
+    trough. Masked frames are 0 and act like the zero padding at the ends.
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
@@ -112,9 +111,8 @@ class _Question(nn.Module):
         query_BKD = self.content(self.norm(pool(weight_BhKT, stream.content_BTD)))
         if not self.timed:
             return query_BKD, None
-        when_BnD = weight_BhKT.flatten(1, 2) @ stream.position_BTD  # n: heads and slots
-        near_nD = torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BnD.shape[-1]].flatten(0, 1)
-        return query_BKD, when_BnD * near_nD
+        when_BhKD = weight_BhKT @ stream.position_BTD.unsqueeze(1)
+        return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BhKD.shape[-1]]
 
 
 class SemanticExpert(nn.Module):
@@ -151,13 +149,13 @@ class SemanticExpert(nn.Module):
         source = {m: self.source[m](stream.content_BTD).chunk(2, -1) for m, stream in streams.items()}
         values = []
         for m in streams:
-            query_BKD, when_BnD = asked[m]
+            query_BKD, when_BhKD = asked[m]
             heard = []
             for o, other in streams.items():
                 if o != m:
                     near_BhKT = None
-                    if when_BnD is not None and o in self.timed:
-                        near_BhKT = (when_BnD @ other.position_BTD.transpose(1, 2)).unflatten(1, (self.heads, -1))
+                    if when_BhKD is not None and o in self.timed:
+                        near_BhKT = when_BhKD @ other.position_BTD.transpose(1, 2).unsqueeze(1)
                     key_BTD, value_BTD = source[o]
                     heard.append(masked_attention(query_BKD, key_BTD, value_BTD, other.mask_BT, self.heads, near_BhKT))
             values.append(self.out[m](torch.stack(heard).sum(0)))

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 def masked_mean(values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """The mean over the valid frames [B, D]."""
-    total_BD = (values_BTD * mask_BT.unsqueeze(-1)).sum(1)
+    total_BD = values_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0).sum(1)
     return total_BD / mask_BT.sum(1, keepdim=True).clamp_min(1).to(total_BD.dtype)
 
 
 def masked_scaled_max(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor) -> Tensor:
     """max_t(scale_kd x_td) over the valid frames [B, K, D]; a negative scale reads the lowest value."""
-    far_BT1 = (~mask_BT).unsqueeze(-1) * values_BTD.new_tensor(torch.finfo(values_BTD.dtype).max / 2)
-    high_B1D = (values_BTD - far_BT1).amax(1, keepdim=True)
-    low_B1D = (values_BTD + far_BT1).amin(1, keepdim=True)
+    hidden_BT1 = ~mask_BT.unsqueeze(-1)
+    limit = torch.finfo(values_BTD.dtype).max
+    high_B1D = values_BTD.masked_fill(hidden_BT1, -limit).amax(1, keepdim=True)
+    low_B1D = values_BTD.masked_fill(hidden_BT1, limit).amin(1, keepdim=True)
     peak_BKD = torch.where(scale_KD > 0, high_B1D, low_B1D)
     return peak_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0) * scale_KD
 
@@ -55,7 +56,7 @@ def masked_window_mean(values_BTD: Tensor, mask_BT: Tensor, stride: int) -> tupl
         [B, ceil(T / stride), D] and its mask.
     """
     short = -values_BTD.shape[1] % stride
-    values_BTD = F.pad(values_BTD * mask_BT.unsqueeze(-1), (0, 0, 0, short))
+    values_BTD = F.pad(values_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0), (0, 0, 0, short))
     count_BT = F.pad(mask_BT, (0, short)).unflatten(1, (-1, stride)).sum(2)
     total_BTD = values_BTD.unflatten(1, (-1, stride)).sum(2)
     return total_BTD / count_BT.clamp_min(1).unsqueeze(-1).to(total_BTD.dtype), count_BT > 0
