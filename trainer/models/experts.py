@@ -129,8 +129,8 @@ class SemanticExpert(nn.Module):
     distances in time only; text has no clock, so pairs with text have no such term. The answer holds nothing of m
     but what m asked for. No self-attention. Not valid where the modality itself, or every other one, is missing.
 
-    Queries are pooled first, and positions kept out of content: measured on planted relations (docs/method.md), these
-    are learned sooner, and at about half the cost, than with one query per frame or with positions added.
+    Queries are pooled first, and positions kept out of content: planted relations are learned sooner so than with one
+    query per frame, which costs about twice as much, or with positions added (measured, docs/method.md).
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
