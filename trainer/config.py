@@ -49,7 +49,6 @@ class DataConfig(Section):
     max_text_tokens: PositiveInt = Field(256, description="longer texts keep their last tokens")
     modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
     weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
-    workers: int = Field(0, ge=0, description="collating processes per rank")
 
 
 class TinyConfig(Section):

@@ -189,7 +189,7 @@ def test_what_is_no_prepared_dataset(folder: Path, tmp_path: Path) -> None:
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds the prepared datasets data"):
         open_dataset(tmp_path)
-    with pytest.raises(DataError, match="no prepared dataset"):
+    with pytest.raises(DataError, match="not a prepared dataset"):
         open_dataset(folder / "record.json")
     record = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps({**record, "format": 2}))

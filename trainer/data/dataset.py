@@ -34,7 +34,7 @@ def open_dataset(path: str | Path, *, history: int = 0) -> PreparedDataset:
         history: how many previous utterances of the conversation each sample gets.
 
     Raises:
-        DataError: no prepared dataset, one of a newer format, or a damaged one.
+        DataError: not a prepared dataset, one of a newer format, or a damaged one.
     """
     return PreparedDataset(Path(path), history)
 
@@ -225,7 +225,7 @@ def _checked_record(path: Path) -> dict[str, Any]:
         state = "no such folder" if not path.exists() else f"it has no {RECORD} that egmf wrote"
         if path.is_dir() and (path / RECORD).exists():
             state = f"its {RECORD} cannot be read"
-        raise DataError(f"{path} is no prepared dataset ({state}){hint}: make one with egmf prepare TASK --out {path}")
+        raise DataError(f"{path} is not a prepared dataset ({state}){hint}: make one with egmf prepare TASK --out {path}")
     if not isinstance(record["format"], int) or record["format"] > FORMAT:
         raise DataError(
             f"{path} has format {record['format']}, newer than this version's {FORMAT}: update egmf-trainer"

@@ -37,7 +37,7 @@ def check_free(out: Path) -> None:
     """Refuse an `out` that is neither absent, empty nor a prepared dataset."""
     if out.is_dir():
         if any(out.iterdir()) and read_record(out) is None:
-            raise DataError(f"{out} exists and is no prepared dataset, so it is not replaced: choose another --out")
+            raise DataError(f"{out} exists and is not a prepared dataset, so it is not replaced: choose another --out")
     elif out.exists():
         raise DataError(f"{out} is a file: choose another --out")
 

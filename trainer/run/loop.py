@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 FREE = frozenset(
     {
         "data.path",
-        "data.workers",
         "model.backbone.attention",
         "model.backbone.gradient_checkpointing",
         "train.micro_batch",
