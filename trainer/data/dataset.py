@@ -225,7 +225,9 @@ def _checked_record(path: Path) -> dict[str, Any]:
         state = "no such folder" if not path.exists() else f"it has no {RECORD} that egmf wrote"
         if path.is_dir() and (path / RECORD).exists():
             state = f"its {RECORD} cannot be read"
-        raise DataError(f"{path} is not a prepared dataset ({state}){hint}: make one with egmf prepare TASK --out {path}")
+        raise DataError(
+            f"{path} is not a prepared dataset ({state}){hint}: make one with egmf prepare TASK --out {path}"
+        )
     if not isinstance(record["format"], int) or record["format"] > FORMAT:
         raise DataError(
             f"{path} has format {record['format']}, newer than this version's {FORMAT}: update egmf-trainer"
