@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.toy import prepare_toy
@@ -200,6 +202,28 @@ def test_without_a_compiler_training_goes_on_over_gloo(work: Path, tmp_path: Pat
     assert done.stderr.count("no C++ compiler on PATH: DeepSpeed's shared-memory all-reduce is off") == 1, done.stderr
     assert record(out)["state"] == "done"
     assert not list((tmp_path / "ext").rglob("*.so"))
+    refused = egmf("train", str(work / "toy.yaml"), "--out", str(out), "train.offload=cpu", PATH=str(tmp_path), CXX="")
+    assert refused.returncode == 1
+    assert "train.offload=cpu compiles DeepSpeed's CPU Adam, and there is no C++ compiler on PATH" in refused.stderr
+
+
+@pytest.mark.slow  # compiles DeepSpeed's CPU Adam: about a minute
+def test_the_optimizer_in_host_memory_trains_to_the_same_weights(work: Path) -> None:
+    weights = {}
+    for stage, offload in (("2", "none"), ("2", "cpu"), ("3", "cpu")):
+        out = work / f"offload-{stage}-{offload}"
+        done = egmf(
+            "launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out), f"train.zero={stage}",
+            f"train.offload={offload}", "train.steps=4", "model.adapter.dropout=0", "model.fusion.dropout=0",
+            "track.mlflow=false",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        weights[stage, offload] = load_file(out / "checkpoints" / "step-00000004" / "model.safetensors")
+    whole = weights.pop(("2", "none"))
+    for held in weights.values():
+        assert held.keys() == whole.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(held[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_an_interrupted_build_of_the_op_does_not_hang_the_next(work: Path) -> None:

@@ -123,6 +123,12 @@ def quiet_deepspeed() -> None:
         os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{beside}"
 
 
+def missing_build_tools() -> list[str]:
+    """What DeepSpeed needs to compile its CPU ops and PATH does not have."""
+    tools = (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
+    return [what for what, names in tools if not any(map(shutil.which, names))]
+
+
 def _check_launcher() -> None:
     present = [key for key in LAUNCHER_KEYS if key in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(present):
@@ -151,11 +157,7 @@ def _shared_memory_op() -> None:
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
-    missing = [
-        what
-        for what, names in (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
-        if not any(map(shutil.which, names))
-    ]
+    missing = missing_build_tools()
     if missing:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if os.environ["RANK"] == "0":

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 
 from trainer.config import RunConfig, TrainConfig
 from trainer.models.egmf import EGMF
-from trainer.run.distributed import World
+from trainer.run.distributed import World, missing_build_tools
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,14 +61,22 @@ def dtype_of(config: RunConfig) -> torch.dtype:
     return torch.float32
 
 
-def check_precision(config: RunConfig, device: torch.device) -> None:
-    """Refuse what the device cannot train.
+def check_machine(config: RunConfig, device: torch.device) -> None:
+    """Refuse what this machine cannot train, all of it at once.
 
     Raises:
-        ValueError: fp16 on a CPU (DeepSpeed has no such path).
+        ValueError: fp16 on a CPU (DeepSpeed has no such path); an optimizer in host memory without what compiles it.
     """
+    faults = []
     if dtype_of(config) is torch.float16 and device.type == "cpu":
-        raise ValueError("train.precision=fp16 needs a GPU: on a CPU use train.precision=fp32 or bf16")
+        faults.append("train.precision=fp16 needs a GPU: on a CPU use train.precision=fp32 or bf16")
+    if _offloads(deepspeed_config(config)) and (missing := missing_build_tools()):
+        faults.append(
+            f"train.offload=cpu compiles DeepSpeed's CPU Adam, and there is no {' and no '.join(missing)} on PATH: "
+            "install it (apt-get install g++ python3-dev), or use train.offload=none"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def build_engine(model: EGMF, config: RunConfig, steps: int) -> deepspeed.DeepSpeedEngine:
@@ -96,12 +104,15 @@ def build_inference_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpee
 
 
 def _optimizer(groups: list[dict[str, Any]], train: TrainConfig, raw: dict[str, Any]) -> torch.optim.Optimizer:
-    offload = (raw["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
-    if offload:
+    if _offloads(raw):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, betas=train.betas, adamw_mode=True)
     return torch.optim.AdamW(groups, betas=train.betas, fused=torch.cuda.is_available())
+
+
+def _offloads(raw: dict[str, Any]) -> bool:
+    return (raw["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def _schedule(train: TrainConfig, steps: int) -> Callable[[torch.optim.Optimizer], Any]:

@@ -24,7 +24,7 @@ from trainer.run.checkpoint import (
     resume_engine,
 )
 from trainer.run.distributed import World
-from trainer.run.engine import build_engine, check_precision, dtype_of, zero_stage
+from trainer.run.engine import build_engine, check_machine, dtype_of, zero_stage
 from trainer.run.evaluate import evaluate, write_predictions
 from trainer.run.files import write_json, write_text
 from trainer.run.progress import Progress
@@ -71,7 +71,7 @@ def fit(config: RunConfig, out: Path, world: World) -> int:
         ValueError: the run cannot be what was asked for; nothing was trained.
         FloatingPointError: the loss is no longer a number.
     """
-    check_precision(config, world.device)
+    check_machine(config, world.device)
     with world.first_does() as first:
         if first:
             out.mkdir(parents=True, exist_ok=True)
@@ -139,11 +139,11 @@ class Run:
         _log_start(self, start)
         with self.progress:
             for step in range(start, self.steps):
-                began = time.perf_counter()
+                began, rates = time.perf_counter(), self.engine.get_lr()
                 result = train_step(
                     self.engine, self.parts, self.order.step(step), step, self.config, self.world, self.stop
                 )
-                self._tell(step + 1, result, time.perf_counter() - began)
+                self._tell(step + 1, result, rates, time.perf_counter() - began)
                 last = step + 1 == self.steps
                 if last or (step + 1) % eval_every == 0:
                     better = self._validate(step + 1)
@@ -213,8 +213,7 @@ class Run:
         finally:
             self.engine.train()
 
-    def _tell(self, step: int, result: StepResult, seconds: float) -> None:
-        rates = self.engine.get_lr()
+    def _tell(self, step: int, result: StepResult, rates: list[float], seconds: float) -> None:
         values = {
             "train/loss": result.loss,
             "train/balance": result.balance,

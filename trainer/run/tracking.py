@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Tracker:
             self._mlflow.log_params(dict(fresh[start : start + BATCH]))
         self._mlflow.set_tags({key: str(value) for key, value in {**tags, **config.track.tags}.items()})
 
-    def metrics(self, values: dict[str, float | None], step: int) -> None:
+    def metrics(self, values: Mapping[str, float | None], step: int) -> None:
         """Numbers at `step`; what is undefined is left out."""
         defined = {key: float(value) for key, value in values.items() if value is not None}
         if self.enabled and defined:
