@@ -382,7 +382,11 @@ def test_signals_leave_nothing_and_the_next_cleans_up_after_a_kill(tmp_path: Pat
     for number, folder in stops.items():
         folder.mkdir()
         command = [sys.executable, "-c", textwrap.dedent(SLOW), str(tmp_path / f"begun{number}"), str(folder / "out")]
-        running[number] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        running[number] = subprocess.Popen(
+            command,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
     for number, process in running.items():
         deadline = time.time() + 60
         while not (tmp_path / f"begun{number}").exists() and time.time() < deadline and process.poll() is None:
