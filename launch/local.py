@@ -15,13 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 STOPPED = 85
-GRACE = 10.0  # seconds that the others have to end by themselves, then again after a SIGTERM, before a SIGKILL
+GRACE = 5.0  # seconds that the others have to end by themselves, then again after a SIGTERM, before a SIGKILL
 PR_SET_PDEATHSIG = 1
 
 
@@ -31,8 +32,11 @@ def command(config: Path, overrides: Sequence[str], out: Path, *, debug: bool = 
     return [sys.executable, "-m", "trainer", "train", str(config), "--out", str(out), *more, *overrides]
 
 
-def environments(procs: int) -> list[dict[str, str]]:
-    """What each process needs to find the others; cores are shared out unless OMP_NUM_THREADS is set."""
+def environments(procs: int, faults: Path) -> list[dict[str, str]]:
+    """What each process needs to find the others; cores are shared out unless OMP_NUM_THREADS is set.
+
+    A process that fails says why in a file of the folder `faults`, as torchrun's workers do.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,7 +47,10 @@ def environments(procs: int) -> list[dict[str, str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(procs)]
+    ranks = [
+        {"RANK": str(r), "LOCAL_RANK": str(r), "TORCHELASTIC_ERROR_FILE": str(_fault_file(faults, r))}
+        for r in range(procs)
+    ]
     return [{"OMP_NUM_THREADS": threads, **os.environ, **common, **rank} for rank in ranks]
 
 
@@ -54,17 +61,16 @@ def launch(line: Sequence[str], procs: int, out: Path) -> int:
     otherwise the code of the process that failed first (a signal as 128 + its number).
     """
     parent = os.getpid()
-    workers = [
-        subprocess.Popen(line, env=env, start_new_session=True, preexec_fn=lambda: _die_with(parent))
-        for env in environments(procs)
-    ]
-    with _passing_signals(workers):
-        first = _wait(workers)
-    if first is not None:
-        rank, code = first
-        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        sys.stderr.write(f"the run failed: rank {rank} ended first, with {what}; log: {out / 'log.txt'}\n")
-        return 128 - code if code < 0 else code
+    with tempfile.TemporaryDirectory(prefix="egmf-") as name:
+        workers = [
+            subprocess.Popen(line, env=env, start_new_session=True, preexec_fn=lambda: _die_with(parent))
+            for env in environments(procs, Path(name))
+        ]
+        with _passing_signals(workers):
+            first = _wait(workers)
+        if first is not None:
+            sys.stderr.write(_told(*first, out, Path(name)))
+            return 128 - first[1] if first[1] < 0 else first[1]
     if any(worker.returncode == STOPPED for worker in workers):
         return STOPPED
     state = _state(out)
@@ -72,6 +78,26 @@ def launch(line: Sequence[str], procs: int, out: Path) -> int:
         sys.stderr.write(f"the processes ended, but {out / 'run.json'} says {state!r} and not 'done'\n")
         return 1
     return 0
+
+
+def _told(rank: int, code: int, out: Path, faults: Path) -> str:
+    """What the user reads last: who failed first, and why."""
+    what = f"exit code {code}"
+    why = "it said nothing; see its log"
+    if code < 0:
+        what = f"signal {signal.Signals(-code).name}"
+        why = "killed from outside: by the kernel when memory runs out (dmesg says so), by the scheduler, or by hand"
+        if code != -signal.SIGKILL:
+            why = "the process crashed or was ended by that signal"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        why = json.loads(_fault_file(faults, rank).read_text(encoding="utf-8"))["message"]["message"]
+    return (
+        f"the run failed: rank {rank} ended first, with {what}; log: {out / 'log.txt'}\nerror on rank {rank}: {why}\n"
+    )
+
+
+def _fault_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.json"
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:

@@ -81,7 +81,13 @@ def main() -> None:
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, out: Out = None, debug: Debug = False) -> int:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Annotated[bool, typer.Option("--force", help="continue a run although settings or data differ")] = False,
+    debug: Debug = False,
+) -> int:
     """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
     from trainer.config import load_config
 
@@ -94,7 +100,7 @@ def train(config: ConfigFile, overrides: Overrides = None, out: Out = None, debu
         from trainer.run.loop import fit
 
         set_up_logging(folder, world.rank, debug=debug)
-        code = fit(loaded, folder, world)
+        code = fit(loaded, folder, world, force=force)
         if code == 0 and world.first:
             _print_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             _say(f"done: {folder}")
@@ -312,9 +318,19 @@ def _in_world(work: Callable[[Any], int], debug: bool) -> int:
             traceback.print_exc()
         _say(f"error on rank {world.rank}: {error}")
         sys.stderr.flush()
+        _tell_launcher(error)
         os._exit(1)
     stop_world()
     return code
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Leave the cause where our launcher, and torchrun, look for it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
 
 
 def _check_tasks(names: list[str]) -> None:

@@ -183,7 +183,16 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1, description="steps between validations; default: once an epoch")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
     keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best")
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="continue the run folder's last checkpoint; never: put what is there aside and start anew"
+    )
+    probe: bool = Field(True, description="try the largest batches of the data before the first step")
+    max_skipped: PositiveInt = Field(
+        5, description="steps in a row with a loss or gradient that is no number, after which the run stops"
+    )
+    spike: PositiveFloat = Field(
+        8.0, description="a loss this many robust deviations above the recent median is marked"
+    )
 
 
 Split = Literal["train", "valid", "test"]

@@ -129,8 +129,7 @@ def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: 
             text=True,
             timeout=240,
         )
-        for left in set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - held:
-            left.unlink()
+        assert not set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - held
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert record(out)["state"] == "done"
         same_results(out, whole)
@@ -182,7 +181,10 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(work: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "planted on rank 1" in done.stderr
-    assert done.stderr.rstrip().splitlines()[-1].startswith("the run failed: rank 1 ended first")
+    assert "the run failed: rank 1 ended first, with exit code 1" in done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error on rank 1: ")
+    assert "planted on rank 1" in last
     assert record(out)["state"] == "failed"
     assert time.monotonic() - began < 110
 

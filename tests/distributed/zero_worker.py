@@ -15,10 +15,11 @@ def main(data: Path, out: Path) -> None:
     from tests.distributed.cases import CASES, STEPS, config_of
     from trainer.data.sampling import Order
     from trainer.run.assemble import assemble
-    from trainer.run.engine import build_engine, dtype_of, trainable_state
+    from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
     from trainer.run.evaluate import evaluate
+    from trainer.run.guard import Evidence, Guard
     from trainer.run.logs import set_up_logging
-    from trainer.run.loop import train_step
+    from trainer.run.loop import Training, train_step
     from trainer.run.signals import StopRequest
 
     world = start_world()
@@ -28,11 +29,15 @@ def main(data: Path, out: Path) -> None:
         config = config_of(case, data, engine=True)
         dtype = dtype_of(config)
         parts = assemble(config, out / "-".join(config.tasks), world, dtype)
-        engine = build_engine(parts.model, config, STEPS)
+        engine = build_engine(parts.model, config)
+        schedule = Schedule(engine, config.train, STEPS)
+        training = Training(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
         lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
         order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
-        stop = StopRequest()
-        steps = [train_step(engine, parts, order.step(s), s, config, world, stop) for s in range(STEPS)]
+        steps = []
+        for s in range(STEPS):
+            schedule.set(s)
+            steps.append(train_step(training, order.step(s), s, Evidence()))
         engine.eval()
         table, metrics = evaluate(engine, parts, config, "valid", world, dtype)
         state = trainable_state(parts.model, world)

@@ -141,8 +141,20 @@ class SplitView:
 
     def lengths(self) -> np.ndarray:
         """A length per sample for putting like with like: characters of text + frames of audio and video."""
-        characters = [pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False) for columns in self._columns]
-        return _join(characters, np.int64) + self._frames["audio"] + self._frames["video"]
+        return self._characters() + self._frames["audio"] + self._frames["video"]
+
+    def longest(self, n: int) -> list[int]:
+        """`n` samples (all, if fewer), the longest text, audio and video among them: padded, the largest batch of `n`."""
+        held: dict[int, None] = {}
+        orders = [np.argsort(-x, kind="stable") for x in (self._characters(), *self._frames.values(), self.lengths())]
+        for order in orders[:-1]:
+            held.update(dict.fromkeys(order[:1].tolist()))
+        held.update(dict.fromkeys(orders[-1][: n + len(held)].tolist()))
+        return list(held)[:n]
+
+    def _characters(self) -> np.ndarray:
+        counts = [pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False) for columns in self._columns]
+        return _join(counts, np.int64)
 
     def targets(self) -> np.ndarray:
         """The label's index or the number as published, float64, one per sample."""

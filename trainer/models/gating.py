@@ -148,6 +148,10 @@ class HierarchicalGate(Float32Buffers):
         mean_E = total[:-1] / total[-1].clamp_min(torch.finfo(total.dtype).tiny)
         decay = torch.where(total[-1] > 0, self.config.usage_decay, 1.0)
         self.usage_E.mul_(decay).add_(mean_E * (1.0 - decay))
+        self.discard_usage()
+
+    def discard_usage(self) -> None:
+        """Forget this step's weights: the step is not taken."""
         self.step_usage_E.zero_()
         self.step_weight.zero_()
 

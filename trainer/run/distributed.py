@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+class PeerFault(RuntimeError):
+    """Another rank failed; its own message says why."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the run's processes."""
@@ -66,6 +70,29 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def gather_all(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Every rank does the block's work, without collectives in it; where one fails, all of them do."""
+        fault: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            fault = error
+            raise
+        finally:
+            told = self.gather_all(None if fault is None else f"{type(fault).__name__}: {fault}")
+            failed = next((rank for rank, text in enumerate(told) if text is not None), None)
+            if fault is None and failed is not None:
+                raise PeerFault(f"stopped, since rank {failed} failed: {told[failed]}")
+
     @contextlib.contextmanager
     def first_does(self) -> Iterator[bool]:
         """Rank 0 runs the block's work while the others wait behind it; its failure fails all of them.
@@ -81,7 +108,7 @@ class World:
         finally:
             told = self.share(None if fault is None else f"{type(fault).__name__}: {fault}")
             if fault is None and told is not None:
-                raise RuntimeError(f"stopped, since rank 0 failed: {told}")
+                raise PeerFault(f"stopped, since rank 0 failed: {told}")
 
 
 def start_world() -> World:
@@ -105,7 +132,9 @@ def start_world() -> World:
         _shared_memory_op()
     with captured_stdout():
         deepspeed.init_distributed(verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    _unlink_shared_memory(world)
+    return world
 
 
 def stop_world() -> None:
@@ -121,6 +150,16 @@ def quiet_deepspeed() -> None:
     beside = Path(sys.executable).parent  # ninja's wheel puts its program beside an unactivated environment's python
     if (beside / "ninja").exists() and shutil.which("ninja") is None:
         os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{beside}"
+
+
+def _unlink_shared_memory(world: World) -> None:
+    """Take the names of DeepSpeed's shared-memory buffers away once all ranks hold them: nothing is left however we end.
+
+    Nobody else does: the single-node launcher leaves about 66 MiB per rank behind (deepspeed 0.19).
+    """
+    world.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}").unlink(missing_ok=True)
 
 
 def missing_build_tools() -> list[str]:

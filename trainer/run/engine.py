@@ -79,17 +79,37 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
         raise ValueError("\n".join(faults))
 
 
-def build_engine(model: EGMF, config: RunConfig, steps: int) -> deepspeed.DeepSpeedEngine:
-    """The engine that trains `model` for `steps` optimizer steps."""
+def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
+    """The engine that trains `model`; its learning rates are the loop's to set (:class:`Schedule`)."""
     raw = deepspeed_config(config)
     groups = model.parameter_groups(config.train.lr.fusion, config.train.lr.backbone, config.train.weight_decay)
     arguments: dict[str, Any] = {}
     if "optimizer" not in raw:
         arguments["optimizer"] = _optimizer(groups, config.train, raw)
-    if "scheduler" not in raw:
-        arguments["lr_scheduler"] = _schedule(config.train, steps)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=raw, **arguments)
     return engine
+
+
+class Schedule:
+    """Learning rates as a function of the step alone: the same on all ranks, after a skipped step and after a resume.
+
+    With a ``scheduler`` in the raw ``deepspeed`` section DeepSpeed's own is in force, and this does nothing.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, train: TrainConfig, steps: int) -> None:
+        self._engine, self._ours = engine, engine.lr_scheduler is None
+        self._base = [group["lr"] for group in engine.optimizer.param_groups]
+        name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        self._factor: Callable[[int], float] = get_scheduler(
+            name, nothing, round(train.warmup * steps), steps
+        ).lr_lambdas[0]
+
+    def set(self, step: int) -> None:
+        """Have the rates of step `step` (from 0) in the optimizer."""
+        groups = self._engine.optimizer.param_groups if self._ours else []  # new ones after every load
+        for group, base in zip(groups, self._base, strict=bool(groups)):
+            group["lr"] = base * self._factor(step)
 
 
 def build_inference_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
@@ -113,11 +133,6 @@ def _optimizer(groups: list[dict[str, Any]], train: TrainConfig, raw: dict[str, 
 
 def _offloads(raw: dict[str, Any]) -> bool:
     return (raw["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
-
-
-def _schedule(train: TrainConfig, steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    return lambda optimizer: get_scheduler(name, optimizer, round(train.warmup * steps), steps)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,15 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Have a file, or a folder's entries, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
     """The config a run was trained with.
 

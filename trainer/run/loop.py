@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
+import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.answers.metrics import primary
-from trainer.config import RunConfig, dump_config, flatten
+from trainer.config import RunConfig, dump_config
 from trainer.data.sampling import GlobalBatch, Order, micro_batches
-from trainer.models.backbone import base_fingerprint
 from trainer.run.assemble import Parts, assemble
-from trainer.run.checkpoint import (
-    Checkpoints,
-    check_fit,
-    load_weights,
-    read_state,
-    resume_engine,
-)
+from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.distributed import World
-from trainer.run.engine import build_engine, check_machine, dtype_of, zero_stage
+from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, write_predictions
-from trainer.run.files import write_json, write_text
+from trainer.run.files import saved_config, write_json, write_text
+from trainer.run.folder import open_folder, set_aside
+from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
+from trainer.run.identity import identity, settings
+from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.signals import STOPPED, StopRequest
@@ -37,20 +38,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# settings that may change when a run is continued: they say where and how often, or how much memory, not what
-FREE = frozenset(
-    {
-        "data.path",
-        "model.backbone.attention",
-        "model.backbone.gradient_checkpointing",
-        "train.micro_batch",
-        "train.log_every",
-        "train.eval_every",
-        "train.save_every",
-        "train.keep",
-        "train.resume",
-    }
-)
+Report = Callable[[Path], list[Path]]  # makes pictures of a run folder and says where they are
+
+
+@dataclass
+class Training:
+    """What a step works with."""
+
+    engine: DeepSpeedEngine
+    parts: Parts
+    config: RunConfig
+    world: World
+    guard: Guard
+    stop: StopRequest
 
 
 @dataclass
@@ -61,48 +61,100 @@ class StepResult:
     balance: float
     samples: int
     positions: int  # that this rank passed through the backbone
+    skipped: bool  # a loss or gradient was no number: nothing moved
     stop: bool  # some rank was asked to stop
 
 
-def fit(config: RunConfig, out: Path, world: World) -> int:
+def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, report: Report | None = None) -> int:
     """Train, and evaluate the best checkpoint; called by every rank. Returns the exit code (0 done, 85 stopped).
 
+    Args:
+        force: continue a checkpoint although settings or data differ.
+        report: called on rank 0 when the run ends, however it ends; its pictures go to MLflow.
+
     Raises:
-        ValueError: the run cannot be what was asked for; nothing was trained.
-        FloatingPointError: the loss is no longer a number.
+        ValueError: the run cannot be what was asked for, its folder cannot be written, or its loss is no number.
     """
     check_machine(config, world.device)
-    with world.first_does() as first:
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "config.yaml", dump_config(config))
-    record = RunRecord(out, enabled=world.first)
-    tracker: Tracker | None = None
-    state = "failed"
-    try:
-        with StopRequest() as stop:
-            record.update(state="running", started=now(), ended=None, failure=None, **environment())
+    with open_folder(out, world), StopRequest() as stop:
+        checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
+        _make_way(config, out, world, checkpoints)
+        record = RunRecord(out, enabled=world.first)
+        fresh, begun, state = not record.values, False, "failed"
+        tracker: Tracker | None = None
+        try:
+            last = checkpoints.newest(repair=True)
             parts = assemble(config, out, world, dtype_of(config))
-            identity = _identity(config, parts, world)
+            ours = identity(config, parts, world)
+            saved = None if last is None else read_state(last)
+            if saved is not None and last is not None:
+                check_fit(saved, ours, last, force=force)
+            with world.first_does() as first:
+                if first:
+                    write_text(out / "config.yaml", dump_config(config))
+            begun = True
+            record.update(state="running", started=now(), ended=None, failure=None, **environment(), **_process())
+            known = (record.values.get("mlflow") or {}).get("run_id") or (saved or {}).get("mlflow_run")
+            tracker = Tracker(config, out, enabled=world.first, run_id=known)
+            run = Run(config, out, world, parts, ours, tracker, stop, checkpoints)
             record.update(
                 precision=config.train.precision,
                 seed=config.train.seed,
-                **{key: value for key, value in identity.items() if key != "settings"},
+                steps=run.steps,
+                mlflow={"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,
+                **{key: value for key, value in ours.items() if key != "settings"},
             )
-            tracker = Tracker(config, out, enabled=world.first, run_id=_known_run(config, record))
-            record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None)
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
-            state = Run(config, out, world, parts, identity, tracker, stop).train()
-    except BaseException as error:
-        record.update(failure=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        record.update(state=state, ended=now())
-        if tracker is not None:
-            tracker.artifact(out / "run.json")
-            tracker.finish(state)
+            state = run.train(last, saved)
+        except BaseException as error:
+            if begun or fresh:
+                with contextlib.suppress(OSError):  # the disk may be what failed
+                    record.update(failure=f"{type(error).__name__}: {error}", state="failed", ended=now())
+            raise
+        finally:
+            if begun:
+                _end(out, record, tracker, state, report if world.first else None)
     return 0 if state == "done" else STOPPED
+
+
+def _make_way(config: RunConfig, out: Path, world: World, checkpoints: Checkpoints) -> None:
+    """Put aside what another run left in the folder: asked for, or of other settings and with nothing to continue."""
+    with world.first_does() as first:
+        if first:
+            anew = config.train.resume == "never" or (not checkpoints.names() and _other_settings(config, out))
+            aside = set_aside(out) if anew else None
+            if aside is not None:
+                log.warning("an earlier run's files in %s were put into %s", out, aside.name)
+    checkpoints.open()
+
+
+def _other_settings(config: RunConfig, out: Path) -> bool:
+    """Whether the folder holds the beginnings of a run with other settings."""
+    if not (out / "config.yaml").is_file():
+        return False
+    try:
+        return settings(saved_config(out)) != settings(config)
+    except ValueError:  # the config of another version
+        return True
+
+
+def _end(out: Path, record: RunRecord, tracker: Tracker | None, state: str, report: Report | None) -> None:
+    """Close the record however the run ended; no trouble here may hide what ended it."""
+    try:
+        record.update(state=state, ended=now())
+        pictures = report(out) if report is not None else []
+    except Exception as error:  # noqa: BLE001
+        log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
+        pictures = []
+    if tracker is None:
+        return
+    try:
+        for path in [out / "run.json", *pictures]:
+            tracker.artifact(path, "report" if path in pictures else None)
+        tracker.finish(state)
+    except Exception as error:  # noqa: BLE001
+        log.warning("the run's end could not be recorded: %s: %s", type(error).__name__, error)
 
 
 class Run:
@@ -114,80 +166,127 @@ class Run:
         out: Path,
         world: World,
         parts: Parts,
-        identity: dict[str, Any],
+        ours: dict[str, Any],
         tracker: Tracker,
         stop: StopRequest,
+        checkpoints: Checkpoints,
     ) -> None:
         self.config, self.out, self.world, self.parts = config, out, world, parts
-        self.identity, self.tracker, self.stop = identity, tracker, stop
+        self.identity, self.tracker, self.checkpoints = ours, tracker, checkpoints
         train = config.train
         lengths = {name: data["train"].lengths() for name, data in parts.data.items()}
         self.order = Order(lengths, global_batch=train.global_batch, seed=train.seed, weights=config.data.weights)
         self.steps = train.steps or math.ceil(train.epochs * self.order.steps_per_epoch)
         self.dtype = dtype_of(config)
-        self.engine: DeepSpeedEngine = build_engine(parts.model, config, self.steps)
-        self.checkpoints = Checkpoints(out / "checkpoints", world, train.keep)
+        self.engine: DeepSpeedEngine = build_engine(parts.model, config)
+        self.schedule = Schedule(self.engine, train, self.steps)
+        self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
+        self.training = Training(self.engine, parts, config, world, self.guard, stop)
+        self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
-        self.best: float | None = None
+        self.best: str | None = None
+        self.best_score: float | None = None
 
-    def train(self) -> str:
+    def train(self, last: Path | None, saved: dict[str, Any] | None) -> str:
         """Train to the last step, or until asked to stop; returns the run's state."""
         train = self.config.train
         eval_every = train.eval_every or self.order.steps_per_epoch
         save_every = train.save_every or eval_every
-        start = self._resume()
+        start = self._resume(last, saved)
+        if train.probe and start < self.steps:
+            probe(self.engine, self.parts, self.config, self.world, self.guard, self.dtype)
         _log_start(self, start)
         with self.progress:
             for step in range(start, self.steps):
-                began, rates = time.perf_counter(), self.engine.get_lr()
-                result = train_step(
-                    self.engine, self.parts, self.order.step(step), step, self.config, self.world, self.stop
-                )
-                self._tell(step + 1, result, rates, time.perf_counter() - began)
-                last = step + 1 == self.steps
-                if last or (step + 1) % eval_every == 0:
-                    better = self._validate(step + 1)
-                    self._save(step + 1, better)
+                began = time.perf_counter()
+                self.schedule.set(step)
+                rates = self.engine.get_lr()
+                result, spike = self._step(step)
+                self._tell(step + 1, result, spike, rates, time.perf_counter() - began)
+                final = step + 1 == self.steps
+                if final or (step + 1) % eval_every == 0:
+                    self._validate(step + 1)
+                    self._save(step + 1)
                 elif result.stop or (step + 1) % save_every == 0:
-                    self._save(step + 1, False)
-                if result.stop and not last:
+                    self._save(step + 1)
+                if result.stop and not final:
                     log.warning("stopped at step %d of %d; the same command continues it", step + 1, self.steps)
                     return "stopped"
             self._finish()
         return "done"
 
-    def _resume(self) -> int:
-        checkpoint = self.checkpoints.latest()
-        if checkpoint is None or self.config.train.resume == "never":
+    def _resume(self, last: Path | None, saved: dict[str, Any] | None) -> int:
+        if last is None or saved is None:
             return 0
-        state = read_state(checkpoint)
-        check_fit(state, self.identity, checkpoint)
-        resume_engine(self.engine, checkpoint)
-        self.best = state["best"]
-        log.info("continuing from %s", checkpoint)
-        return int(state["step"])
+        resume_engine(self.engine, last, self.world)
+        self.best, self.best_score = saved["best"], saved["best_score"]
+        self.health.restore(saved["health"])
+        with self.world.first_does() as first:
+            if first:  # a kill between a checkpoint and its mark
+                self.checkpoints.mark(self.best)
+        log.info("continuing from %s", last)
+        return int(saved["step"])
 
-    def _save(self, step: int, best: bool) -> None:
-        state = {**self.identity, "best": self.best}
-        path = self.checkpoints.save(self.engine, step, state, best=best)
-        log.info("saved %s%s", path, ", the best so far" if best else "")
+    def _step(self, step: int) -> tuple[StepResult, bool]:
+        batch = self.order.step(step)
+        evidence = Evidence()
+        what = f"a micro-batch of step {step + 1}"
+        with memory_explained(what, "train.micro_batch", self.config.train.micro_batch):
+            result = train_step(self.training, batch, step, evidence)
+        spike = self.health.step(result.loss, result.skipped)
+        if spike:
+            log.warning("step %d: the loss jumped to %.4f", step + 1, result.loss)
+        if result.skipped:
+            ids = [i for part in self.world.gather_all(evidence.bad_ids()) for i in part] or ["unknown: a gradient"]
+            log.warning(
+                "step %d skipped: a loss or gradient is no number (%d in all); samples %s",
+                step + 1, self.health.skipped, ", ".join(ids[:8]),
+            )  # fmt: skip
+            if self.health.in_a_row >= self.config.train.max_skipped:
+                self._give_up(step, batch, evidence, ids)
+        return result, spike
 
-    def _validate(self, step: int) -> bool:
-        """Score the validation split; whether it is the best so far (a value that is undefined never is)."""
+    def _give_up(self, step: int, batch: GlobalBatch, evidence: Evidence, ids: list[str]) -> None:
+        folder = self.out / "nonfinite" / step_name(step + 1)
+        about = {
+            "step": step + 1,
+            "task": batch.task,
+            "samples": ids,
+            "seed": self.config.train.seed,
+            "step_index": step,
+        }
+        evidence.write(folder, self.world, about, trainable_state(self.engine.module, self.world))
+        raise NonFiniteError(
+            f"the loss or a gradient was no number in {self.health.in_a_row} steps in a row, the last of them step "
+            f"{step + 1}; samples: {', '.join(ids[:8])}\nthe batch and the weights are in {folder}: look at them with "
+            f"'egmf replay {folder}'; then lower train.lr, or look at these samples' features"
+        )
+
+    def _save(self, step: int) -> None:
+        state = {
+            **self.identity,
+            "best_score": self.best_score,
+            "health": self.health.state(),
+            "position": {"step": step, "epoch": step / self.order.steps_per_epoch},
+            "mlflow_run": self.tracker.run_id,
+        }
+        path = self.checkpoints.save(self.engine, step, state, self.best)
+        log.info("saved %s%s", path, ", the best so far" if self.best == path.name else "")
+
+    def _validate(self, step: int) -> None:
+        """Score the validation split; the step is the best if its score is (a value that is undefined never is)."""
         _, metrics = self._evaluate("valid")
         score = _selection(self.parts, metrics)
         self.tracker.metrics(_named("valid", metrics), step)
         log.info("step %d: %s", step, _shown("valid", self.parts, metrics))
-        better = score is not None and (self.best is None or score > self.best)
-        if better:
-            self.best = score
-        return better
+        if score is not None and (self.best_score is None or score > self.best_score):
+            self.best, self.best_score = step_name(step), score
 
     def _finish(self) -> None:
         """Evaluate the best checkpoint on the configured splits and write what it says."""
         chosen = self.checkpoints.best()
         if chosen is None:
-            chosen = self.checkpoints.latest()
+            chosen = self.checkpoints.newest()
             log.warning("validation chose no checkpoint (its metric was undefined): the last one is evaluated")
         assert chosen is not None
         load_weights(self.parts.model, chosen, self.world)
@@ -213,7 +312,7 @@ class Run:
         finally:
             self.engine.train()
 
-    def _tell(self, step: int, result: StepResult, rates: list[float], seconds: float) -> None:
+    def _tell(self, step: int, result: StepResult, spike: bool, rates: list[float], seconds: float) -> None:
         values = {
             "train/loss": result.loss,
             "train/balance": result.balance,
@@ -223,64 +322,64 @@ class Run:
             "train/positions_per_sample": result.positions * self.world.size / result.samples,
         }
         norm = self.engine.get_global_grad_norm()
-        if norm is not None:
+        if norm is not None and not result.skipped:
             values["train/gradient_norm"] = float(norm)
         if self.parts.model.fusion is not None:
             usage = self.parts.model.fusion.gate.usage_E.tolist()
             values.update(
                 {f"gate/{name}": u for name, u in zip(self.parts.model.fusion.experts_built, usage, strict=True)}
             )
+        marks = {"train/skipped": result.skipped, "train/spike": spike}
+        values.update({name: 1.0 for name, there in marks.items() if there})
         self.progress.step(step, result.loss, rates[0], result.samples, seconds)
-        if step % self.config.train.log_every == 0 or step in (1, self.steps):
+        if step % self.config.train.log_every == 0 or step in (1, self.steps) or any(marks.values()):
             self.tracker.metrics(values, step)
             self.progress.line(step)
 
 
-def train_step(
-    engine: DeepSpeedEngine,
-    parts: Parts,
-    batch: GlobalBatch,
-    step: int,
-    config: RunConfig,
-    world: World,
-    stop: StopRequest,
-) -> StepResult:
-    """One optimizer step over a global batch.
+def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evidence) -> StepResult:
+    """One optimizer step over a global batch; a step whose loss or gradient is no number on any rank moves nothing.
 
     loss = Σ_i w_i (loss_i + balance_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
     each rank's sum is multiplied by their number. Module dropout is reseeded at every micro-step from
     (seed, step, micro-step, rank).
     """
-    view, collate = parts.data[batch.task]["train"], parts.collators[batch.task]
+    engine, config, world, guard = training.engine, training.config, training.world, training.guard
+    view, collate = training.parts.data[batch.task]["train"], training.parts.collators[batch.task]
     micros = micro_batches(batch, config.train.micro_batch, world.rank, world.size)
     dtype = dtype_of(config)
     total = len(batch.indices)
-    told = torch.zeros(3, dtype=torch.float64, device=world.device if world.device.type == "cuda" else None)
+    told = torch.zeros(4, dtype=torch.float64, device=world.device if world.device.type == "cuda" else None)
     positions = 0
     for place, micro in enumerate(micros):
         samples = [view[i] for i in micro.indices]
         rows = collate(samples, weight=micro.weight, epoch=batch.epoch).to(world.device, dtype)
         positions += rows.input_ids_BL.numel() if micro.weight else 0
-        torch.manual_seed(_mix(config.train.seed, step, place, world.rank))
+        torch.manual_seed(mix(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
         loss_B, balance_B = output.loss_B * rows.weight_B, output.balance_B * rows.weight_B
         engine.backward((loss_B.sum() + balance_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
         told[0] += loss_B.detach().sum().double()
         told[1] += balance_B.detach().sum().double()
-    told[2] = float(stop.asked)
-    engine.step()
-    if parts.model.fusion is not None:
-        parts.model.fusion.gate.update_usage(world.sum)
+        evidence.add(rows, loss_B.detach())
+    told[2] = float(training.stop.asked)
+    told[3] = guard.found()
     world.sum(told)
-    loss, balance, asked = told.tolist()
-    if not math.isfinite(loss):
-        ids = ", ".join(view[i].id for micro in micros for i in micro.indices)
-        raise FloatingPointError(f"the loss of step {step + 1} is {loss / total}; samples on rank {world.rank}: {ids}")
-    return StepResult(loss / total, balance / total, total, positions, asked > 0)
+    loss, balance, asked, bad = told.tolist()
+    skipped = bad > 0 or not math.isfinite(loss + balance)
+    with guard.still(skipped):
+        engine.step()
+    if training.parts.model.fusion is not None:
+        gate = training.parts.model.fusion.gate
+        if skipped:
+            gate.discard_usage()
+        else:
+            gate.update_usage(world.sum)
+    return StepResult(loss / total, balance / total, total, positions, skipped, asked > 0)
 
 
-def _mix(*parts: int) -> int:
+def mix(*parts: int) -> int:
     """A seed from several numbers (SplitMix64 over them)."""
     mask, state = (1 << 64) - 1, 0
     for part in parts:
@@ -291,25 +390,8 @@ def _mix(*parts: int) -> int:
     return state
 
 
-def _identity(config: RunConfig, parts: Parts, world: World) -> dict[str, Any]:
-    """What a checkpoint and the run that continues it must agree on."""
-    return {
-        "tasks": list(parts.tasks),
-        "data": parts.fingerprints,
-        "base": base_fingerprint(parts.model.backbone),
-        "world": world.size,
-        "zero": zero_stage(config),
-        "settings": {
-            key: value
-            for key, value in flatten(config).items()
-            if key.startswith(("task", "data.", "model.", "train.", "deepspeed")) and key not in FREE
-        },
-    }
-
-
-def _known_run(config: RunConfig, record: RunRecord) -> str | None:
-    known = record.values.get("mlflow") or {}
-    return known.get("run_id") if config.train.resume == "auto" else None
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def _tags(values: dict[str, Any]) -> dict[str, Any]:

@@ -50,8 +50,13 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
     config = saved_config(run, overrides, data)
     checkpoints = Checkpoints(run / "checkpoints", world, config.train.keep)
     chosen = checkpoints.best()
+    if chosen is not None and (faults := checkpoints.verify(chosen)):
+        raise CheckpointError(
+            f"{chosen}, which validation chose, is damaged: {'; '.join(faults[:3])}; bring it back from a copy, or remove "
+            f"{chosen.parent / 'best'} to use the newest"
+        )
     if chosen is None:
-        chosen = checkpoints.latest()
+        chosen = checkpoints.newest()
         if chosen is None:
             raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
         log.warning("validation has chosen no checkpoint of %s: the newest is used", run)

@@ -1,0 +1,193 @@
+"""What keeps a bad step from spoiling a run: non-finite losses and gradients are found, and their step is skipped.
+
+DeepSpeed's own checks differ between ZeRO stages and precisions (deepspeed 0.19: stage 0 in fp32 and stages 1 and 2 in
+bf16 have none), so one decision is made for all ranks before the step, and is carried out alike at every stage: the
+whole step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.batch import Batch, Features
+from trainer.run.distributed import World
+from trainer.run.files import write_json
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+ABOUT, WEIGHTS = "about.json", "model.safetensors"
+
+
+class NonFiniteError(ValueError):
+    """Too many steps in a row had a loss or gradient that is no number."""
+
+
+class Guard:
+    """Watches the local gradients of trainable parameters, and can keep the optimizer still.
+
+    Args:
+        engine: its trainable parameters are watched, its optimizer's step is wrapped.
+        gradients: watch gradients too; off for fp16, where DeepSpeed's loss scaling expects some to overflow.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, device: torch.device, *, gradients: bool) -> None:
+        self._sum = torch.zeros((), device=device)
+        self._still = False
+        if gradients:
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(self._watch)
+        optimizer = engine.basic_optimizer
+        step = optimizer.step
+
+        def guarded(*arguments: Any, **named: Any) -> Any:
+            return None if self._still else step(*arguments, **named)
+
+        optimizer.step = guarded
+
+    def _watch(self, gradient: Tensor) -> None:
+        self._sum += gradient.detach().sum(dtype=torch.float32) * 0.0  # 0, or nan where any element is inf or nan
+
+    def found(self) -> Tensor:
+        """Whether a local gradient since the last call held inf or nan (1 or 0, on the device)."""
+        bad = torch.isfinite(self._sum).logical_not().double()
+        self._sum.zero_()
+        return bad
+
+    @contextlib.contextmanager
+    def still(self, still: bool) -> Iterator[None]:
+        """Inside the block the optimizer does not move, if `still`."""
+        self._still = still
+        try:
+            yield
+        finally:
+            self._still = False
+
+
+class Health:
+    """How the steps have gone: skipped ones, and losses that stand far above the recent ones. Part of a checkpoint.
+
+    A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
+    """
+
+    WINDOW, LEAST = 64, 16
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.skipped = self.in_a_row = self.spikes = 0
+        self._recent: deque[float] = deque(maxlen=self.WINDOW)
+
+    def step(self, loss: float, skipped: bool) -> bool:
+        """Count a step; whether its loss is a spike."""
+        if skipped:
+            self.skipped += 1
+            self.in_a_row += 1
+            return False
+        self.in_a_row = 0
+        spike = False
+        if len(self._recent) >= self.LEAST:
+            recent = torch.tensor(list(self._recent), dtype=torch.float64)
+            median = recent.quantile(0.5)
+            spread = 1.4826 * (recent - median).abs().quantile(0.5)
+            spike = loss > float(median + self.factor * spread.clamp_min(1e-3 * median.abs()))
+        self.spikes += spike
+        self._recent.append(loss)
+        return spike
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "spikes": self.spikes,
+            "recent": list(self._recent),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row, self.spikes = state["skipped"], state["in_a_row"], state["spikes"]
+        self._recent.extend(state["recent"])
+
+
+class Evidence:
+    """The micro-batches of a step, kept until it is known to be good, to be written down when it is not."""
+
+    def __init__(self) -> None:
+        self._micros: list[tuple[Batch, Tensor]] = []
+
+    def add(self, batch: Batch, loss_B: Tensor) -> None:
+        self._micros.append((batch, loss_B))
+
+    def bad_ids(self) -> list[str]:
+        """This rank's samples whose loss is no number."""
+        return [
+            sample
+            for batch, loss_B in self._micros
+            for sample, good in zip(batch.ids, torch.isfinite(loss_B).tolist(), strict=True)
+            if not good
+        ]
+
+    def write(self, folder: Path, world: World, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """rankR.microJ.safetensors for every micro-batch, model.safetensors, about.json; called by all ranks."""
+        with world.first_does() as first:
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, folder / WEIGHTS)
+        told = []
+        with world.together():
+            for place, (batch, loss_B) in enumerate(self._micros):
+                name = f"rank{world.rank}.micro{place}.safetensors"
+                save_batch(batch, folder / name)
+                losses = {i: x if math.isfinite(x) else str(x) for i, x in zip(batch.ids, loss_B.tolist(), strict=True)}
+                told.append({"file": name, "rank": world.rank, "micro_step": place, "losses": losses})
+        parts = world.gather(told)
+        with world.first_does() as first:
+            if first:
+                assert parts is not None
+                write_json(folder / ABOUT, {**about, "micro_batches": [micro for part in parts for micro in part]})
+
+
+def save_batch(batch: Batch, path: Path) -> None:
+    """A batch as one safetensors file; what is no tensor stands in its metadata."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    _flatten(batch, "", tensors, plain)
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"plain": json.dumps(plain)})
+
+
+def load_batch(path: Path) -> Batch:
+    """What :func:`save_batch` wrote."""
+    with safe_open(path, "pt") as handle:
+        plain = json.loads(handle.metadata()["plain"])
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no dictionary)
+    features: dict[str, dict[str, Tensor]] = {"audio": {}, "video": {}}
+    rest: dict[str, Any] = dict(plain)
+    for name, tensor in tensors.items():
+        head, _, tail = name.partition(".")
+        if tail:
+            features[head][tail] = tensor
+        else:
+            rest[name] = tensor
+    return Batch(**rest, audio=Features(**features["audio"]), video=Features(**features["video"]))
+
+
+def _flatten(value: Any, head: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    for field in fields(value):
+        name, held = head + field.name, getattr(value, field.name)
+        if isinstance(held, Tensor):
+            tensors[name] = held
+        elif is_dataclass(held):
+            _flatten(held, f"{name}.", tensors, plain)
+        else:
+            plain[name] = held

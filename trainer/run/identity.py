@@ -1,0 +1,50 @@
+"""What makes a run this run: a checkpoint and the run that continues it must agree on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import RunConfig, flatten
+from trainer.models.backbone import base_fingerprint
+from trainer.run.assemble import Parts
+from trainer.run.distributed import World
+from trainer.run.engine import zero_stage
+
+# settings that may change when a run is continued: they say where and how often, or how much memory, not what
+FREE = frozenset(
+    {
+        "data.path",
+        "model.backbone.attention",
+        "model.backbone.gradient_checkpointing",
+        "train.micro_batch",
+        "train.log_every",
+        "train.eval_every",
+        "train.save_every",
+        "train.keep",
+        "train.resume",
+        "train.probe",
+        "train.max_skipped",
+        "train.spike",
+    }
+)
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that say what is trained, flat."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key.startswith(("task", "data.", "model.", "train.", "deepspeed")) and key not in FREE
+    }
+
+
+def identity(config: RunConfig, parts: Parts, world: World) -> dict[str, Any]:
+    """Tasks, data, frozen base, world, ZeRO stage and settings of a run."""
+    return {
+        "tasks": list(parts.tasks),
+        "data": parts.fingerprints,
+        "base": base_fingerprint(parts.model.backbone),
+        "world": world.size,
+        "zero": zero_stage(config),
+        "settings": settings(config),
+    }

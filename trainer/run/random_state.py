@@ -1,0 +1,45 @@
+"""The state of every random generator of a process, as tensors: torch (CPU and this rank's GPU), numpy, Python.
+
+Module dropout does not need it (the loop seeds every micro-batch); whatever else draws numbers between two steps does.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_state() -> dict[str, Tensor]:
+    """The generators' states now."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state()
+    assert kind == "MT19937"
+    version, words, python_gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy.rest": torch.tensor([place, has_gauss, gauss], dtype=torch.float64),
+        "python.words": torch.tensor(words, dtype=torch.int64),
+        "python.rest": torch.tensor(
+            [version, python_gauss is not None, python_gauss or 0.0],
+            dtype=torch.float64,
+        ),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what :func:`random_state` gave; a GPU's state only where there is one."""
+    torch.set_rng_state(state["torch"])
+    place, has_gauss, gauss = state["numpy.rest"].tolist()
+    keys = state["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(place), int(has_gauss), gauss))
+    version, has_python_gauss, python_gauss = state["python.rest"].tolist()
+    words = tuple(state["python.words"].tolist())
+    random.setstate((int(version), words, python_gauss if has_python_gauss else None))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
