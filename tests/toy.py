@@ -16,8 +16,11 @@ WIDTHS = {"audio": 6, "video": 5}
 WORDS = ("red", "green", "blue", "white", "grey", "black", "pink")
 
 
-def toy_source(name: str, sizes: dict[str, int], seed: int = 0) -> Source:
-    """Samples of task `name`: the label's word in half of the texts, its number in the audio's mean."""
+def toy_source(name: str, sizes: dict[str, int], seed: int = 0, huge: tuple[str, ...] = ()) -> Source:
+    """Samples of task `name`: the label's word in half of the texts, its number in the audio's mean.
+
+    The samples `huge` have features so large, though finite, that a layer overflows on them.
+    """
     task = get_task(name)
     answers = task.answers()
 
@@ -29,6 +32,8 @@ def toy_source(name: str, sizes: dict[str, int], seed: int = 0) -> Source:
             frames, images = int(rng.integers(2, 12)), int(rng.integers(1, 6))
             audio = rng.normal(k % 4, 0.5, (frames, WIDTHS["audio"])) if i % 5 else None
             video = rng.normal(0, 1.0, (images, WIDTHS["video"])) if i % 7 else None
+            if f"{split}-{i:04d}" in huge:
+                audio = np.full((frames, WIDTHS["audio"]), 3e38)
             label = task.labels[k] if task.kind == "classification" else task.grid.values[k]  # type: ignore[union-attr]
             yield RawSample(
                 id=f"{split}-{i:04d}",
@@ -55,9 +60,17 @@ def toy_source(name: str, sizes: dict[str, int], seed: int = 0) -> Source:
     )
 
 
-def prepare_toy(name: str, folder: Path, train: int = 48, valid: int = 13, test: int = 11, seed: int = 0) -> Path:
+def prepare_toy(
+    name: str,
+    folder: Path,
+    train: int = 48,
+    valid: int = 13,
+    test: int = 11,
+    seed: int = 0,
+    huge: tuple[str, ...] = (),
+) -> Path:
     """A prepared toy dataset in `folder`/`name`."""
     out = folder / name
     sizes = {"train": train, "valid": valid, "test": test}
-    prepare_source(get_task(name), toy_source(name, sizes, seed), out)
+    prepare_source(get_task(name), toy_source(name, sizes, seed, huge), out)
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -143,6 +144,32 @@ def evaluate(
                 _print_json(next(iter(metrics.values())) if len(metrics) == 1 else metrics)
             else:
                 _print_metrics({"checkpoint": opened.checkpoint.name, split: metrics})
+        return 0
+
+    return _in_world(work, debug)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="nonfinite/step-… in a run folder", metavar="FOLDER")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> int:
+    """Repeat a step whose loss or gradient was no number, and name the module where it begins."""
+
+    def work(world: Any) -> int:
+        from trainer.run.logs import set_up_logging
+        from trainer.run.replay import replay as repeat
+
+        set_up_logging(None, world.rank, debug=debug)
+        table = Table("micro-batch", "samples without a number", "first such module", "gradients without a number")
+        for micro in repeat(folder, world, overrides or []):
+            bad = [name for name, loss in micro.losses.items() if not math.isfinite(loss)]
+            gradients = [*micro.gradients[:3], *(["…"] if len(micro.gradients) > 3 else [])]
+            table.add_row(
+                micro.file, ", ".join(bad) or "none", micro.first_module or "none", ", ".join(gradients) or "none"
+            )
+        _wide().print(table)
         return 0
 
     return _in_world(work, debug)

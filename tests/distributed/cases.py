@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from trainer.config import RunConfig, load_config
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
 STEPS = 4
+PLANTED = 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: `overrides` change what is computed (single process and ranks alike), `engine` only how."""
+    """A run: `overrides` change what is computed (single process and ranks alike), `engine` only how.
+
+    `plant` puts a loss or a gradient that is no number into step `PLANTED`, on the last rank only.
+    """
 
     name: str
     overrides: tuple[str, ...] = ()
     engine: tuple[str, ...] = ()
-    single: tuple[str, ...] = field(default=())
+    plant: Literal["loss", "gradient"] | None = None
+
+    @property
+    def computed(self) -> tuple[tuple[str, ...], bool]:
+        """What decides the numbers."""
+        return self.overrides, self.plant is not None
 
 
 COMMON = (
@@ -41,7 +51,7 @@ TWO = ("task=[meld,simsv2]",)
 CASES = (
     *(Case(f"zero{z}", (), (f"train.zero={z}",)) for z in range(4)),
     *(Case(f"zero{z}-nf4", NF4, (f"train.zero={z}",)) for z in range(4)),
-    *(Case(f"zero{z}-nf4-bf16", (*NF4, *BF16), (f"train.zero={z}",)) for z in (1, 2, 3)),
+    *(Case(f"zero{z}-nf4-bf16", (*NF4, *BF16), (f"train.zero={z}",)) for z in range(4)),
     Case("zero2-two-tasks", TWO, ("train.zero=2",)),
     Case("zero3-two-tasks-checkpointing", (*TWO, *NF4), ("train.zero=3", "model.backbone.gradient_checkpointing=true")),
     Case("zero2-full", ("model.adapter.kind=full",), ("train.zero=2",)),
@@ -51,6 +61,10 @@ CASES = (
         (),
         ("train.zero=0", "deepspeed.zero_optimization.stage=3", "deepspeed.gradient_accumulation_steps=3"),
     ),
+    *(Case(f"zero{z}-bad-gradient", (), (f"train.zero={z}",), "gradient") for z in range(4)),
+    *(Case(f"zero{z}-bad-gradient-bf16", (*NF4, *BF16), (f"train.zero={z}",), "gradient") for z in range(4)),
+    *(Case(f"zero{z}-bad-loss", (), (f"train.zero={z}",), "loss") for z in (0, 3)),
+    *(Case(f"zero{z}-bad-loss-bf16", (*NF4, *BF16), (f"train.zero={z}",), "loss") for z in (1, 2)),
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tests.distributed.cases import CASES, STEPS, Case, config_of
+from tests.distributed.cases import CASES, PLANTED, STEPS, Case, config_of
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.data.sampling import Order
@@ -75,6 +75,13 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
             balance += float(output.balance_B.detach().sum()) / len(batch.indices)
         losses.append(loss)
         balances.append(balance)
+        if case.plant and step == PLANTED:  # nothing moves but the schedule
+            for p in trained.values():
+                p.grad = None
+            schedule.step()
+            if model.fusion is not None:
+                model.fusion.gate.discard_usage()
+            continue
         for name, p in trained.items():
             master[name].grad = p.grad.float()
             p.grad = None
@@ -103,20 +110,22 @@ def _probabilities(parts: Parts, dtype: torch.dtype) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def plain(data: Path, ranks: tuple[dict[str, Any], Path]) -> dict[tuple[str, ...], dict[str, Any]]:
+def plain(data: Path, ranks: tuple[dict[str, Any], Path]) -> dict[Any, dict[str, Any]]:
     """The reference of every different computation among the cases, from the same offline backbones."""
     torch.set_num_threads(1)
-    different = {case.overrides: case for case in CASES}
-    return {overrides: plain_training(case, data, ranks[1]) for overrides, case in different.items()}
+    different = {case.computed: case for case in CASES}
+    return {computed: plain_training(case, data, ranks[1]) for computed, case in different.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any, plain: Any) -> None:
-    found, expected = ranks[0][case.name], plain[case.overrides]
+    found, expected = ranks[0][case.name], plain[case.computed]
     kind = "bf16" if "bf16" in case.name else "fp32"
-    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=LOSS[kind])
-    np.testing.assert_allclose(found["balance"], expected["balance"], rtol=LOSS[kind], atol=1e-7)
-    assert len({round(loss, 6) for loss in found["losses"]}) == STEPS  # it trains
+    seen = [step for step in range(STEPS) if case.plant != "loss" or step != PLANTED]
+    for name, atol in (("losses", 0.0), ("balance", 1e-7)):
+        one, other = (np.array(run[name])[seen] for run in (found, expected))
+        np.testing.assert_allclose(one, other, rtol=LOSS[kind], atol=atol)
+    assert len({round(found["losses"][step], 6) for step in seen}) == len(seen)  # it trains
     assert found["state"].keys() == expected["state"].keys()
     if kind == "fp32":
         for name, norm in expected["state"].items():
@@ -126,9 +135,18 @@ def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any, plain
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_processes_score_each_sample_once_and_as_one_alone(case: Case, ranks: Any, plain: Any) -> None:
-    found, expected = ranks[0][case.name], plain[case.overrides]["probabilities"]
+    found, expected = ranks[0][case.name], plain[case.computed]["probabilities"]
     assert found["n"] == dict.fromkeys(found["n"], 13)
     assert found["probabilities"].keys() == expected.keys()
     kind = "bf16" if "bf16" in case.name else "fp32"
     for name, probabilities in expected.items():
         np.testing.assert_allclose(found["probabilities"][name], probabilities, atol=PROBABILITY[kind], err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ranks_agree_and_skip_just_the_steps_that_are_no_numbers(case: Case, ranks: Any) -> None:
+    told = ranks[0][case.name]["ranks"]
+    assert told[0] == told[1]
+    assert told[0]["skipped"] == [bool(case.plant) and step == PLANTED for step in range(STEPS)]
+    if case.plant == "loss":
+        assert math.isnan(ranks[0][case.name]["losses"][PLANTED])

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 
 
+class Spoil(torch.autograd.Function):
+    """Nothing on the way forward; a gradient with one inf on the way back."""
+
+    @staticmethod
+    def forward(ctx, value):  # type: ignore[no-untyped-def]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient.clone().index_fill_(0, torch.tensor([0]), float("inf"))
+
+
+@contextlib.contextmanager
+def planted(model: torch.nn.Module, plant: str | None) -> Iterator[None]:
+    """Inside the block the model's losses, or their gradients, are no numbers."""
+
+    def spoil(_, __, output):  # type: ignore[no-untyped-def]
+        spoiled = output.loss_B * float("nan") if plant == "loss" else Spoil.apply(output.loss_B)
+        return output._replace(loss_B=spoiled)
+
+    handle = model.register_forward_hook(spoil) if plant else None
+    yield
+    if handle is not None:
+        handle.remove()
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of the trainable weights that this rank holds whole; the same on every rank below ZeRO-3."""
+    held = hashlib.sha256()
+    for p in model.parameters():
+        if p.requires_grad and not hasattr(p, "ds_id"):
+            held.update(p.detach().float().numpy().tobytes())
+    return held.hexdigest()
+
+
 def main(data: Path, out: Path) -> None:
-    from tests.distributed.cases import CASES, STEPS, config_of
+    from tests.distributed.cases import CASES, PLANTED, STEPS, config_of
     from trainer.data.sampling import Order
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
@@ -37,11 +77,14 @@ def main(data: Path, out: Path) -> None:
         steps = []
         for s in range(STEPS):
             schedule.set(s)
-            steps.append(train_step(training, order.step(s), s, Evidence()))
+            with planted(parts.model, case.plant if s == PLANTED and world.rank == world.size - 1 else None):
+                steps.append(train_step(training, order.step(s), s, Evidence()))
         engine.eval()
         table, metrics = evaluate(engine, parts, config, "valid", world, dtype)
         state = trainable_state(parts.model, world)
+        ours = {"skipped": [step.skipped for step in steps], "rates": engine.get_lr(), "weights": digest(parts.model)}
         results[case.name] = {
+            "ranks": world.gather(ours),
             "losses": [step.loss for step in steps],
             "balance": [step.balance for step in steps],
             "probabilities": dict(zip(table["id"] + table["task"], table["probabilities"].tolist(), strict=True)),

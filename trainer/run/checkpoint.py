@@ -43,6 +43,7 @@ FORMAT = 1
 WEIGHTS, STATE, MANIFEST, ENGINE, BEST = "model.safetensors", "state.json", "manifest.json", "engine", "best"
 RANDOM = "random.rank{}.safetensors"
 READ = 1 << 22  # bytes at once
+WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # in the RuntimeErrors of torch.save's writer
 
 
 class CheckpointError(ValueError):
@@ -300,9 +301,9 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER):
             raise
-        why = str(error).partition(" Exception raised from")[0].strip().splitlines()[0]
+        why = "a file could not be written to its end" if isinstance(error, RuntimeError) else str(error)
         with contextlib.suppress(OSError):
             why += f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free there)"
         kept = sorted(path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())

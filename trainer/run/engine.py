@@ -87,7 +87,23 @@ def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
     if "optimizer" not in raw:
         arguments["optimizer"] = _optimizer(groups, config.train, raw)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=raw, **arguments)
+    _undo_first_step(engine)
     return engine
+
+
+def _undo_first_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Count from 0: some of DeepSpeed's wrappers take a step of zero gradients to allocate Adam's state (stage 0 in bf16,
+    deepspeed 0.19), which leaves its bias correction one step ahead for ever, and weights that have decayed once."""
+    taken = False
+    for state in engine.basic_optimizer.state.values():
+        step = state.get("step", 0)
+        taken = taken or int(step) > 0
+        if isinstance(step, Tensor):
+            step.zero_()
+        elif step:
+            state["step"] = 0
+    if taken and hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
 
 
 class Schedule:

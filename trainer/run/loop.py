@@ -253,7 +253,6 @@ class Run:
             "task": batch.task,
             "samples": ids,
             "seed": self.config.train.seed,
-            "step_index": step,
         }
         evidence.write(folder, self.world, about, trainable_state(self.engine.module, self.world))
         raise NonFiniteError(

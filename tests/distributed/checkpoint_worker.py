@@ -1,0 +1,167 @@
+"""One rank of the checkpoint test: a real engine, its checkpoints damaged in many ways, results as one JSON file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
+
+quiet_deepspeed()
+
+
+class Marker:
+    """Unpickled without restriction it would leave a file."""
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {os.environ['EGMF_TEST_MARK']}",)
+
+
+def last_byte(path: Path) -> None:
+    held = bytearray(path.read_bytes())
+    held[-1] ^= 1
+    path.write_bytes(bytes(held))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a changed byte": lambda folder: last_byte(next((folder / "engine").glob("*optim*"))),
+    "a short file": lambda folder: truncate(folder / "model.safetensors"),
+    "a missing file": lambda folder: (folder / "random.rank1.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "a broken manifest": lambda folder: truncate(folder / "manifest.json"),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+}
+
+
+def main(data: Path, out: Path) -> None:
+    from tests.distributed.cases import NF4, Case, config_of
+    from trainer.run.assemble import assemble
+    from trainer.run.checkpoint import Checkpoints, load_weights, resume_engine
+    from trainer.run.engine import build_engine, trainable_state
+    from trainer.run.logs import set_up_logging
+
+    world = start_world()
+    set_up_logging(None, world.rank)
+    config = config_of(Case("", NF4, ("train.zero=2",)), data, engine=True)
+    parts = assemble(config, out / "run", world, torch.float32)
+    engine = build_engine(parts.model, config)
+    results: dict[str, Any] = {}
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("trainer.run.checkpoint").addHandler(handler)
+
+    def attempt(work: Callable[[], Any]) -> str:
+        try:
+            return str(work())
+        except Exception as error:  # noqa: BLE001
+            return f"{type(error).__name__}: {error}"
+
+    def fill(folder: Path, steps: tuple[int, ...], keep: int = 9, best: str | None = None) -> Checkpoints:
+        world.barrier()
+        held = Checkpoints(folder, world, keep)
+        held.open()
+        for step in steps:
+            held.save(engine, step, {"note": step}, best)
+        return held
+
+    def on_first(work: Callable[[], Any]) -> None:
+        if world.first:
+            work()
+        world.barrier()
+
+    held = fill(out / "kept", (1, 2, 3, 4), keep=2, best="step-00000001")
+    results["kept"] = held.names()
+    results["best"] = str(held.best())
+    template = fill(out / "template", (1, 2)).folder
+    before = {name: t.clone() for name, t in trainable_state(parts.model, world).items()}
+    for name, damage in DAMAGES.items():
+        folder = out / name.replace(" ", "-")
+        on_first(lambda folder=folder: shutil.copytree(template, folder))  # type: ignore[misc]
+        on_first(lambda folder=folder, damage=damage: damage(folder / "step-00000002"))  # type: ignore[misc]
+        said.clear()
+        damaged = Checkpoints(folder, world)
+        seen = damaged.newest()
+        names = damaged.names()
+        repaired = damaged.newest(repair=True)
+        results[name] = {
+            "newest": seen.name if seen else None, "names": names, "after": damaged.names(), "said": list(said),
+            "aside": sorted(path.name for path in folder.glob("damaged-*")), "repaired": repaired == seen,
+        }  # fmt: skip
+        on_first(lambda folder=folder, damage=damage: damage(folder / "step-00000001"))  # type: ignore[misc]
+        results[name]["none left"] = attempt(damaged.newest)
+    # weights come back, on every rank
+    with torch.no_grad():
+        for p in parts.model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    load_weights(parts.model, template / "step-00000001", world)
+    after = trainable_state(parts.model, world)
+    results["weights"] = all(torch.equal(before[name], after[name]) for name in before)
+    # a checkpoint with code in it
+    code = out / "code"
+    on_first(lambda: shutil.copytree(template, code))
+    for path in sorted((code / "step-00000002" / "engine").glob("*optim*")):
+        on_first(lambda path=path: torch.save({"optimizer_state_dict": Marker()}, path, pickle_module=pickle))  # type: ignore[misc]
+    results["code"] = attempt(lambda: resume_engine(engine, code / "step-00000002", world))
+    results["code ran"] = Path(os.environ["EGMF_TEST_MARK"]).exists()
+    # nowhere to write
+    gone = fill(out / "gone", (1,))
+    on_first(lambda: shutil.rmtree(gone.folder))
+    results["gone"] = attempt(lambda: gone.save(engine, 2, {}, None))
+    if world.first:
+        results["gone stays gone"] = not gone.folder.exists()
+        (out / "results.json").write_text(json.dumps(results))
+    stop = time.monotonic() + 30
+    while not (out / "results.json").exists() and time.monotonic() < stop:
+        time.sleep(0.05)
+    stop_world()
+
+
+def full_disk(data: Path, out: Path) -> None:
+    """On a file system with room for one checkpoint the second fails, and leaves the first."""
+    from tests.distributed.cases import Case, config_of
+    from trainer.run.assemble import assemble
+    from trainer.run.checkpoint import Checkpoints
+    from trainer.run.engine import build_engine
+    from trainer.run.logs import set_up_logging
+
+    world = start_world()
+    set_up_logging(None, world.rank)
+    config = config_of(Case("", (), ("train.zero=1",)), data, engine=True)
+    engine = build_engine(assemble(config, out.parent / "run", world, torch.float32).model, config)
+    held = Checkpoints(out / "checkpoints", world, 9)
+    held.open()
+    held.save(engine, 1, {}, None)
+    used = sum(path.stat().st_size for path in held.folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(out).free
+    (out / "ballast").write_bytes(b"\0" * max(0, free - used // 2))
+    try:
+        held.save(engine, 2, {}, None)
+    except ValueError as error:
+        print(f"REFUSED {error}", flush=True)
+    assert held.names() == ["step-00000001"]
+    assert held.verify(held.folder / "step-00000001") == []
+    (out / "ballast").unlink()
+    held.open()
+    held.save(engine, 2, {}, None)
+    print("SAVED once there was room", flush=True)
+    stop_world()
+
+
+if __name__ == "__main__":
+    (full_disk if sys.argv[3:] == ["full"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,106 @@
+"""Checkpoints of a real engine on two processes: damaged, incomplete, hostile, and with nowhere to be written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.checkpoint_worker import DAMAGES
+from tests.distributed.processes import egmf, run_ranks
+from tests.toy import prepare_toy
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    prepare_toy("meld", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("ranks")
+    mark = str(out / "mark")
+    run_ranks("tests.distributed.checkpoint_worker", str(data), str(out), timeout=300, EGMF_TEST_MARK=mark)
+    return dict(json.loads((out / "results.json").read_text()))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_the_newest_and_the_best_are_kept(told: dict[str, Any]) -> None:
+    assert told["kept"] == ["step-00000001", "step-00000003", "step-00000004"]
+    assert told["best"].endswith("step-00000001")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(told: dict[str, Any], damage: str) -> None:
+    seen = told[damage]
+    assert seen["newest"] == "step-00000001"
+    assert seen["repaired"]
+    assert seen["names"] == ["step-00000001", "step-00000002"]  # looking changes nothing
+    assert seen["after"] == ["step-00000001"]
+    assert seen["aside"] == ["damaged-step-00000002"]
+    assert any("step-00000002 is damaged" in line and "step-00000001 is used" in line for line in seen["said"])
+    assert "no checkpoint in" in seen["none left"]
+    assert "train.resume=never" in seen["none left"]
+
+
+def test_weights_come_back(told: dict[str, Any]) -> None:
+    assert told["weights"]
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(told: dict[str, Any]) -> None:
+    assert told["code"].startswith("CheckpointError")
+    assert "holds more than tensors" in told["code"]
+    assert not told["code ran"]
+
+
+def test_a_removed_folder_is_said(told: dict[str, Any]) -> None:
+    assert "is gone: it was removed while the run was going on" in told["gone"]
+    assert "CheckpointError" in told["gone"]
+    assert told["gone stays gone"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, small_disk: Path, capfd: Any) -> None:
+    import sys
+
+    from tests.distributed.processes import ROOT, environment
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.checkpoint_worker", str(data), str(small_disk), "full"],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = next(line for line in done.stdout.splitlines() if line.startswith("REFUSED"))
+    assert "the checkpoint of step 2 could not be written" in refused
+    assert "step-00000001 stays" in refused
+    assert "MiB free there" in refused
+    assert "SAVED once there was room" in done.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(data: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = egmf(
+        "train", "configs/tiny.yaml", "task=meld", f"data.path={data}/{{task}}", "--out", str(small_disk / "run")
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "the run folder" in done.stderr
+    assert "cannot be written: Read-only file system" in done.stderr

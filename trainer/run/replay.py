@@ -1,0 +1,81 @@
+"""A step that was no number, once more: the saved batch through the saved weights, naming where it begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trainer.run.assemble import assemble
+from trainer.run.distributed import World
+from trainer.run.engine import dtype_of
+from trainer.run.files import saved_config
+from trainer.run.guard import ABOUT, WEIGHTS, load_batch
+from trainer.run.loop import mix
+
+
+@dataclass
+class Replay:
+    """What one micro-batch gave: each sample's loss, the first module (in order of execution) whose output is no number,
+    and the trainable weights whose gradient is none."""
+
+    file: str
+    losses: dict[str, float]
+    first_module: str | None
+    gradients: list[str]
+
+
+def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Replay]:
+    """Repeat the micro-batches that a run left in its ``nonfinite/step-…`` folder, with the same dropout.
+
+    Raises:
+        ValueError: the folder is not one of these, or its run cannot be rebuilt.
+    """
+    if not (folder / ABOUT).is_file():
+        raise ValueError(f"{folder} holds no {ABOUT}: name a folder nonfinite/step-… of a run")
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    run = folder.resolve().parent.parent
+    config = saved_config(run, overrides)
+    parts = assemble(config, run, world, dtype_of(config))
+    model = parts.model.train()
+    model.load_trainable_state(load_file(folder / WEIGHTS))
+    found: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(_Watch(name, found))
+    told = []
+    for micro in about["micro_batches"]:
+        found.clear()
+        model.zero_grad()
+        torch.manual_seed(mix(about["seed"], about["step"] - 1, micro["micro_step"], micro["rank"]))
+        batch = load_batch(folder / micro["file"]).to(world.device)
+        output = model(batch)
+        (output.loss_B.sum() + output.balance_B.sum() + output.idle).backward()
+        bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        losses = dict(zip(batch.ids, output.loss_B.detach().tolist(), strict=True))
+        told.append(Replay(micro["file"], losses, found[0] if found else None, bad))
+    return told
+
+
+class _Watch:
+    """Notes a module whose output is the first that is no number; inner modules finish before those that hold them."""
+
+    def __init__(self, name: str, found: list[str]) -> None:
+        self.name, self.found = name or "the model", found
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self.found and any(not t.isfinite().all() for t in _tensors(output)):
+            self.found.append(self.name)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, (tuple, list)):
+        return [t for held in value for t in _tensors(held)]
+    return []
