@@ -169,24 +169,44 @@ def test_a_stopped_run_exits_85_and_continues_to_the_same_weights(work: Path, wh
         assert words in other.stderr
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_error(work: Path) -> None:
-    out = work / "failing"
-    arguments = ["launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out), "track.mlflow=false"]
+@pytest.mark.parametrize(
+    ("plant", "code", "what", "why"),
+    [
+        ("EGMF_TEST_FAIL_RANK", 1, "exit code 1", "planted on rank 1"),
+        ("EGMF_TEST_KILL_RANK", 137, "signal SIGKILL", "by the kernel when memory runs out"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
+    work: Path, plant: str, code: int, what: str, why: str
+) -> None:
+    out = work / plant
+    held = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out),
+         "track.mlflow=false"],
+        env=environment(**{plant: "1", "PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}),
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    children: set[str] = set()
+    while launcher.poll() is None and "steps 1 to" not in _text(out / "log.txt"):
+        children |= set(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split())
+        time.sleep(0.05)
+    assert len(children) >= 2
     began = time.monotonic()
-    done = egmf(
-        *arguments,
-        timeout=120,
-        EGMF_TEST_FAIL_RANK="1",
-        PYTHONPATH=f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}",
-    )
-    assert done.returncode == 1, done.stderr
-    assert "planted on rank 1" in done.stderr
-    assert "the run failed: rank 1 ended first, with exit code 1" in done.stderr
-    last = done.stderr.rstrip().splitlines()[-1]
+    said = launcher.communicate(timeout=120)[1]
+    assert time.monotonic() - began < 30
+    assert launcher.returncode == code, said
+    assert f"the run failed: rank 1 ended first, with {what}" in said
+    last = said.rstrip().splitlines()[-1]
     assert last.startswith("error on rank 1: ")
-    assert "planted on rank 1" in last
+    assert why in last
     assert record(out)["state"] == "failed"
-    assert time.monotonic() - began < 110
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - held
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def test_without_a_compiler_training_goes_on_over_gloo(work: Path, tmp_path: Path) -> None:

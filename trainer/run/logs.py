@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,24 @@ NOISY = (
 SILENT = ("bitsandbytes.backends.cpu.ops",)  # says that a kernel of the hub is absent: it is not needed
 
 
+class LogFile(logging.FileHandler):
+    """A log that says once that it can no longer be written (a full disk), in place of a traceback per line."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written any more: {sys.exc_info()[1]}\n")
+
+
 def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console: Console | None = None) -> None:
     """Rank 0: readable lines on stderr and in ``log.txt``. Other ranks: warnings on stderr, all in ``log.rankN.txt``.
 
     Our libraries' chatter is kept to warnings; what a user can do nothing about is dropped. `debug` shows all of it.
+
+    Raises:
+        ValueError: the run folder cannot be written.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -52,8 +67,13 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
         screen.setLevel(logging.DEBUG if debug else logging.WARNING)
     root.addHandler(screen)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(out / ("log.txt" if rank == 0 else f"log.rank{rank}.txt"), encoding="utf-8")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file = LogFile(out / ("log.txt" if rank == 0 else f"log.rank{rank}.txt"), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"the run folder {out} cannot be written: {error.strerror}; make it writable, or choose another with --out"
+            ) from error
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
     root.setLevel(logging.DEBUG if debug else logging.INFO)

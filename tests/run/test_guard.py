@@ -1,0 +1,127 @@
+"""Steps that are no numbers, spikes, and batches that do not fit: found, said, and survived by a real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.processes import ROOT, egmf
+from tests.toy import prepare_toy
+from trainer.data.dataset import open_dataset
+from trainer.run.assemble import assemble
+from trainer.run.distributed import World
+from trainer.run.guard import Health, load_batch, save_batch
+
+TINY = f"{ROOT}/configs/tiny.yaml"
+SMALL = ("task=meld", "train.global_batch=8", "train.micro_batch=4", "train.log_every=1", "model.backbone.tiny.vocab_size=400",
+         "track.mlflow=false", "eval.splits=[valid]")  # fmt: skip
+
+
+def train(out: Path, data: Path, *overrides: str, **more: str) -> Any:
+    return egmf("train", TINY, "--out", str(out), *SMALL, f"data.path={data}/{{task}}", *overrides, **more)
+
+
+def test_spikes_stand_far_above_the_recent_median() -> None:
+    rng = np.random.default_rng(0)
+    losses = np.concatenate([5.0 - 0.03 * np.arange(100), np.full(100, 2.0)]) + rng.normal(0, 0.05, 200)
+    losses[[5, 60, 150]] += (9.0, 9.0, 0.15)  # too early to know, a spike, ordinary noise
+    health = Health(8.0)
+    marked = []
+    for i, loss in enumerate(losses):
+        before = losses[max(0, i - Health.WINDOW) : i]
+        median = np.median(before) if len(before) else np.nan
+        spread = 1.4826 * np.median(np.abs(before - median)) if len(before) else np.nan
+        expected = len(before) >= Health.LEAST and loss > median + 8.0 * max(spread, 1e-3 * abs(median))
+        assert health.step(float(loss), False) == expected
+        marked += [i] * int(expected)
+    assert marked == [60]
+    again = Health(8.0)
+    again.restore(json.loads(json.dumps(health.state())))
+    assert again.state() == health.state()
+
+
+def test_a_saved_batch_is_the_batch(tmp_path: Path) -> None:
+    from trainer.config import load_config
+
+    prepare_toy("meld", tmp_path)
+    config = load_config(TINY, [*SMALL, f"data.path={tmp_path}/{{task}}"])
+    parts = assemble(config, tmp_path / "run", World(0, 1, torch.device("cpu")), torch.float32)
+    view = open_dataset(tmp_path / "meld")["train"]
+    batch = parts.collators["meld"]([view[i] for i in range(5)])
+    save_batch(batch, tmp_path / "batch.safetensors")
+    back = load_batch(tmp_path / "batch.safetensors")
+    assert back.ids == batch.ids
+    with torch.no_grad():
+        torch.testing.assert_close(parts.model(back).loss_B, parts.model(batch).loss_B, rtol=0, atol=0)
+
+
+def test_the_longest_samples_make_the_largest_batch(tmp_path: Path) -> None:
+    prepare_toy("meld", tmp_path)
+    view = open_dataset(tmp_path / "meld")["train"]
+    samples = list(view)
+    most = [max(len(s.text) for s in samples)]
+    most += [max(len(x) for s in samples if (x := getattr(s, f"{m}_TF")) is not None) for m in ("audio", "video")]
+    for n in (3, 7, 48, 100):
+        chosen = view.longest(n)
+        assert len(set(chosen)) == len(chosen) == min(n, len(samples))
+        found = [max(len(samples[i].text) for i in chosen)]
+        found += [
+            max(len(x) for i in chosen if (x := getattr(samples[i], f"{m}_TF")) is not None) for m in ("audio", "video")
+        ]
+        assert found == most
+
+
+@pytest.mark.distributed
+def test_a_bad_sample_is_named_before_training_or_skipped(tmp_path: Path) -> None:
+    view = open_dataset(prepare_toy("meld", tmp_path / "plain"))["train"]
+    longest = view[view.longest(4)[0]].id
+    prepare_toy("meld", tmp_path, huge=(longest,))
+    refused = train(tmp_path / "a", tmp_path, "train.steps=6")
+    assert refused.returncode == 1, refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "before any training" in refused.stderr
+    assert longest in refused.stderr
+    done = train(tmp_path / "b", tmp_path, "train.steps=6", "train.probe=false")
+    assert done.returncode == 0, done.stderr
+    assert "skipped: a loss or gradient is no number (1 in all)" in done.stderr
+    assert longest in done.stderr
+    state = json.loads((tmp_path / "b/checkpoints/step-00000006/state.json").read_text())
+    assert state["health"]["skipped"] == 1
+
+
+@pytest.mark.distributed
+def test_too_many_in_a_row_stop_the_run_and_can_be_replayed(tmp_path: Path) -> None:
+    prepare_toy("meld", tmp_path, huge=tuple(f"train-{i:04d}" for i in range(48)))
+    stopped = train(tmp_path / "run", tmp_path, "train.steps=6", "train.probe=false", "train.max_skipped=2")
+    assert stopped.returncode == 1, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert "no number in 2 steps in a row" in stopped.stderr
+    folder = tmp_path / "run/nonfinite/step-00000002"
+    assert f"egmf replay {folder}" in stopped.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "failed"
+    about = json.loads((folder / "about.json").read_text())
+    assert len(about["samples"]) == 8
+    assert set(about["samples"]) == {name for micro in about["micro_batches"] for name in micro["losses"]}
+    again = egmf("replay", str(folder))
+    assert again.returncode == 0, again.stderr
+    assert "rank0.micro0" in again.stdout
+    assert "fusion.encoders" in again.stdout.replace("\n", "").replace(" ", "")  # features overflow in their encoder
+
+
+@pytest.mark.distributed
+def test_a_batch_larger_than_memory_is_said_with_what_to_change(tmp_path: Path) -> None:
+    prepare_toy("meld", tmp_path, train=1500)
+    done = train(
+        tmp_path / "run", tmp_path, "train.global_batch=1500", "train.micro_batch=1500", "train.steps=1",
+        EGMF_TEST_MEMORY="200", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "task meld: the largest micro-batch (1500 samples of" in done.stderr
+    assert "does not fit into memory" in done.stderr
+    assert "train.micro_batch=750 (now 1500)" in done.stderr
