@@ -330,3 +330,10 @@ def test_double_quantisation_and_dtype_show_in_the_fingerprint(qwen):
         build(qwen, dtype=torch.bfloat16).fingerprint,
     ]
     assert len(set(marks)) == 4
+
+
+def test_code_from_elsewhere_is_said_aloud(qwen, caplog):
+    load_tokenizer(BackboneConfig(name=str(qwen)))
+    assert "trust_remote_code" not in caplog.text
+    load_tokenizer(BackboneConfig(name=str(qwen), trust_remote_code=True))
+    assert f"code that comes with {qwen} (revision newest) runs on this machine" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from trainer.config import BackboneConfig
 from trainer.models import quantization
 from trainer.text import end_token
 
+log = logging.getLogger(__name__)
+
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -37,6 +40,12 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
     Raises:
         BackboneError: not found, not usable offline, or without an end-of-sequence token.
     """
+    if config.trust_remote_code:
+        log.warning(
+            "model.backbone.trust_remote_code is on: Python code that comes with %s (revision %s) runs on this machine",
+            config.name,
+            config.revision or "newest",
+        )
     source = _source(config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
