@@ -37,6 +37,8 @@ launch_app = typer.Typer(help="Start a training on several processes.", no_args_
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(launch_app, name="launch")
+track_app = typer.Typer(help="The record of runs in MLflow.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML config", metavar="CONFIG")]
 Overrides = Annotated[
@@ -291,6 +293,34 @@ def launch_local(
         typer.echo(f"{procs} processes of: {shlex.join(line)}")
         return 0
     return launch(line, procs, folder)
+
+
+@track_app.command("sync")
+def track_sync(
+    runs: Annotated[list[Path], typer.Argument(help="run folders", metavar="RUN...")],
+    uri: Annotated[str | None, typer.Option(help="another MLflow server or store than the config's track.uri")] = None,
+) -> int:
+    """Send MLflow what it missed of runs: while it was down, after their process was killed, or with track.mlflow=false."""
+    from trainer.run.logs import set_up_logging
+    from trainer.run.outbox import sync
+
+    set_up_logging(None, 0)
+    code = 0
+    for run in runs:
+        try:
+            result = sync(run, uri)
+        except ValueError as error:
+            _say(f"error: {error}")
+            code = 1
+            continue
+        refused = f", {result.refused} refused" if result.refused else ""
+        _say(
+            f"{run}: {result.sent} records sent, {result.left} left{refused}; MLflow {result.uri}, run {result.run_id}"
+        )
+        if result.trouble:
+            _say(f"error: MLflow does not take the records of {run}: {result.trouble}; they wait in its journal")
+            code = 1
+    return code
 
 
 @app.command()
