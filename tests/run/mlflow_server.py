@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+import requests
 from mlflow import MlflowClient
 
 from tests.distributed.processes import environment, free_port
@@ -64,6 +70,14 @@ class MlflowServer:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGCONT)
 
+    def fill_disk(self, full: bool = True) -> None:
+        """From now on it can write no file (or can again): every write to its store fails."""
+        assert self._process is not None
+        whole = psutil.Process(self._process.pid)
+        limit = 1 if full else resource.RLIM_INFINITY
+        for process in (whole, *whole.children(recursive=True)):
+            process.rlimit(psutil.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
 
 def histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
     """Every metric of an MLflow run as (step, value), as the store holds them: a step that was stored twice is twice there."""
@@ -78,3 +92,57 @@ def assert_same_as_journal(uri: str, run_id: str | None, run: Path) -> None:
     expected = read_journal(run / "journal.jsonl")
     assert expected
     assert histories(uri, run_id) == expected
+
+
+class Proxy:
+    """Stands before a server and spoils what passes, as `fault(method, path)` says for each request.
+
+    `fault` returns None (let it pass), "lose" (the server gets the request, the client no answer), "refuse" (HTTP 500,
+    the server gets nothing), or a number of seconds by which the answer is late.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        self.fault: Callable[[str, str], str | float | None] = lambda method, path: None
+        self.seen: list[str] = []  # method and path of every request
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                fault = proxy.fault(self.command, self.path)
+                proxy.seen.append(f"{self.command} {self.path}")
+                if fault == "refuse":
+                    return self.answer(500, b'{"error_code": "INTERNAL_ERROR", "message": "the store is read-only"}')
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+                answer = requests.request(
+                    self.command, upstream + self.path, data=body, headers=headers, timeout=60, allow_redirects=False
+                )
+                if fault == "lose":
+                    self.close_connection = True
+                    return None
+                if fault is not None:
+                    time.sleep(float(fault))
+                return self.answer(answer.status_code, answer.content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+
+            def answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.uri = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -23,6 +23,7 @@ STATUS = {"done": "FINISHED", "stopped": "KILLED"}  # of MLflow, by the state in
 ENVIRONMENT = {  # of MLflow, unless the user has set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_CONFIGURE_LOGGING": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds; MLflow's 120 would hide a hanging server for long
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again
 }

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 PROGRESS = "tracking.json"
 LOCK = ".tracking.lock"
 SEND_SECONDS = 2.0  # between two looks at the journal: numbers of all steps in between share a request
-LONGEST_PAUSE = 60.0  # seconds between attempts while the server does not answer
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts while the server does not answer
 LAST_PAUSE = 1.0  # the same while the end of the training waits for it
-PATIENCE = (1.0, 2.0, 4.0)  # seconds between the attempts of egmf track sync
+PATIENCE = (1.0, 2.0)  # seconds between the attempts of egmf track sync
 
 
 class OutboxBusy(RuntimeError):
@@ -199,8 +199,8 @@ class Sender(threading.Thread):
             try:
                 self.outbox.send(self._given_up)
             except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
+                pause = FIRST_PAUSE if self._trouble is None else min(2 * pause, LONGEST_PAUSE)
                 self._failed(error)
-                pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 self._worked()
                 pause = SEND_SECONDS
@@ -299,6 +299,9 @@ def _read_progress(path: Path) -> dict[str, Any]:
 
 
 def _short(error: Exception) -> str:
-    """An error's first line, without the libraries' nesting."""
-    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """What went wrong, without the libraries' nesting: the innermost reason of a failed request, or the first line."""
+    cause = error.__cause__ or error.__context__
+    inner = cause.args[0] if cause is not None and cause.args else None
+    text = str(getattr(inner, "reason", None) or error).strip()
+    text = next(iter(text.splitlines()), "") or type(error).__name__
     return text if len(text) <= 300 else text[:299] + "…"
