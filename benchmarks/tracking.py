@@ -1,0 +1,266 @@
+"""What does tracking cost a training step, whatever state the server is in, and does everything arrive in the end?
+
+    python -m benchmarks.tracking [--rounds 5] [--steps 200]
+
+A step is real work on the CPU (forward, backward and AdamW of a small network: many short operations, the kind that a
+second Python thread disturbs most), and 15 numbers are recorded at every step. Each round runs every case against a real
+`mlflow server`, with a block of untracked steps before and after it; the ratio of a case is that of the median step to
+the median of those two blocks, and the result is the median over rounds. The wall clock is at
+the mercy of whatever else the machine does; `processor_ratio`, of the thread's processor time alone, is not. After a case the fault is taken away, `sync` sends
+what is left, and the server's histories are compared with the journal, value by value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tests.run.mlflow_server import MlflowServer, Proxy, histories
+from trainer.config import RunConfig, check_config, dump_config
+from trainer.run.files import write_json
+from trainer.run.journal import read_journal
+from trainer.run.outbox import Synced, sync
+from trainer.run.tracking import Tracker
+
+RESULTS = Path(__file__).parent / "results"
+NUMBERS = 15  # per step
+KEYS = ("ratio", "processor_ratio", "mean_ratio", "step_ms", "call_ms")
+SLOW = 5.0  # seconds until a slow server answers
+
+
+class Work:
+    """One optimizer step of a network of 24 small layers."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [
+            part for _ in range(24) for part in (torch.nn.Linear(96, 96), torch.nn.LayerNorm(96), torch.nn.GELU())
+        ]
+        self.net = torch.nn.Sequential(*layers)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3)
+        self.x = torch.randn(128, 96)
+
+    def step(self) -> float:
+        loss = (self.net(self.x) - self.x).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+@dataclass
+class Block:
+    """Seconds of each step, seconds of processor time of its thread, and seconds of its call of the tracker alone."""
+
+    steps: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)
+
+
+def run_block(work: Work, tracker: Tracker, steps: int, middle: Callable[[], None] = lambda: None) -> Block:
+    """Train and record `steps` steps; `middle` happens after half of them and is not measured."""
+    block = Block()
+    for step in range(1, steps + 1):
+        if step == steps // 2:
+            middle()
+        began, busy = time.perf_counter(), time.thread_time()
+        loss = work.step()
+        told = time.perf_counter()
+        tracker.metrics({"train/loss": loss, **{f"train/number_{i}": loss * i for i in range(1, NUMBERS)}}, step)
+        ended = time.perf_counter()
+        block.steps.append(ended - began)
+        block.processor.append(time.thread_time() - busy)
+        block.calls.append(ended - told)
+    return block
+
+
+@dataclass
+class Case:
+    """A state of the server: `uri` to record to, what happens `before` the steps and in their `middle`, and the `cure`."""
+
+    uri: str | None
+    before: Callable[[], None] = lambda: None
+    middle: Callable[[], None] = lambda: None
+    cure: Callable[[], None] = lambda: None
+    mlflow: bool = True
+    connected: bool = True  # the run is there before the steps begin
+
+
+def cases(server: MlflowServer, proxy: Proxy) -> dict[str, Case]:
+    def slow(seconds: float | None) -> Callable[[], None]:
+        return lambda: setattr(proxy, "fault", lambda method, path: seconds)
+
+    def refuse() -> None:
+        proxy.fault = lambda method, path: "refuse"
+
+    return {
+        "journal only (track.mlflow=false)": Case(None, mlflow=False),
+        "server fine": Case(server.uri),
+        "SQLite file (the default)": Case(None),
+        f"server answers after {SLOW:g} s": Case(proxy.uri, before=slow(SLOW), cure=slow(None)),
+        "server down from the start": Case(server.uri, before=server.stop, cure=server.start, connected=False),
+        "server stopped in the middle": Case(server.uri, middle=server.stop, cure=server.start),
+        "server frozen in the middle": Case(server.uri, middle=server.freeze, cure=server.thaw),
+        "server's disk full": Case(server.uri, before=server.fill_disk, cure=lambda: server.fill_disk(False)),
+        "server refuses (HTTP 500)": Case(proxy.uri, before=refuse, cure=slow(None)),
+    }
+
+
+def settings(case: Case) -> RunConfig:
+    track = {"experiment": "benchmark", "uri": case.uri, "mlflow": case.mlflow, "flush_seconds": 2}
+    return check_config({"task": "meld", "track": track})
+
+
+def run_case(case: Case, work: Work, steps: int, out: Path) -> dict[str, Any]:
+    """One case between two untracked blocks; its measurements, and whether all arrived after the cure."""
+    config = settings(case)
+    nobody = Tracker(config, out, enabled=False)
+    run_block(work, nobody, 20)
+    without = run_block(work, nobody, steps)
+    out.mkdir(parents=True)
+    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    if not case.connected:
+        case.before()
+    tracker = Tracker(config, out, enabled=True)
+    tracker.start(config, {})
+    if case.connected:
+        while case.mlflow and tracker.run_id is None:
+            time.sleep(0.05)
+        case.before()
+    block = run_block(work, tracker, steps, case.middle)
+    began = time.perf_counter()
+    tracker.finish("done")
+    finish = time.perf_counter() - began
+    after = run_block(work, nobody, steps)
+    untracked = without.steps + after.steps
+    case.cure()
+    result = sync_when_free(out) if case.mlflow else None
+    return {
+        "ratio": statistics.median(block.steps) / statistics.median(untracked),
+        "processor_ratio": statistics.median(block.processor) / statistics.median(without.processor + after.processor),
+        "step_ms": 1e3 * statistics.median(block.steps),
+        "untracked_step_ms": 1e3 * statistics.median(untracked),
+        "mean_ratio": statistics.fmean(block.steps) / statistics.fmean(untracked),
+        "slowest_call_ms": 1e3 * max(block.calls),
+        "call_ms": 1e3 * statistics.median(block.calls),
+        "finish_s": finish,
+        "sent_by_sync": result.sent if result else None,
+        "all_there": histories(result.uri, str(result.run_id)) == read_journal(out / "journal.jsonl")
+        if result
+        else None,
+    }
+
+
+def sync_when_free(out: Path) -> Synced:
+    """`sync`, after the thread that was given up has ended: its process, this one, goes on."""
+    while True:
+        try:
+            return sync(out)
+        except ValueError as error:
+            if "sends its records itself" not in str(error):
+                raise
+            time.sleep(0.2)
+
+
+def over_rounds(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over rounds, the range of the ratio, the slowest call of all, and whether all arrived in every round."""
+    middle = {key: statistics.median(r[key] for r in found) for key in KEYS}
+    ratios = [r["ratio"] for r in found]
+    return {
+        **middle,
+        "untracked_step_ms": statistics.median(r["untracked_step_ms"] for r in found),
+        "ratio_range": [min(ratios), max(ratios)],
+        "slowest_call_ms": max(r["slowest_call_ms"] for r in found),
+        "slowest_finish_s": max(r["finish_s"] for r in found),
+        "sent_by_sync": [r["sent_by_sync"] for r in found],
+        "all_there": None if found[0]["all_there"] is None else all(r["all_there"] for r in found),
+    }
+
+
+def start_up(work: Work, steps: int, out: Path) -> float:
+    """Seconds that the first run of a process loses to importing MLflow and creating the default store beside it."""
+    config = check_config({"task": "meld"})
+    untracked = sum(run_block(work, Tracker(config, out, enabled=False), steps).steps)
+    tracker = Tracker(config, out, enabled=True)
+    tracked = sum(run_block(work, tracker, steps).steps)
+    tracker.finish("done")
+    return tracked - untracked
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cores": psutil.cpu_count(),
+        "memory_GiB": round(psutil.virtual_memory().total / 2**30),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("mlflow", "torch", "SQLAlchemy")},
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 1) for value in psutil.getloadavg()],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200, help="of a block")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tracking.json")
+    asked = parser.parse_args()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    work = Work()
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "server").mkdir()
+        run_block(work, Tracker(settings(Case(None)), folder, enabled=False), 100)
+        lost = start_up(work, asked.steps, folder / "first" / "run")
+        server = MlflowServer(folder / "server")
+        server.start()
+        proxy = Proxy(server.uri)
+        try:
+            for number in range(asked.rounds):
+                for place, (label, case) in enumerate(cases(server, proxy).items()):
+                    result = run_case(case, work, asked.steps, folder / f"{number}-{place}")
+                    found.setdefault(label, []).append(result)
+                    shown = {key: round(v, 3) if isinstance(v, float) else v for key, v in result.items()}
+                    print(number, label, shown, file=sys.stderr, flush=True)
+        finally:
+            proxy.close()
+            server.stop()
+    report = {
+        "question": " ".join(str(__doc__).splitlines()[0].split()),
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m benchmarks.tracking " + " ".join(sys.argv[1:]),
+        "machine": machine(),
+        "rounds": asked.rounds,
+        "steps": asked.steps,
+        "numbers_per_step": NUMBERS,
+        "start_up_s": lost,
+        "cases": {label: over_rounds(results) for label, results in found.items()},
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(asked.out, report)
+    print(json.dumps(report, indent=2))
+    return 0 if all(case["all_there"] is not False for case in report["cases"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
