@@ -45,7 +45,7 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "cuda": ["triton>=3.2"],
+        "cuda": ["nvidia-ml-py>=12", "triton>=3.2"],
         "flash": ["flash-attn>=2.7"],
         "dev": [
             "hypothesis>=6.100",

@@ -1,12 +1,13 @@
 """What does tracking cost a training step, whatever state the server is in, and does everything arrive in the end?
 
-    python -m benchmarks.tracking [--rounds 5] [--steps 200]
+    python -m benchmarks.tracking [--rounds 3] [--pairs 10] [--steps 50]
 
 A step is real work on the CPU (forward, backward and AdamW of a small network: many short operations, the kind that a
 second Python thread disturbs most), and 15 numbers are recorded at every step. Each round runs every case against a real
-`mlflow server`, with a block of untracked steps before and after it; the ratio of a case is that of the median step to
-the median of those two blocks, and the result is the median over rounds. The wall clock is at
-the mercy of whatever else the machine does; `processor_ratio`, of the thread's processor time alone, is not. After a case the fault is taken away, `sync` sends
+`mlflow server`; blocks of tracked and of untracked steps alternate within it. `ratio` is the median over all such pairs of
+blocks of median tracked step / median untracked step, on the wall clock; `processor_ratio` is the same of the thread's own
+processor time, which other programs disturb less. What the sending thread itself can have taken from the steps around it
+is at most `sender_share`, its processor time as a share of the time that all blocks took. After a case the fault is taken away, `sync` sends
 what is left, and the server's histories are compared with the journal, value by value.
 """
 
@@ -40,7 +41,6 @@ from trainer.run.tracking import Tracker
 
 RESULTS = Path(__file__).parent / "results"
 NUMBERS = 15  # per step
-KEYS = ("ratio", "processor_ratio", "mean_ratio", "step_ms", "call_ms")
 SLOW = 5.0  # seconds until a slow server answers
 
 
@@ -73,12 +73,10 @@ class Block:
     calls: list[float] = field(default_factory=list)
 
 
-def run_block(work: Work, tracker: Tracker, steps: int, middle: Callable[[], None] = lambda: None) -> Block:
-    """Train and record `steps` steps; `middle` happens after half of them and is not measured."""
+def run_block(work: Work, tracker: Tracker, first: int, steps: int) -> Block:
+    """Train and record `steps` steps, numbered from `first` on."""
     block = Block()
-    for step in range(1, steps + 1):
-        if step == steps // 2:
-            middle()
+    for step in range(first, first + steps):
         began, busy = time.perf_counter(), time.thread_time()
         loss = work.step()
         told = time.perf_counter()
@@ -92,7 +90,7 @@ def run_block(work: Work, tracker: Tracker, steps: int, middle: Callable[[], Non
 
 @dataclass
 class Case:
-    """A state of the server: `uri` to record to, what happens `before` the steps and in their `middle`, and the `cure`."""
+    """A state of the server: `uri` to record to, what happens `before` the steps, in their `middle`, and the `cure`."""
 
     uri: str | None
     before: Callable[[], None] = lambda: None
@@ -127,12 +125,11 @@ def settings(case: Case) -> RunConfig:
     return check_config({"task": "meld", "track": track})
 
 
-def run_case(case: Case, work: Work, steps: int, out: Path) -> dict[str, Any]:
-    """One case between two untracked blocks; its measurements, and whether all arrived after the cure."""
+def run_case(case: Case, work: Work, pairs: int, steps: int, out: Path) -> dict[str, Any]:
+    """One case: its measurements, and whether all arrived after the cure."""
     config = settings(case)
     nobody = Tracker(config, out, enabled=False)
-    run_block(work, nobody, 20)
-    without = run_block(work, nobody, steps)
+    run_block(work, nobody, 1, 20)
     out.mkdir(parents=True)
     (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     if not case.connected:
@@ -143,28 +140,46 @@ def run_case(case: Case, work: Work, steps: int, out: Path) -> dict[str, Any]:
         while case.mlflow and tracker.run_id is None:
             time.sleep(0.05)
         case.before()
-    block = run_block(work, tracker, steps, case.middle)
+    tracked: list[Block] = []
+    untracked: list[Block] = []
+    before = sender_seconds(tracker)
+    for pair in range(pairs):
+        if pair == pairs // 2:
+            case.middle()
+        order = [(tracked, tracker), (untracked, nobody)]
+        for blocks, who in order if pair % 2 else reversed(order):
+            blocks.append(run_block(work, who, 1 + pair * steps, steps))
+    sender = sender_seconds(tracker) - before
     began = time.perf_counter()
     tracker.finish("done")
     finish = time.perf_counter() - began
-    after = run_block(work, nobody, steps)
-    untracked = without.steps + after.steps
     case.cure()
     result = sync_when_free(out) if case.mlflow else None
+    calls = [call for block in tracked for call in block.calls]
     return {
-        "ratio": statistics.median(block.steps) / statistics.median(untracked),
-        "processor_ratio": statistics.median(block.processor) / statistics.median(without.processor + after.processor),
-        "step_ms": 1e3 * statistics.median(block.steps),
-        "untracked_step_ms": 1e3 * statistics.median(untracked),
-        "mean_ratio": statistics.fmean(block.steps) / statistics.fmean(untracked),
-        "slowest_call_ms": 1e3 * max(block.calls),
-        "call_ms": 1e3 * statistics.median(block.calls),
+        "ratios": ratios([block.steps for block in tracked], [block.steps for block in untracked]),
+        "processor_ratios": ratios([block.processor for block in tracked], [block.processor for block in untracked]),
+        "sender_share": sender / sum(sum(block.steps) for block in [*tracked, *untracked]),
+        "step_ms": 1e3 * statistics.median(step for block in untracked for step in block.steps),
+        "call_ms": 1e3 * statistics.median(calls),
+        "slowest_call_ms": 1e3 * max(calls),
         "finish_s": finish,
         "sent_by_sync": result.sent if result else None,
         "all_there": histories(result.uri, str(result.run_id)) == read_journal(out / "journal.jsonl")
         if result
         else None,
     }
+
+
+def ratios(tracked: list[list[float]], untracked: list[list[float]]) -> list[float]:
+    return [statistics.median(a) / statistics.median(b) for a, b in zip(tracked, untracked, strict=True)]
+
+
+def sender_seconds(tracker: Tracker) -> float:
+    """Processor time of the tracker's sending thread so far."""
+    sender = tracker._sender
+    threads = {thread.id: thread.user_time + thread.system_time for thread in psutil.Process().threads()}
+    return 0.0 if sender is None or sender.native_id is None else threads.get(sender.native_id, 0.0)
 
 
 def sync_when_free(out: Path) -> Synced:
@@ -179,13 +194,14 @@ def sync_when_free(out: Path) -> Synced:
 
 
 def over_rounds(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over rounds, the range of the ratio, the slowest call of all, and whether all arrived in every round."""
-    middle = {key: statistics.median(r[key] for r in found) for key in KEYS}
-    ratios = [r["ratio"] for r in found]
+    """Medians over all pairs of blocks or rounds, the slowest of all, and whether all arrived in every round."""
+    wall = [ratio for r in found for ratio in r["ratios"]]
+    quartiles = statistics.quantiles(wall, n=4)
     return {
-        **middle,
-        "untracked_step_ms": statistics.median(r["untracked_step_ms"] for r in found),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio": statistics.median(wall),
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "processor_ratio": statistics.median(ratio for r in found for ratio in r["processor_ratios"]),
+        **{key: statistics.median(r[key] for r in found) for key in ("sender_share", "step_ms", "call_ms")},
         "slowest_call_ms": max(r["slowest_call_ms"] for r in found),
         "slowest_finish_s": max(r["finish_s"] for r in found),
         "sent_by_sync": [r["sent_by_sync"] for r in found],
@@ -193,19 +209,18 @@ def over_rounds(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def start_up(work: Work, steps: int, out: Path) -> float:
-    """Seconds that the first run of a process loses to importing MLflow and creating the default store beside it."""
-    config = check_config({"task": "meld"})
-    untracked = sum(run_block(work, Tracker(config, out, enabled=False), steps).steps)
-    tracker = Tracker(config, out, enabled=True)
-    tracked = sum(run_block(work, tracker, steps).steps)
+def start_up(work: Work, out: Path, steps: int = 600) -> float:
+    """Processor seconds of the first sender of a process: importing MLflow and creating the default store."""
+    tracker = Tracker(check_config({"task": "meld"}), out, enabled=True)
+    run_block(work, tracker, 1, steps)
+    seconds = sender_seconds(tracker)
     tracker.finish("done")
-    return tracked - untracked
+    return seconds
 
 
 def machine() -> dict[str, Any]:
     return {
-        "cores": psutil.cpu_count(),
+        "cores": os.cpu_count(),
         "memory_GiB": round(psutil.virtual_memory().total / 2**30),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -217,8 +232,9 @@ def machine() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200, help="of a block")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=10, help="of blocks, a case")
+    parser.add_argument("--steps", type=int, default=50, help="of a block")
     parser.add_argument("--out", type=Path, default=RESULTS / "tracking.json")
     asked = parser.parse_args()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -230,18 +246,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "server").mkdir()
-        run_block(work, Tracker(settings(Case(None)), folder, enabled=False), 100)
-        lost = start_up(work, asked.steps, folder / "first" / "run")
+        start = start_up(work, folder / "first" / "run")
         server = MlflowServer(folder / "server")
         server.start()
         proxy = Proxy(server.uri)
         try:
             for number in range(asked.rounds):
                 for place, (label, case) in enumerate(cases(server, proxy).items()):
-                    result = run_case(case, work, asked.steps, folder / f"{number}-{place}")
+                    result = run_case(case, work, asked.pairs, asked.steps, folder / f"{number}-{place}")
                     found.setdefault(label, []).append(result)
-                    shown = {key: round(v, 3) if isinstance(v, float) else v for key, v in result.items()}
-                    print(number, label, shown, file=sys.stderr, flush=True)
+                    print(number, label, json.dumps(over_rounds([result])), file=sys.stderr, flush=True)
         finally:
             proxy.close()
             server.stop()
@@ -251,9 +265,10 @@ def main() -> int:
         "command": "python -m benchmarks.tracking " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "rounds": asked.rounds,
+        "pairs": asked.pairs,
         "steps": asked.steps,
         "numbers_per_step": NUMBERS,
-        "start_up_s": lost,
+        "start_up_processor_s": start,
         "cases": {label: over_rounds(results) for label, results in found.items()},
     }
     asked.out.parent.mkdir(parents=True, exist_ok=True)

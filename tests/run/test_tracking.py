@@ -385,29 +385,6 @@ def test_one_sends_at_a_time(tmp_path: Path, running: MlflowServer) -> None:
     assert sync(out).left == 0
 
 
-def test_a_training_that_begins_anew_has_a_new_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Only without a checkpoint: with one, the loop decides what may differ."""
-    out = tmp_path / "run"
-    chosen = config(mlflow=False)
-    for lr, anew in ((1e-3, False), (1e-3, False), (2e-3, True)):
-        caplog.clear()
-        chosen.train.lr.fusion = lr
-        tracker = started(chosen, out)
-        tracker.metrics({"loss": lr}, 1)
-        tracker.finish("failed")
-        assert ("begins anew" in caplog.text) == anew
-        assert tracker.differences == 0
-    assert read_journal(out / "journal.jsonl") == {"loss": [(1, 2e-3)]}
-    assert read_journal(out / "journal-1.jsonl") == {"loss": [(1, 1e-3)]}
-    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
-    chosen.train.lr.fusion = 3e-3
-    started(chosen, out).finish("failed")
-    assert read_journal(out / "journal.jsonl") == {"loss": [(1, 2e-3)]}
-    chosen.train.resume = "never"
-    started(chosen, out).finish("failed")
-    assert read_journal(out / "journal.jsonl") == {}
-
-
 def test_system_metrics_go_through_the_journal(tmp_path: Path) -> None:
     out = tmp_path / "run"
     chosen = config(system_metrics=True)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import RunConfig, flatten
-from trainer.run.journal import JOURNAL, Journal, entries
-from trainer.run.outbox import PROGRESS, Outbox, Sender, tracking_uri
+from trainer.run.journal import JOURNAL, Journal
+from trainer.run.outbox import Outbox, Sender, tracking_uri
 from trainer.run.system import SystemMetrics
 
 log = logging.getLogger(__name__)
 
 PARAMETER_LIMIT = 6000  # characters of a parameter's value that every MLflow store takes
-TRAINING = ("task", "data.", "model.", "train.", "deepspeed")  # keys of the config that say what is trained
 
 
 class Tracker:
@@ -41,9 +40,6 @@ class Tracker:
         self._system: SystemMetrics | None = None
         if not enabled:
             return
-        if _begins_anew(config, out):
-            _set_aside(out)
-            run_id = None
         self._journal = Journal(out / JOURNAL)
         if config.track.system_metrics:
             self._system = SystemMetrics(out)
@@ -110,41 +106,6 @@ class Tracker:
                 self.uri,
                 self._out,
             )
-
-
-def _begins_anew(config: RunConfig, out: Path) -> bool:
-    """Whether the folder's journal belongs to a training that this one does not continue.
-
-    It does when ``train.resume: never`` says so, or when there is no checkpoint to continue from and the config is
-    another: its values at the same steps have nothing to do with those in the journal.
-    """
-    if not (out / JOURNAL).is_file():
-        return False
-    if config.train.resume == "never":
-        return True
-    if any((out / "checkpoints").glob("step-*")):
-        return False
-    started = (record for _, record in entries(out / JOURNAL) if record is not None and record.get("kind") == "start")
-    before = next(started, None)
-    return before is not None and _what_is_trained(before["params"]) != _what_is_trained(flatten(config))
-
-
-def _what_is_trained(params: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        key: str(value)[: PARAMETER_LIMIT - 1]
-        for key, value in params.items()
-        if key.startswith(TRAINING) and key != "train.resume"
-    }
-
-
-def _set_aside(out: Path) -> None:
-    """Give the journal and what was sent of it other names; a run that begins anew gets new ones."""
-    number = 1 + sum(1 for _ in out.glob("journal-*.jsonl"))
-    kept = out / f"journal-{number}.jsonl"
-    (out / JOURNAL).rename(kept)
-    if (out / PROGRESS).is_file():
-        (out / PROGRESS).rename(out / f"tracking-{number}.json")
-    log.warning("this training begins anew: the journal of the one before is kept as %s", kept)
 
 
 def _shorten(key: str, value: Any) -> str:
