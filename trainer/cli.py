@@ -255,6 +255,41 @@ def score(
         _print_metrics({predictions.name: {chosen.name: metrics}})
 
 
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")]) -> None:
+    """Write a run's report.html and its pictures; works on runs in progress too."""
+    from trainer.results.report import PAGE, write_report
+
+    pictures = write_report(run)
+    _say(f"written: {run / PAGE} and {len(pictures)} pictures in {pictures[0].parent if pictures else run}")
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")], as_json: Json = False) -> None:
+    """Show a run: scores, curves in numbers, gate weights, examples, config, environment."""
+    from trainer.results.show import run_json, show_run
+
+    if as_json:
+        _print_json(run_json(run))
+    else:
+        _wide().print(show_run(run), soft_wrap=False)
+
+
+@app.command("runs")
+def list_runs_command(
+    folder: Annotated[Path, typer.Argument(help="a folder of run folders", metavar="[FOLDER]")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs of a folder: state and why, step, the selecting metric, age."""
+    from trainer.results.runs import lines_json, list_runs, runs_table
+
+    lines = list_runs(folder)
+    if as_json:
+        _print_json(lines_json(lines))
+    else:
+        _wide().print(runs_table(lines) if lines else f"no runs in {folder}")
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the resolved config: what it extends and the overrides merged, every default filled in."""

@@ -1,0 +1,233 @@
+"""A run folder read as it is: finished, in progress or damaged. What cannot be read is said and left out, never guessed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from trainer.config import RunConfig, load_config
+from trainer.data.folder import read_record
+from trainer.data.sampling import Order
+from trainer.tasks import Task, TaskError, define_task, get_task
+
+Series = list[tuple[int, float]]
+
+JOURNAL, PREDICTIONS = "journal.jsonl", "predictions"
+SPLITS = ("test", "valid", "train")  # in the order in which a split is shown rather than another
+
+
+@dataclass
+class RunFolder:
+    """What a run folder holds. `notes` says, in words, everything that is missing or cannot be read."""
+
+    path: Path
+    config: RunConfig | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # split -> task -> metrics.json's values
+    checkpoint: str | None = None  # the name of the one that validation chose
+    journal: dict[str, Series] = field(default_factory=dict)
+    predictions: dict[str, pd.DataFrame] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> record of its dataset, where it is the run's
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def chosen_step(self) -> int | None:
+        """The step of the chosen checkpoint."""
+        found = re.fullmatch(r"step-(\d+)", self.checkpoint or "")
+        return int(found[1]) if found else None
+
+    @property
+    def step(self) -> int | None:
+        """The last step that is known to be done."""
+        steps = [series[-1][0] for name, series in self.journal.items() if name.startswith("train/") and series]
+        steps += [int(p.name[5:]) for p in (self.path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+        return max(steps, default=None)
+
+    @property
+    def steps(self) -> int | None:
+        """The steps the run is to take; None where that cannot be known any more."""
+        if isinstance(self.record.get("steps"), int):
+            return int(self.record["steps"])
+        if self.config is None:
+            return None
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        lengths = {name: np.zeros(record["splits"]["train"]["n"]) for name, record in self.data.items()}
+        if not lengths or len(lengths) < len(self.config.tasks):
+            return None
+        order = Order(lengths, global_batch=train.global_batch, seed=train.seed, weights=self.config.data.weights)
+        return math.ceil(train.epochs * order.steps_per_epoch)
+
+    def selected(self) -> dict[str, Series]:
+        """Task -> its selecting metric on the validation split, by step."""
+        middle = {name: f"{name}/" if len(self.tasks) > 1 else "" for name in self.tasks}
+        names = {name: f"valid/{middle[name]}{task.select}" for name, task in self.tasks.items()}
+        return {name: self.journal[key] for name, key in names.items() if key in self.journal}
+
+
+def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
+    """Everything a run folder holds; with `predictions` false the tables of predictions are not opened.
+
+    Raises:
+        ValueError: `path` is not a run folder at all.
+    """
+    if not is_run(path):
+        state = "no such folder" if not path.exists() else "it has neither config.yaml nor run.json"
+        raise ValueError(f"{path} is not a run folder ({state}): egmf train makes one, egmf runs lists them")
+    run = RunFolder(path)
+    run.config = _config(run)
+    run.record = _json(run, "run.json", "the run's state and environment") or {}
+    run.results, run.checkpoint = _results(run)
+    run.journal = _journal(run)
+    run.data = _datasets(run)
+    run.tasks = _tasks(run)
+    if predictions:
+        run.predictions = _predictions(run)
+    return run
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "run.json").is_file()
+
+
+def read_journal(path: Path) -> dict[str, Series]:
+    """The numbers of a journal: metric -> (step, value) by step. The first value of a metric and step counts.
+
+    Lines that tell no metrics, and a last line that is being written, are passed over.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            if "kind" in entry:
+                continue
+            step, metrics = int(entry["step"]), dict(entry["metrics"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                found.setdefault(name, {}).setdefault(step, float(value))
+    return {name: sorted(values.items()) for name, values in found.items()}
+
+
+def dataset_path(config: RunConfig, task: str) -> Path:
+    """Where the prepared dataset of a task lay when the run was started."""
+    return Path(config.data.path.replace("{task}", task))
+
+
+def _config(run: RunFolder) -> RunConfig | None:
+    try:
+        return load_config(run.path / "config.yaml")
+    except (ValueError, OSError) as error:
+        run.notes.append(f"the config cannot be read: {error}")
+        return None
+
+
+def _json(run: RunFolder, name: str, what: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads((run.path / name).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        run.notes.append(f"{name} is damaged: {what} cannot be shown")
+    except FileNotFoundError:
+        run.notes.append(f"no {name}: {what} cannot be shown yet")
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{name} is damaged ({error}): {what} cannot be shown")
+    return None
+
+
+def _results(run: RunFolder) -> tuple[dict[str, dict[str, dict[str, Any]]], str | None]:
+    held = _json(run, "metrics.json", "the final scores") or {}
+    checkpoint = held.pop("checkpoint", None)
+    mark = run.path / "checkpoints" / "best"
+    if checkpoint is None and mark.is_file():
+        checkpoint = mark.read_text(encoding="utf-8", errors="replace").strip()
+    if checkpoint is None:
+        run.notes.append("validation has chosen no checkpoint yet")
+    results = {
+        split: {task: values for task, values in tasks.items() if isinstance(values, dict)}
+        for split, tasks in held.items()
+        if isinstance(tasks, dict)
+    }
+    return results, str(checkpoint) if checkpoint else None
+
+
+def _journal(run: RunFolder) -> dict[str, Series]:
+    path = run.path / JOURNAL
+    try:
+        journal = read_journal(path)
+    except FileNotFoundError:
+        run.notes.append(f"no {JOURNAL}: the curves of the training cannot be shown")
+        return {}
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{JOURNAL} cannot be read ({error}): the curves of the training cannot be shown")
+        return {}
+    if not journal:
+        run.notes.append(f"{JOURNAL} holds no numbers yet")
+    return journal
+
+
+def _datasets(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Records of the run's datasets, where they are still there and still the same."""
+    fingerprints = run.record.get("data")
+    if run.config is None or not isinstance(fingerprints, Mapping):
+        return {}
+    found = {}
+    for name, fingerprint in fingerprints.items():
+        path = dataset_path(run.config, name)
+        record = read_record(path)
+        if record is None:
+            run.notes.append(f"the dataset {path} is no longer there: the texts of {name} cannot be shown")
+        elif record.get("fingerprint") != fingerprint:
+            run.notes.append(f"the dataset {path} is another one by now: the texts of {name} cannot be shown")
+        else:
+            found[name] = record
+    return found
+
+
+def _tasks(run: RunFolder) -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
+    for name in run.config.tasks if run.config else run.record.get("tasks", []):
+        try:
+            task = get_task(name)
+        except TaskError as error:
+            held = next((r["task"] for r in run.data.values() if r["task"].get("name") == Path(name).stem), None)
+            if held is None:
+                run.notes.append(f"the task cannot be shown: {error}")
+                continue
+            task = define_task(held)
+        tasks[task.name] = task
+    return tasks
+
+
+def _predictions(run: RunFolder) -> dict[str, pd.DataFrame]:
+    found = {}
+    for split in SPLITS:
+        path = run.path / PREDICTIONS / f"{split}.parquet"
+        if not path.is_file():
+            continue
+        try:
+            table = pd.read_parquet(path)
+            missing = {"task", "id", "label", "valid"} - set(table.columns)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            found[split] = table
+        except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+            run.notes.append(f"{PREDICTIONS}/{path.name} is damaged ({error}): what hangs on it cannot be shown")
+    if not found:
+        run.notes.append("no predictions yet: they are written when the training ends")
+    return found

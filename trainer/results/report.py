@@ -1,0 +1,140 @@
+"""The report of a run: one self-contained page, ``report.html``, and its pictures as PNG files in ``report/``.
+
+The page loads nothing: style and pictures (SVG) are written into it, and its content security policy forbids the rest. It
+has no script. Everything that comes from data is escaped.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from trainer.results import tables
+from trainer.results.analysis import TaskResults, analyse
+from trainer.results.drawing import COLOURS, Picture
+from trainer.results.folder import SPLITS, RunFolder, read_run
+from trainer.results.pictures import run_pictures, task_pictures
+from trainer.results.runs import selected_value, state_of
+from trainer.run.files import write_text
+
+PAGE, PICTURES, TEMPLATE = "report.html", "report", "report.html.j2"
+
+
+@dataclass
+class Headline:
+    """The number of a task that counts, and what a constant answer gets."""
+
+    task: str
+    metric: str
+    value: str
+    where: str
+    beside: list[tuple[str, str]]
+
+
+@dataclass
+class Section:
+    """A task's part of the page."""
+
+    results: TaskResults
+    pictures: list[Picture]
+    tables: list[tables.Table]  # folded away
+    scores: tables.Table | None
+
+
+def write_report(run: Path) -> list[Path]:
+    """Write ``report.html`` and ``report/*.png`` into the run folder, each whole or not at all; return the PNG files.
+
+    Works on any run folder, in progress and damaged ones too: what is missing is said on the page. Pictures that an
+    earlier report left and this one does not have are removed.
+
+    Raises:
+        ValueError: `run` is not a run folder.
+        OSError: it cannot be written.
+    """
+    held = read_run(run)
+    results = analyse(held)
+    general = run_pictures(held)
+    sections = [Section(r, task_pictures(r, several=len(results) > 1), _tables(r), tables.scores(r)) for r in results]
+    pictures = [*general, *(picture for section in sections for picture in section.pictures)]
+    written = _write_pictures(run / PICTURES, pictures)
+    write_text(run / PAGE, page(held, general, sections))
+    return written
+
+
+def page(run: RunFolder, general: list[Picture], sections: list[Section]) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("trainer.results"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["picture"] = lambda picture: Markup(picture.svg)  # drawn here, its texts escaped by the writer
+    config = None if run.config is None else run.config.model_dump(mode="json")
+    stand_ins = {k: v for section in sections for p in section.pictures for k, v in p.stand_ins.items()}
+    return environment.get_template(TEMPLATE).render(
+        run=run,
+        state=state_of(run),
+        facts=tables.facts(run)[1:],
+        headlines=_headlines(run, [section.results for section in sections]),
+        general=general,
+        run_tables=[table for table in (tables.training(run), tables.validation(run)) if table],
+        sections=sections,
+        environment=tables.environment(run),
+        config=config and yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        stand_ins=stand_ins,
+        colours={name: {"light": light, "dark": dark} for name, (light, dark) in COLOURS.items()},
+        example_lines=tables.example_lines,
+        shown_answer=tables.shown_answer,
+        shown_value=tables.shown_value,
+        folder=PICTURES,
+    )
+
+
+def _tables(results: TaskResults) -> list[tables.Table]:
+    found = [tables.per_class(results), tables.confusion(results), tables.calibration(results), *tables.gates(results)]
+    return [table for table in found if table]
+
+
+def _headlines(run: RunFolder, results: list[TaskResults]) -> list[Headline]:
+    """A task's selecting metric on its most telling split; before there are scores, on the validation so far."""
+    made = []
+    for one in results:
+        name = one.task.select
+        split = next((split for split in SPLITS if split in one.scores), None)
+        if split is None:
+            continue
+        values: dict[str, Any] = one.scores[split]
+        beside = []
+        if one.constant_scores is not None and split == one.split:
+            beside.append((str(one.constant), tables.number(one.constant_scores.get(name))))
+        others = [s for s in SPLITS if s in one.scores and s != split]
+        beside += [(f"{name}, {other}", tables.number(one.scores[other].get(name))) for other in others]
+        beside += [(key, tables.number(values[key])) for key in ("n", "invalid_rate", "ece") if key in values]
+        made.append(Headline(one.task.name, name, tables.number(values.get(name)), split, beside))
+    if not made and run.selected():
+        metric, value = selected_value(run)
+        where = "valid so far, " + ("newest" if run.chosen_step is None else f"at step {run.chosen_step}")
+        made.append(Headline(", ".join(run.tasks), metric or "", tables.number(value), where, []))
+    return made
+
+
+def _write_pictures(folder: Path, pictures: list[Picture]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    written = []
+    for picture in pictures:
+        path = folder / f"{picture.name}.png"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(picture.png)
+        temporary.replace(path)
+        written.append(path)
+    for left in set(folder.glob("*.png")) - set(written):
+        left.unlink()
+    return written

@@ -1,0 +1,197 @@
+"""Which runs a folder holds, and how each of them stands."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.table import Table
+from rich.text import Text
+
+from trainer.results.folder import JOURNAL, RunFolder, is_run, read_run
+
+STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red", "unknown": "red"}
+
+
+@dataclass(frozen=True)
+class State:
+    """``running``, ``done``, ``stopped`` or ``failed`` as the run says itself; ``lost`` when it says running and its process is
+    gone, ``unknown`` without a readable record. `why` explains it in words."""
+
+    name: str
+    why: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}" if self.why else self.name
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A run in a list. `value` is the selecting metric on the validation split at the chosen checkpoint, else the newest;
+    `seconds` is the time since the run's last sign of life."""
+
+    name: str
+    path: str
+    state: str
+    why: str | None
+    tasks: list[str]
+    step: int | None
+    steps: int | None
+    metric: str | None
+    value: float | None
+    started: str | None
+    seconds: float | None
+
+
+def list_runs(folder: Path) -> list[RunLine]:
+    """The runs in `folder` (which may be one itself), newest sign of life first.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: egmf runs lists the run folders in a folder (runs by default)")
+    paths = [folder] if is_run(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and is_run(p))
+    lines = [run_line(read_run(path, predictions=False)) for path in paths]
+    return sorted(lines, key=lambda line: (line.seconds is None, line.seconds, line.name))
+
+
+def run_line(run: RunFolder) -> RunLine:
+    state = state_of(run)
+    metric, value = selected_value(run)
+    seen = last_sign(run)
+    return RunLine(
+        name=run.name,
+        path=str(run.path),
+        state=state.name,
+        why=state.why,
+        tasks=list(run.tasks) or list(run.record.get("tasks", [])),
+        step=run.step,
+        steps=run.steps,
+        metric=metric,
+        value=value,
+        started=run.record.get("started"),
+        seconds=None if seen is None else max(0.0, (_now() - seen).total_seconds()),
+    )
+
+
+def state_of(run: RunFolder) -> State:
+    """How a run stands, its own word checked against the process that should be there."""
+    record = run.record
+    name = record.get("state")
+    if name == "failed":
+        return State("failed", record.get("failure") or "it did not say why; see log.txt")
+    if name == "stopped":
+        return State("stopped", "the same command continues it")
+    if name == "running":
+        return _running(record)
+    return State("done") if name == "done" else State("unknown", "run.json does not say")
+
+
+def _running(record: dict[str, Any]) -> State:
+    pid, host = record.get("pid"), record.get("host")
+    if not isinstance(pid, int) or not isinstance(host, str):
+        return State("running", "it does not say in which process")
+    if host != platform.node():
+        return State("running", f"process {pid} on {host}, which cannot be asked from here")
+    started = _time(record.get("started"))
+    try:
+        process = psutil.Process(pid)
+        # a process that is younger than the run is another one under the same number
+        other = started is not None and process.create_time() > started.timestamp() + 2
+        gone = other or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        gone = True
+    except psutil.AccessDenied:
+        gone = False
+    if gone:
+        return State("lost", f"it says running, but its process {pid} is gone; the same command continues it")
+    return State("running", f"process {pid}")
+
+
+def selected_value(run: RunFolder) -> tuple[str | None, float | None]:
+    """The selecting metric's name, and its validation value at the chosen checkpoint, else its newest.
+
+    With several tasks it is the mean over them, as the checkpoint is chosen (numbers of which less is better count
+    negative), and undefined while any of them is.
+    """
+    names = [task.select for task in run.tasks.values()]
+    if not names:
+        return None, None
+    series = run.selected()
+    values = []
+    for name, task in run.tasks.items():
+        value = run.results.get("valid", {}).get(name, {}).get(task.select)
+        if value is None and series.get(name):
+            by_step = dict(series[name])
+            value = by_step.get(run.chosen_step or -1, series[name][-1][1])
+        if value is None:
+            return _joined(names), None
+        values.append(float(value) if task.maximise or len(names) == 1 else -float(value))
+    return _joined(names), sum(values) / len(values)
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+
+
+def last_sign(run: RunFolder) -> datetime.datetime | None:
+    """When a run was last heard of: its end, else the last line of its journal, else its start."""
+    ended = _time(run.record.get("ended"))
+    journal = run.path / JOURNAL
+    if ended is None and journal.is_file():
+        return datetime.datetime.fromtimestamp(journal.stat().st_mtime, datetime.timezone.utc)
+    return ended or _time(run.record.get("started"))
+
+
+def runs_table(lines: list[RunLine]) -> Table:
+    """The list for the terminal."""
+    table = Table("run", "state", "task", "step", "valid", "", "last sign", title_justify="left")
+    for column in (3, 5, 6):
+        table.columns[column].justify = "right"
+    for line in lines:
+        state = Text(line.state, STYLES.get(line.state, ""))
+        if line.why and line.state != "done":
+            state.append(f"  {line.why}", "dim")
+        table.add_row(
+            Text(line.name),
+            state,
+            Text(", ".join(line.tasks)),
+            steps_text(line.step, line.steps),
+            line.metric or "",
+            "-" if line.value is None else f"{line.value:.4f}",
+            "-" if line.seconds is None else f"{age(line.seconds)} ago",
+        )
+    return table
+
+
+def lines_json(lines: list[RunLine]) -> dict[str, Any]:
+    return {"runs": [asdict(line) for line in lines]}
+
+
+def steps_text(step: int | None, steps: int | None) -> str:
+    return f"{'-' if step is None else step} of {'?' if steps is None else steps}"
+
+
+def age(seconds: float) -> str:
+    """Seconds as people say them: the largest unit that fits."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def _time(text: Any) -> datetime.datetime | None:
+    try:
+        value = datetime.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return value if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)

@@ -1,0 +1,140 @@
+"""A run for the terminal, and as one JSON object: the same that the page shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from trainer.results import tables
+from trainer.results.analysis import Example, TaskResults, analyse
+from trainer.results.drawing import printable
+from trainer.results.folder import RunFolder, read_run
+from trainer.results.runs import STYLES, state_of
+
+
+def show_run(path: Path) -> Group:
+    """Everything about a run, to be printed.
+
+    Raises:
+        ValueError: `path` is not a run folder.
+    """
+    run = read_run(path)
+    return Group(*_parts(run, analyse(run)))
+
+
+def run_json(path: Path) -> dict[str, Any]:
+    """Everything about a run as plain values; what is undefined is None.
+
+    Raises:
+        ValueError: `path` is not a run folder.
+    """
+    run = read_run(path)
+    results = analyse(run)
+    state = state_of(run)
+    config = None if run.config is None else run.config.model_dump(mode="json")
+    whole = {
+        "run": run.name,
+        "path": str(run.path),
+        "state": state.name,
+        "why": state.why,
+        "step": run.step,
+        "steps": run.steps,
+        "checkpoint": run.checkpoint,
+        "tasks": {r.task.name: _task_json(r) for r in results},
+        "validation": run.selected(),
+        "training": {name: series for name, series in run.journal.items() if name.startswith(("train/", "gate/"))},
+        "config": config,
+        "record": run.record,
+        "notes": run.notes,
+    }
+    plain: dict[str, Any] = _plain(whole)
+    return plain
+
+
+def _task_json(results: TaskResults) -> dict[str, Any]:
+    gates = results.gates
+    return {
+        "scores": results.scores,
+        "split": results.split,
+        "constant": {"answer": results.constant, "scores": results.constant_scores},
+        "reliability": results.reliability,
+        "coverage": results.coverage,
+        "gates": gates and {"all": gates.all, "inside": gates.inside, **gates.groups},
+        "best": results.best,
+        "worst": results.worst,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parts(run: RunFolder, results: list[TaskResults]) -> Iterator[RenderableType]:
+    yield Text(printable(run.name), "bold")
+    for name, value in tables.facts(run):
+        style = STYLES.get(state_of(run).name, "") if name == "state" else ""
+        yield Text.assemble((f"  {name:<11}", "dim"), (printable(value), style))
+    yield from _notes(run)
+    for one in (tables.training(run), tables.validation(run)):
+        yield from _table(one)
+    for task in results:
+        for one in (tables.scores(task), tables.per_class(task), tables.confusion(task), tables.calibration(task)):
+            yield from _table(one)
+        for one in tables.gates(task):
+            yield from _table(one)
+        yield from _examples(task)
+    yield from _table(tables.environment(run))
+    if run.config is not None:
+        yield Text("\nConfig", "bold")
+        dumped = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        yield Padding(Text("\n".join(map(printable, dumped.splitlines()))), (0, 0, 0, 2))
+
+
+def _notes(run: RunFolder) -> Iterator[RenderableType]:
+    for note in run.notes:
+        yield Text.assemble(("  note       ", "dim"), (printable(note), "yellow"))
+
+
+def _table(held: tables.Table | None) -> Iterator[RenderableType]:
+    if held is None:
+        return
+    table = RichTable(title=Text("\n" + printable(held.title), "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=True)
+    table.show_header = any(held.columns)
+    for i, name in enumerate(held.columns):
+        table.add_column(Text(printable(name)), justify="left" if i == 0 or held.words else "right", overflow="fold")
+    for row in held.rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    yield table
+    if held.note:
+        yield Text(f"  {printable(held.note)}", "dim")
+
+
+def _examples(task: TaskResults) -> Iterator[RenderableType]:
+    for word, examples in (("best", task.best), ("worst", task.worst)):
+        if examples:
+            yield Text(f"\nAnswered {word}: {task.task.name}, {task.split}", "bold")
+        for example in examples:
+            yield from _example(example)
+
+
+def _example(example: Example) -> Iterator[RenderableType]:
+    text = "(text unavailable)" if example.text is None else printable(example.text)
+    yield Text.assemble("  ", (printable(example.id), "cyan"), "  ", text)
+    for name, value in tables.example_lines(example):
+        yield Text.assemble((f"      {name:<14}", "dim"), printable(value))
