@@ -20,7 +20,7 @@ from trainer.data.summary import SIGNS
 from trainer.results.folder import SPLITS, RunFolder, dataset_path
 from trainer.tasks import Task
 
-EXAMPLES = 5  # best and as many worst
+EXAMPLES = 6  # best and as many worst
 ANSWERS = 5  # most probable answers shown of an example
 LEVELS = np.arange(1, 20) / 20  # of the predicted distribution whose coverage is counted
 
@@ -85,8 +85,8 @@ def analyse(run: RunFolder) -> list[TaskResults]:
 
 
 def _task_results(run: RunFolder, task: Task) -> TaskResults:
-    tables = {split: _rows(run, task, split) for split in SPLITS if split in run.predictions}
-    tables = {split: rows for split, rows in tables.items() if rows is not None and len(rows)}
+    found = {split: _rows(run, task, split) for split in SPLITS if split in run.predictions}
+    tables = {split: rows for split, rows in found.items() if rows is not None and len(rows)}
     scores = {split: tasks[task.name] for split, tasks in run.results.items() if task.name in tasks}
     for split, rows in tables.items():
         if split not in scores:
@@ -94,8 +94,8 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
     out = TaskResults(task, scores)
     if not tables:
         return out
-    out.split, out.rows = next(iter(tables.items()))
-    rows = out.rows
+    out.split, rows = next(iter(tables.items()))
+    out.rows = rows
     out.constant, value = _constant(run, task, rows)
     out.constant_scores = compute(task, rows["target"].to_numpy(), np.full(len(rows), value))
     if "probabilities" in rows:
@@ -177,7 +177,7 @@ def _constant(run: RunFolder, task: Task, rows: pd.DataFrame) -> tuple[str, floa
         return f"majority class {source}: {task.labels[best]}", float(best)
     mean = train["target"]["mean"] if train else None
     value = float(rows["target"].mean()) if mean is None else float(mean)
-    return f"mean {source}: {value:.3f}", value
+    return f"mean {source}: {round(value, 3) + 0.0:.3f}", value
 
 
 def _gates(run: RunFolder, task: Task, rows: pd.DataFrame) -> Gates | None:
@@ -264,8 +264,14 @@ def _example(task: Task, row: dict[str, Any], gates: Gates | None) -> Example:
     expert: dict[str, float] = {}
     modality: dict[str, float] = {}
     if gates is not None and isinstance(row.get("gate_expert"), (list, np.ndarray)):
-        expert_E, modality_EM = np.asarray(row["gate_expert"], float), np.stack(list(row["gate_modality"])).astype(float)
-        expert, modality = _named(list(gates.all.expert), expert_E), _named(list(gates.all.modality), expert_E @ modality_EM)
+        expert_E, modality_EM = (
+            np.asarray(row["gate_expert"], float),
+            np.stack(list(row["gate_modality"])).astype(float),
+        )
+        expert, modality = (
+            _named(list(gates.all.expert), expert_E),
+            _named(list(gates.all.modality), expert_E @ modality_EM),
+        )
     kind = row.get("kind")
     return Example(
         id=str(row["id"]),

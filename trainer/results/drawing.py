@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -37,9 +38,9 @@ COLOURS = {
 PAPER, INK, MUTED, LINE, BLUE, ORANGE, GREEN, PURPLE, RED, TEAL = (light for light, _ in COLOURS.values())
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED)
 
-SIZE = (5.6, 3.4)  # inches
+SIZE = (4.8, 3.0)  # inches
 DPI = 160  # of the PNG
-STYLE = {
+STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.edgecolor": MUTED,
@@ -70,7 +71,15 @@ CHINESE_FONTS = (
     "notosanscjk-regular", "notosanscjksc", "notosanssc", "sourcehansans", "wqy-microhei", "wqy-zenhei", "msyh", "simhei",
     "pingfang", "hiragino sans gb", "stheiti", "droidsansfallback", "uming", "ukai", "simsun",
 )  # fmt: skip
-ENGLISH = {"愤怒": "anger", "厌恶": "disgust", "恐惧": "fear", "高兴": "joy", "平静": "calm", "悲伤": "sadness", "惊奇": "surprise"}
+ENGLISH = {
+    "愤怒": "anger",
+    "厌恶": "disgust",
+    "恐惧": "fear",
+    "高兴": "joy",
+    "平静": "calm",
+    "悲伤": "sadness",
+    "惊奇": "surprise",
+}
 
 Names = Callable[[str], str]
 Draw = Callable[[Figure, Names], None]
@@ -90,7 +99,14 @@ class Picture:
 
 
 def render(
-    name: str, title: str, draw: Draw, *, alt: str, caption: str = "", labels: Sequence[str] = (), size: tuple[float, float] = SIZE
+    name: str,
+    title: str,
+    draw: Draw,
+    *,
+    alt: str,
+    caption: str = "",
+    labels: Sequence[str] = (),
+    size: tuple[float, float] = SIZE,
 ) -> Picture:
     """The picture that `draw` draws. It gets an empty figure, and the names under which to write the `labels`."""
     stand_ins = {label: other for label, other in _stand_ins(labels).items() if other != label}
@@ -107,7 +123,9 @@ def printable(text: str) -> str:
 def _save(draw: Draw, names: Names, kind: str, size: tuple[float, float], title: str | None = None) -> bytes:
     families = ["DejaVu Sans", *([_family(font)] if (font := chinese_font()) else [])]
     with matplotlib.rc_context({**STYLE, "font.family": families}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")  # of the SVG: the reader's fonts show it
+        warnings.filterwarnings(
+            "ignore", message=r"Glyph .* missing from font"
+        )  # of the SVG: the reader's fonts show it
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, names)
         if title:
@@ -142,7 +160,11 @@ def _themed(svg: bytes, name: str, title: str, alt: str) -> str:
             if child.tag in ("metadata", "style"):
                 parent.remove(child)
     width, height = (float(root.attrib.pop(side).removesuffix("pt")) for side in ("width", "height"))
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-alt", "viewBox": f"0 0 {width:g} {height:g}"}
+    root.attrib |= {
+        "role": "img",
+        "aria-labelledby": f"{name}-title {name}-alt",
+        "viewBox": f"0 0 {width:g} {height:g}",
+    }
     for place, (tag, text) in enumerate((("title", title), ("desc", alt))):
         words = ElementTree.Element(tag, id=f"{name}-{'title' if tag == 'title' else 'alt'}")
         words.text = printable(text)

@@ -31,12 +31,16 @@ class RunFolder:
     path: Path
     config: RunConfig | None = None
     record: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # split -> task -> metrics.json's values
+    results: dict[str, dict[str, dict[str, Any]]] = field(
+        default_factory=dict
+    )  # split -> task -> metrics.json's values
     checkpoint: str | None = None  # the name of the one that validation chose
     journal: dict[str, Series] = field(default_factory=dict)
     predictions: dict[str, pd.DataFrame] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> record of its dataset, where it is the run's
+    data: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # task -> record of its dataset, where it is the run's
     notes: list[str] = field(default_factory=list)
 
     @property

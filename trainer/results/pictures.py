@@ -16,7 +16,21 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from trainer.results.analysis import TaskResults
-from trainer.results.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, SERIES, SIZE, Names, Picture, printable, render
+from trainer.results.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    RED,
+    SERIES,
+    SIZE,
+    Names,
+    Picture,
+    printable,
+    render,
+)
 from trainer.results.folder import RunFolder, Series
 
 POINTS = 1200  # drawn of a curve; a longer one is drawn as means of as many steps
@@ -55,7 +69,9 @@ def loss(run: RunFolder) -> Picture | None:
         ax = _axes(figure, "step", "loss" + (" (log)" if log else ""))
         steps, shown = thin(series)
         many = len(shown) > SMOOTHED
-        ax.plot(steps, shown, color=BLUE, alpha=0.35 if many else 1.0, label="loss", marker="." if len(shown) == 1 else "")
+        ax.plot(
+            steps, shown, color=BLUE, alpha=0.35 if many else 1.0, label="loss", marker="." if len(shown) == 1 else ""
+        )
         if many:
             ax.plot(steps, pd.Series(shown).ewm(halflife=len(shown) / 60).mean(), color=BLUE, label="smoothed")
         if log:
@@ -67,7 +83,9 @@ def loss(run: RunFolder) -> Picture | None:
             known = [s for s in spikes if s in at]
             ax.plot(known, [at[s] for s in known], "^", color=ORANGE, label=f"spikes: {len(spikes)}")
         if skipped:
-            ax.plot(skipped, [0.02] * len(skipped), "x", color=RED, transform=bottom, label=f"skipped steps: {len(skipped)}")
+            ax.plot(
+                skipped, [0.02] * len(skipped), "x", color=RED, transform=bottom, label=f"skipped steps: {len(skipped)}"
+            )
         _mark_chosen(ax, run)
         ax.legend(loc="upper right")
 
@@ -122,7 +140,9 @@ def validation(run: RunFolder) -> Picture | None:
     told = [f"{labels[task]} {series[-1][1]:.4f} at step {series[-1][0]}" for task, series in curves.items()]
     said = "no checkpoint is chosen yet" if chosen is None else f"the checkpoint of step {chosen} is chosen"
     less = [task for task in curves if not run.tasks[task].maximise]
-    caption = "Less is better." if less and len(curves) == 1 else f"Less is better for {', '.join(less)}." if less else ""
+    caption = (
+        "Less is better." if less and len(curves) == 1 else f"Less is better for {', '.join(less)}." if less else ""
+    )
     alt = f"Selecting metric on the validation split by step: {'; '.join(told)}; {said}."
     return render("validation", "Validation", draw, alt=alt, caption=caption)
 
@@ -137,7 +157,7 @@ def confusion(results: TaskResults, end: str, *, share: bool) -> Picture | None:
         counts, answers = np.hstack([counts, np.array(held["invalid"])[:, None]]), [*labels, "invalid"]
     support = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, support, out=np.zeros(counts.shape), where=support > 0)
-    width = min(9.0, max(SIZE[0], 0.55 * len(answers) + 1.6))
+    width = min(9.0, max(SIZE[0], 0.52 * len(answers) + 1.2))
 
     def draw(figure: Figure, names: Names) -> None:
         ax = figure.add_subplot()
@@ -166,9 +186,13 @@ def scatter(results: TaskResults, end: str) -> Picture | None:
     def draw(figure: Figure, names: Names) -> None:
         ax = _axes(figure, "truth", "prediction")
         both = np.concatenate([truth, guess])
-        ax.plot([both.min(), both.max()], [both.min(), both.max()], color=MUTED, linewidth=1, linestyle="--", label="equal")
+        ax.plot(
+            [both.min(), both.max()], [both.min(), both.max()], color=MUTED, linewidth=1, linestyle="--", label="equal"
+        )
         few = len(truth) <= VECTORS
-        ax.scatter(truth, guess, s=12 if few else 5, color=BLUE, alpha=0.5, linewidths=0, rasterized=not few, label="samples")
+        ax.scatter(
+            truth, guess, s=12 if few else 5, color=BLUE, alpha=0.5, linewidths=0, rasterized=not few, label="samples"
+        )
         ax.legend(loc="upper left")
 
     told = _said(_scores(results), ("mae", "corr"))
@@ -297,11 +321,19 @@ def gate_groups(results: TaskResults, end: str, by: str) -> Picture | None:
 
     def draw(figure: Figure, names: Names) -> None:
         ax = figure.add_subplot()
-        heat(ax, table, [[f"{v:.2f}" for v in row] for row in table], columns, [f"{names(g.name)} ({g.n})" for g in groups])
+        heat(
+            ax,
+            table,
+            [[f"{v:.2f}" for v in row] for row in table],
+            columns,
+            [f"{names(g.name)} ({g.n})" for g in groups],
+        )
         ax.axvline(len(groups[0].expert), color=INK, linewidth=1.5)
         ax.set_ylabel(word)
 
-    told = "; ".join(f"{g.name}: " + ", ".join(f"{k} {w:.2f}" for k, w in {**g.expert, **g.modality}.items()) for g in groups)
+    told = "; ".join(
+        f"{g.name}: " + ", ".join(f"{k} {w:.2f}" for k, w in {**g.expert, **g.modality}.items()) for g in groups
+    )
     return render(
         f"gate-{by}{end}", f"Gate weights by {word}", draw, alt=f"Mean gate weights by {word}: {told}.", labels=labels,
         caption="Left of the line the experts, right of it the modalities over all experts; samples in brackets.",
@@ -324,7 +356,12 @@ def thin(series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def heat(
-    ax: Axes, strength: np.ndarray, shown: Sequence[Sequence[str]], columns: Sequence[str], rows: Sequence[str], write: bool = True
+    ax: Axes,
+    strength: np.ndarray,
+    shown: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    write: bool = True,
 ) -> None:
     """A table whose cells are the bluer the stronger they are (0 to 1), with `shown` written in."""
     for i, j in np.ndindex(strength.shape):

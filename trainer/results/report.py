@@ -43,8 +43,8 @@ class Section:
 
     results: TaskResults
     pictures: list[Picture]
-    tables: list[tables.Table]  # folded away
-    scores: tables.Table | None
+    open: list[tables.Table]
+    folded: list[tables.Table]
 
 
 def write_report(run: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def write_report(run: Path) -> list[Path]:
     held = read_run(run)
     results = analyse(held)
     general = run_pictures(held)
-    sections = [Section(r, task_pictures(r, several=len(results) > 1), _tables(r), tables.scores(r)) for r in results]
+    sections = [_section(r, several=len(results) > 1) for r in results]
     pictures = [*general, *(picture for section in sections for picture in section.pictures)]
     written = _write_pictures(run / PICTURES, pictures)
     write_text(run / PAGE, page(held, general, sections))
@@ -92,15 +92,19 @@ def page(run: RunFolder, general: list[Picture], sections: list[Section]) -> str
         stand_ins=stand_ins,
         colours={name: {"light": light, "dark": dark} for name, (light, dark) in COLOURS.items()},
         example_lines=tables.example_lines,
-        shown_answer=tables.shown_answer,
-        shown_value=tables.shown_value,
         folder=PICTURES,
     )
 
 
-def _tables(results: TaskResults) -> list[tables.Table]:
-    found = [tables.per_class(results), tables.confusion(results), tables.calibration(results), *tables.gates(results)]
-    return [table for table in found if table]
+def _section(results: TaskResults, *, several: bool) -> Section:
+    seen = [tables.scores(results), tables.per_class(results)]
+    folded = [tables.confusion(results), tables.calibration(results), *tables.gates(results)]
+    return Section(
+        results,
+        task_pictures(results, several),
+        [table for table in seen if table],
+        [table for table in folded if table],
+    )
 
 
 def _headlines(run: RunFolder, results: list[TaskResults]) -> list[Headline]:

@@ -114,7 +114,9 @@ def _notes(run: RunFolder) -> Iterator[RenderableType]:
 def _table(held: tables.Table | None) -> Iterator[RenderableType]:
     if held is None:
         return
-    table = RichTable(title=Text("\n" + printable(held.title), "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=True)
+    table = RichTable(
+        title=Text("\n" + printable(held.title), "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=True
+    )
     table.show_header = any(held.columns)
     for i, name in enumerate(held.columns):
         table.add_column(Text(printable(name)), justify="left" if i == 0 or held.words else "right", overflow="fold")

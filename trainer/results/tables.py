@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.results.analysis import Example, GateGroup, TaskResults
 from trainer.results.folder import SPLITS, RunFolder
-from trainer.results.runs import age, last_sign, state_of, steps_text
+from trainer.results.runs import last_sign, state_of, steps_text
 
 ENVIRONMENT = ("device", "world", "zero", "precision", "seed", "platform", "base")
 
@@ -30,11 +30,15 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     record = run.record
     started, ended = (_moment(record.get(key)) for key in ("started", "ended"))
     seen = last_sign(run)
-    lines = [("state", str(state_of(run))), ("task", ", ".join(run.tasks) or "unknown"), ("step", steps_text(run.step, run.steps))]
+    lines = [
+        ("state", str(state_of(run))),
+        ("task", ", ".join(run.tasks) or "unknown"),
+        ("step", steps_text(run.step, run.steps)),
+    ]
     lines.append(("checkpoint", run.checkpoint or "none chosen yet"))
     lines.append(("started", f"{started:%Y-%m-%d %H:%M:%S} UTC" if started else "unknown"))
     if ended and started:
-        lines.append(("ended", f"{ended:%Y-%m-%d %H:%M:%S} UTC, after {age((ended - started).total_seconds())}"))
+        lines.append(("ended", f"{ended:%Y-%m-%d %H:%M:%S} UTC, after {ended - started}"))
     elif seen:
         lines.append(("last sign", f"{seen:%Y-%m-%d %H:%M:%S} UTC"))
     return lines
@@ -46,7 +50,9 @@ def scores(results: TaskResults) -> Table | None:
     if not splits:
         return None
     constant = results.constant_scores
-    shown = dict.fromkeys(k for s in splits for k, v in results.scores[s].items() if v is None or isinstance(v, (int, float)))
+    shown = dict.fromkeys(
+        k for s in splits for k, v in results.scores[s].items() if v is None or isinstance(v, (int, float))
+    )
     heads = [f"constant answer, {results.split}"] if constant else []
     table = Table(f"Scores of {results.task.name}", ["metric", *splits, *heads])
     for name in shown:
@@ -86,7 +92,10 @@ def confusion(results: TaskResults) -> Table | None:
 def calibration(results: TaskResults) -> Table | None:
     if results.reliability:
         ece = results.scores.get(results.split or "", {}).get("ece")
-        table = Table(f"Calibration of {results.task.name}, {results.split}", ["probability", "samples", "mean probability", "accuracy"])
+        table = Table(
+            f"Calibration of {results.task.name}, {results.split}",
+            ["probability", "samples", "mean probability", "accuracy"],
+        )
         for row in results.reliability:
             if row["n"]:
                 cells = (str(row["n"]), number(row["confidence"]), number(row["accuracy"]))
@@ -94,7 +103,9 @@ def calibration(results: TaskResults) -> Table | None:
         table.note = f"Expected calibration error (ECE): {number(ece)}."
         return table
     if results.coverage:
-        table = Table(f"Calibration of {results.task.name}, {results.split}", ["quantile predicted", "share of truths below"])
+        table = Table(
+            f"Calibration of {results.task.name}, {results.split}", ["quantile predicted", "share of truths below"]
+        )
         table.rows = [[f"{q:.2f}", number(share)] for q, share in results.coverage]
         return table
     return None
@@ -106,7 +117,10 @@ def gates(results: TaskResults) -> list[Table]:
     if held is None:
         return []
     modalities = list(held.all.modality)
-    inside = Table(f"Gate weights of {results.task.name}, {results.split}", ["expert", "weight", *(f"{m} inside" for m in modalities)])
+    inside = Table(
+        f"Gate weights of {results.task.name}, {results.split}",
+        ["expert", "weight", *(f"{m} inside" for m in modalities)],
+    )
     for expert, weight in held.all.expert.items():
         inside.rows.append([expert, number(weight), *(number(held.inside[expert][m]) for m in modalities)])
     made = [inside]
@@ -137,7 +151,9 @@ def validation(run: RunFolder) -> Table | None:
         return None
     table = Table("Validation", ["step", *(f"{task} {run.tasks[task].select}" for task in series), "chosen"])
     for step in sorted(set().union(*series.values())):
-        table.rows.append([str(step), *(number(s.get(step)) for s in series.values()), "chosen" if step == run.chosen_step else ""])
+        table.rows.append(
+            [str(step), *(number(s.get(step)) for s in series.values()), "chosen" if step == run.chosen_step else ""]
+        )
     return table
 
 
@@ -160,8 +176,7 @@ def environment(run: RunFolder) -> Table | None:
 
 def example_lines(example: Example) -> list[tuple[str, str]]:
     """An example as named lines; what it has none of is left out."""
-    shown = shown_answer(example)
-    lines = [("truth", shown_value(example.label)), ("answer", shown)]
+    lines = [("truth", shown_value(example.label)), ("answer", _answered(example))]
     if example.probabilities:
         lines.append(("probabilities", ", ".join(f"{answer} {p:.3f}" for answer, p in example.probabilities)))
     for name, weights in (("experts", example.expert), ("modalities", example.modality)):
@@ -172,10 +187,11 @@ def example_lines(example: Example) -> list[tuple[str, str]]:
     return lines
 
 
-def shown_answer(example: Example) -> str:
+def _answered(example: Example) -> str:
     if not example.valid:
         return f"invalid: {example.answer!r}" if example.answer is not None else "invalid"
-    return shown_value(example.prediction)
+    shown = shown_value(example.prediction)
+    return shown if isinstance(example.label, float) or example.label == example.prediction else f"{shown} (wrong)"
 
 
 def shown_value(value: Any) -> str:

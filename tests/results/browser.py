@@ -1,0 +1,124 @@
+"""A headless Chromium, told what to do over its own pipe (Chrome DevTools Protocol): nothing to install beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
+)  # fmt: skip
+
+
+class Browser:
+    """One page of one browser. `requests` are the addresses the page asked for, `messages` what its console said."""
+
+    def __init__(self, profile: Path) -> None:
+        to_read, self._out = os.pipe()
+        self._in, to_write = os.pipe()
+        os.set_inheritable(to_read, True)
+        os.set_inheritable(to_write, True)
+
+        def as_3_and_4() -> None:
+            # the browser reads commands from descriptor 3 and writes answers to 4
+            first, second = os.dup(to_read), os.dup(to_write)
+            os.dup2(first, 3)
+            os.dup2(second, 4)
+
+        assert CHROMIUM
+        self._process = subprocess.Popen(
+            [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=as_3_and_4, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(to_read)
+        os.close(to_write)
+        self._number, self._buffer = 0, b""
+        self.requests: list[str] = []
+        self.messages: list[str] = []
+        self._session: str | None = None
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime", "Accessibility"):
+            self.ask(f"{domain}.enable")
+
+    def open(self, path: Path, width: int = 1366, height: int = 768, *, dark: bool = False) -> None:
+        """Load a file in a window of that size, and wait until it is there."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.requests.clear()
+        self.messages.clear()
+        self.ask("Page.navigate", url=path.resolve().as_uri())
+        until = time.monotonic() + 30
+        while self.evaluate("location.protocol + document.readyState") != "file:complete":
+            assert time.monotonic() < until, "the page did not load"
+            time.sleep(0.05)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def names(self, role: str) -> list[str]:
+        """What a screen reader calls the page's elements of a role."""
+        nodes = self.ask("Accessibility.getFullAXTree")["nodes"]
+        return [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") == role and not n["ignored"]]
+
+    def key(self, key: str, code: int) -> None:
+        """Press a key."""
+        for kind in ("keyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def screenshot(self, path: Path, *, whole: bool = False) -> None:
+        """What is seen, or the whole page, as PNG."""
+        held = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(held["data"]))
+
+    def close(self) -> None:
+        os.close(self._out)
+        os.close(self._in)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer; what happens meanwhile is noted."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        until = time.monotonic() + 60
+        while True:
+            while b"\0" in self._buffer:
+                line, _, self._buffer = self._buffer.partition(b"\0")
+                said = json.loads(line)
+                if said.get("id") == self._number:
+                    assert "error" not in said, (method, said["error"])
+                    return dict(said["result"])
+                self._note(said)
+            ready, _, _ = select.select([self._in], [], [], max(0.0, until - time.monotonic()))
+            assert ready, f"the browser did not answer {method}"
+            more = os.read(self._in, 1 << 20)
+            assert more, f"the browser ended during {method}"
+            self._buffer += more
+
+    def _note(self, said: dict[str, Any]) -> None:
+        if said["method"] == "Network.requestWillBeSent":
+            self.requests.append(said["params"]["request"]["url"])
+        elif said["method"] == "Log.entryAdded":
+            self.messages.append(said["params"]["entry"]["text"])
+        elif said["method"] == "Runtime.consoleAPICalled":
+            self.messages.append(json.dumps(said["params"]["args"]))
