@@ -8,7 +8,6 @@ a label's characters, a stand-in is written there and :attr:`Picture.stand_ins` 
 from __future__ import annotations
 
 import io
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+
+from trainer.results.printable import printable
 
 # name of the page's variable -> (light, dark). The light ones are drawn with, and found again in the SVG.
 COLOURS = {
@@ -115,17 +116,11 @@ def render(
     return Picture(name, title, alt, caption, svg, png, stand_ins)
 
 
-def printable(text: str) -> str:
-    """`text` on one line, what is neither printable nor a space replaced: fit for a terminal and for XML."""
-    return "".join(" " if c.isspace() else c if unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
-
-
 def _save(draw: Draw, names: Names, kind: str, size: tuple[float, float], title: str | None = None) -> bytes:
     families = ["DejaVu Sans", *([_family(font)] if (font := chinese_font()) else [])]
     with matplotlib.rc_context({**STYLE, "font.family": families}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r"Glyph .* missing from font"
-        )  # of the SVG: the reader's fonts show it
+        if kind == "svg":  # the reader's fonts show what ours lack
+            warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, names)
         if title:

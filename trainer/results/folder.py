@@ -45,7 +45,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return self.path.absolute().name
 
     @property
     def chosen_step(self) -> int | None:

@@ -28,10 +28,10 @@ from trainer.results.drawing import (
     SIZE,
     Names,
     Picture,
-    printable,
     render,
 )
 from trainer.results.folder import RunFolder, Series
+from trainer.results.printable import printable
 
 POINTS = 1200  # drawn of a curve; a longer one is drawn as means of as many steps
 SMOOTHED = 60  # points from which on a curve is also shown smoothed

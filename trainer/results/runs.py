@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import platform
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.results.folder import JOURNAL, RunFolder, is_run, read_run
+from trainer.results.printable import printable
 
 STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red", "unknown": "red"}
 
@@ -96,7 +97,7 @@ def _running(record: dict[str, Any]) -> State:
     pid, host = record.get("pid"), record.get("host")
     if not isinstance(pid, int) or not isinstance(host, str):
         return State("running", "it does not say in which process")
-    if host != platform.node():
+    if host != socket.gethostname():
         return State("running", f"process {pid} on {host}, which cannot be asked from here")
     started = _time(record.get("started"))
     try:
@@ -156,9 +157,9 @@ def runs_table(lines: list[RunLine]) -> Table:
     for line in lines:
         state = Text(line.state, STYLES.get(line.state, ""))
         if line.why and line.state != "done":
-            state.append(f"  {line.why}", "dim")
+            state.append("  " + printable(line.why), "dim")
         table.add_row(
-            Text(line.name),
+            Text(printable(line.name)),
             state,
             Text(", ".join(line.tasks)),
             steps_text(line.step, line.steps),

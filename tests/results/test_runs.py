@@ -1,0 +1,94 @@
+"""How runs stand: their own word against the process that should be there."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.processes import egmf
+from trainer.results.folder import read_run
+from trainer.results.runs import age, list_runs, state_of
+
+
+def put(folder: Path, name: str, **record: Any) -> Path:
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("task: meld\ntrain: {steps: 100}\n")
+    (run / "run.json").write_text(json.dumps({"tasks": ["meld"], "started": now(), **record}))
+    return run
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def test_a_running_run_is_believed_while_its_process_is_there(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        run = put(tmp_path, "r", state="running", pid=process.pid, host=socket.gethostname())
+        assert state_of(read_run(run)).name == "running"
+        process.kill()
+        time.sleep(0.2)  # not waited for: a zombie still has its number
+        assert state_of(read_run(run)).name == "lost"
+    finally:
+        process.kill()
+        process.wait()
+    lost = state_of(read_run(run))
+    assert lost.name == "lost"
+    assert f"process {process.pid} is gone" in str(lost)
+
+
+def test_a_number_that_another_process_has_by_now_is_not_the_run(tmp_path: Path) -> None:
+    old = "2001-01-01T00:00:00+00:00"
+    run = put(tmp_path, "r", state="running", pid=os.getpid(), host=socket.gethostname(), started=old)
+    assert state_of(read_run(run)).name == "lost"
+
+
+def test_a_process_elsewhere_is_not_judged(tmp_path: Path) -> None:
+    run = put(tmp_path, "r", state="running", pid=1, host="another-node")
+    state = state_of(read_run(run))
+    assert state.name == "running"
+    assert "another-node" in str(state)
+
+
+def test_the_list_says_state_and_why(tmp_path: Path, meld: Path) -> None:
+    put(tmp_path, "broke", state="failed", failure="ValueError: no [red]disk\x1b[31m", ended=now())
+    put(tmp_path, "halted", state="stopped", ended="2026-01-01T00:00:00+00:00")
+    (put(tmp_path, "early", state="running") / "run.json").unlink()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "done").symlink_to(meld)
+    lines = {line.name: line for line in list_runs(tmp_path)}
+    assert {name: line.state for name, line in lines.items()} == {
+        "broke": "failed", "halted": "stopped", "early": "unknown", "done": "done",
+    }  # fmt: skip
+    assert lines["broke"].why == "ValueError: no [red]disk\x1b[31m"
+    assert (lines["done"].step, lines["done"].steps) == (40, 40)
+    assert (lines["halted"].step, lines["halted"].steps) == (None, 100)
+    held = json.loads((meld / "metrics.json").read_text())
+    assert lines["done"].value == held["valid"]["meld"]["wf1"]
+    shown = egmf("runs", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert "no [red]disk" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    told = json.loads(egmf("runs", str(tmp_path), "--json").stdout)
+    assert {run["name"] for run in told["runs"]} == set(lines)
+
+
+def test_a_folder_that_is_not_there_or_holds_no_runs_is_said(tmp_path: Path) -> None:
+    assert list_runs(tmp_path) == []
+    with pytest.raises(ValueError, match="no folder"):
+        list_runs(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(5, "5 s"), (65, "1 min"), (7300, "2 h"), (200000, "2 d")])
+def test_ages_are_told_in_the_largest_unit_that_fits(seconds: float, shown: str) -> None:
+    assert age(seconds) == shown
