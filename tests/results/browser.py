@@ -74,10 +74,10 @@ class Browser:
         nodes = self.ask("Accessibility.getFullAXTree")["nodes"]
         return [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") == role and not n["ignored"]]
 
-    def key(self, key: str, code: int) -> None:
-        """Press a key."""
-        for kind in ("keyDown", "keyUp"):
-            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+    def key(self, key: str, code: int, text: str = "") -> None:
+        """Press a key; `text` is what it writes."""
+        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, text=text)
+        self.ask("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """What is seen, or the whole page, as PNG."""

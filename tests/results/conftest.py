@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.results.made import make_run
+from trainer.results.report import write_report
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,17 @@ def meld(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def unified(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """Classification in English and Chinese, and regression, in one run."""
     return make_run(tmp_path_factory.mktemp("unified") / "unified-run", data, ("meld", "cherma", "simsv2"))
+
+
+@pytest.fixture(scope="session")
+def reported(unified: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unified run with its report, written over an earlier one. Not to be changed."""
+    run = Path(shutil.copytree(unified, tmp_path_factory.mktemp("reported") / unified.name))
+    (run / "report").mkdir()
+    (run / "report" / "left-over.png").write_bytes(b"old")
+    (run / "report.html").write_text("old")
+    write_report(run)
+    return run
 
 
 @pytest.fixture
