@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests.distributed.processes import egmf
 from trainer.results.folder import read_run
-from trainer.results.runs import age, list_runs, state_of
+from trainer.results.runs import age, list_runs, selected_value, state_of
 
 
 def put(folder: Path, name: str, **record: Any) -> Path:
@@ -81,6 +82,23 @@ def test_the_list_says_state_and_why(tmp_path: Path, meld: Path) -> None:
     assert "\x1b" not in shown.stdout
     told = json.loads(egmf("runs", str(tmp_path), "--json").stdout)
     assert {run["name"] for run in told["runs"]} == set(lines)
+
+
+def test_the_selected_value_is_that_of_the_chosen_step_and_else_the_newest(
+    unified: Path, copy: Callable[[Path], Path]
+) -> None:
+    run = copy(unified)
+    held = json.loads((run / "metrics.json").read_text())["valid"]
+    keys = {"meld": "wf1", "cherma": "wf1", "simsv2": "acc2"}
+    expected = sum(held[task][key] for task, key in keys.items()) / 3
+    assert selected_value(read_run(run)).value == pytest.approx(expected)
+    (run / "metrics.json").unlink()
+    assert selected_value(read_run(run)).step == 20
+    assert selected_value(read_run(run)).value == pytest.approx(expected)  # the journal's own, at the chosen step
+    (run / "checkpoints" / "best").unlink()
+    newest = selected_value(read_run(run))
+    assert newest.step == 40
+    assert newest.value == pytest.approx(expected - 0.02)
 
 
 def test_a_folder_that_is_not_there_or_holds_no_runs_is_said(tmp_path: Path) -> None:

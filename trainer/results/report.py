@@ -124,9 +124,9 @@ def _headlines(run: RunFolder, results: list[TaskResults]) -> list[Headline]:
         beside += [(key, tables.number(values[key])) for key in ("n", "invalid_rate", "ece") if key in values]
         made.append(Headline(one.task.name, name, tables.number(values.get(name)), split, beside))
     if not made and run.selected():
-        metric, value = selected_value(run)
-        where = "valid so far, " + ("newest" if run.chosen_step is None else f"at step {run.chosen_step}")
-        made.append(Headline(", ".join(run.tasks), metric or "", tables.number(value), where, []))
+        so_far = selected_value(run)
+        where = f"valid so far, at step {so_far.step}"
+        made.append(Headline(", ".join(run.tasks), so_far.metric or "", tables.number(so_far.value), where, []))
     return made
 
 

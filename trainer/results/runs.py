@@ -63,7 +63,7 @@ def list_runs(folder: Path) -> list[RunLine]:
 
 def run_line(run: RunFolder) -> RunLine:
     state = state_of(run)
-    metric, value = selected_value(run)
+    selected = selected_value(run)
     seen = last_sign(run)
     return RunLine(
         name=run.name,
@@ -73,8 +73,8 @@ def run_line(run: RunFolder) -> RunLine:
         tasks=list(run.tasks) or list(run.record.get("tasks", [])),
         step=run.step,
         steps=run.steps,
-        metric=metric,
-        value=value,
+        metric=selected.metric,
+        value=selected.value,
         started=run.record.get("started"),
         seconds=None if seen is None else max(0.0, (_now() - seen).total_seconds()),
     )
@@ -114,30 +114,40 @@ def _running(record: dict[str, Any]) -> State:
     return State("running", f"process {pid}")
 
 
-def selected_value(run: RunFolder) -> tuple[str | None, float | None]:
-    """The selecting metric's name, and its validation value at the chosen checkpoint, else its newest.
+@dataclass(frozen=True)
+class Selected:
+    """The selecting metric on the validation split, at `step`; None is what is undefined or not known."""
+
+    metric: str | None = None
+    value: float | None = None
+    step: int | None = None
+
+
+def selected_value(run: RunFolder) -> Selected:
+    """The selecting metric at the chosen checkpoint, else the newest there is.
 
     With several tasks it is the mean over them, as the checkpoint is chosen (numbers of which less is better count
     negative), and undefined while any of them is.
     """
     names = [task.select for task in run.tasks.values()]
     if not names:
-        return None, None
-    series = run.selected()
-    values = []
-    for name, task in run.tasks.items():
-        value = run.results.get("valid", {}).get(name, {}).get(task.select)
-        if value is None and series.get(name):
-            by_step = dict(series[name])
-            value = by_step.get(run.chosen_step or -1, series[name][-1][1])
-        if value is None:
-            return _joined(names), None
-        values.append(float(value) if task.maximise or len(names) == 1 else -float(value))
-    return _joined(names), sum(values) / len(values)
-
-
-def _joined(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+        return Selected()
+    metric = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    step = run.chosen_step
+    ended = run.results.get("valid", {})
+    if set(run.tasks) <= set(ended):
+        values = {name: ended[name].get(task.select) for name, task in run.tasks.items()}
+    else:
+        series = {name: dict(points) for name, points in run.selected().items()}
+        common = set.intersection(*(set(series.get(name, {})) for name in run.tasks))
+        step = step if step in common else max(common, default=None)
+        values = {name: series[name][step] if step is not None else None for name in run.tasks}
+    signed = [
+        None if value is None else -value if len(names) > 1 and not run.tasks[name].maximise else value
+        for name, value in values.items()
+    ]
+    known = [value for value in signed if value is not None]
+    return Selected(metric, sum(known) / len(known) if len(known) == len(names) else None, step)
 
 
 def last_sign(run: RunFolder) -> datetime.datetime | None:
