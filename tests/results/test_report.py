@@ -170,7 +170,7 @@ DAMAGE: dict[str, list[str]] = {
     "config.yaml": ["the config cannot be read"],
     "run.json": ["run.json is damaged"],
     "metrics.json": ["metrics.json is damaged"],
-    "journal.jsonl": [],
+    "journal.jsonl": ["journal.jsonl holds no numbers"],
     "predictions/test.parquet": ["predictions/test.parquet is damaged"],
     "checkpoints/best": [],
 }

@@ -16,11 +16,12 @@ import pandas as pd
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
 from trainer.data.sampling import Order
+from trainer.run.journal import JOURNAL, read_journal
 from trainer.tasks import Task, TaskError, define_task, get_task
 
 Series = list[tuple[int, float]]
 
-JOURNAL, PREDICTIONS = "journal.jsonl", "predictions"
+PREDICTIONS = "predictions"
 SPLITS = ("test", "valid", "train")  # in the order in which a split is shown rather than another
 
 
@@ -108,26 +109,6 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "run.json").is_file()
 
 
-def read_journal(path: Path) -> dict[str, Series]:
-    """The numbers of a journal: metric -> (step, value) by step. The first value of a metric and step counts.
-
-    Lines that tell no metrics, and a last line that is being written, are passed over.
-    """
-    found: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            if "kind" in entry:
-                continue
-            step, metrics = int(entry["step"]), dict(entry["metrics"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                found.setdefault(name, {}).setdefault(step, float(value))
-    return {name: sorted(values.items()) for name, values in found.items()}
-
-
 def dataset_path(config: RunConfig, task: str) -> Path:
     """Where the prepared dataset of a task lay when the run was started."""
     return Path(config.data.path.replace("{task}", task))
@@ -172,16 +153,17 @@ def _results(run: RunFolder) -> tuple[dict[str, dict[str, dict[str, Any]]], str 
 
 def _journal(run: RunFolder) -> dict[str, Series]:
     path = run.path / JOURNAL
+    lost = "the curves of the training cannot be shown"
+    if not path.is_file():
+        run.notes.append(f"no {JOURNAL}: {lost}")
+        return {}
     try:
         journal = read_journal(path)
-    except FileNotFoundError:
-        run.notes.append(f"no {JOURNAL}: the curves of the training cannot be shown")
-        return {}
-    except (OSError, ValueError) as error:
-        run.notes.append(f"{JOURNAL} cannot be read ({error}): the curves of the training cannot be shown")
+    except OSError as error:
+        run.notes.append(f"{JOURNAL} cannot be read ({error}): {lost}")
         return {}
     if not journal:
-        run.notes.append(f"{JOURNAL} holds no numbers yet")
+        run.notes.append(f"{JOURNAL} holds no numbers: {lost}")
     return journal
 
 

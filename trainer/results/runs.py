@@ -12,8 +12,9 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from trainer.results.folder import JOURNAL, RunFolder, is_run, read_run
+from trainer.results.folder import RunFolder, is_run, read_run
 from trainer.results.printable import printable
+from trainer.run.journal import JOURNAL
 
 STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red", "unknown": "red"}
 
