@@ -376,6 +376,28 @@ def test_a_new_store_gets_everything(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert_same_as_journal(elsewhere.uri, elsewhere.run_id, out)
 
 
+def test_a_journal_or_a_note_of_what_was_sent_may_be_lost(tmp_path: Path) -> None:
+    """Without the note all is compared with the run that the loop names; another journal gets a run of its own."""
+    out, chosen = tmp_path / "run", config()
+    tracker = started(chosen, out)
+    for step in range(1, 1501):  # several requests
+        tracker.metrics({"train/loss": 1 / step, "train/lr": 0.5}, step)
+    tracker.finish("stopped")
+    before = histories(tracker.uri, str(tracker.run_id))
+    (out / "tracking.json").unlink()
+    again = Tracker(chosen, out, enabled=True, run_id=tracker.run_id)
+    again.finish("stopped")
+    assert again.run_id == tracker.run_id
+    assert histories(again.uri, str(again.run_id)) == before
+    (out / "journal.jsonl").unlink()
+    anew = started(chosen, out)
+    anew.metrics({"train/loss": 2.0}, 1)
+    anew.finish("done")
+    assert anew.run_id != tracker.run_id
+    assert_same_as_journal(anew.uri, anew.run_id, out)
+    assert histories(tracker.uri, str(tracker.run_id)) == before
+
+
 def test_one_sends_at_a_time(tmp_path: Path, running: MlflowServer) -> None:
     out = tmp_path / "run"
     tracker = started(config(uri=running.uri), out)

@@ -61,6 +61,9 @@ class Outbox:
         self._found = False  # whether the MLflow run was there when we last looked
         self._lock: IO[str] | None = None
         self._in_doubt = True  # whether the server may have the next metrics already
+        self._compared_until = 0  # offset up to which they all are in doubt: a run of which we do not know what it has
+        if run_id is not None and not (run / PROGRESS).is_file() and self.journal.is_file():
+            self._compared_until = self.journal.stat().st_size
 
     @property
     def run_id(self) -> str | None:
@@ -117,13 +120,14 @@ class Outbox:
 
     def _open(self) -> MlflowRun:
         """The MLflow run: the one we know if the server has it, otherwise one found or created, with all to be sent."""
+        if self._progress["sent"] > self.journal.stat().st_size:
+            log.warning("%s is not the journal that was sent before: it gets an MLflow run of its own", self.journal)
+            self._note(key=uuid.uuid4().hex, run_id=None, sent=0)
+            self._remote, self._found = None, False
         if self._remote is None:
             self._remote = MlflowRun(self.uri, self.track, self.run, self._progress["key"])
         if self._found:
             return self._remote
-        if self._progress["sent"] > self.journal.stat().st_size:
-            log.warning("%s is shorter than what was sent of it: all of it is sent again", self.journal)
-            self._note(sent=0)
         if self.run_id is None or not self._remote.exists(self.run_id):
             if self.run_id is not None:
                 log.warning("MLflow at %s has no run %s: all is sent to another one", self.uri, self.run_id)
@@ -136,7 +140,8 @@ class Outbox:
     def _send_batch(self, remote: MlflowRun, batch: Batch) -> None:
         record = batch.records[0]
         if "metrics" in record:
-            remote.metrics(batch.records, in_doubt=self._in_doubt)
+            in_doubt = self._in_doubt or self._progress["sent"] < self._compared_until
+            remote.metrics(batch.records, in_doubt=in_doubt)
             self._in_doubt = False
             return
         kind = record["kind"]
