@@ -152,7 +152,10 @@ def _end(out: Path, record: RunRecord, tracker: Tracker | None, state: str, repo
     try:
         for path in [out / "run.json", *pictures]:
             tracker.artifact(path, "report" if path in pictures else None)
+        tracked = tracker.enabled
         tracker.finish(state)
+        if tracked:
+            record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id})
     except Exception as error:  # noqa: BLE001
         log.warning("the run's end could not be recorded: %s: %s", type(error).__name__, error)
 
