@@ -38,7 +38,7 @@ ops: install
 	$(BIN)/python -m trainer.run.distributed
 
 test: lint types ops
-	$(BIN)/python -m pytest -m "not slow and not slurm and not multinode" --durations=15
+	$(BIN)/python -m pytest -m "not slow and not browser and not slurm and not multinode" --durations=15
 
 test-all: lint types ops
 	$(BIN)/python -m pytest --durations=25

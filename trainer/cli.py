@@ -99,11 +99,12 @@ def train(
     folder = out or default_out(config, loaded.train.seed)
 
     def work(world: Any) -> int:
+        from trainer.results.report import write_report
         from trainer.run.logs import set_up_logging
         from trainer.run.loop import fit
 
         set_up_logging(folder, world.rank, debug=debug)
-        code = fit(loaded, folder, world, force=force)
+        code = fit(loaded, folder, world, force=force, report=write_report if loaded.track.report else None)
         if code == 0 and world.first:
             _print_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             _say(f"done: {folder}")

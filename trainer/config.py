@@ -216,6 +216,7 @@ class TrackConfig(Section):
     run_name: str | None = None
     tags: dict[str, str] = Field(default_factory=dict)
     system_metrics: bool = True
+    report: bool = Field(True, description="write report.html and its pictures when the run ends")
     flush_seconds: float = Field(30.0, ge=0.0, description="the end of a run waits so long for the server, not longer")
 
 
