@@ -7,6 +7,7 @@ resumable.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -59,7 +60,7 @@ def main() -> None:
     arguments = [a for a in arguments if not re.fullmatch(r"--local_rank=\d+", a)]
     arguments = _spread(["--drop-bad=train" if a == "--drop-bad" else a for a in arguments])
     with contextlib.ExitStack() as stack:
-        if "--json" in arguments:
+        if "--json" in arguments or _predicts_to_stdout(arguments):
             stack.enter_context(_stdout_to_stderr())
         try:
             code = app(arguments, prog_name="egmf", standalone_mode=False)
@@ -174,6 +175,59 @@ def replay(
             )
         _wide().print(table)
         return 0
+
+    return _in_world(work, debug)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
+    source: Annotated[str, typer.Option("--input", help="JSON lines of samples; - is stdin", metavar="FILE")],
+    out: Annotated[str, typer.Option(help="where the predictions go, JSON lines; - is stdout", metavar="FILE")],
+    overrides: Overrides = None,
+    task: Annotated[str | None, typer.Option(help="of lines that name none, where the run has several tasks")] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="add every answer's probability")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="add the weights of experts and modalities")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="samples at once; default eval.batch")] = None,
+    debug: Debug = False,
+) -> int:
+    """Answer own samples with a run's best checkpoint.
+
+    Faulty lines are left out and told on stderr with number and reason; the exit code is then 1.
+    """
+    from trainer.results.predict import Options, check_places, predict
+    from trainer.run.files import saved_config
+
+    chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
+    saved_config(run, chosen)
+    place = None if source == "-" else Path(source)
+    check_places(place, None if out == "-" else Path(out))
+
+    def work(world: Any) -> int:
+        from trainer.run.logs import set_up_logging
+        from trainer.run.saved import open_run
+
+        console = Console(stderr=True)
+        set_up_logging(None, world.rank, debug=debug, console=console)
+        opened = open_run(run, world, chosen)
+        with contextlib.ExitStack() as stack:
+            lines = sys.stdin.buffer if place is None else stack.enter_context(place.open("rb"))
+            bar = stack.enter_context(
+                Progress(console=console, transient=True, disable=not (world.first and console.is_terminal))
+            )
+            row = bar.add_task("lines", total=None)
+            tally = predict(
+                opened,
+                lines,
+                Path() if place is None else place.parent,
+                _json_out if out == "-" else Path(out),
+                Options(task, probabilities, gates),
+                say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+                advance=lambda n: bar.advance(row, n),
+            )
+        if world.first:
+            _say(f"answered: {tally.answered} line(s); left out: {tally.bad}")
+        return 1 if tally.bad else 0
 
     return _in_world(work, debug)
 
@@ -525,6 +579,11 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.dup2(_json_out, 1)
         os.close(_json_out)
         _json_out = 1
+
+
+def _predicts_to_stdout(arguments: list[str]) -> bool:
+    asked = "--out=-" in arguments or ("--out", "-") in itertools.pairwise(arguments)
+    return arguments[:1] == ["predict"] and asked
 
 
 def _print_json(value: Any) -> None:

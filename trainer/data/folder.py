@@ -54,7 +54,7 @@ def new_folder(out: Path) -> Iterator[NewFolder]:
     out = out.resolve()
     check_free(out)
     made = [parent for parent in out.parents if not parent.exists()]
-    with _terminable():
+    with terminable():
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             _clean(out)
@@ -131,7 +131,7 @@ def _beside(out: Path, use: str) -> Path:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM and SIGHUP raise SystemExit inside the block, if nobody else handles them."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ from trainer.data.faults import DataError, Fault, describe, group
 from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
 from trainer.data.helpers import helpers
 from trainer.data.readers import SPLITS, Source, open_source
-from trainer.data.rows import STREAMS, Part, Seen, convert, convert_part, keep
+from trainer.data.rows import STREAMS, Part, Seen, convert, convert_part, keep, wrong_width
 from trainer.data.summary import statistics
 from trainer.tasks import Task
 
@@ -253,8 +253,7 @@ def _widths(source: Source, parts: dict[str, list[Part]]) -> tuple[dict[str, int
         widths[name] = int(width)
         for key, row in _walk(parts) if set(found) - {width} else ():
             if row.widths[m] not in (0, width):
-                detail = f"{row.widths[m]} features per frame instead of {width}"
-                wrong[key] = Fault(f"wrong dimension of {name}", key[0], row.id, row.where, detail)
+                wrong[key] = wrong_width(name, row.widths[m], int(width), key[0], row.id, row.where)
     return widths, wrong
 
 

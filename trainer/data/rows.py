@@ -92,10 +92,10 @@ class Part:
 
 
 class Checker:
-    """Checks single samples of a task."""
+    """Checks single samples of a task. Those that are not `labelled` have no label and nan for a target."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, *, labelled: bool = True) -> None:
+        self.task, self.labelled = task, labelled
         self._index = {label: i for i, label in enumerate(task.labels)}
         self._folded: dict[str, list[int]] = {}
         for label, i in self._index.items():
@@ -117,11 +117,13 @@ class Checker:
         extra = {key: getattr(raw, key) for key in EXTRA}
         if extra["turn"] is not None and not isinstance(extra["turn"], numbers.Integral):
             fault("turn that is no whole number", repr(extra["turn"])[:40])
+        elif extra["turn"] is not None and not -(2**63) <= int(extra["turn"]) < 2**63:
+            fault("turn beyond 64 bits")
         elif extra["turn"] is not None:
             extra["turn"] = int(extra["turn"])
         if any(isinstance(s, str) and not _unicode(s) for s in (name, text, *extra.values())):
             fault("text that is no Unicode (a lone surrogate)")
-        label, target = self._classify(raw.label, fault) if self.task.grid is None else (None, self._rate(raw, fault))
+        label, target = self._answer(raw, fault) if self.labelled else (None, math.nan)
         streams = {
             "audio": _stream("audio", raw.audio, raw.audio_length, fault),
             "video": _stream("video", raw.video, raw.video_length, fault),
@@ -129,6 +131,9 @@ class Checker:
         if not all(f.repair for f in faults):
             return None, faults
         return Row(name, text, target, label, streams, extra), faults
+
+    def _answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float]:
+        return self._classify(raw.label, fault) if self.task.grid is None else (None, self._rate(raw, fault))
 
     def _classify(self, label: Any, fault: Callable[..., None]) -> tuple[str | None, float]:
         word = "" if label is None or (isinstance(label, float) and math.isnan(label)) else str(label).strip()
@@ -161,6 +166,11 @@ class Checker:
         elif not grid.low - 1e-6 <= value <= grid.high + 1e-6:
             fault("out-of-range value", f"{value:g} is outside {grid.low:g} to {grid.high:g}")
         return math.nan if value is None else value
+
+
+def wrong_width(name: str, found: int, width: int, split: str, id: str, where: str) -> Fault:
+    """The fault of a sample whose `name` stream has `found` features a frame where the dataset has `width`."""
+    return Fault(f"wrong dimension of {name}", split, id, where, f"{found} features per frame instead of {width}")
 
 
 def _number(label: Any) -> float | None:

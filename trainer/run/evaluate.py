@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from trainer.answers.metrics import compute
 from trainer.answers.scoring import Predictions, parse_answers, predict
-from trainer.batch import Batch
+from trainer.batch import Batch, Sample
 from trainer.config import RunConfig
 from trainer.data.sampling import GlobalBatch, micro_batches
 from trainer.run.assemble import Parts
@@ -101,23 +101,35 @@ def _task_rows(
     dtype: torch.dtype,
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    view, collate, task = parts.data[name][split], parts.collators[name], parts.tasks[name]
-    trie = parts.tries[name].to(world.device)
+    view, task = parts.data[name][split], parts.tasks[name]
     rows: list[dict[str, Any]] = []
     for indices, weight in batches(len(view), view.lengths(), config.eval.batch, world.rank, world.size):
         samples = [view[i] for i in indices]
-        batch = collate(samples, answers=False, weight=weight).to(world.device, dtype)
-        if config.eval.mode == "generate":
-            answers = _generated(forward, parts, config, name, batch)
-        else:
-            answers = _scored(forward, parts, config, name, batch, trie)
+        answers = answer(forward, parts, config, name, samples, world, dtype, weight)
         if weight:
-            for sample, answer in zip(samples, answers, strict=True):
+            for sample, given in zip(samples, answers, strict=True):
                 label = task.labels[int(sample.target)] if task.kind == "classification" else float(sample.target)
                 about = {"task": name, "id": sample.id, "label": label, "kind": sample.kind, "target": sample.target}
-                rows.append({**about, **answer})
+                rows.append({**about, **given})
             advance(len(samples))
     return rows
+
+
+def answer(
+    forward: Callable[..., Any],
+    parts: Parts,
+    config: RunConfig,
+    name: str,
+    samples: Sequence[Sample],
+    world: World,
+    dtype: torch.dtype,
+    weight: float = 1.0,
+) -> list[dict[str, Any]]:
+    """One batch of task `name` answered: value, prediction, valid, answer, probabilities and gates of each sample."""
+    batch = parts.collators[name](samples, answers=False, weight=weight).to(world.device, dtype)
+    if config.eval.mode == "generate":
+        return _generated(forward, parts, config, name, batch)
+    return _scored(forward, parts, config, name, batch, parts.tries[name].to(world.device))
 
 
 def _scored(

@@ -14,7 +14,7 @@ import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +25,7 @@ from trainer.tasks import Task
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
 
 Word = str | int | None
-Length = Annotated[int, Field(strict=True)] | None
+Length = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None
 
 
 class Line(BaseModel):
@@ -51,6 +51,9 @@ class Line(BaseModel):
     )
 
 
+AnyLine = TypeVar("AnyLine", bound=Line)
+
+
 def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], check: bool = True) -> list[Table]:
     """One table for each split in the file; what is wrong with its lines goes to `faults`.
 
@@ -73,7 +76,7 @@ def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], chec
         raw = data[start:stop].strip()
         if raw:
             where = f"{path} line {number}"
-            line = _parse(raw, where, faults)
+            line = parse_line(raw, where, faults, Line)
             if line is not None:
                 split = SPLIT_NAMES.get(line.split.lower()) if line.split is not None else named
                 if split is None:
@@ -83,7 +86,7 @@ def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], chec
                 for stream, rate in line.rate.items():
                     rates[stream][rate] += 1
                 if check:
-                    faults += [f"{where}: {fault}" for fault in _feature_faults(path, line)]
+                    faults += [f"{where}: {fault}" for fault in feature_faults(path.parent, line)]
         start = stop
     for name, found in rates.items():
         if len(found) > 1:
@@ -100,9 +103,10 @@ def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], chec
     ]
 
 
-def _parse(raw: bytes, where: str, faults: list[str]) -> Line | None:
+def parse_line(raw: bytes, where: str, faults: list[str], form: type[AnyLine]) -> AnyLine | None:
+    """The line as `form` has it; None where it is none, with every reason in `faults`."""
     try:
-        return Line.model_validate_json(raw)
+        return form.model_validate_json(raw)
     except ValidationError as error:
         seen: dict[str, str] = {}
         for fault in error.errors(include_url=False):
@@ -128,13 +132,23 @@ def _sample(
 ) -> RawSample:
     number, start, stop = lines[i]
     line = Line.model_validate_json(data[start:stop].strip())
+    name = f"{split}-{number:05d}" if line.id is None else str(line.id)
+    return raw_sample(task, path.parent, line, name, split, f"{path.name} line {number}")
+
+
+def raw_sample(task: Task, folder: Path, line: Line, name: str, split: str, where: str) -> RawSample:
+    """The sample `name` of a line whose paths are relative to `folder`.
+
+    Raises:
+        OSError, ValueError: see :func:`load_features`.
+    """
     first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
     features = {
-        name: None if (file := getattr(line, name)) is None else load_features(path.parent / file, name)
-        for name in ("audio", "video")
+        stream: None if (file := getattr(line, stream)) is None else load_features(folder / file, stream)
+        for stream in ("audio", "video")
     }
     return RawSample(
-        id=f"{split}-{number:05d}" if line.id is None else str(line.id),
+        id=name,
         split=split,
         text=line.text,
         label=second if first is None else first,
@@ -147,7 +161,7 @@ def _sample(
         turn=line.turn,
         kind=line.kind,
         language=line.language,
-        where=f"{path.name} line {number}",
+        where=where,
     )
 
 
@@ -155,17 +169,18 @@ def _word(value: Word) -> str | None:
     return None if value is None else str(value)
 
 
-def _feature_faults(path: Path, line: Line) -> list[str]:
+def feature_faults(folder: Path, line: Line) -> list[str]:
+    """What is wrong with the line's feature files, by their headers; paths are relative to `folder`."""
     faults = []
     for name in ("audio", "video"):
         file = getattr(line, name)
         if file is not None:
             try:
-                load_features(path.parent / file, name, check=True)
+                load_features(folder / file, name, check=True)
             except FileNotFoundError:
-                faults.append(f"no {name} file {path.parent / file}")
+                faults.append(f"no {name} file {folder / file}")
             except (OSError, ValueError) as error:
-                faults.append(f"{name} file {path.parent / file}: {error}")
+                faults.append(f"{name} file {folder / file}: {error}")
     return faults
 
 

@@ -1,0 +1,335 @@
+"""Predictions for own samples: equal to the evaluation's, and bad lines cost nothing but themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests.distributed.processes import egmf, run_ranks
+from tests.toy import WIDTHS, prepare_toy
+from trainer.data.dataset import open_dataset
+from trainer.data.unlabelled import LONGEST, Asked, Checked, UnlabelledReader
+from trainer.results import predict as module
+from trainer.results.predict import Options, PredictError, Tally, check_places, predict
+from trainer.run.distributed import World
+from trainer.run.saved import SavedRun, open_run
+from trainer.tasks import get_task
+
+ROOT = Path(__file__).parent.parent.parent
+TASKS = ("meld", "simsv2")
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two tasks, of both kinds, with histories."""
+    folder = tmp_path_factory.mktemp("predict")
+    for name in TASKS:
+        prepare_toy(name, folder)
+    small = ("train.steps=3", "model.backbone.tiny.vocab_size=400", "train.global_batch=8", "train.micro_batch=4")
+    more = (
+        "data.history=2",
+        "eval.batch=4",
+        "track.mlflow=false",
+        "task=[meld,simsv2]",
+        f"data.path={folder}/{{task}}",
+    )
+    done = egmf("train", f"{ROOT}/configs/tiny.yaml", *small, *more, "--out", str(folder / "run"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def opened(run: Path) -> SavedRun:
+    return open_run(run, WORLD)
+
+
+def unlabelled(run: Path, name: str, folder: Path) -> list[dict[str, Any]]:
+    """A prepared test split as own samples: lines, and `.npy` files in `folder`."""
+    lines = []
+    for sample in open_dataset(run.parent / name)["test"]:
+        line: dict[str, Any] = {"id": sample.id, "text": sample.text, "task": name, "speaker": sample.speaker}
+        line |= {"dialogue": sample.dialogue, "turn": sample.turn}
+        for stream in WIDTHS:
+            values = getattr(sample, f"{stream}_TF")
+            if values is not None:
+                line[stream] = f"{name}-{sample.id}-{stream}.npy"
+                np.save(folder / line[stream], values)
+        lines.append(line)
+    return lines
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    text = (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return path
+
+
+def answers(
+    opened: SavedRun, path: Path, out: Path, options: Options | None = None
+) -> tuple[Tally, list[dict[str, Any]], list[str]]:
+    said: list[str] = []
+    with path.open("rb") as source:
+        tally = predict(opened, source, path.parent, out, options or Options(), say=said.append)
+    return tally, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()], said
+
+
+def expected(run: Path) -> dict[tuple[str, str], Any]:
+    table = pd.read_parquet(run / "predictions" / "test.parquet")
+    return {(row.task, row.id): row for row in table.itertuples()}
+
+
+def shown(value: Any) -> str:
+    """As the run's table has them where its tasks are of both kinds."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def test_equal_to_the_evaluation_bit_by_bit(run: Path, opened: SavedRun, tmp_path: Path) -> None:
+    lines = [line for name in TASKS for line in unlabelled(run, name, tmp_path)]
+    path = write(tmp_path / "in.jsonl", lines)
+    tally, rows, said = answers(opened, path, tmp_path / "out.jsonl", Options(probabilities=True, gates=True))
+    assert (tally, said) == (Tally(answered=22, bad=0), [])
+    assert [(row["task"], row["id"]) for row in rows] == [(line["task"], line["id"]) for line in lines]
+    table = expected(run)
+    for row in rows:
+        held = table[row["task"], row["id"]]
+        assert (shown(row["prediction"]), row["valid"], row["answer"]) == (held.prediction, held.valid, held.answer)
+        assert list(row["probabilities"]) == list(get_task(row["task"]).answers())
+        assert list(row["probabilities"].values()) == list(held.probabilities)
+        assert row["gate_expert"] == dict(zip(("local", "semantic", "global"), held.gate_expert, strict=True))
+        for expert, weights in zip(row["gate_modality"].values(), held.gate_modality, strict=True):
+            assert expert == dict(zip(("text", "audio", "video"), weights, strict=True))
+    assert not any("audio" in line for line in lines[:1])  # missing modalities are among them
+
+
+def test_equal_within_rounding_in_another_order_and_batch(run: Path, tmp_path: Path) -> None:
+    other = open_run(run, WORLD, ["eval.batch=3"])
+    lines = [line for name in TASKS for line in unlabelled(run, name, tmp_path)][::-1]
+    _, rows, _ = answers(
+        other, write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", Options(probabilities=True)
+    )
+    assert [row["id"] for row in rows] == [line["id"] for line in lines]
+    table = expected(run)
+    for row in rows:
+        held = table[row["task"], row["id"]]
+        np.testing.assert_allclose(list(row["probabilities"].values()), held.probabilities, atol=1e-5)
+        if row["task"] == "simsv2":
+            assert row["prediction"] == pytest.approx(float(held.prediction), abs=1e-5)
+
+
+def test_chunks_change_nothing(run: Path, opened: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "in.jsonl", unlabelled(run, "simsv2", tmp_path))
+    _, whole, _ = answers(opened, path, tmp_path / "whole.jsonl")
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(module, "CHUNK_BATCHES", 1)
+    _, cut, _ = answers(opened, path, tmp_path / "cut.jsonl")
+    assert [row["id"] for row in cut] == [row["id"] for row in whole]
+    assert [r["prediction"] for r in cut] == pytest.approx([r["prediction"] for r in whole], abs=1e-5)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{broken", "Invalid JSON"),
+    "no object": ("[1]", "should be an object"),
+    "no id": ({"text": "a", "task": "meld"}, "no id"),
+    "no text": ({"id": "b1", "task": "meld"}, "empty text"),
+    "no task": ({"id": "b2", "text": "a"}, "names no task, the run has meld, simsv2"),
+    "another task": ({"id": "b3", "text": "a", "task": "mosei"}, "task 'mosei' is none of the run's: meld, simsv2"),
+    "no file": ({"id": "b4", "text": "a", "task": "meld", "audio": "none.npy"}, "no audio file "),
+    "a pickle": ({"id": "b5", "text": "a", "task": "meld", "audio": "objects.npy"}, "is no readable array"),
+    "width": ({"id": "b6", "text": "a", "task": "meld", "audio": "wide.npy"}, "9 features per frame instead of 6"),
+    "shape": (
+        {"id": "b7", "text": "a", "task": "meld", "video": "flat.npy"},
+        "shape [5] instead of [frames, features]",
+    ),
+    "length": ({"id": "b8", "text": "a", "task": "meld", "audio": "good.npy", "audio_length": 8}, "claims 8 of 7"),
+    "misspelt": ({"id": "b9", "text": "a", "task": "meld", "vidoe": "x"}, "(did you mean video?)"),
+    "twice": ({"id": "good", "text": "a", "task": "meld"}, "duplicate id ('good' is that of line 1)"),
+    "rate": (
+        {"id": "b10", "text": "a", "task": "meld", "rate": {"audio": 50}},
+        "another rate of audio (50 frames a second, the run's data have 10: resample)",
+    ),
+    "no Unicode": ('{"id": "b11", "text": "a\\ud800", "task": "meld"}', "Invalid JSON"),
+    "no UTF-8": (b'{"id": "b12", "text": "\xff", "task": "meld"}', "Invalid JSON"),
+    "a length that is text": ({"id": "b13", "text": "a", "task": "meld", "audio_length": "5"}, "audio_length: "),
+}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A good line, every kind of bad one, lines with notes, and a good one."""
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object))
+    np.save(tmp_path / "wide.npy", np.zeros((5, 9)))
+    np.save(tmp_path / "flat.npy", np.zeros(5))
+    np.save(tmp_path / "good.npy", np.ones((7, 6)))
+    np.save(tmp_path / "nan.npy", np.where(np.arange(7)[:, None] == 2, np.nan, np.ones((7, 6))))
+    lines: list[Any] = [{"id": "good", "text": "a", "task": "meld", "audio": "good.npy", "label": "no such label"}]
+    lines += [line for line, _ in BAD.values()]
+    lines += [
+        {"id": "nan", "text": "a", "task": "meld", "audio": "nan.npy"},
+        "",
+        {"id": 7, "text": "a", "task": "simsv2"},
+    ]
+    lines += [{"id": "note", "text": "a", "task": "simsv2", "colour": "red", "split": "none", "language": "en"}]
+    raw = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(raw))
+    return path
+
+
+def test_bad_lines_are_told_and_cost_only_themselves(opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
+    tally, rows, said = answers(opened, mixed, tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["good", "nan", "7", "note"]
+    assert tally == Tally(answered=4, bad=len(BAD))
+    for number, (name, (_, reason)) in enumerate(BAD.items(), start=2):
+        assert said[number - 2].startswith(f"line {number}: left out: "), name
+        assert reason in said[number - 2], name
+    assert said[len(BAD) :] == [
+        f"line {len(BAD) + 2}: nan or inf in audio: frames masked",
+        f"line {len(BAD) + 5}: unknown key 'colour': not used",
+    ]
+
+
+def test_the_command_keeps_stdout_clean_and_says_so_with_its_code(run: Path, mixed: Path, tmp_path: Path) -> None:
+    done = egmf("predict", str(run), "--input", str(mixed), "--out", "-", "--batch", "2")
+    assert done.returncode == 1
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in rows] == ["good", "nan", "7", "note"]
+    assert all(row.keys() == {"id", "task", "prediction", "valid", "answer"} for row in rows)
+    assert "line 3: left out: " in done.stderr
+    assert f"answered: 4 line(s); left out: {len(BAD)}" in done.stderr
+    good = write(tmp_path / "good.jsonl", unlabelled(run, "meld", tmp_path))
+    done = egmf("predict", str(run), "--input", str(good), "--out", str(tmp_path / "new" / "p.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "new" / "p.jsonl").read_text().splitlines()) == 11
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.distributed
+def test_two_processes_answer_alike(run: Path, opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
+    lines = mixed.read_bytes().splitlines()
+    mixed.write_bytes(b"\n".join([lines[0], *lines[-4:]]))
+    _, alone, _ = answers(opened, mixed, tmp_path / "alone.jsonl")
+    run_ranks("trainer", "predict", str(run), "--input", str(mixed), "--out", str(tmp_path / "two.jsonl"))
+    both = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["answer"]) for row in both] == [(row["id"], row["answer"]) for row in alone]
+
+
+def test_generated_answers_have_no_probabilities(run: Path, tmp_path: Path) -> None:
+    free = open_run(run, WORLD, ["eval.mode=generate"])
+    path = write(tmp_path / "in.jsonl", unlabelled(run, "simsv2", tmp_path)[:3])
+    _, rows, _ = answers(free, path, tmp_path / "out.jsonl")
+    assert all(row["valid"] == (row["prediction"] is not None) for row in rows)
+    with pytest.raises(PredictError, match=r"(?s)none of the run's tasks: meld, simsv2.*--probabilities.*--gates"):
+        answers(free, path, tmp_path / "no.jsonl", Options("mosei", probabilities=True, gates=True))
+    assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_places_are_checked_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", [])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for source, out, wanted in (
+        (tmp_path / "none", None, "does not exist"),
+        (tmp_path, None, "is a folder"),
+        (path, tmp_path, "is a folder"),
+        (path, tmp_path / "link.jsonl", "is the input itself"),
+    ):
+        with pytest.raises(PredictError, match=wanted):
+            check_places(source, out)
+    check_places(None, None)
+
+
+def test_what_cannot_be_written_leaves_what_was(opened: SavedRun, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", [{"id": f"i{n}", "text": "a", "task": "meld"} for n in range(3)])
+    with path.open("rb") as source, Path("/dev/full").open("w") as full, pytest.raises(PredictError, match="No space"):
+        predict(opened, source, tmp_path, full.fileno(), Options(), say=print)
+    out = write(tmp_path / "out.jsonl", ["before"])
+    empty = write(tmp_path / "empty.jsonl", ["", " "])
+    with pytest.raises(PredictError, match="no samples"):
+        answers(opened, empty, out)
+
+    class Broken(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(opened, Broken(), tmp_path, out, Options(), say=print)
+    assert out.read_text() == "before\n"
+    assert not list(tmp_path.glob(".*"))
+
+
+# ── the reader alone ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+ASKED = {"meld": Asked(get_task("meld"), {"audio": 0, "video": 5}, {"audio": None, "video": None})}
+
+
+def read(lines: list[Any], folder: Path, **options: Any) -> list[Checked]:
+    raw = b"\n".join((x if isinstance(x, str) else json.dumps(x)).encode() for x in lines)
+    with UnlabelledReader(io.BytesIO(raw), folder, ASKED, **options) as reader:
+        return list(reader)
+
+
+def test_streams_the_model_was_trained_without_are_not_used(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((7, 6)))
+    (line,) = read([{"id": "a", "text": " Hi. ", "audio": "a.npy"}], tmp_path)
+    assert line.notes == ["audio: not used, the run's data have none"]
+    assert line.sample is not None
+    assert (line.sample.text, line.sample.audio_TF) == ("Hi.", None)
+    assert math.isnan(line.sample.target)
+
+
+def test_histories_are_those_of_a_prepared_dataset(tmp_path: Path) -> None:
+    folder = prepare_toy("meld", tmp_path)
+    view = open_dataset(folder, history=3)["train"]
+    order = np.random.default_rng(0).permutation(len(view))
+    lines = [
+        {"id": s.id, "text": s.text, "speaker": s.speaker, "dialogue": s.dialogue, "turn": s.turn}
+        for s in (view[i] for i in order)
+    ]
+    read_lines = read(lines, tmp_path, history=3)
+    assert [line.sample.history for line in read_lines if line.sample] == [view[i].history for i in order]
+    unnumbered = [{"id": str(n), "text": f"t{n}", "dialogue": 1, "split": "ab"[n % 2]} for n in range(6)]
+    told = [line.sample.history for line in read(unnumbered, tmp_path, history=2) if line.sample]
+    assert told[4:] == [[("", "t0"), ("", "t2")], [("", "t1"), ("", "t3")]]
+    partly = [*unnumbered[::2], {"id": "x", "text": "tx", "dialogue": 1, "split": "a", "turn": 3}]
+    assert all(line.sample and line.sample.history == [] for line in read(partly, tmp_path, history=2))
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    class Endless(io.RawIOBase):
+        """A pipe of `n` lines, and one of 40 MiB."""
+
+        def __init__(self, n: int) -> None:
+            self._lines = self._made(n)
+
+        @staticmethod
+        def _made(n: int) -> Iterator[bytes]:
+            for i in range(n):  # names beyond the 64 characters up to which the JSON parser keeps some of them
+                yield b'{"id": "%070d", "text": "words", "dialogue": "%070d", "turn": 1}\n' % (i, i)
+            yield b" " * LONGEST
+            yield b" " * LONGEST
+            yield b" \n"
+
+        def readline(self, size: int | None = -1) -> bytes:
+            return next(self._lines, b"")
+
+    def peak(n: int) -> int:
+        tracemalloc.start()
+        with UnlabelledReader(Endless(n), tmp_path, ASKED) as reader:  # type: ignore[arg-type]
+            faults = [line.faults for line in reader if line.faults]
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert faults == [["is longer than 16 MiB"]]
+        return found
+
+    few = min(peak(500), peak(500))  # the first time, modules are loaded
+    assert peak(8000) - few < 100_000

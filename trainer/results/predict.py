@@ -1,0 +1,225 @@
+"""Predictions for own samples: JSON lines in, JSON lines out, in chunks of bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from trainer.batch import Sample
+from trainer.data.folder import terminable
+from trainer.data.unlabelled import Asked, Checked, UnlabelledReader
+from trainer.run.evaluate import answer, batches
+from trainer.run.files import new_file
+from trainer.run.saved import SavedRun
+
+CHUNK_BATCHES = 16  # batches of a chunk, whose samples are sorted by length together
+CHUNK_BYTES = 256 << 20  # of features in a chunk
+
+Row = dict[str, Any]
+
+
+class PredictError(ValueError):
+    """A request that cannot be answered, or an output that cannot be written."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked: `task` of lines that name none; whether probabilities and gate weights are wanted."""
+
+    task: str | None = None
+    probabilities: bool = False
+    gates: bool = False
+
+
+@dataclass
+class Tally:
+    """How many lines were answered and left out."""
+
+    answered: int = 0
+    bad: int = 0
+
+
+def check_places(source: Path | None, out: Path | None) -> None:
+    """Refuse what can be refused before a model is loaded; None stands for stdin and stdout.
+
+    Raises:
+        PredictError: no such input, an output that is a folder or the input itself.
+    """
+    if source is not None and not source.exists():
+        raise PredictError(f"{source} does not exist: --input is a JSONL file of samples, or - for stdin")
+    if source is not None and source.is_dir():
+        raise PredictError(f"{source} is a folder: --input is a JSONL file of samples, or - for stdin")
+    if out is not None and out.is_dir():
+        raise PredictError(f"{out} is a folder: --out is the file of predictions, or - for stdout")
+    if source is not None and out is not None and out.exists() and out.samefile(source):
+        raise PredictError(f"--out is the input itself, {source}: choose another file")
+
+
+@torch.no_grad()
+def predict(
+    run: SavedRun,
+    source: BinaryIO,
+    folder: Path,
+    out: Path | int,
+    options: Options,
+    *,
+    say: Callable[[str], None],
+    advance: Callable[[int], None] = lambda n: None,
+) -> Tally:
+    """Answer every good line of `source` and write one line each to `out`, in the order of the input.
+
+    An answered line holds `id`, `task`, `prediction` (a label or a number; null where not valid), `valid` and `answer`;
+    on request `probabilities` (answer -> p; null for generated text) and `gate_expert`, `gate_modality` (means over the
+    slots: expert -> weight, and expert -> modality -> weight). Bad lines are left out and told to `say` with number and reason.
+
+    Every rank calls this; rank 0 reads, writes and tells. A file appears whole at the end or not at all.
+
+    Args:
+        source: open JSON lines, see `docs/data.md`; read on rank 0 alone.
+        folder: what paths in the lines are relative to.
+        out: a file to be made, or an open file descriptor.
+        advance: told the number of lines done, now and then.
+
+    Raises:
+        PredictError: options that the run cannot answer, no samples at all, or an output that cannot be written.
+    """
+    _check_options(run, options)
+    tally = Tally()
+    with contextlib.ExitStack() as stack:
+        chunks: Iterator[list[Checked]] = iter(())
+        write: Callable[[Iterable[Row]], None] = lambda rows: None  # noqa: E731
+        if run.world.first:
+            stack.enter_context(terminable())
+            reader = UnlabelledReader(source, folder, _asked(run), task=options.task, history=run.config.data.history)
+            chunks = _chunks(stack.enter_context(reader), CHUNK_BATCHES * run.config.eval.batch)
+            write = stack.enter_context(_writing(out))
+        while (chunk := run.world.share(next(chunks, None))) is not None:
+            answered = _answered(run, chunk)
+            if run.world.first:
+                _tell(chunk, say)
+                write(_line(run, checked, row, options) for checked, row in answered)
+                tally.answered += len(answered)
+                tally.bad += sum(bool(checked.faults) for checked in chunk)
+                advance(len(chunk))
+        if run.world.first and not tally.answered + tally.bad:
+            raise PredictError("the input holds no samples: it is empty; nothing was written")
+    return run.world.share(tally)
+
+
+def _check_options(run: SavedRun, options: Options) -> None:
+    faults = []
+    if options.task is not None and options.task not in run.parts.tasks:
+        faults.append(f"--task {options.task} is none of the run's tasks: {', '.join(run.parts.tasks)}")
+    if options.probabilities and run.config.eval.mode == "generate":
+        faults.append("--probabilities: generated answers have none; score them instead (eval.mode=score)")
+    if options.gates and run.parts.model.fusion is None:
+        faults.append("--gates: the run has no fusion network (model.fusion.pseudo_tokens=0), so no gates")
+    if options.gates and run.config.eval.mode == "generate":
+        faults.append("--gates: answers are generated without gate weights; score them instead (eval.mode=score)")
+    if faults:
+        raise PredictError("\n".join(faults))
+
+
+def _asked(run: SavedRun) -> dict[str, Asked]:
+    data = run.parts.data
+    return {name: Asked(task, data[name].widths, data[name].rates) for name, task in run.parts.tasks.items()}
+
+
+def _chunks(lines: Iterable[Checked], most: int) -> Iterator[list[Checked]]:
+    """Lines in lists of bounded length and bytes of features."""
+    chunk: list[Checked] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += _bytes(line.sample)
+        if len(chunk) >= most or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _bytes(sample: Sample | None) -> int:
+    streams = () if sample is None else (sample.audio_TF, sample.video_TF)
+    return sum(stream.nbytes for stream in streams if stream is not None)
+
+
+def _answered(run: SavedRun, chunk: Sequence[Checked]) -> list[tuple[Checked, Row]]:
+    """The good lines of a chunk and their answers, in order, on rank 0; batches are those of an evaluation of these samples."""
+    mine: list[tuple[int, Row]] = []
+    for name in run.parts.tasks:
+        places = [i for i, line in enumerate(chunk) if line.sample is not None and line.task == name]
+        samples = [sample for i in places if (sample := chunk[i].sample) is not None]
+        lengths = np.array([_length(sample) for sample in samples], dtype=np.int64)
+        for indices, weight in batches(len(samples), lengths, run.config.eval.batch, run.world.rank, run.world.size):
+            batch = [samples[i] for i in indices]
+            rows = answer(run.forward, run.parts, run.config, name, batch, run.world, run.dtype, weight)
+            if weight:
+                mine += [(places[i], row) for i, row in zip(indices, rows, strict=True)]
+    everyone = run.world.gather(mine) or []
+    return [(chunk[i], row) for i, row in sorted(itertools.chain(*everyone), key=lambda pair: pair[0])]
+
+
+def _length(sample: Sample) -> int:
+    """As :meth:`trainer.data.dataset.SplitView.lengths`."""
+    return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
+
+
+def _line(run: SavedRun, checked: Checked, row: Row, options: Options) -> Row:
+    assert checked.sample is not None
+    line: Row = {"id": checked.sample.id, "task": checked.task}
+    line |= {key: row[key] for key in ("prediction", "valid", "answer")}
+    if options.probabilities:
+        words, held = run.parts.tasks[checked.task].answers(), row["probabilities"]
+        line["probabilities"] = None if held is None else dict(zip(words, held, strict=True))
+    if options.gates:
+        fusion = run.parts.model.fusion
+        assert fusion is not None
+        modality = [dict(zip(fusion.modalities, _finite(weights), strict=True)) for weights in row["gate_modality"]]
+        line["gate_expert"] = dict(zip(fusion.experts_built, _finite(row["gate_expert"]), strict=True))
+        line["gate_modality"] = dict(zip(fusion.experts_built, modality, strict=True))
+    return line
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """JSON has no nan: what a diverged model gives is null."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _tell(chunk: Iterable[Checked], say: Callable[[str], None]) -> None:
+    for line in chunk:
+        if line.faults:
+            say(f"line {line.number}: left out: {'; '.join(line.faults)}")
+        elif line.notes:
+            say(f"line {line.number}: {'; '.join(line.notes)}")
+
+
+@contextlib.contextmanager
+def _writing(out: Path | int) -> Iterator[Callable[[Iterable[Row]], None]]:
+    """A function that writes rows to `out`; a file appears when the block ends well."""
+    try:
+        if isinstance(out, Path):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(out) if isinstance(out, Path) else os.fdopen(os.dup(out), "w", encoding="utf-8") as stream:
+
+            def write(rows: Iterable[Row]) -> None:
+                for row in rows:
+                    stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                stream.flush()
+
+            yield write
+    except BrokenPipeError:  # `| head`: the command ends quietly
+        raise
+    except OSError as error:
+        where = f"{out}: {error.strerror}; nothing was written" if isinstance(out, Path) else f"on: {error.strerror}"
+        raise PredictError(f"cannot write {where}") from error
