@@ -221,5 +221,9 @@ def _writing(out: Path | int) -> Iterator[Callable[[Iterable[Row]], None]]:
     except BrokenPipeError:  # `| head`: the command ends quietly
         raise
     except OSError as error:
-        where = f"{out}: {error.strerror}; nothing was written" if isinstance(out, Path) else f"on: {error.strerror}"
-        raise PredictError(f"cannot write {where}") from error
+        where = (
+            f"{out}: {error.strerror}; nothing was"
+            if isinstance(out, Path)
+            else f"to stdout: {error.strerror}; not all was"
+        )
+        raise PredictError(f"cannot write {where} written") from error
