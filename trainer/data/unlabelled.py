@@ -20,6 +20,7 @@ from typing import BinaryIO
 from trainer.batch import Sample
 from trainer.data.faults import DataError, Fault
 from trainer.data.readers.jsonl import Line, feature_faults, parse_line, raw_sample
+from trainer.data.readers.raw import ReaderError
 from trainer.data.rows import STREAMS, Checker, Row, wrong_width
 from trainer.tasks import Task
 
@@ -152,8 +153,8 @@ class UnlabelledReader:
         try:
             raw = raw_sample(asked.task, self._folder, line, id, "", "")
             row, faults = self._checkers[asked.task.name].check(raw, "")
-        except (OSError, ValueError) as error:
-            out.faults.append(f"features cannot be read: {error}")
+        except ReaderError as error:
+            out.faults.append(str(error))
             return None
         if row is not None:
             faults += _fit(row, asked, out.notes)

@@ -19,6 +19,7 @@ import codecs
 import math
 import mmap
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,7 +57,11 @@ def load_pickle(path: str | Path) -> Any:
 
 def loads(data: bytes | mmap.mmap, where: str = "pickle") -> Any:
     """:func:`load_pickle` of `data` in memory; `where` names it in messages."""
-    return _Unpickler(data, where).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # escapes in strings that Python does not know stay as they are
+        return _Unpickler(data, where).run()
 
 
 class _Name:

@@ -7,11 +7,17 @@ JSONL. The split may be the file's name instead. `docs/data.md` has the whole li
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import lzma
 import math
 import mmap
+import tokenize
+import warnings
 import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table, split_of
+from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Table, split_of
 from trainer.tasks import Task
 
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
@@ -82,7 +88,7 @@ def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], chec
                 if split is None:
                     faults.append(f"{where}: {_no_split(line)}")
                 places.setdefault(split or "", []).append((number, start, stop))
-                unknown.update(line.model_extra or {})
+                unknown.update(list(line.model_extra or {}))
                 for stream, rate in line.rate.items():
                     rates[stream][rate] += 1
                 if check:
@@ -140,13 +146,17 @@ def raw_sample(task: Task, folder: Path, line: Line, name: str, split: str, wher
     """The sample `name` of a line whose paths are relative to `folder`.
 
     Raises:
-        OSError, ValueError: see :func:`load_features`.
+        ReaderError: a feature file cannot be read, though its header can.
     """
     first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
-    features = {
-        stream: None if (file := getattr(line, stream)) is None else load_features(folder / file, stream)
-        for stream in ("audio", "video")
-    }
+    features: dict[str, np.ndarray | None] = {}
+    for stream in ("audio", "video"):
+        file = getattr(line, stream)
+        try:
+            features[stream] = None if file is None else load_features(folder / file, stream)
+        except (OSError, ValueError) as error:
+            at = f"{where}: " if where else ""
+            raise ReaderError(f"{at}{stream} file {folder / file} cannot be read: {error}") from error
     return RawSample(
         id=name,
         split=split,
@@ -196,23 +206,20 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
         with path.open("rb") as file:
             if file.read(6) != b"\x93NUMPY":
                 raise ValueError("is no .npy array")
-        try:
+        with _reading("array"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"is no readable array: {error}") from error
         return None if check else array
     if path.suffix != ".npz":
         raise ValueError("features are .npy or .npz files")
     if not path.is_file():
         raise FileNotFoundError(path)
-    try:
+    with _reading(".npz"):
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
             key = name if name in names else names[0] if len(names) == 1 else None
             if key is None:
-                raise ValueError(
-                    f"holds {', '.join(names[:8]) or 'nothing'}; one array, or one called {name!r}, was expected"
-                )
+                held = ", ".join(names[:8]) or "nothing"
+                raise _UnreadableError(f"holds {held}; one array, or one called {name!r}, was expected")
             info = archive.getinfo(f"{key}.npy")
             with archive.open(info) as member:
                 _check_member(member, info)
@@ -220,21 +227,37 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
             return None
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays[key])
-    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"is no readable .npz: {error}") from error
+
+
+class _UnreadableError(ValueError):
+    """A feature file that is no array, in words of ours."""
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Whatever numpy and zipfile raise on a damaged file is a ValueError that says so; their warnings are dropped."""
+    damage = (ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, NotImplementedError, RuntimeError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (_UnreadableError, FileNotFoundError):
+        raise
+    except (*damage, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError) as error:
+        raise _UnreadableError(f"is no readable {what}: {error}") from error
 
 
 def _check_member(member: Any, info: zipfile.ZipInfo) -> None:
     """Refuse an array in an archive that holds objects or claims more than the archive has."""
     version = np.lib.format.read_magic(member)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"is an array of format {version}")
+        raise _UnreadableError(f"is an array of format {version}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(member)
     if dtype.hasobject:
-        raise ValueError("holds Python objects")
+        raise _UnreadableError("holds Python objects")
     if (
         member.tell() + math.prod(shape) * dtype.itemsize != info.file_size
         or info.file_size > _DEFLATE * info.compress_size
     ):
-        raise ValueError(f"claims shape {shape} of type {dtype}, which is not the size of what it holds")
+        raise _UnreadableError(f"claims shape {shape} of type {dtype}, which is not the size of what it holds")
