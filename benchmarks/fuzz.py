@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 FAILURES = HERE / "failures"
 ROOM = 1 << 30  # bytes of address space that a worker may take beyond what it has when it starts
 LIMIT = 10.0  # seconds of a case
+START = 60.0  # seconds more that a worker has for loading everything, before its first case
 LONGEST = 1 << 16  # bytes of a damaged file
 
 
@@ -131,13 +132,14 @@ def _watch(command: list[str], folder: Path) -> str | None:
     """Run a worker; what was wrong with how it ended."""
     with (folder / "said").open("wb") as said:
         worker = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-    before, since = -1, time.monotonic()
+    first = before = (folder / "log").stat().st_size
+    since = time.monotonic()
     while worker.poll() is None:
         time.sleep(0.2)
         size = (folder / "log").stat().st_size
         if size != before:
             before, since = size, time.monotonic()
-        elif time.monotonic() - since > LIMIT + (60 if not size else 0):  # starting takes longer
+        elif time.monotonic() - since > LIMIT + (START if size == first else 0):
             worker.kill()
             worker.wait()
             return f"hang: no answer after {LIMIT} s"
@@ -202,8 +204,14 @@ def _guided(atheris: Any, case: Any, honest: tuple[bytes, ...], folder: Path, ar
     corpus.mkdir(exist_ok=True)
     for i, data in enumerate(honest):
         (corpus / f"honest{i}").write_bytes(data)
-    limits = [f"-max_len={LONGEST}", "-timeout=0", "-rss_limit_mb=0", "-len_control=0", "-verbosity=0"]
-    runs = [f"-runs={arguments.cases}", f"-seed={arguments.seed + 1}"]
+    limits = [
+        f"-max_len={LONGEST}",
+        "-timeout=3600",
+        "-rss_limit_mb=0",
+        "-len_control=0",
+        "-verbosity=0",
+    ]  # ours are stricter
+    runs = [f"-runs={arguments.cases}", f"-seed={arguments.seed + 1}", f"-artifact_prefix={folder}/"]
     atheris.Setup(["fuzz", *limits, *runs, str(corpus)], case)
     atheris.Fuzz()
 

@@ -66,9 +66,14 @@ def main() -> None:
             code = app(arguments, prog_name="egmf", standalone_mode=False)
         except typer.Exit as error:
             code = error.exit_code
+            if code == 130:  # typer's reading of Ctrl-C
+                _say("interrupted")
         except KeyboardInterrupt:
             _say("interrupted")
             code = 130
+        except SystemExit as error:  # raised by a signal's handler
+            _say("stopped by a signal")
+            code = error.code if isinstance(error.code, int) else 1
         except ValueError as error:
             if "--debug" in arguments:
                 raise

@@ -272,7 +272,7 @@ def get_task(name: str) -> Task:
             raise TaskError(f"{name} is not readable YAML: {error}") from error
         return define_task(raw, where=name)
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
-    near = f"; did you mean {close[0]}?" if close else ""
+    near = f"; did you mean {close[0]}?" if close else "."
     raise TaskError(
         f"unknown task {name!r}{near} Known: {', '.join(BUILT_IN)}; or the path of a YAML file that defines one"
     )

@@ -63,7 +63,7 @@ class PreparedDataset:
     def __getitem__(self, split: str) -> SplitView:
         if split not in self._views:
             near = _ALIASES.get(split) or next(iter(difflib.get_close_matches(split, self.splits, n=1)), None)
-            hint = f"; did you mean {near}?" if near in self._views else ""
+            hint = f"; did you mean {near}?" if near in self._views else "."
             raise DataError(f"{self.path} has no split {split!r}{hint} It has {', '.join(self.splits)}")
         return self._views[split]
 
@@ -236,7 +236,7 @@ def _checked_record(path: Path) -> dict[str, Any]:
         hint = f"; the folder holds the prepared datasets {', '.join(inside)}" if inside else ""
         state = "no such folder" if not path.exists() else f"it has no {RECORD} that egmf wrote"
         if path.is_dir() and (path / RECORD).exists():
-            state = f"its {RECORD} cannot be read"
+            state = f"its {RECORD} is damaged: remove the folder first"
         raise DataError(
             f"{path} is not a prepared dataset ({state}){hint}: make one with egmf prepare TASK --out {path}"
         )

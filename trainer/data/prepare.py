@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -109,9 +110,13 @@ def prepare_source(
             record = _judge(task, source, parts, strict, drop_bad)
             _write(folder.path, parts, record)
             return _put_in_place(folder, record, force)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a helper process was killed, perhaps for want of memory: try fewer --workers than {workers}; nothing was written"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise DataError(f"cannot write {out}: {error.strerror}; nothing was written") from error
+            raise DataError(f"cannot write {out}: {os.strerror(error.errno)}; nothing was written") from error
         raise
 
 

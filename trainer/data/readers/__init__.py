@@ -144,7 +144,10 @@ def _in_folder(task: Task, folder: Path, faults: list[str], notes: list[str]) ->
     if aside:
         notes.append(f"{folder.name}: left aside: {', '.join(aside)}")
     if not chosen:
-        faults.append(f"{folder}: holds no pickles (.pkl), annotations like MELD's (.csv) or own samples (.jsonl)")
+        rest = f" (left aside: {', '.join(aside)})" if aside else ""
+        faults.append(
+            f"{folder}: holds no pickles (.pkl), annotations like MELD's (.csv) or own samples (.jsonl){rest}"
+        )
     return chosen
 
 

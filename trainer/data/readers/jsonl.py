@@ -70,11 +70,14 @@ def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], chec
         return []
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+    if data[start : start + 4096].lstrip().startswith(b"["):
+        faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
+        return []
     named = split_of(path.stem)
     places: dict[str, list[tuple[int, int, int]]] = {}  # split -> line number, start and stop of its lines
     rates: dict[str, Counter[float]] = {"audio": Counter(), "video": Counter()}
     unknown: Counter[str] = Counter()
-    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
     number = 0
     while start < len(data):
         stop = data.find(b"\n", start) + 1 or len(data)
