@@ -66,10 +66,7 @@ def main() -> None:
             code = app(arguments, prog_name="egmf", standalone_mode=False)
         except typer.Exit as error:
             code = error.exit_code
-            if code == 130:  # typer's reading of Ctrl-C
-                _say("interrupted")
         except KeyboardInterrupt:
-            _say("interrupted")
             code = 130
         except SystemExit as error:  # raised by a signal's handler
             _say("stopped by a signal")
@@ -85,6 +82,8 @@ def main() -> None:
                 code = getattr(error, "exit_code", 2)
             else:
                 raise
+        if code == 130:  # Ctrl-C, of which typer makes this code too
+            _say("interrupted")
         sys.stdout.flush()
     sys.exit(code or 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,4 +25,10 @@ def read_part(split: str, k: int, n: int) -> Iterator[RawSample]:
 def broken_part(split: str, k: int, n: int) -> Iterator[RawSample]:
     if k == 1:
         raise ValueError("cannot read row 7")
+    yield from read_part(split, k, n)
+
+
+def killed_part(split: str, k: int, n: int) -> Iterator[RawSample]:
+    """As the kernel does to a process when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
     yield from read_part(split, k, n)

@@ -196,7 +196,7 @@ def test_what_is_no_prepared_dataset(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="format 2, newer than this version's 1: update"):
         open_dataset(folder)
     (folder / "record.json").write_text("{")
-    with pytest.raises(DataError, match=r"record\.json cannot be read"):
+    with pytest.raises(DataError, match=r"record\.json is damaged"):
         open_dataset(folder)
 
 

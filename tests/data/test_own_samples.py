@@ -136,6 +136,12 @@ def test_all_faults_of_own_samples_come_at_once(tmp_path: Path) -> None:
     assert "… and " in str(caught.value)
 
 
+def test_a_list_of_samples_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps([{"text": "a", "label": "joy"}], indent=1))
+    with pytest.raises(ReaderError, match="is one JSON list; one sample a line was expected"):
+        open_source(MELD, [tmp_path])
+
+
 def test_pickles_inside_npy_never_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:

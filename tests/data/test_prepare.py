@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from parts import broken_part, read_part
+from parts import broken_part, killed_part, read_part
 from rich.console import Console
 
 from trainer.data import rows
@@ -404,6 +404,13 @@ def test_signals_leave_nothing_and_the_next_cleans_up_after_a_kill(tmp_path: Pat
     bystander.mkdir()
     prepare_source(MELD, source(), killed / "out")
     assert sorted(os.listdir(killed)) == [bystander.name, "out"]
+
+
+def test_a_killed_helper_is_a_fault_in_words(tmp_path: Path) -> None:
+    src = Source("parts", lambda split: iter(()), ["train", "valid", "test"], [], part=killed_part)
+    with pytest.raises(DataError, match=r"a helper process was killed.*fewer --workers than 2; nothing was written"):
+        prepare_source(MELD, src, tmp_path / "out", workers=2)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_dataset_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path) -> None:
