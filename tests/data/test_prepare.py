@@ -148,6 +148,7 @@ FAULTY = {
     "negative length of video": {"video_length": -1},
     "length of audio that is no whole number": {"audio_length": 2.5},
     "turn that is no whole number": {"turn": 1.5},
+    "turn beyond 64 bits": {"turn": 1 << 63},
     "duplicate id": {"id": "train/0"},
 }
 
