@@ -105,6 +105,8 @@ def _fuzz(name: str, cases: int, engine: str, seed: int) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", name, made, "--engine", engine]
             command += ["--cases", str(cases - done), "--seed", str(seed + 1000 * restarts)]
             reason = _watch(command, folder)
+            if reason and not (folder / "case").exists():
+                raise SystemExit(f"{name}: the worker does not start: {reason}")
             if reason:
                 _keep(name, (folder / "case").read_bytes(), reason)
                 with (folder / "log").open("a") as log:
