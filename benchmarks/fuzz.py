@@ -67,6 +67,7 @@ def main() -> int:
         "formats": found,
     }
     path = arguments.out or HERE / "results" / f"fuzz-{today()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{result['cases']} cases, {result['failures']} failures, {result['seconds']} s: {path}")
     return 1 if result["failures"] else 0
