@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from trainer.config import RunConfig, TrainConfig
 from trainer.models.egmf import EGMF
 from trainer.run.distributed import World, missing_build_tools
+from trainer.run.logs import captured_stdout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,7 +87,8 @@ def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
     arguments: dict[str, Any] = {}
     if "optimizer" not in raw:
         arguments["optimizer"] = _optimizer(groups, config.train, raw)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=raw, **arguments)
+    with captured_stdout():
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=raw, **arguments)
     _undo_first_step(engine)
     return engine
 
@@ -135,7 +137,8 @@ def build_inference_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpee
     raw.pop("scheduler", None)
     zero = dict(raw["zero_optimization"], stage=3)
     zero.pop("offload_optimizer", None)
-    engine, *_ = deepspeed.initialize(model=model, config={**raw, "zero_optimization": zero})
+    with captured_stdout():
+        engine, *_ = deepspeed.initialize(model=model, config={**raw, "zero_optimization": zero})
     return engine
 
 
