@@ -9,7 +9,8 @@ import pytest
 
 from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
-from trainer.cli import _spread, default_out
+from trainer.cli import _spread
+from trainer.commands.shared import default_out
 
 ROOT = Path(__file__).parent.parent
 

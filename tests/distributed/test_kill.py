@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(("case", "procs", "kills"), [("zero3-nf4", 2, 4), ("zero2-nf4", 1, 2)])
-def test_a_run_that_is_killed_again_and_again_is_the_same_run(tmp_path: Path, case: str, procs: int, kills: int) -> None:
+def test_a_run_that_is_killed_again_and_again_is_the_same_run(
+    tmp_path: Path, case: str, procs: int, kills: int
+) -> None:
     out = tmp_path / "result.json"
     done = subprocess.run(
         [sys.executable, "benchmarks/killtest.py", "--work", str(tmp_path / "work"), "--out", str(out), "--steps=24",

@@ -1,0 +1,136 @@
+"""Published files to datasets, and what stands in them: prepare, data show, score."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from trainer.commands.shared import (
+    Json,
+    print_json,
+    print_metrics,
+    say,
+    wide,
+)
+
+app = typer.Typer()
+data_app = typer.Typer(help="Look at prepared datasets.", no_args_is_help=True)
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="a task, or a YAML file that defines one", metavar="TASK")],
+    out: Annotated[Path, typer.Option(help="where the prepared dataset goes", metavar="DIR")],
+    source: Annotated[list[Path] | None, typer.Option(help="published files, or folders of them")] = None,
+    task_file: Annotated[Path | None, typer.Option("--task", help="YAML file that defines TASK, for own data")] = None,
+    strict: Annotated[bool, typer.Option(help="refuse every fault, also those with one right repair")] = False,
+    drop_bad: Annotated[
+        str, typer.Option(help="leave faulty samples out: of train (--drop-bad), of every split (--drop-bad=all)")
+    ] = "none",
+    force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
+    seed: Annotated[int, typer.Option(help="of the generated tasks (diagnostic)")] = 0,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="of the generated tasks: SPLIT=N, such as train=4000"),
+    ] = None,
+) -> None:
+    """Read published files once, check them, and write a memory-mapped dataset.
+
+    The diagnostic tasks are generated and take no --source.
+    """
+    from trainer.data.prepare import prepare as prepare_files
+    from trainer.data.summary import summary_table
+    from trainer.tasks import get_task
+
+    if drop_bad not in ("none", "train", "all"):
+        raise ValueError(f"--drop-bad is 'train' or 'all', not {drop_bad!r}")
+    task = _defined(name, task_file)
+    options: dict[str, Any] = {"strict": strict, "drop_bad": drop_bad, "force": force, "workers": workers}
+    with _splits_bar() as progress:
+        if task.name.startswith("diagnostic") and get_task(task.name) == task:
+            from trainer.data.diagnostic import generate
+
+            if source:
+                raise ValueError(f"{task.name} is generated: it takes no --source")
+            summary = generate(task.name, out, seed=seed, sizes=_sizes(size), force=force, progress=progress)
+        elif not source:
+            raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
+        else:
+            summary = prepare_files(task, source, out, progress=progress, **options)
+    wide().print(summary_table(summary.record))
+    say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
+
+
+@data_app.command("show")
+def data_show(
+    folder: Annotated[Path, typer.Argument(help="a prepared dataset", metavar="DIR")], as_json: Json = False
+) -> None:
+    """Samples, labels, lengths and missing modalities of a prepared dataset."""
+    from trainer.data.dataset import open_dataset
+    from trainer.data.summary import summary_json, summary_table
+
+    record = open_dataset(folder).record
+    if as_json:
+        print_json(summary_json(record))
+    else:
+        wide().print(summary_table(record))
+
+
+@app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(help="CSV with the columns id, label, prediction", metavar="FILE")],
+    task: Annotated[str, typer.Option(help="the task, or a YAML file that defines one")],
+    as_json: Json = False,
+) -> None:
+    """Score any system's predictions with the benchmark's own metrics."""
+    from trainer.answers.score_file import score_predictions
+    from trainer.tasks import get_task
+
+    chosen = get_task(task)
+    metrics = score_predictions(chosen, predictions)
+    if as_json:
+        print_json(metrics)
+    else:
+        print_metrics({predictions.name: {chosen.name: metrics}})
+
+
+def _defined(name: str, task_file: Path | None) -> Any:
+    from trainer.tasks import get_task
+
+    if task_file is None:
+        return get_task(name)
+    task = get_task(str(task_file))
+    if task.name != name:
+        raise ValueError(f"{task_file} defines the task {task.name!r}, not {name!r}")
+    return task
+
+
+def _sizes(given: list[str] | None) -> dict[str, int] | None:
+    if not given:
+        return None
+    bad = [text for text in given if not re.fullmatch(r"(train|valid|test)=[1-9]\d*", text)]
+    if bad:
+        raise ValueError(f"--size is SPLIT=N with a split of train, valid, test; not {', '.join(bad)}")
+    return {split: int(n) for split, _, n in (text.partition("=") for text in given)}
+
+
+@contextlib.contextmanager
+def _splits_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        rows: dict[str, Any] = {}
+
+        def progress(split: str, done: int, total: int | None) -> None:
+            if split not in rows:
+                rows[split] = bar.add_task(split, total=total)
+            bar.update(rows[split], completed=done, total=total)
+
+        yield progress

@@ -1,0 +1,217 @@
+"""Training, and what a trained run is used for: train, launch, evaluate, predict, replay, demo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from trainer.commands.shared import (
+    ConfigFile,
+    Debug,
+    Json,
+    Out,
+    Overrides,
+    check_tasks,
+    default_out,
+    in_world,
+    json_out,
+    print_json,
+    print_metrics,
+    say,
+    wide,
+)
+
+app = typer.Typer()
+launch_app = typer.Typer(help="Start a training on several processes.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Annotated[bool, typer.Option("--force", help="continue a run although settings or data differ")] = False,
+    debug: Debug = False,
+) -> int:
+    """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
+    from trainer.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    check_tasks(loaded.tasks)
+    folder = out or default_out(config, loaded.train.seed)
+
+    def work(world: Any) -> int:
+        from trainer.results.report import write_report
+        from trainer.run.logs import set_up_logging
+        from trainer.run.loop import fit
+
+        set_up_logging(folder, world.rank, debug=debug)
+        code = fit(loaded, folder, world, force=force, report=write_report if loaded.track.report else None)
+        if code == 0 and world.first:
+            print_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+            say(f"done: {folder}")
+        return code
+
+    return in_world(work, debug)
+
+
+@launch_app.command("local")
+def launch_local(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    procs: Annotated[int, typer.Option(min=1, help="processes on this machine, one per GPU")] = 1,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command and stop")] = False,
+    debug: Debug = False,
+) -> int:
+    """Train on several processes of this machine."""
+    from launch.local import command, launch
+    from trainer.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    check_tasks(loaded.tasks)
+    folder = out or default_out(config, loaded.train.seed)
+    line = command(config, overrides or [], folder, debug=debug)
+    if dry_run:
+        typer.echo(f"{procs} processes of: {shlex.join(line)}")
+        return 0
+    return launch(line, procs, folder)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
+    data: Annotated[str | None, typer.Option(help="another prepared dataset of the same task")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="write the predictions to this parquet file")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Score a split with a run's best checkpoint. Works on several processes too, under any launcher."""
+    from trainer.run.files import saved_config
+
+    saved_config(run, overrides or [], data)
+
+    def work(world: Any) -> int:
+        from trainer.run.evaluate import write_predictions
+        from trainer.run.logs import set_up_logging
+        from trainer.run.saved import open_run
+
+        set_up_logging(None, world.rank, debug=debug)
+        opened = open_run(run, world, overrides or [], data)
+        total = sum(len(d[split]) for d in opened.parts.data.values())
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (world.first and console.is_terminal)) as bar:
+            task = bar.add_task(split, total=total)
+            table, metrics = opened.evaluate(split, lambda n: bar.advance(task, n * world.size))
+        if world.first:
+            if predictions is not None:
+                write_predictions(table, predictions)
+            if as_json:
+                print_json(next(iter(metrics.values())) if len(metrics) == 1 else metrics)
+            else:
+                print_metrics({"checkpoint": opened.checkpoint.name, split: metrics})
+        return 0
+
+    return in_world(work, debug)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
+    source: Annotated[str, typer.Option("--input", help="JSON lines of samples; - is stdin", metavar="FILE")],
+    out: Annotated[str, typer.Option(help="where the predictions go, JSON lines; - is stdout", metavar="FILE")],
+    overrides: Overrides = None,
+    task: Annotated[str | None, typer.Option(help="of lines that name none, where the run has several tasks")] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="add every answer's probability")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="add the weights of experts and modalities")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="samples at once; default eval.batch")] = None,
+    debug: Debug = False,
+) -> int:
+    """Answer own samples with a run's best checkpoint.
+
+    Faulty lines are left out and told on stderr with number and reason; the exit code is then 1.
+    """
+    from trainer.results.predict import Options, check_places, predict
+    from trainer.run.files import saved_config
+
+    chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
+    saved_config(run, chosen)
+    place = None if source == "-" else Path(source)
+    check_places(place, None if out == "-" else Path(out))
+
+    def work(world: Any) -> int:
+        from trainer.run.logs import set_up_logging
+        from trainer.run.saved import open_run
+
+        console = Console(stderr=True)
+        set_up_logging(None, world.rank, debug=debug, console=console)
+        opened = open_run(run, world, chosen)
+        with contextlib.ExitStack() as stack:
+            lines = sys.stdin.buffer if place is None else stack.enter_context(place.open("rb"))
+            bar = stack.enter_context(
+                Progress(console=console, transient=True, disable=not (world.first and console.is_terminal))
+            )
+            row = bar.add_task("lines", total=None)
+            tally = predict(
+                opened,
+                lines,
+                Path() if place is None else place.parent,
+                json_out() if out == "-" else Path(out),
+                Options(task, probabilities, gates),
+                say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+                advance=lambda n: bar.advance(row, n),
+            )
+        if world.first:
+            say(f"answered: {tally.answered} line(s); left out: {tally.bad}")
+        return 1 if tally.bad else 0
+
+    return in_world(work, debug)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="nonfinite/step-… in a run folder", metavar="FOLDER")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> int:
+    """Repeat a step whose loss or gradient was no number, and name the module where it begins."""
+
+    def work(world: Any) -> int:
+        from trainer.run.logs import set_up_logging
+        from trainer.run.replay import replay as repeat
+
+        set_up_logging(None, world.rank, debug=debug)
+        table = Table("micro-batch", "samples without a number", "first such module", "gradients without a number")
+        for micro in repeat(folder, world, overrides or []):
+            bad = [name for name, loss in micro.losses.items() if not math.isfinite(loss)]
+            gradients = [*micro.gradients[:3], *(["…"] if len(micro.gradients) > 3 else [])]
+            table.add_row(
+                micro.file, ", ".join(bad) or "none", micro.first_module or "none", ", ".join(gradients) or "none"
+            )
+        wide().print(table)
+        return 0
+
+    return in_world(work, debug)
+
+
+@app.command()
+def demo(
+    runs: Annotated[Path, typer.Option(help="where data and runs go", metavar="DIR")] = Path("runs"),
+    procs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+) -> int:
+    """Generate data, train EGMF in 4 bits on two processes, and show that fusion works. Needs no GPU and no download."""
+    from launch.demo import demo as run_demo
+
+    return run_demo(runs, procs)
