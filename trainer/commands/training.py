@@ -143,7 +143,7 @@ def predict(
 
     Faulty lines are left out and told on stderr with number and reason; the exit code is then 1.
     """
-    from trainer.results.predict import Options, check_places, predict
+    from trainer.data.unlabelled import check_places
     from trainer.run.files import saved_config
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
@@ -152,6 +152,7 @@ def predict(
     check_places(place, None if out == "-" else Path(out))
 
     def work(world: Any) -> int:
+        from trainer.results.predict import Options, predict
         from trainer.run.logs import set_up_logging
         from trainer.run.saved import open_run
 

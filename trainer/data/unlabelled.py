@@ -28,6 +28,26 @@ LONGEST = 16 << 20  # bytes of a line
 _TOLD = ("id", "text", "audio", "video", "audio_length", "video_length", "speaker", "dialogue", "turn", "task")
 
 
+class PredictError(ValueError):
+    """A request that cannot be answered, or an output that cannot be written."""
+
+
+def check_places(source: Path | None, out: Path | None) -> None:
+    """Refuse what can be refused before a model is loaded; None stands for stdin and stdout.
+
+    Raises:
+        PredictError: no such input, an output that is a folder or the input itself.
+    """
+    if source is not None and not source.exists():
+        raise PredictError(f"{source} does not exist: --input is a JSONL file of samples, or - for stdin")
+    if source is not None and source.is_dir():
+        raise PredictError(f"{source} is a folder: --input is a JSONL file of samples, or - for stdin")
+    if out is not None and out.is_dir():
+        raise PredictError(f"{out} is a folder: --out is the file of predictions, or - for stdout")
+    if source is not None and out is not None and out.exists() and out.samefile(source):
+        raise PredictError(f"--out is the input itself, {source}: choose another file")
+
+
 class UnlabelledLine(Line):
     """One sample as written; label, target, split and kind are not needed and not read."""
 

@@ -17,7 +17,7 @@ import torch
 
 from trainer.batch import Sample
 from trainer.data.folder import terminable
-from trainer.data.unlabelled import Asked, Checked, UnlabelledReader
+from trainer.data.unlabelled import Asked, Checked, PredictError, UnlabelledReader
 from trainer.run.evaluate import answer, batches
 from trainer.run.files import new_file
 from trainer.run.saved import SavedRun
@@ -26,10 +26,6 @@ CHUNK_BATCHES = 16  # batches of a chunk, whose samples are sorted by length tog
 CHUNK_BYTES = 256 << 20  # of features in a chunk
 
 Row = dict[str, Any]
-
-
-class PredictError(ValueError):
-    """A request that cannot be answered, or an output that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +43,6 @@ class Tally:
 
     answered: int = 0
     bad: int = 0
-
-
-def check_places(source: Path | None, out: Path | None) -> None:
-    """Refuse what can be refused before a model is loaded; None stands for stdin and stdout.
-
-    Raises:
-        PredictError: no such input, an output that is a folder or the input itself.
-    """
-    if source is not None and not source.exists():
-        raise PredictError(f"{source} does not exist: --input is a JSONL file of samples, or - for stdin")
-    if source is not None and source.is_dir():
-        raise PredictError(f"{source} is a folder: --input is a JSONL file of samples, or - for stdin")
-    if out is not None and out.is_dir():
-        raise PredictError(f"{out} is a folder: --out is the file of predictions, or - for stdout")
-    if source is not None and out is not None and out.exists() and out.samefile(source):
-        raise PredictError(f"--out is the input itself, {source}: choose another file")
 
 
 @torch.no_grad()
