@@ -163,3 +163,19 @@ def test_a_killed_process_loses_no_step_it_was_done_with(path: Path) -> None:
         assert [step for step, _ in found["a"]] == list(range(1, len(found["a"]) + 1))
         assert found["a"] == [(step, 1 / step) for step, _ in found["a"]]
         assert len(found["a"]) >= done
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 2, "metrics": 3}',
+        '{"step": 2, "metrics": {"a": "much"}}',
+        '{"metrics": {"a": 1.0}}',
+        '{"step": [], "metrics": {"a": 1.0}}',
+        "[1]",
+    ],
+)
+def test_lines_of_another_form_are_left_out(path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    path.write_text('{"step": 1, "time": 0.0, "metrics": {"a": 1.0}}\n' + line + "\n")
+    assert read_journal(path) == {"a": [(1, 1.0)]}
+    assert "is damaged and left out" in caplog.text

@@ -144,8 +144,13 @@ def entries(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any] | 
 
 def _numbers(record: dict[str, Any] | None, path: Path, end: int) -> Iterator[tuple[str, int, float]]:
     """(metric, step, value) of a metrics record; nothing for other kinds."""
-    if record is None:
+    try:
+        if record is None:
+            raise ValueError
+        numbers = (
+            [(n, int(record["step"]), float(v)) for n, v in record["metrics"].items()] if "metrics" in record else []
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
         log.warning("%s: the line that ends at byte %d is damaged and left out", path, end)
-    elif "metrics" in record:
-        for name, value in record["metrics"].items():
-            yield name, int(record["step"]), float(value)
+        numbers = []
+    yield from numbers
