@@ -84,16 +84,16 @@ class Chain:
         assert code == 0, f"{self.name}: the killed run, continued, ended with {code}; see {out}.txt"
 
     def kill_once(self, out: Path, moment: str, victim: str, rng: random.Random) -> dict[str, Any] | None:
-        """Start or continue the run and kill it; None when it ended before the moment came."""
+        """Start or continue the run and kill it; None when it ended before the moment came, or was ending."""
         launcher = self.start(out)
         log = out / "log.txt"
         begun = log.stat().st_size if log.exists() else 0
         reached = _MOMENTS[moment](launcher, out, begun, rng)
-        if not reached:
+        ranks = _children(launcher.pid) if reached else []
+        if len(ranks) < self.procs:
             code = launcher.wait()
             assert code == 0, f"{self.name}: the continued run ended with {code}; see {out}.txt"
             return None
-        ranks = _children(launcher.pid)
         struck = _strike(launcher, ranks, victim)
         writing = bool(list(out.glob("checkpoints/.writing-*")))
         launcher.wait(timeout=60)
@@ -152,7 +152,10 @@ def _sleep(launcher: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _strike(launcher: subprocess.Popen[bytes], ranks: list[int], victim: str) -> str:

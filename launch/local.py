@@ -22,13 +22,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 STOPPED = 85
-GRACE = 5.0  # seconds that the others have to end by themselves, then again after a SIGTERM, before a SIGKILL
+PATIENCE = 12.0  # seconds that the others have to end by themselves, and to say why (a run's end is told to MLflow)
+GRACE = 5.0  # seconds after a SIGTERM, before a SIGKILL
 PR_SET_PDEATHSIG = 1
 
 
-def command(config: Path, overrides: Sequence[str], out: Path, *, debug: bool = False) -> list[str]:
+def command(
+    config: Path, overrides: Sequence[str], out: Path, *, force: bool = False, debug: bool = False
+) -> list[str]:
     """The command of every process of a run."""
-    more = ["--debug"] if debug else []
+    more = [flag for flag, on in (("--force", force), ("--debug", debug)) if on]
     return [sys.executable, "-m", "trainer", "train", str(config), "--out", str(out), *more, *overrides]
 
 
@@ -67,10 +70,11 @@ def launch(line: Sequence[str], procs: int, out: Path) -> int:
             for env in environments(procs, Path(name))
         ]
         with _passing_signals(workers):
-            first = _wait(workers)
-        if first is not None:
-            sys.stderr.write(_told(*first, out, Path(name)))
-            return 128 - first[1] if first[1] < 0 else first[1]
+            failures = _wait(workers)
+        if failures:
+            rank, code = _first_cause(failures, Path(name))
+            sys.stderr.write(_told(rank, code, out, Path(name)))
+            return 128 - code if code < 0 else code
     if any(worker.returncode == STOPPED for worker in workers):
         return STOPPED
     state = _state(out)
@@ -78,6 +82,15 @@ def launch(line: Sequence[str], procs: int, out: Path) -> int:
         sys.stderr.write(f"the processes ended, but {out / 'run.json'} says {state!r} and not 'done'\n")
         return 1
     return 0
+
+
+def _first_cause(failures: Sequence[tuple[int, int]], faults: Path) -> tuple[int, int]:
+    """The first failure that is not only the loss of another rank; those end sooner than the one that explains itself."""
+    for rank, code in failures:
+        why = _fault(faults, rank)
+        if why is None or not (why.startswith("PeerFault") or " by peer" in why):
+            return rank, code
+    return failures[0]
 
 
 def _told(rank: int, code: int, out: Path, faults: Path) -> str:
@@ -89,21 +102,29 @@ def _told(rank: int, code: int, out: Path, faults: Path) -> str:
         why = "killed from outside: by the kernel when memory runs out (dmesg says so), by the scheduler, or by hand"
         if code != -signal.SIGKILL:
             why = "the process crashed or was ended by that signal"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        why = json.loads(_fault_file(faults, rank).read_text(encoding="utf-8"))["message"]["message"]
+    why = _fault(faults, rank) or why
     return (
-        f"the run failed: rank {rank} ended first, with {what}; log: {out / 'log.txt'}\nerror on rank {rank}: {why}\n"
+        f"the run failed: rank {rank} failed first, with {what}; log: {out / 'log.txt'}\nerror on rank {rank}: {why}\n"
     )
+
+
+def _fault(faults: Path, rank: int) -> str | None:
+    """What a rank left as its reason."""
+    try:
+        told = json.loads(_fault_file(faults, rank).read_text(encoding="utf-8"))
+        return str(told["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _fault_file(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.json"
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """Wait for all; the rank and code of the first failure, after which the others are ended.
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """Wait for all; rank and code of the first failure, after which the others are ended, and of those that failed with it.
 
-    A thread waits for each process: one that fails takes its peers along within milliseconds, and it is the first that counts.
+    A thread waits for each process: one that fails takes its peers along within milliseconds, and the order counts.
     """
     ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     for rank, worker in enumerate(workers):
@@ -111,21 +132,25 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
     for _ in workers:
         rank, code = ended.get()
         if code not in (0, STOPPED):
-            _end(workers)
-            return rank, code
-    return None
+            others = [(r, c) for r, c in _end(workers) if c not in (0, STOPPED) and r != rank]
+            return [(rank, code), *others]
+    return []
 
 
-def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: let it notice by itself, then ask, then force."""
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """End what still runs: let it notice by itself, then ask, then force. Rank and code of those that ended by themselves."""
+    alone: list[tuple[int, int]] = []
     for ask in (None, signal.SIGTERM, signal.SIGKILL):
         if ask is not None:
             for worker in workers:
                 if worker.poll() is None:
                     os.killpg(worker.pid, ask)
-        until = time.monotonic() + GRACE
+        until = time.monotonic() + (PATIENCE if ask is None else GRACE)
         while time.monotonic() < until and any(worker.poll() is None for worker in workers):
             time.sleep(0.1)
+        if ask is None:
+            alone = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.poll() is not None]
+    return alone
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a few megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
@@ -104,3 +104,24 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(data: Path, small_disk:
     assert "Traceback" not in done.stderr
     assert "the run folder" in done.stderr
     assert "cannot be written: Read-only file system" in done.stderr
+
+
+def test_a_disk_that_fills_up_under_a_run_ends_it_in_words_and_it_goes_on(data: Path, small_disk: Path) -> None:
+    out = small_disk / "run"
+    words = ("launch", "local", "--procs", "2", "configs/tiny.yaml", "--out", str(out), "task=meld", f"data.path={data}/{{task}}",
+             "train.steps=4", "train.global_batch=8", "train.save_every=1", "train.keep=9", "model.backbone.tiny.vocab_size=400",
+             "track.system_metrics=false")  # fmt: skip
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\0" * (31 << 20))
+    full = egmf(*words)
+    assert full.returncode == 1, full.stderr
+    assert "Traceback" not in full.stderr
+    last = full.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error on rank 0: CheckpointError: the checkpoint of step")
+    assert "MiB free there" in last
+    assert json.loads((out / "run.json").read_text())["state"] == "failed"
+    ballast.unlink()
+    good = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    again = egmf(*words)
+    assert again.returncode == 0, again.stderr
+    assert not good or f"continuing from {out}/checkpoints/{good[-1]}" in again.stderr

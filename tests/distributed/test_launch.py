@@ -196,7 +196,7 @@ def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
     said = launcher.communicate(timeout=120)[1]
     assert time.monotonic() - began < 30
     assert launcher.returncode == code, said
-    assert f"the run failed: rank 1 ended first, with {what}" in said
+    assert f"the run failed: rank 1 failed first, with {what}" in said
     last = said.rstrip().splitlines()[-1]
     assert last.startswith("error on rank 1: ")
     assert why in last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-s<seed>", metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, all else on stderr")]
+Force = Annotated[bool, typer.Option("--force", help="continue a run although settings or data differ")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the libraries' own messages and full tracebacks")]
 
 
@@ -34,7 +36,7 @@ def in_world(work: Callable[[Any], int], debug: bool) -> int:
     from trainer.run.distributed import quiet_deepspeed
 
     quiet_deepspeed()
-    from trainer.run.distributed import start_world, stop_world
+    from trainer.run.distributed import PeerFault, start_world, stop_world, tell_launcher
     from trainer.run.logs import set_up_logging
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
@@ -45,25 +47,18 @@ def in_world(work: Callable[[Any], int], debug: bool) -> int:
         if world.size == 1:
             raise
         # leaving the process group would wait for the others; they end when they miss this rank
-        if debug or not isinstance(error, ValueError):
+        lost = isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error))
+        if debug or not (lost or isinstance(error, (ValueError, PeerFault))):
             import traceback
 
             traceback.print_exc()
-        say(f"error on rank {world.rank}: {error}")
+        why = f"another rank ended, and took the connection along ({lost[0]})" if lost else error
+        say(f"error on rank {world.rank}: {why}")
         sys.stderr.flush()
-        _tell_launcher(error)
+        tell_launcher(error)
         os._exit(1)
     stop_world()
     return code
-
-
-def _tell_launcher(error: Exception) -> None:
-    """Leave the cause where our launcher, and torchrun, look for it."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        with contextlib.suppress(OSError):
-            get_error_handler().record_exception(error)
 
 
 def check_tasks(names: list[str]) -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from trainer.commands.shared import (
     ConfigFile,
     Debug,
+    Force,
     Json,
     Out,
     Overrides,
@@ -40,7 +41,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Out = None,
-    force: Annotated[bool, typer.Option("--force", help="continue a run although settings or data differ")] = False,
+    force: Force = False,
     debug: Debug = False,
 ) -> int:
     """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
@@ -71,6 +72,7 @@ def launch_local(
     overrides: Overrides = None,
     procs: Annotated[int, typer.Option(min=1, help="processes on this machine, one per GPU")] = 1,
     out: Out = None,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command and stop")] = False,
     debug: Debug = False,
 ) -> int:
@@ -81,7 +83,7 @@ def launch_local(
     loaded = load_config(config, overrides or [])
     check_tasks(loaded.tasks)
     folder = out or default_out(config, loaded.train.seed)
-    line = command(config, overrides or [], folder, debug=debug)
+    line = command(config, overrides or [], folder, force=force, debug=debug)
     if dry_run:
         typer.echo(f"{procs} processes of: {shlex.join(line)}")
         return 0

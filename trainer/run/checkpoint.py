@@ -77,7 +77,11 @@ class Checkpoints:
             with self.world.first_does() as first:
                 if first and not self.folder.is_dir():
                     raise FileNotFoundError(f"{self.folder} is gone: it was removed while the run was going on")
-            self._write(engine, writing, {**state, "format": FORMAT, "step": step, "best": best})
+            try:
+                self._write(engine, writing, {**state, "format": FORMAT, "step": step, "best": best})
+            except BaseException:
+                shutil.rmtree(writing, ignore_errors=True)  # a full disk must have room to say so
+                raise
             with self.world.first_does() as first:
                 if first:
                     writing.rename(target)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.run.logs import captured_stdout
 
@@ -141,6 +142,14 @@ def stop_world() -> None:
     """Leave the process group; safe to call more than once."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Leave the cause where our launcher, and torchrun, look for it; the first one told stays."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not os.path.exists(path):
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
 
 
 def quiet_deepspeed() -> None:

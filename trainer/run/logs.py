@@ -28,7 +28,10 @@ NOISY = (
     "urllib3",
     "git",
 )
-SILENT = ("bitsandbytes.backends.cpu.ops",)  # says that a kernel of the hub is absent: it is not needed
+SILENT = {
+    "bitsandbytes.backends.cpu.ops": logging.ERROR,  # says that a kernel of the hub is absent: it is not needed
+    "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for what the sender says in words
+}
 
 
 class LogFile(logging.FileHandler):
@@ -81,8 +84,8 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in SILENT:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in SILENT.items():
+        logging.getLogger(name).setLevel(level)
     for name in NOISY:
         library = logging.getLogger(name)
         library.setLevel(logging.WARNING)

@@ -20,7 +20,7 @@ from trainer.config import RunConfig, dump_config
 from trainer.data.sampling import GlobalBatch, Order, micro_batches
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
-from trainer.run.distributed import World
+from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, write_predictions
 from trainer.run.files import saved_config, write_json, write_text
@@ -108,6 +108,7 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
             tracker.artifact(out / "config.yaml")
             state = run.train(last, saved)
         except BaseException as error:
+            tell_launcher(error)
             if begun or fresh:
                 with contextlib.suppress(OSError):  # the disk may be what failed
                     record.update(failure=f"{type(error).__name__}: {error}", state="failed", ended=now())

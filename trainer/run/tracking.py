@@ -84,7 +84,10 @@ class Tracker:
         self._journal.note("artifact", path=str(place), folder=folder)
 
     def finish(self, state: str) -> None:
-        """End the record: `state` is that of run.json. Waits up to ``track.flush_seconds`` for the server."""
+        """End the record: `state` is that of run.json. Waits up to ``track.flush_seconds`` for the server.
+
+        A run that failed waits 5 s at most: its other ranks wait for it to end.
+        """
         if self._journal is None:
             return
         try:
@@ -95,11 +98,12 @@ class Tracker:
                 log.warning("%d values of steps trained again were different", self._journal.differences)
             self._journal = None
             if self._sender is not None:
-                self._flush(self._sender)
+                seconds = self._track.flush_seconds
+                self._flush(self._sender, min(seconds, 5.0) if state == "failed" else seconds)
             self.enabled = False
 
-    def _flush(self, sender: Sender) -> None:
-        if not sender.finish(self._track.flush_seconds):
+    def _flush(self, sender: Sender, seconds: float) -> None:
+        if not sender.finish(seconds):
             log.warning(
                 "%d records of this run are not in MLflow at %s; once it answers, send them with: egmf track sync %s",
                 sender.outbox.unsent(),
