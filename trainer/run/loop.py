@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,24 +141,39 @@ def _other_settings(config: RunConfig, out: Path) -> bool:
 
 
 def _end(out: Path, record: RunRecord, tracker: Tracker | None, state: str, report: Report | None) -> None:
-    """Close the record however the run ended; no trouble here may hide what ended it."""
-    try:
+    """Close the record however the run ended; no trouble here may hide what ended it.
+
+    A failed run tells MLflow first and draws its report last: its other ranks, and the launcher, do not wait long.
+    """
+    with _only_warned("the run's end could not be recorded"):
         record.update(state=state, ended=now())
+    if state == "failed":
+        _close(out, record, tracker, state, [])
+    pictures: list[Path] = []
+    with _only_warned("the run's report could not be written"):
         pictures = report(out) if report is not None else []
-    except Exception as error:  # noqa: BLE001
-        log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
-        pictures = []
+    if state != "failed":
+        _close(out, record, tracker, state, pictures)
+
+
+def _close(out: Path, record: RunRecord, tracker: Tracker | None, state: str, pictures: list[Path]) -> None:
     if tracker is None:
         return
-    try:
+    with _only_warned("the run's end could not be told to MLflow"):
+        tracked = tracker.enabled
         for path in [out / "run.json", *pictures]:
             tracker.artifact(path, "report" if path in pictures else None)
-        tracked = tracker.enabled
         tracker.finish(state)
         if tracked:
             record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id})
+
+
+@contextlib.contextmanager
+def _only_warned(what: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # noqa: BLE001
-        log.warning("the run's end could not be recorded: %s: %s", type(error).__name__, error)
+        log.warning("%s: %s: %s", what, type(error).__name__, error)
 
 
 class Run:
