@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.processes import environment
+from tests.distributed.processes import environment, heed_interrupts
 from trainer.tasks import get_task
 
 
@@ -40,7 +40,14 @@ def prepare(features: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by a signal")])
 def test_a_signal_is_told_and_leaves_nothing(number: signal.Signals, said: str, features: Path, tmp_path: Path) -> None:
     command = prepare(features, tmp_path / "d")
-    worker = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".d.preparing-*/train")) and worker.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
