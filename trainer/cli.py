@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from trainer.commands import data, runs, training
+from trainer.commands import data, launching, runs, training
 from trainer.commands.shared import say, stdout_to_stderr
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ for commands in (data, training, runs):
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")
 app.add_typer(runs.config_app, name="config")
-app.add_typer(training.launch_app, name="launch")
+app.add_typer(launching.launch_app, name="launch")
 app.add_typer(runs.track_app, name="track")
 
 

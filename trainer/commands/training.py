@@ -1,11 +1,10 @@
-"""Training, and what a trained run is used for: train, launch, evaluate, predict, replay, demo."""
+"""Training, and what a trained run is used for: train, evaluate, predict, replay, demo."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +32,6 @@ from trainer.commands.shared import (
 )
 
 app = typer.Typer()
-launch_app = typer.Typer(help="Start a training on several processes.", no_args_is_help=True)
 
 
 @app.command()
@@ -64,30 +62,6 @@ def train(
         return code
 
     return in_world(work, debug)
-
-
-@launch_app.command("local")
-def launch_local(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    procs: Annotated[int, typer.Option(min=1, help="processes on this machine, one per GPU")] = 1,
-    out: Out = None,
-    force: Force = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command and stop")] = False,
-    debug: Debug = False,
-) -> int:
-    """Train on several processes of this machine."""
-    from launch.local import command, launch
-    from trainer.config import load_config
-
-    loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
-    folder = out or default_out(config, loaded.train.seed)
-    line = command(config, overrides or [], folder, force=force, debug=debug)
-    if dry_run:
-        typer.echo(f"{procs} processes of: {shlex.join(line)}")
-        return 0
-    return launch(line, procs, folder)
 
 
 @app.command()
