@@ -18,6 +18,7 @@ import torch
 from trainer.answers.metrics import primary
 from trainer.config import RunConfig, dump_config
 from trainer.data.sampling import GlobalBatch, Order, micro_batches
+from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.distributed import World, tell_launcher
@@ -76,6 +77,7 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
         ValueError: the run cannot be what was asked for, its folder cannot be written, or its loss is no number.
     """
     check_machine(config, world.device)
+    agree(config, out, world)
     with open_folder(out, world), StopRequest() as stop:
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _make_way(config, out, world, checkpoints)

@@ -1,0 +1,104 @@
+"""What a node brings to a run: ``python -m launch.nodes CONFIG [--out RUN] [overrides]`` prints it as one JSON object.
+
+The keys of :func:`trainer.run.agree.report`, and of the machine: `addresses` (interface -> its IPv4 addresses),
+`reached_at` (the address an ssh connection came in at, or null), `free_port`, `cpus`, `memory_gib`, `gpus` (names),
+`run_folder` (`free_gib`, and whether the file `--token` is there). A config that cannot be read there is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainer.config import RunConfig, load_config
+from trainer.run import agree
+from trainer.run.agree import Report, differences, named
+
+__all__ = ["Report", "differences", "machine", "named", "report"]
+
+GIB = 1 << 30
+
+
+def report(config: RunConfig) -> Report:
+    """This node: what :func:`trainer.run.agree.report` says, and the machine."""
+    return {**agree.report(config), **machine()}
+
+
+def machine() -> Report:
+    """Addresses, a free port, processors, memory and GPUs."""
+    return {
+        "where": socket.gethostname(),
+        "addresses": addresses(),
+        "reached_at": _reached_at(),
+        "free_port": _free_port(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpus": _gpus(),
+    }
+
+
+def addresses() -> dict[str, list[str]]:
+    """Interface -> its IPv4 addresses, of those that are up and lead out of this machine."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = {
+        name: [a.address for a in held if a.family == socket.AF_INET and not a.address.startswith("127.")]
+        for name, held in psutil.net_if_addrs().items()
+        if name in up
+    }
+    return {name: held for name, held in found.items() if held}
+
+
+def _reached_at() -> str | None:
+    parts = os.environ.get("SSH_CONNECTION", "").split()
+    return parts[2] if len(parts) == 4 and not parts[2].startswith("127.") else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _run_folder(out: Path, token: str | None) -> dict[str, Any]:
+    place = next(p for p in (out, *out.resolve().parents) if p.exists())
+    seen = None if token is None else agree.wait_until((out / token).exists, 2.0)
+    return {"free_gib": round(shutil.disk_usage(place).free / GIB, 1), "sees_token": seen}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the report of this node."""
+    parser = argparse.ArgumentParser(prog="python -m launch.nodes")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--token")
+    given = parser.parse_args(arguments)
+    with contextlib.redirect_stdout(sys.stderr):
+        told = machine()
+        try:
+            told = report(load_config(given.config, given.overrides))
+        except ValueError as error:
+            told["faults"] = {"config": str(error)}
+        if given.out is not None:
+            told["run_folder"] = _run_folder(given.out, given.token)
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
