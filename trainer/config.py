@@ -87,6 +87,10 @@ class BackboneConfig(Section):
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     quantization: Literal["none", "nf4"] = "none"
     double_quantization: bool = True
+    read: Literal["each", "rank0"] = Field(
+        "each",
+        description="who reads the weights: every rank, or rank 0 for all, where others have no access to the files",
+    )
     gradient_checkpointing: bool = False
     trust_remote_code: bool = Field(
         False, description="runs code from the model's repository: only for sources you trust"

@@ -57,7 +57,7 @@ def main(data: Path, out: Path) -> None:
     world = start_world()
     set_up_logging(None, world.rank)
     config = config_of(Case("", NF4, ("train.zero=2",)), data, engine=True)
-    parts = assemble(config, out / "run", world, torch.float32)
+    parts = assemble(config, out / "run", world, torch.float32, partition=True)
     engine = build_engine(parts.model, config)
     results: dict[str, Any] = {}
     said: list[str] = []
@@ -143,7 +143,7 @@ def full_disk(data: Path, out: Path) -> None:
     world = start_world()
     set_up_logging(None, world.rank)
     config = config_of(Case("", (), ("train.zero=1",)), data, engine=True)
-    engine = build_engine(assemble(config, out.parent / "run", world, torch.float32).model, config)
+    engine = build_engine(assemble(config, out.parent / "run", world, torch.float32, partition=True).model, config)
     held = Checkpoints(out / "checkpoints", world, 9)
     held.open()
     held.save(engine, 1, {}, None)

@@ -68,7 +68,7 @@ def main(data: Path, out: Path) -> None:
     for case in CASES:
         config = config_of(case, data, engine=True)
         dtype = dtype_of(config)
-        parts = assemble(config, out / "-".join(config.tasks), world, dtype)
+        parts = assemble(config, out / "-".join(config.tasks), world, dtype, partition=True)
         engine = build_engine(parts.model, config)
         schedule = Schedule(engine, config.train, STEPS)
         training = Training(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())

@@ -2,12 +2,11 @@
 
 Shapes: B rows, L positions, H hidden size, V vocabulary. The three steps are separate so that hidden states can be
 gathered before the output head: no `[B, L, V]` tensor exists. Each step calls a module's forward, never a weight, so
-that ZeRO-3 can gather parameters; :func:`build_backbone` measures what needs whole weights before they are cut up.
+that ZeRO-3 can gather parameters; what needs whole weights is measured while they load.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -30,7 +30,9 @@ from transformers.masking_utils import sdpa_mask
 
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.adapter import adapt
+from trainer.models.fingerprint import fingerprint, measure
 from trainer.models.loading import BackboneError, load_model, load_tokenizer, resolve_attention
+from trainer.models.sharded import gathered_by_layer
 from trainer.models.tiny import build_tiny
 
 __all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
@@ -174,8 +176,11 @@ def build_backbone(
     device: torch.device | str,
     *,
     folder: Path | None = None,
+    zero3: dict[str, Any] | None = None,
 ) -> Backbone:
     """Load, quantise, adapt and check a backbone; `folder` holds the tiny one (name 'tiny').
+
+    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight: called by all ranks together.
 
     At the end four tokens go through it twice, whole and as a tree, and must agree: a family whose logits are made in a way
     that is not reproduced here, or whose layers cannot attend to a tree, is refused by name.
@@ -188,19 +193,23 @@ def build_backbone(
     AttentionMaskInterface.register(SDPA_FLOAT32, sdpa_mask)
     attention = resolve_attention(config.attention, device, dtype)
     tokenizer = load_tokenizer(config, folder)
-    model = load_model(config, dtype, device, attention, folder)
-    rows = _embedding_weight(model).shape[0]
-    if len(tokenizer) > rows:
-        raise BackboneError(f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
-    norm = _embedding_norm(model, len(tokenizer))
+    loaded = load_model(config, dtype, device, attention, folder, zero3)
+    model = loaded.model
     attention = attention or str(model.config._attn_implementation)
     backbone = Backbone(adapt(model, adapter, dtype), tokenizer, attention).to(device)
-    backbone.embedding_norm = norm
+    if len(tokenizer) > backbone.vocabulary:
+        raise BackboneError(
+            f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocabulary}"
+        )
+    backbone.embedding_norm = loaded.embedding_norm(len(tokenizer))
+    backbone.fingerprint = fingerprint((name, loaded.measured[name]) for name in _frozen(backbone))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        _check_same_base(config.name, backbone.fingerprint)
     if config.gradient_checkpointing:
         enable = getattr(backbone.base, "activation_checkpointing_enable", backbone.base.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    _probe(backbone, config.name)
-    backbone.fingerprint = base_fingerprint(backbone)
+    with gathered_by_layer(backbone):
+        _probe(backbone, config.name)
     backbone.train()
     return backbone
 
@@ -217,39 +226,35 @@ def base_fingerprint(backbone: Backbone) -> str:
     and their scales too. Any changed bit changes it.
 
     It is the same with and without LoRA, and differs between dtypes, and may between CPU and CUDA (rounding of 4-bit
-    weights). Weights must be whole: call it before ZeRO-3 cuts them up. About 1 s per GB and core, tensors in parallel.
+    weights). Weights must be whole: of those that ZeRO-3 cut up the loader made it (`Backbone.fingerprint`). About 1 s
+    per GB and core, tensors in parallel.
     """
-    parts: list[tuple[str, Tensor]] = []
-    for name, parameter in backbone.base.named_parameters():
-        if parameter.requires_grad or "lora_" in name:
-            continue
-        name = name.replace(".base_layer.", ".")
-        parts.append((name, parameter.data))
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            parts += [(f"{name}.{key}", value) for key, value in sorted(state.as_dict(packed=True).items())]
+    frozen = _frozen(backbone)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda part: _tensor_digest(part[1]), parts))
-    total = hashlib.sha256()
-    for (name, tensor), digest in zip(parts, digests, strict=True):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n".encode())
-    return total.hexdigest()
+        measured = pool.map(measure, frozen.values())
+    return fingerprint(zip(frozen, measured, strict=True))
 
 
-def _tensor_digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+def _frozen(backbone: Backbone) -> dict[str, nn.Parameter]:
+    """The weights that are not trained, by the names they have without LoRA."""
+    named = backbone.base.named_parameters()
+    return {n.replace(".base_layer.", "."): p for n, p in named if not p.requires_grad and "lora_" not in n}
 
 
-def _embedding_weight(model: PreTrainedModel) -> Tensor:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _check_same_base(name: str, ours: str) -> None:
+    """Every rank must have read the same weights.
 
-
-def _embedding_norm(model: PreTrainedModel, used: int) -> float:
-    weight = _embedding_weight(model).detach()[:used]
-    return float(torch.cat([chunk.float().norm(dim=1) for chunk in weight.split(8192)]).mean())
+    Raises:
+        BackboneError: some read others, with the ranks.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ours)
+    other = [str(rank) for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if other:
+        raise BackboneError(
+            f"{name}: rank {', '.join(other)} read other weights than rank 0: the files differ between nodes, or changed "
+            "while they were read. Bring the same to all, or use model.backbone.read=rank0"
+        )
 
 
 def _logit_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
@@ -266,11 +271,8 @@ def _logit_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
 @torch.no_grad()
 def _probe(backbone: Backbone, name: str) -> None:
     """Logits of four tokens: the model's own against ours, the last two tokens as branches of a tree."""
-    parameters = list(backbone.parameters())
-    if any(p.is_meta or hasattr(p, "ds_id") for p in parameters):
-        return  # weights not whole here: cut up by ZeRO-3
-    device = parameters[0].device
-    rows = _embedding_weight(backbone.base).shape[0]
+    first, rows = next(backbone.parameters()), backbone.vocabulary
+    device = first.device
     ids = torch.tensor([rows // 7, rows // 5, rows // 3, rows // 2], device=device)
     kind, was_training = backbone.base.config.model_type, backbone.training
     backbone.eval()
@@ -286,7 +288,7 @@ def _probe(backbone: Backbone, name: str) -> None:
         backbone.train(was_training)
     want = torch.stack([want[0, 0], want[0, 1], want[0, 2], want[1, 2]])
     off = float((got - want).norm() / want.norm().clamp_min(1e-6))
-    if not off < (1e-3 if parameters[0].dtype == torch.float32 else 0.1):
+    if not off < (1e-3 if first.dtype == torch.float32 else 0.1):
         raise BackboneError(
             f"{name}: models of type {kind!r} are not supported: logits differ from the model's own by {off:.2g} "
             "(relative). Its head or its layers do something that is not reproduced here"

@@ -6,10 +6,13 @@ import copy
 import importlib
 import logging
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
@@ -23,10 +26,18 @@ from transformers import (
 
 from trainer.config import BackboneConfig
 from trainer.models import quantization
+from trainer.models.fingerprint import Measured
+from trainer.models.reading import broadcast_tensors, safetensors_files
+from trainer.models.sharded import Partitioner, Stream
 from trainer.text import end_token
 
 log = logging.getLogger(__name__)
 
+CONVERT = (  # shown to users; transformers reads pickles with weights_only
+    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "M.from_pretrained('{source}', dtype='auto').save_pretrained('converted'); "
+    "T.from_pretrained('{source}').save_pretrained('converted')\""
+)
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -60,46 +71,106 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
     return tokenizer
 
 
+@dataclass
+class Loaded:
+    """A model and what was measured of its weights while they were whole."""
+
+    model: PreTrainedModel
+    measured: dict[str, Measured]  # by parameter name; tied weights once
+
+    def embedding_norm(self, used: int) -> float:
+        """Mean L2 norm of the first `used` input embeddings."""
+        table = self.model.get_input_embeddings().weight
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is table)
+        norm_V = self.measured[name].row_norm_V
+        assert norm_V is not None
+        return float(norm_V[:used].mean())
+
+
 def load_model(
-    config: BackboneConfig, dtype: torch.dtype, device: torch.device, attention: str | None, folder: Path | None = None
-) -> PreTrainedModel:
+    config: BackboneConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    folder: Path | None = None,
+    zero3: dict[str, Any] | None = None,
+) -> Loaded:
     """The pretrained weights in `dtype` on `device`, quantised if asked, read from safetensors only.
+
+    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every weight (stage 3): called by all ranks together. No
+    rank ever holds the whole of a quantised or a partitioned model in another form than its last one.
 
     Raises:
         BackboneError: not found, no network, no safetensors, own code needed, no causal LM, weights missing from the
-            files, already quantised, or sizes that NF4 cannot hold.
+            files or of another shape, already quantised, or weights that NF4 cannot hold.
     """
     source = _source(config, folder)
     shape = load_shape(config, folder)
-    options: dict[str, Any] = {}
+    four_bit = None
     if config.quantization == "nf4":
         quantization.check_sizes(shape, config.name, config.trust_remote_code)
-        options["quantization_config"] = quantization.nf4_config(dtype, config.double_quantization)
-    if device.type != "cpu":
+        four_bit = quantization.nf4_config(dtype, config.double_quantization)
+    stream = Stream(four_bit, None if zero3 is None else Partitioner(zero3), dtype, device)
+    options: dict[str, Any] = {
+        "config": shape,
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "use_safetensors": True,
+    }
+    if four_bit is not None or zero3 is not None or config.read == "rank0":
+        options["quantization_config"] = stream
+    elif device.type != "cpu":
         options["device_map"] = {"": device}
-    load: Any = AutoModelForCausalLM.from_pretrained  # with loading info: a pair, which its type does not say
     try:
-        model, info = load(
-            source,
-            config=shape,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-            **_common(config),
-        )
+        model, info = _from_pretrained(config, source, device, options)
+    except BackboneError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_explain(config, source, "weights", error)) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise BackboneError(
-            f"{config.name}: {len(missing)} weights are not in its files and would be random: {', '.join(missing[:4])}"
-            f"{' …' if len(missing) > 4 else ''}. The files do not belong to this architecture ({shape.model_type})"
-        )
-    if config.quantization == "nf4":
+    _check_complete(config.name, shape.model_type, info, stream.faults)
+    measured = stream.finish(model)
+    if four_bit is not None:
         quantization.settle(model, config.name)
-    return model
+    return Loaded(model, measured)
+
+
+def _from_pretrained(
+    config: BackboneConfig, source: str, device: torch.device, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and transformers' report on its keys."""
+    common = _common(config)
+    load: Any = AutoModelForCausalLM.from_pretrained  # with loading info: a pair, which its type does not say
+    if config.read == "rank0" and dist.is_initialized() and dist.get_world_size() > 1:
+        trusted = common.pop("trust_remote_code")
+        with torch.device("meta"):
+            family = type(AutoModelForCausalLM.from_config(copy.deepcopy(options["config"]), trust_remote_code=trusted))
+        options["state_dict"] = broadcast_tensors(lambda: safetensors_files(source, **common), device)
+        return family.from_pretrained(None, output_loading_info=True, **options)
+    return load(source, output_loading_info=True, **options, **common)
+
+
+def _check_complete(name: str, kind: str, info: dict[str, Any], faults: list[str]) -> None:
+    """Refuse weights that are missing or of another shape; warn of those that are not used."""
+    if info["missing_keys"]:
+        raise BackboneError(
+            f"{name}: {len(info['missing_keys'])} weights are not in its files and would be random: "
+            f"{_some(info['missing_keys'])}. The files do not belong to this architecture ({kind})"
+        )
+    if faults:
+        raise BackboneError(f"{name}: {'; '.join(faults[:4])}. The files do not belong to its config.json")
+    if info["unexpected_keys"]:
+        log.warning(
+            "%s: %d tensors in its files are no part of a %s and are left out: %s",
+            name,
+            len(info["unexpected_keys"]),
+            kind,
+            _some(info["unexpected_keys"]),
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
 
 
 def load_shape(config: BackboneConfig, folder: Path | None = None) -> PretrainedConfig:
@@ -196,8 +267,8 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
         return f"the {what} of {config.name}{at} are damaged ({text}): fetch them again"
     if "safetensors" in text:
         return (
-            f"{config.name}{at} has no safetensors weights, and others (pickles) are not read: convert them, for instance "
-            "with transformers' save_pretrained, or name a model that has them"
+            f"{config.name}{at} has no safetensors weights, and others (pickles) are not read: name a model that has them, "
+            f"or convert them where you trust them: {CONVERT.format(source=source)}"
         )
     if "Unrecognized configuration class" in text or "Unrecognized model" in text or isinstance(error, KeyError):
         return f"{config.name} is no causal language model that transformers knows: {text.splitlines()[0]}"

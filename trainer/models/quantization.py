@@ -50,10 +50,7 @@ def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = 
 
 
 def settle(model: nn.Module, where: str) -> int:
-    """Make a loaded 4-bit model safe to train on any machine; returns the number of 4-bit layers.
-
-    On CPUs with AVX512-BF16 bitsandbytes repacks weights in the first evaluation, after which gradients are wrong: this
-    is switched off.
+    """Check a loaded 4-bit model; returns the number of 4-bit layers.
 
     Raises:
         ValueError: nothing was quantised, or a weight is not stored as uint8.
@@ -66,5 +63,4 @@ def settle(model: nn.Module, where: str) -> int:
     for name, layer in layers.items():
         if layer.weight.dtype != torch.uint8 or getattr(layer.weight, "quant_state", None) is None:
             raise ValueError(f"{where}: {name} was not quantised (stored as {layer.weight.dtype})")
-        layer.support_avx512bf16_for_cpu = False
     return len(layers)

@@ -17,6 +17,7 @@ from trainer.models.backbone import build_backbone, build_tiny, load_tokenizer
 from trainer.models.egmf import EGMF
 from trainer.models.fusion import Fusion
 from trainer.run.distributed import World
+from trainer.run.engine import deepspeed_config, zero_stage
 from trainer.tasks import Task, get_task
 
 log = logging.getLogger(__name__)
@@ -70,8 +71,12 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
     return tasks, data
 
 
-def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype) -> Parts:
-    """Build all parts; the same on every rank (module initialisation is seeded by the run's seed)."""
+def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False) -> Parts:
+    """Build all parts; the same on every rank (module initialisation is seeded by the run's seed).
+
+    `partition`: under ZeRO-3 each rank loads its part of the backbone alone, for an engine that is built next. Else the
+    backbone is whole.
+    """
     tasks, data = open_data(config)
     folder = out / BACKBONE
     if config.model.backbone.name == "tiny":
@@ -80,7 +85,10 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype) -> 
                 build_tiny(config.model.backbone.tiny, tiny_texts(config, tasks, data), folder)
     tokenizer = load_tokenizer(config.model.backbone, folder)
     torch.manual_seed(config.train.seed)
-    backbone = build_backbone(config.model.backbone, config.model.adapter, dtype, world.device, folder=folder)
+    zero3 = deepspeed_config(config) if partition and zero_stage(config) == 3 else None
+    backbone = build_backbone(
+        config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3
+    )
     fusion = None
     if config.model.fusion.pseudo_tokens:
         inputs = {name: opened.widths for name, opened in data.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import RunConfig, flatten
-from trainer.models.backbone import base_fingerprint
 from trainer.run.assemble import Parts
 from trainer.run.distributed import World
 from trainer.run.engine import zero_stage
@@ -15,6 +14,7 @@ FREE = frozenset(
     {
         "data.path",
         "model.backbone.attention",
+        "model.backbone.read",
         "model.backbone.gradient_checkpointing",
         "train.micro_batch",
         "train.log_every",
@@ -43,7 +43,7 @@ def identity(config: RunConfig, parts: Parts, world: World) -> dict[str, Any]:
     return {
         "tasks": list(parts.tasks),
         "data": parts.fingerprints,
-        "base": base_fingerprint(parts.model.backbone),
+        "base": parts.model.backbone.fingerprint,
         "world": world.size,
         "zero": zero_stage(config),
         "settings": settings(config),

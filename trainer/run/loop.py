@@ -86,7 +86,7 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
         tracker: Tracker | None = None
         try:
             last = checkpoints.newest(repair=True)
-            parts = assemble(config, out, world, dtype_of(config))
+            parts = assemble(config, out, world, dtype_of(config), partition=True)
             ours = identity(config, parts, world)
             saved = None if last is None else read_state(last)
             if saved is not None and last is not None:

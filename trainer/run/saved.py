@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 
 from trainer.config import RunConfig
-from trainer.models.backbone import base_fingerprint
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import CheckpointError, Checkpoints, load_weights, read_state
 from trainer.run.distributed import World
@@ -61,8 +60,9 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
             raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
         log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
     dtype = dtype_of(config)
-    parts = assemble(config, run, world, dtype)
-    expected, found = read_state(chosen).get("base"), base_fingerprint(parts.model.backbone)
+    partition = world.size > 1
+    parts = assemble(config, run, world, dtype, partition=partition)
+    expected, found = read_state(chosen).get("base"), parts.model.backbone.fingerprint
     if expected != found:
         raise CheckpointError(
             f"{chosen} was trained on another frozen backbone (hash {expected}, here {found}): "
@@ -70,7 +70,7 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
         )
     load_weights(parts.model, chosen, world)
     forward: Callable[..., Any] = parts.model.eval()
-    if zero_stage(config) == 3 and world.size > 1:
+    if zero_stage(config) == 3 and partition:
         engine = build_inference_engine(parts.model, config)
         forward = engine.eval()
     return SavedRun(config, parts, world, dtype, chosen, forward)

@@ -1,0 +1,76 @@
+"""The tensors of a checkpoint that only rank 0 can read, on every rank, one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+PIECE = 1 << 30  # bytes of one broadcast
+
+
+class BroadcastTensor:
+    """A tensor in rank 0's files; `[...]` gives it, and every rank must ask for the same one at the same time."""
+
+    def __init__(self, key: str, file: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+        self.key, self.file, self.dtype, self.shape, self.device = key, file, dtype, shape, device
+
+    def __getitem__(self, everything: EllipsisType) -> Tensor:
+        if self.file is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        else:
+            tensor = self.file.get_tensor(self.key).to(self.device).contiguous()
+        for piece in tensor.view(-1).view(torch.uint8).split(PIECE):
+            dist.broadcast(piece, 0)
+        return tensor
+
+
+def broadcast_tensors(find: Callable[[], list[Path]], device: torch.device) -> dict[str, BroadcastTensor]:
+    """Every tensor of the safetensors files that `find`, called on rank 0 alone, names.
+
+    Raises:
+        ValueError: rank 0 cannot read them; on every rank.
+    """
+    files: dict[str, Any] = {}
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            listing = {}
+            for path in find():
+                file = safe_open(path, framework="pt", device="cpu")
+                for key in file.keys():  # noqa: SIM118
+                    held = file.get_tensor(key)  # mapped from the file, not read
+                    files[key], listing[key] = file, (held.dtype, tuple(held.shape))
+            told = [listing]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            told = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(told, 0, device=device if device.type == "cuda" else None)
+    if isinstance(told[0], str):
+        raise ValueError(f"rank 0 cannot read the weights: {told[0]}")
+    return {key: BroadcastTensor(key, files.get(key), dtype, shape, device) for key, (dtype, shape) in told[0].items()}
+
+
+def safetensors_files(source: str, **where: Any) -> list[Path]:
+    """The safetensors files of a model: a folder, or a hub name, from which they are fetched.
+
+    Raises:
+        OSError: there are none, or they cannot be fetched.
+    """
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    names = [SAFE_WEIGHTS_NAME]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    found = [
+        cached_file(source, name, _raise_exceptions_for_missing_entries=index is not None, **where) for name in names
+    ]
+    if found == [None]:
+        raise OSError(f"no file named {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {source}")
+    return [Path(str(path)) for path in found]

@@ -1,0 +1,224 @@
+"""Loading a checkpoint tensor by tensor: each weight is quantised, measured and cut up over the ranks as it is read.
+
+transformers reads, renames and joins the tensors of a checkpoint one weight at a time when a quantizer asks for it, and
+hands each to that quantizer. Ours stores it as 4 bits, hashes it, and keeps this rank's part (ZeRO-3), so that no rank
+ever holds the model, neither in 4 bits nor in the precision of training. Peak memory: this rank's parts and one weight.
+
+What is private: DeepSpeed's `zero.Init._convert_to_deepspeed_param`; `tests/distributed/test_sharded.py` compares every
+result with the model that is loaded whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from trainer.models.fingerprint import Measured, measure
+from trainer.models.linear4bit import FrozenLinear4bit
+
+log = logging.getLogger(__name__)
+
+METHOD = "egmf-stream"
+
+
+class Partitioner:
+    """Keeps 1/world of a parameter on this rank, as DeepSpeed's ZeRO-3 does; needs the process group."""
+
+    def __init__(self, deepspeed_config: dict[str, Any]) -> None:
+        import deepspeed
+
+        # neither a module nor a context: only the means to convert a parameter
+        self._zero = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+
+    def __call__(self, parameter: Any) -> None:
+        if not is_partitioned(parameter):
+            self._zero._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+
+class Stream(QuantizationConfigMixin):
+    """What happens to every weight on its way, given to `from_pretrained` as its `quantization_config`.
+
+    Attributes: `faults`, weights whose shape is not the model's.
+    """
+
+    def __init__(
+        self,
+        four_bit: BitsAndBytesConfig | None,
+        partition: Partitioner | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.four_bit, self.partition, self.dtype, self.device = four_bit, partition, dtype, device
+        self.faults: list[str] = []
+        if METHOD not in AUTO_QUANTIZER_MAPPING:
+            register_quantizer(METHOD)(StreamQuantizer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        return self  # configs are copied while they load; process groups cannot be
+
+    def take(self, model: PreTrainedModel, name: str, value: Tensor) -> nn.Parameter:
+        """Store a whole weight under `name`: in 4 bits where its layer asks for it, measured, cut up."""
+        module, leaf = _owner(model, name)
+        old = module.get_parameter(leaf)
+        if value.shape != old.shape:
+            self.faults.append(f"{name} is {tuple(value.shape)} in the files, {tuple(old.shape)} in the model")
+        if isinstance(module, Linear4bit) and leaf == "weight":
+            options = {key: held for key, held in vars(old).items() if not key.startswith("_")}
+            packed: Any = Params4bit(value, **{**options, "requires_grad": False})
+            parameter: Any = packed.to(self.device)  # quantises
+        else:
+            parameter = nn.Parameter(value.to(self.device), requires_grad=value.is_floating_point())
+        parameter.measured = measure(parameter, rows=isinstance(module, nn.Embedding) or name in _tied_names(model))
+        if self.partition is None:
+            return parameter
+        self.partition(parameter)
+        return self._same_as_tied(model, name, parameter)
+
+    def finish(self, model: PreTrainedModel) -> dict[str, Measured]:
+        """Treat what did not come to :meth:`take`; returns what was measured of every parameter, tied ones once."""
+
+        def settle(named: tuple[str, nn.Parameter]) -> Measured:
+            name, parameter = named
+            held = vars(parameter).pop("measured", None)
+            return held or measure(parameter, rows=isinstance(_owner(model, name)[0], nn.Embedding))
+
+        named = dict(model.named_parameters())
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            found = dict(zip(named, pool.map(settle, named.items()), strict=True))
+        if self.partition is not None:
+            for parameter in named.values():
+                self.partition(parameter)
+        return found
+
+    def _same_as_tied(self, model: PreTrainedModel, name: str, parameter: Any) -> nn.Parameter:
+        """The tied weight that was read before, where this one equals it. transformers would compare the two itself, but
+        cut up they look alike to it."""
+        tied = model.all_tied_weights_keys
+        for target, source in list(tied.items()):
+            if name not in (target, source):
+                continue
+            other = model.get_parameter(source if name == target else target)
+            seen = vars(other).get("measured")
+            if seen is None:  # not read yet
+                continue
+            if seen.parts == parameter.measured.parts:
+                return other
+            log.warning("%s and %s should be one weight and differ in the files: they stay two", target, source)
+            tied.pop(target)
+        return parameter
+
+
+class StreamQuantizer(Bnb4BitHfQuantizer):
+    """transformers' hook for :class:`Stream`: it sees every weight, quantised or not."""
+
+    def __init__(self, quantization_config: Stream, **options: Any) -> None:
+        super().__init__(quantization_config.four_bit or quantization_config, **options)
+        self.stream = quantization_config
+
+    def validate_environment(self, *args: Any, **options: Any) -> None:
+        if self.stream.four_bit is not None:
+            super().validate_environment(*args, **options)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
+        """Whether a weight comes to :meth:`Stream.take`. The few of another dtype than training's would be cast on their
+        way there: they load as they always do, and are settled at the end."""
+        if self.stream.four_bit is not None and super().param_needs_quantization(model, param_name, **options):
+            return True
+        held = model.get_parameter_or_buffer(param_name)
+        return isinstance(held, nn.Parameter) and held.dtype == self.stream.dtype
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Take(self.stream)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, **options: Any
+    ) -> None:
+        if self.stream.four_bit is None:
+            return
+        super()._process_model_before_weight_loading(model, device_map, **options)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                FrozenLinear4bit.adopt(module)
+
+    def postprocess_model(self, model: Any, **options: Any) -> None:
+        super().postprocess_model(model, **options)
+        if self.stream.four_bit is None:
+            self.remove_quantization_config(model)
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):
+                    module.config._is_quantized = False
+            del model.is_loaded_in_4bit
+        else:
+            model.config.quantization_config = self.stream.four_bit
+            model.hf_quantizer = Bnb4BitHfQuantizer(self.stream.four_bit, pre_quantized=False)
+            model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+
+
+class _Take(ConversionOps):
+    """The last step of a weight's way into the model."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        model: Any = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        held = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        input_dict.clear()
+        return {name: self.stream.take(model, name, held.pop(name)) for name in list(held)}
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    tied = model.all_tied_weights_keys
+    return {*tied.keys(), *tied.values()}
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered_by_layer(model: nn.Module) -> Iterator[None]:
+    """Inside the block each module has its weights whole while its own forward runs: ZeRO-3 without an engine.
+
+    Every rank calls the same modules in the same order, without gradients.
+    """
+    hooks = []
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if is_partitioned(p)]
+        if own:
+            hooks.append(module.register_forward_pre_hook(lambda _, __, own=own: own[0].all_gather(own)))
+            hooks.append(module.register_forward_hook(lambda _, __, ___, own=own: own[0].partition(own)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
