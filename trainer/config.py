@@ -92,6 +92,9 @@ class BackboneConfig(Section):
         description="who reads the weights: every rank, or rank 0 for all, where others have no access to the files",
     )
     gradient_checkpointing: bool = False
+    reentrant: bool = Field(
+        False, description="gradient checkpointing by autograd's older, reentrant way (the same gradients)"
+    )
     trust_remote_code: bool = Field(
         False, description="runs code from the model's repository: only for sources you trust"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -151,6 +152,18 @@ class Backbone(nn.Module):
             for config, own in zip(configs, before, strict=True):
                 config._attn_implementation = own
 
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As in `nn.Module`, without the scales of 4-bit weights: like the frozen weights themselves they are read from
+        the source of the backbone, and DeepSpeed would put them into every rank's checkpoint."""
+        state = super().state_dict(*arguments, **options)
+        layers = {name for name, module in self.named_modules() if isinstance(module, Linear4bit)}
+        prefix = options.get("prefix", "")
+        for key in list(state):
+            layer, scale, _ = key.removeprefix(prefix).partition(".weight.")
+            if scale and layer in layers:
+                del state[key]
+        return state
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         """As in `nn.Module`, but a cast (DeepSpeed's to bf16) leaves float buffers alone: rotary frequencies need float32."""
         return keep_buffers(self, lambda: super(Backbone, self)._apply(fn, recurse))
@@ -207,7 +220,9 @@ def build_backbone(
         _check_same_base(config.name, backbone.fingerprint)
     if config.gradient_checkpointing:
         enable = getattr(backbone.base, "activation_checkpointing_enable", backbone.base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": config.reentrant})
+        if config.reentrant:  # the reentrant way asks for a gradient of its input, or gives the layers none
+            backbone.base.enable_input_require_grads()
     with gathered_by_layer(backbone):
         _probe(backbone, config.name)
     backbone.train()

@@ -6,13 +6,18 @@ Source: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+log = logging.getLogger(__name__)
 
 BLOCK = 64  # weights that share one scale
+LEFT = 0.01  # share of the parameters that may stay unquantised, embeddings and head aside
 
 
 def nf4_config(dtype: torch.dtype, double_quantization: bool) -> BitsAndBytesConfig:
@@ -27,20 +32,23 @@ def nf4_config(dtype: torch.dtype, double_quantization: bool) -> BitsAndBytesCon
 
 
 def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = False) -> None:
-    """Refuse, before anything is loaded, linear layers whose input is no multiple of the block size.
+    """Refuse, before anything is loaded, what cannot be quantised.
 
-    bitsandbytes computes wrong values for them on CPU, without an error.
+    Linear layers whose input is no multiple of the block size: bitsandbytes computes wrong values for them on CPU, without
+    an error. Matrices that belong to no linear layer, such as the fused experts of mixture models, where they are more than
+    `LEFT` of the model: they would stay in the precision of training. Smaller ones (routers) do, and are logged.
 
     Raises:
-        ValueError: with the names of all such layers.
+        ValueError: with the names of all such layers and weights.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    _check_outside(model, where)
     head = model.get_output_embeddings()
     odd: Counter[tuple[str, int]] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and module.in_features % BLOCK:
-            odd[".".join(p for p in name.split(".") if not p.isdigit()), module.in_features] += 1
+            odd[_kind(name), module.in_features] += 1
     if odd:
         listed = "; ".join(f"{name} (in_features {size}, {n} of them)" for (name, size), n in odd.items())
         raise ValueError(
@@ -49,14 +57,51 @@ def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = 
         )
 
 
+def _check_outside(model: nn.Module, where: str) -> None:
+    """Matrices outside of linear layers and embeddings: refused where they are a good part of the model."""
+    held: dict[str, list[torch.Size]] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                held.setdefault(_kind(f"{name}.{leaf}"), []).append(parameter.shape)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shares = {kind: sum(shape.numel() for shape in shapes) / total for kind, shapes in held.items()}
+    listed = [
+        f"{kind} ({' x '.join(map(str, shapes[0]))}, {len(shapes)} of them, {shares[kind]:.1%} of the model)"
+        for kind, shapes in held.items()
+    ]
+    if sum(shares.values()) > LEFT:
+        raise ValueError(
+            f"{where} cannot be quantised to NF4: these weights are in no linear layer and would stay in the precision of "
+            f"training: {'; '.join(listed)}. Use model.backbone.quantization=none (ZeRO-3 cuts them up), or a dense model"
+        )
+    if listed:
+        log.info("%s: left in the precision of training: %s", where, "; ".join(listed))
+
+
+def _kind(name: str) -> str:
+    """A module's or weight's name without the numbers of layers and experts."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
 def settle(model: nn.Module, where: str) -> int:
     """Check a loaded 4-bit model; returns the number of 4-bit layers.
 
     Raises:
-        ValueError: nothing was quantised, or a weight is not stored as uint8.
+        ValueError: nothing was quantised, a linear layer other than the head was left out, or a weight is not stored as
+            uint8.
     """
     from bitsandbytes.nn import Linear4bit
 
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    left = sorted({_kind(name) for name, m in linear.items() if not isinstance(m, Linear4bit)})
+    if left:
+        raise ValueError(
+            f"{where}: these layers were not quantised: {', '.join(left)}. Use model.backbone.quantization=none"
+        )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     if not layers:
         raise ValueError(f"{where} has no linear layer that can be quantised: use model.backbone.quantization=none")

@@ -71,6 +71,9 @@ class Stream(QuantizationConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
         return self  # configs are copied while they load; process groups cannot be
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
+
     def take(self, model: PreTrainedModel, name: str, value: Tensor) -> nn.Parameter:
         """Store a whole weight under `name`: in 4 bits where its layer asks for it, measured, cut up."""
         module, leaf = _owner(model, name)

@@ -66,9 +66,10 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
     """Refuse what this machine cannot train, all of it at once.
 
     Raises:
-        ValueError: fp16 on a CPU (DeepSpeed has no such path); an optimizer in host memory without what compiles it.
+        ValueError: fp16 on a CPU (DeepSpeed has no such path); an optimizer in host memory without what compiles it;
+            combinations that docs/clusters.md names as refused.
     """
-    faults = []
+    faults = _refused(config)
     if dtype_of(config) is torch.float16 and device.type == "cpu":
         faults.append("train.precision=fp16 needs a GPU: on a CPU use train.precision=fp32 or bf16")
     if _offloads(deepspeed_config(config)) and (missing := missing_build_tools()):
@@ -78,6 +79,31 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
         )
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _refused(config: RunConfig) -> list[str]:
+    """Combinations of stage, quantisation and offload that do not work together, each with what to do."""
+    zero, stage, faults = deepspeed_config(config)["zero_optimization"], zero_stage(config), []
+    where = (zero.get("offload_param") or {}).get("device", "none")
+    packed = config.model.backbone.quantization != "none"
+    if _offloads(deepspeed_config(config)) and stage == 0:
+        faults.append("an optimizer in host memory needs ZeRO: use train.zero=1, 2 or 3, or train.offload=none")
+    if where != "none" and stage != 3:
+        faults.append(f"deepspeed.zero_optimization.offload_param needs train.zero=3, not {stage}")
+    if where == "nvme":
+        faults.append(
+            "deepspeed.zero_optimization.offload_param.device=nvme is not supported: its buffers hold the training dtype "
+            "and not packed weights; use cpu"
+        )
+    if zero.get("mics_shard_size", -1) > 0:
+        faults.append("deepspeed.zero_optimization.mics_shard_size is not supported: weights are cut over all ranks")
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if packed and zero.get(key):
+            faults.append(
+                f"deepspeed.zero_optimization.{key} would quantise the packed weights of "
+                f"model.backbone.quantization={config.model.backbone.quantization} again: leave one of the two out"
+            )
+    return faults
 
 
 def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:

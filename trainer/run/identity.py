@@ -16,6 +16,7 @@ FREE = frozenset(
         "model.backbone.attention",
         "model.backbone.read",
         "model.backbone.gradient_checkpointing",
+        "model.backbone.reentrant",
         "train.micro_batch",
         "train.log_every",
         "train.eval_every",
