@@ -200,6 +200,9 @@ class TrainConfig(Section):
     spike: PositiveFloat = Field(
         8.0, description="a loss this many robust deviations above the recent median is marked"
     )
+    stuck_seconds: float = Field(
+        600.0, ge=0.0, description="without progress on any rank for so long, the run ends and says where; 0: never"
+    )
 
 
 Split = Literal["train", "valid", "test"]

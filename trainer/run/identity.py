@@ -26,6 +26,7 @@ FREE = frozenset(
         "train.probe",
         "train.max_skipped",
         "train.spike",
+        "train.stuck_seconds",
     }
 )
 
