@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.signals import STOPPED, StopRequest
 from trainer.run.tracking import Tracker
+from trainer.run.watch import Watch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -52,6 +54,7 @@ class Training:
     world: World
     guard: Guard
     stop: StopRequest
+    beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
 
 
 @dataclass
@@ -78,7 +81,7 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
     """
     check_machine(config, world.device)
     agree(config, out, world)
-    with open_folder(out, world), StopRequest() as stop:
+    with open_folder(out, world), StopRequest() as stop, Watch(out, world, config.train.stuck_seconds) as watch:
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _make_way(config, out, world, checkpoints)
         record = RunRecord(out, enabled=world.first)
@@ -98,7 +101,7 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
             record.update(state="running", started=now(), ended=None, failure=None, **environment(), **_process())
             known = (record.values.get("mlflow") or {}).get("run_id") or (saved or {}).get("mlflow_run")
             tracker = Tracker(config, out, enabled=world.first, run_id=known)
-            run = Run(config, out, world, parts, ours, tracker, stop, checkpoints)
+            run = Run(config, out, world, parts, ours, tracker, stop, checkpoints, watch)
             record.update(
                 precision=config.train.precision,
                 seed=config.train.seed,
@@ -108,8 +111,10 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
             )
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
+            watch.closing = functools.partial(_stuck, out, record, tracker) if world.first else None
             state = run.train(last, saved)
         except BaseException as error:
+            watch.hold()
             tell_launcher(error)
             if begun or fresh:
                 with contextlib.suppress(OSError):  # the disk may be what failed
@@ -158,6 +163,12 @@ def _end(out: Path, record: RunRecord, tracker: Tracker | None, state: str, repo
         _close(out, record, tracker, state, pictures)
 
 
+def _stuck(out: Path, record: RunRecord, tracker: Tracker, why: str) -> None:
+    """Close the record of a run whose main thread hangs; called by the watch."""
+    record.update(failure=f"StuckError: {why}", state="failed", ended=now())
+    _close(out, record, tracker, "failed", [])
+
+
 def _close(out: Path, record: RunRecord, tracker: Tracker | None, state: str, pictures: list[Path]) -> None:
     if tracker is None:
         return
@@ -191,7 +202,9 @@ class Run:
         tracker: Tracker,
         stop: StopRequest,
         checkpoints: Checkpoints,
+        watch: Watch,
     ) -> None:
+        self.watch = watch
         self.config, self.out, self.world, self.parts = config, out, world, parts
         self.identity, self.tracker, self.checkpoints = ours, tracker, checkpoints
         train = config.train
@@ -202,7 +215,7 @@ class Run:
         self.engine: DeepSpeedEngine = build_engine(parts.model, config)
         self.schedule = Schedule(self.engine, train, self.steps)
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
-        self.training = Training(self.engine, parts, config, world, self.guard, stop)
+        self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
         self.best: str | None = None
@@ -224,6 +237,7 @@ class Run:
                 rates = self.engine.get_lr()
                 result, spike = self._step(step)
                 self._tell(step + 1, result, spike, rates, time.perf_counter() - began)
+                self.watch.started()
                 final = step + 1 == self.steps
                 if final or (step + 1) % eval_every == 0:
                     self._validate(step + 1)
@@ -283,6 +297,7 @@ class Run:
         )
 
     def _save(self, step: int) -> None:
+        self.watch.beat(f"saving the checkpoint of step {step}", slack=3.0)
         state = {
             **self.identity,
             "best_score": self.best_score,
@@ -328,7 +343,11 @@ class Run:
     def _evaluate(self, split: str) -> Any:
         self.engine.eval()
         try:
-            return evaluate(self.engine, self.parts, self.config, split, self.world, self.dtype)
+            self.watch.beat(f"evaluating {split}")
+            return evaluate(
+                self.engine, self.parts, self.config, split, self.world, self.dtype,
+                lambda n: self.watch.beat(f"evaluating {split}"),
+            )  # fmt: skip
         finally:
             self.engine.train()
 
@@ -372,6 +391,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     told = torch.zeros(4, dtype=torch.float64, device=world.device if world.device.type == "cuda" else None)
     positions = 0
     for place, micro in enumerate(micros):
+        training.beat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         samples = [view[i] for i in micro.indices]
         rows = collate(samples, weight=micro.weight, epoch=batch.epoch).to(world.device, dtype)
         positions += rows.input_ids_BL.numel() if micro.weight else 0

@@ -2,6 +2,7 @@
 
 EGMF_TEST_FAIL_RANK=R    rank R raises at its third micro-batch
 EGMF_TEST_KILL_RANK=R    rank R is killed at its third micro-batch
+EGMF_TEST_SLEEP_RANK=R   rank R sleeps for ever at its fifth micro-batch
 EGMF_TEST_MEMORY=MIB     from the first micro-batch on, no more than so much memory can be had
 """
 
@@ -11,9 +12,10 @@ import sys
 RANK = os.environ.get("RANK", "0")
 FAIL = "RANK" in os.environ and os.environ.get("EGMF_TEST_FAIL_RANK") == RANK
 KILL = "RANK" in os.environ and os.environ.get("EGMF_TEST_KILL_RANK") == RANK
+SLEEP = "RANK" in os.environ and os.environ.get("EGMF_TEST_SLEEP_RANK") == RANK
 MEMORY = os.environ.get("EGMF_TEST_MEMORY")
 
-if FAIL or KILL or MEMORY:
+if FAIL or KILL or SLEEP or MEMORY:
     import importlib.abc
     import importlib.machinery
 
@@ -26,6 +28,10 @@ if FAIL or KILL or MEMORY:
             resource.setrlimit(resource.RLIMIT_AS, (used + (int(MEMORY) << 20),) * 2)
         if call == 3 and KILL:
             os.kill(os.getpid(), 9)
+        if call == 5 and SLEEP:
+            import time
+
+            time.sleep(3600)
         if call == 3 and FAIL:
             raise RuntimeError("planted on rank " + RANK)
 
