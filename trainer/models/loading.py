@@ -263,7 +263,7 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
         return f"{config.name} cannot attend with {config.attention}: set model.backbone.attention=auto, or eager"
     if isinstance(error, ImportError):
         return f"the {what} of {config.name} needs a library that is not here: {text}"
-    if isinstance(error, SafetensorError):
+    if isinstance(error, SafetensorError) or "SafetensorError" in text:  # of another rank
         return f"the {what} of {config.name}{at} are damaged ({text}): fetch them again"
     if "safetensors" in text:
         return (

@@ -72,5 +72,6 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
     forward: Callable[..., Any] = parts.model.eval()
     if zero_stage(config) == 3 and partition:
         engine = build_inference_engine(parts.model, config)
-        forward = engine.eval()
+        engine.eval()  # gives nothing back, unlike a module's
+        forward = engine
     return SavedRun(config, parts, world, dtype, chosen, forward)
