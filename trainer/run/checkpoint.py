@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, verified before they are used, the newest and the best kept.
 
     checkpoints/step-00000100/model.safetensors       trainable weights and gate usage, whole (any world size can read them)
-                              engine/                 DeepSpeed's own: optimizer, loss scale (this world size)
+                              engine/                 DeepSpeed's own: optimizer, loss scale (of this world size: run/universal.py)
                               random.rankN.safetensors  every random generator of a rank
                               state.json              step, schedule, identity of the run, validation, MLflow run
                               manifest.json           size and SHA-256 of every other file
@@ -33,6 +33,7 @@ from trainer.models.egmf import EGMF
 from trainer.run.distributed import World
 from trainer.run.files import sync, write_json, write_text
 from trainer.run.random_state import random_state, restore_random_state
+from trainer.run.universal import load_universal, universal
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -61,7 +62,7 @@ class Checkpoints:
         with self.world.first_does() as first:
             if first:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for pattern in (".writing-*", ".removing-*"):
+                for pattern in (".writing-*", ".removing-*", ".converting-*"):
                     for left in self.folder.glob(pattern):
                         shutil.rmtree(left)
 
@@ -212,7 +213,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def check_fit(state: dict[str, Any], expected: dict[str, Any], checkpoint: Path, *, force: bool = False) -> None:
     """Refuse to continue `checkpoint` in a run that differs from it in any of `expected`.
 
-    With `force`, other settings and other data are a warning; another base, world or ZeRO stage never is.
+    Another number of ranks fits always. With `force`, other settings and other data are a warning; another base or ZeRO
+    stage never is.
 
     Raises:
         CheckpointError: every difference, and what to do.
@@ -221,6 +223,8 @@ def check_fit(state: dict[str, Any], expected: dict[str, Any], checkpoint: Path,
     forced: list[str] = []
     for key, value in expected.items():
         theirs = state.get(key)
+        if key == "world":
+            continue
         if key == "settings" and isinstance(theirs, dict):
             changed = sorted(name for name in {**theirs, **value} if theirs.get(name) != value.get(name))
             forced += [f"  {n}: the checkpoint has {theirs.get(n)!r}, this run {value.get(n)!r}" for n in changed]
@@ -245,21 +249,34 @@ def check_fit(state: dict[str, Any], expected: dict[str, Any], checkpoint: Path,
 
 
 def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> None:
-    """Put a checkpoint's weights, optimizer and random state into `engine`; the world is that of the writer.
+    """Put a checkpoint's weights, optimizer and random state into `engine`, whatever number of ranks wrote it.
+
+    On another number of ranks random states are those of the writer's ranks, in turn.
 
     Raises:
         CheckpointError: DeepSpeed finds no state of its own there, or one that asks for more than plain tensors.
     """
+    writers = len(list(checkpoint.glob(RANDOM.format("*"))))
     with _restricted():
         try:
-            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE, load_module_strict=False)
+            if writers == world.size or not engine.zero_optimization():
+                loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE, load_module_strict=False)
+            else:
+                log.info("%s was written by %d ranks: converting it for %d", checkpoint.name, writers, world.size)
+                place = checkpoint.with_name(f".converting-{checkpoint.name}")
+                with (
+                    _explained(f"the conversion of {checkpoint.name}", checkpoint.parent),
+                    universal(checkpoint / ENGINE, place, world) as converted,
+                ):
+                    loaded = load_universal(engine, converted)
+                load_weights(engine.module, checkpoint, world)
         except Exception as error:
             if "weights_only" not in str(error) and "Weights only" not in str(error):
                 raise
             raise CheckpointError(f"{checkpoint / ENGINE} holds more than tensors and is not read: {error}") from error
     if loaded is None:
         raise CheckpointError(f"checkpoint {checkpoint}: DeepSpeed found no state under {ENGINE}/")
-    restore_random_state(load_file(checkpoint / RANDOM.format(world.rank)))
+    restore_random_state(load_file(checkpoint / RANDOM.format(world.rank % writers)))
 
 
 def load_weights(model: EGMF, checkpoint: Path, world: World) -> None:
