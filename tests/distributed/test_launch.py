@@ -169,6 +169,20 @@ def test_a_stopped_run_exits_85_and_continues_to_the_same_weights(work: Path, wh
         assert words in other.stderr
 
 
+def test_a_run_goes_on_with_another_number_of_processes(work: Path, whole: Path) -> None:
+    out = work / "fewer"
+    shutil.copytree(whole, out)
+    for step in (6, 8):
+        shutil.rmtree(out / f"checkpoints/step-{step:08d}")
+    done = egmf("train", str(work / "toy.yaml"), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "step-00000004 was written by 2 ranks: converting it for 1" in done.stderr
+    assert record(out)["world"] == 1
+    assert record(out)["state"] == "done"
+    assert record(out)["mlflow"]["run_id"] == record(whole)["mlflow"]["run_id"]
+    assert not list((out / "checkpoints").glob(".converting-*"))
+
+
 @pytest.mark.parametrize(
     ("plant", "code", "what", "why"),
     [
