@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from launch.local import command, launch
+from launch.local import alone, command, launch
 from trainer.data.dataset import open_dataset
 from trainer.data.diagnostic import generate
 
@@ -33,7 +33,7 @@ def demo(runs: Path, procs: int) -> int:
     for name, config in RUNS.items():
         out = runs / config
         _say(f"\n{name}: {out}")
-        code = launch(command(CONFIGS / f"{config}.yaml", [f"data.path={data}"], out), procs, out)
+        code = launch(alone(command(CONFIGS / f"{config}.yaml", [f"data.path={data}"], out), procs), out)
         if code:
             return code
     Console().print(_table(runs, data))

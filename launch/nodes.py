@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
@@ -48,10 +49,14 @@ def machine() -> Report:
 
 
 def addresses() -> dict[str, list[str]]:
-    """Interface -> its IPv4 addresses, of those that are up and lead out of this machine."""
+    """Interface -> its IPv4 addresses with their networks (10.0.0.1/24), of those that are up and lead out of this machine."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found = {
-        name: [a.address for a in held if a.family == socket.AF_INET and not a.address.startswith("127.")]
+        name: [
+            ipaddress.ip_interface(f"{a.address}/{a.netmask}").with_prefixlen
+            for a in held
+            if a.family == socket.AF_INET and not a.address.startswith("127.")
+        ]
         for name, held in psutil.net_if_addrs().items()
         if name in up
     }
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--token")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):
         told = machine()
         try:

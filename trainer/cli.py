@@ -16,6 +16,7 @@ import typer
 
 from trainer.commands import data, launching, runs, training
 from trainer.commands.shared import say, stdout_to_stderr
+from trainer.run.launcher import follow_launcher
 
 app = typer.Typer(
     name="egmf",
@@ -36,6 +37,7 @@ app.add_typer(runs.track_app, name="track")
 
 def main() -> None:
     """Run the command line; every fault of the user's is one message on stderr and exit code 1."""
+    follow_launcher()
     arguments = sys.argv[1:]
     rank = next((a.partition("=")[2] for a in arguments if re.fullmatch(r"--local_rank=\d+", a)), None)
     if rank is not None:  # the deepspeed launcher puts it in front of the command

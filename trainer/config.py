@@ -194,6 +194,7 @@ class TrainConfig(Section):
         "auto", description="continue the run folder's last checkpoint; never: put what is there aside and start anew"
     )
     probe: bool = Field(True, description="try the largest batches of the data before the first step")
+    rendezvous_seconds: PositiveFloat = Field(300.0, description="that the processes wait for each other at the start")
     max_skipped: PositiveInt = Field(
         5, description="steps in a row with a loss or gradient that is no number, after which the run stops"
     )

@@ -31,18 +31,31 @@ def default_out(config: Path, seed: int) -> Path:
     return Path("runs") / f"{config.stem}-s{seed}"
 
 
-def in_world(work: Callable[[Any], int], debug: bool) -> int:
-    """`work` in this process's place among the run's; a fault names its rank and ends the process at once."""
+def in_world(work: Callable[[Any], int], debug: bool, seconds: float | None = None) -> int:
+    """`work` in this process's place among the run's; a fault names its rank and ends the process at once.
+
+    `seconds` is how long the processes wait for each other. They end together: a launcher that ends the others when one
+    leaves with a code other than 0 would otherwise interrupt what rank 0 writes last.
+    """
     from trainer.run.distributed import quiet_deepspeed
 
     quiet_deepspeed()
     from trainer.run.distributed import PeerFault, start_world, stop_world, tell_launcher
     from trainer.run.logs import set_up_logging
+    from trainer.run.rendezvous import SECONDS
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
-    world = start_world()
+    try:
+        world = start_world(seconds or SECONDS)
+    except ValueError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        say(f"error on rank {os.environ.get('RANK', '?')}: {error}")
+        tell_launcher(error)
+        return 1
     try:
         code = work(world)
+        world.barrier()
     except Exception as error:
         if world.size == 1:
             raise

@@ -61,7 +61,7 @@ def train(
             say(f"done: {folder}")
         return code
 
-    return in_world(work, debug)
+    return in_world(work, debug, loaded.train.rendezvous_seconds)
 
 
 @app.command()

@@ -16,10 +16,12 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import BackboneConfig, RunConfig, flatten
-from trainer.run.distributed import World
+
+if TYPE_CHECKING:
+    from trainer.run.distributed import World
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "egmf-trainer")
 WHOLE = 1 << 24  # bytes up to which a model's file is hashed whole; of larger ones both ends are

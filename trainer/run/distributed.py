@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.run.logs import captured_stdout
+from trainer.run.rendezvous import SECONDS, meet
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +113,18 @@ class World:
                 raise PeerFault(f"stopped, since rank 0 failed: {told}")
 
 
-def start_world() -> World:
+def start_world(seconds: float = SECONDS) -> World:
     """Join the run's processes (or start alone), through DeepSpeed's own initialisation.
 
     On CPU the backend is gloo. DeepSpeed's shared-memory all-reduce is compiled on first use; without a C++ compiler or
     ninja it is left out with one warning.
 
+    Args:
+        seconds: that the processes wait for each other.
+
     Raises:
-        ValueError: a launcher set some but not all of the variables that processes need to meet.
+        ValueError: a launcher set some but not all of the variables that processes need to meet, or they cannot meet
+            (:func:`trainer.run.rendezvous.meet`).
     """
     _check_launcher()
     import deepspeed
@@ -131,7 +136,7 @@ def start_world() -> World:
     else:
         device = torch.device("cpu")
         _shared_memory_op()
-    with captured_stdout():
+    with meet(seconds), captured_stdout():
         deepspeed.init_distributed(verbose=False)
     world = World(dist.get_rank(), dist.get_world_size(), device)
     _unlink_shared_memory(world)

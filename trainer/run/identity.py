@@ -24,6 +24,7 @@ FREE = frozenset(
         "train.keep",
         "train.resume",
         "train.probe",
+        "train.rendezvous_seconds",
         "train.max_skipped",
         "train.spike",
         "train.stuck_seconds",

@@ -1,0 +1,34 @@
+"""One rank that meets the others, says how, and leaves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import torch
+
+from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
+
+quiet_deepspeed()
+
+
+def main(seconds: float) -> int:
+    try:
+        world = start_world(seconds)
+    except ValueError as error:
+        print(f"REFUSED {error}", flush=True)
+        return 1
+    held = torch.ones(1)
+    world.sum(held)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    print(
+        f"MET rank {world.rank} of {world.size} on {socket.gethostname()} by {interface}, sum {held.item():g}",
+        flush=True,
+    )
+    stop_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1])))

@@ -1,0 +1,66 @@
+"""What a worker does when its launcher is gone: it stops, and does not outlive it for long.
+
+DeepSpeed's and torchrun's workers do not notice on their own that the process which started them was killed, or that the
+ssh connection behind it broke; they would train on with nobody to see it, or wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import stat
+import threading
+import time
+
+log = logging.getLogger(__name__)
+
+OURS = "EGMF_LAUNCHER"  # set by our launchers, "local" or "agent" (over ssh); they send the signal themselves
+LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", OURS)  # set by deepspeed, torchrun, and us
+LIMIT = 300.0  # seconds that a worker has to save and leave
+
+
+def follow_launcher() -> None:
+    """Watch, in a thread, for the launcher's end: then a stop signal to this process, and after `LIMIT` its end.
+
+    In a run of several nodes also for the loss of the connection that carries our output. Does nothing in a process that
+    no launcher started.
+    """
+    if not any(name in os.environ for name in LAUNCHERS):
+        return
+    parent = os.getppid()
+    remote = int(os.environ.get("CROSS_SIZE", "1")) > 1 or os.environ.get(OURS) == "agent"
+    streams = [fd for fd in (1, 2) if remote and _is_connection(fd)]
+    threading.Thread(target=_watch, args=(parent, streams), name="follow-launcher", daemon=True).start()
+
+
+def _watch(parent: int, streams: list[int]) -> None:
+    poll = select.poll()
+    for stream in streams:
+        poll.register(stream, 0)  # an error or a hang-up is always told
+    while os.getppid() == parent:
+        if poll.poll(500):
+            _silence(streams)
+            why = "the connection to the launcher is lost"
+            break
+    else:
+        why = f"the launcher (process {parent}) has ended"
+    log.warning("%s: stopping", why)
+    if OURS not in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LIMIT)
+    os._exit(1)
+
+
+def _is_connection(stream: int) -> bool:
+    mode = os.fstat(stream).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _silence(streams: list[int]) -> None:
+    """What is written from now on goes nowhere; writing to a lost connection would end the process."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)

@@ -1,0 +1,364 @@
+"""How the processes of a run meet: the network interface, the port, who is there; every fault in words, in time.
+
+The launchers say where rank 0 is (MASTER_ADDR, MASTER_PORT), not which interface leads there: gloo resolves the host's
+name, which on many machines is 127.0.1.1, and NCCL guesses. So the interface is the one whose address the kernel would
+use towards MASTER_ADDR. Before the process group is made, all ranks greet each other over its store, which needs one
+open port only: absent ranks, other versions and interfaces that do not connect are told by name instead of a hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+SECONDS = 300.0  # that the processes wait for each other, unless the config says otherwise
+CONNECT = 5.0  # seconds for a connection between two ranks, and for a fault to be read before rank 0 leaves
+LAST = "egmf/address of the last rank"
+NOTICE = 15.0  # seconds after which it is said who is waited for
+
+
+class RendezvousError(ValueError):
+    """The processes of a run cannot meet."""
+
+
+@contextlib.contextmanager
+def meet(seconds: float = SECONDS) -> Iterator[None]:
+    """Find the interface, wait for all ranks, and see that they fit and reach each other; inside, make the process group.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are unset
+    and MASTER_ADDR is another machine's or this one's outer address.
+
+    Raises:
+        RendezvousError: on every rank that is there.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size == 1:
+        yield
+        return
+    address = choose_interface()
+    store = _store(rank, size, seconds)
+    if several_nodes() and address is None:
+        address = _interface_towards_last(store, size, seconds)
+    elif rank == size - 1 and address is not None:
+        store.set(LAST, address)
+    with _listening(address) as port:
+        about = {"host": socket.gethostname(), "address": address, "port": port}
+        Greeting(store, rank, size).exchange(about, seconds)
+    yield  # the store's server lives in rank 0 for as long as `store` does
+
+
+def several_nodes() -> bool:
+    """Whether the launcher said that the ranks are on more than one node."""
+    size = int(os.environ["WORLD_SIZE"])
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    nodes = (
+        os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES")
+        if "SLURM_PROCID" in os.environ
+        else None
+    )
+    return int(local) < size if local else int(nodes or 1) > 1
+
+
+def choose_interface() -> str | None:
+    """The address of this machine that the others reach; its interface is put into GLOO_ and NCCL_SOCKET_IFNAME.
+
+    None, and nothing set, where MASTER_ADDR is a loopback address: all ranks are on this machine, or it is this
+    machine's name for itself (Debian's 127.0.1.1) and only another node's address tells more.
+
+    Raises:
+        RendezvousError: MASTER_ADDR does not resolve, is written as a loopback address in a run of several nodes, or is
+            not routed; an interface that was set is absent, down or a loopback.
+    """
+    master = os.environ["MASTER_ADDR"]
+    try:
+        towards = socket.getaddrinfo(master, None, type=socket.SOCK_DGRAM)[0]
+    except OSError as error:
+        raise RendezvousError(
+            f"MASTER_ADDR={master} is not known on {socket.gethostname()} ({error.strerror}): "
+            "give the first node's address, such as 10.0.0.1"
+        ) from error
+    address, several = str(towards[4][0]), several_nodes()
+    loopback = ipaddress.ip_address(address).is_loopback
+    if loopback and several and master in (address, "localhost"):
+        raise RendezvousError(
+            f"MASTER_ADDR={master} is every machine's own address, and this run has several nodes: give the first node's "
+            f"that the others reach ({socket.gethostname()} has {_shown(_interfaces())})"
+        )
+    given = os.environ.get("GLOO_SOCKET_IFNAME")
+    if given:
+        return _given_interface(given, _interfaces(), several)
+    return None if loopback else _take_interface(address)
+
+
+def _interface_towards_last(store: dist.Store, size: int, seconds: float) -> str | None:
+    """On the first node, where its name means a loopback address: the interface towards the last rank's node."""
+    try:
+        store.wait([LAST], timedelta(seconds=seconds))
+    except RuntimeError:  # the greeting tells who did not come
+        return None
+    address = store.get(LAST).decode()
+    return _take_interface(address)
+
+
+def _take_interface(peer: str) -> str:
+    """The address that this machine sends from towards `peer`; its interface goes into the environment."""
+    local = _local_address(peer)
+    name = next((name for name, addresses in _interfaces().items() if local in addresses), None)
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    return local
+
+
+def _local_address(peer: str) -> str:
+    """Asks the kernel; nothing is sent."""
+    with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))
+        except OSError as error:
+            raise RendezvousError(
+                f"no route from {socket.gethostname()} to {peer} (MASTER_ADDR={os.environ['MASTER_ADDR']}): "
+                f"{error.strerror}; its interfaces: {_shown(_interfaces())}"
+            ) from error
+        return str(probe.getsockname()[0])
+
+
+def _given_interface(given: str, held: dict[str, list[str]], several: bool) -> str:
+    """The first address of the interface that the user chose."""
+    advice = f"it has {_shown(held)}; unset GLOO_SOCKET_IFNAME, and the one that leads to MASTER_ADDR is taken"
+    for name in given.split(","):
+        if name not in held:
+            raise RendezvousError(
+                f"GLOO_SOCKET_IFNAME={given}: {socket.gethostname()} has no interface {name} that is up; {advice}"
+            )
+        if several and any(ipaddress.ip_address(address).is_loopback for address in held[name]):
+            raise RendezvousError(
+                f"GLOO_SOCKET_IFNAME={given}: {name} is the loopback of {socket.gethostname()}, which no other node "
+                f"reaches; {advice}"
+            )
+    return held[given.split(",")[0]][0]
+
+
+def _interfaces() -> dict[str, list[str]]:
+    """Interface -> its addresses, IPv4 first, of those that are up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        held = [a for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6) and "fe80" not in a.address]
+        held.sort(key=lambda a: a.family != socket.AF_INET)
+        if name in up and held:
+            found[name] = [a.address for a in held]
+    return found
+
+
+def _shown(interfaces: dict[str, list[str]]) -> str:
+    return ", ".join(f"{name} ({addresses[0]})" for name, addresses in interfaces.items())
+
+
+def _store(rank: int, size: int, seconds: float) -> dist.TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT; rank 0 opens it, unless torchrun's agent has."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if serves:
+        _check_free(port)
+    else:
+        _await_port(rank, address, port, seconds)
+    made: list[dist.TCPStore | Exception] = []
+
+    def connect() -> None:
+        limit = timedelta(seconds=seconds)
+        try:
+            made.append(dist.TCPStore(address, port, size, serves, limit, wait_for_workers=False, multi_tenant=True))
+        except RuntimeError as error:
+            made.append(error)
+
+    attempt = threading.Thread(target=connect, daemon=True)  # it has no time-out of its own towards another program
+    attempt.start()
+    attempt.join(seconds)
+    if made and isinstance(made[0], dist.TCPStore):
+        return made[0]
+    raise RendezvousError(
+        f"rank {rank} on {socket.gethostname()} cannot meet the others at {address}:{port} within {seconds:g} s: "
+        f"{made[0] if made else 'what listens there is no run of ours'}. Choose another port (MASTER_PORT, --master-port)"
+    )
+
+
+def _check_free(port: int) -> None:
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise RendezvousError(
+                    f"port {port} of {socket.gethostname()} is in use{_holder(port)}: another run's, perhaps; choose "
+                    "another (MASTER_PORT, --master-port), or end what holds it"
+                ) from error
+            raise RendezvousError(
+                f"port {port} of {socket.gethostname()} cannot be opened: {error.strerror}; choose another MASTER_PORT"
+            ) from error
+
+
+def _holder(port: int) -> str:
+    """Who listens at a port of this machine, as far as we may see."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""
+
+
+def _await_port(rank: int, address: str, port: int, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=CONNECT).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RendezvousError(
+                    f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} within {seconds:g} s: "
+                    f"{error.strerror or error}. Rank 0 did not start or has ended (see its output), or a firewall is "
+                    "between; train.rendezvous_seconds=N waits longer"
+                ) from error
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _listening(address: str | None) -> Iterator[int | None]:
+    """A port of this rank that another can try, at the address that the run will use."""
+    if address is None:
+        yield None
+        return
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+class Greeting:
+    """All ranks' first words, over the store: rank 0 collects, judges, and tells all."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = dist.PrefixStore("egmf/greeting", store), rank, size
+
+    def exchange(self, about: dict[str, Any], seconds: float) -> None:
+        """Say `about` (host, address, port) and this process's versions; then try the next node's address.
+
+        Raises:
+            RendezvousError: on every rank that came.
+        """
+        from trainer.run.agree import versions
+
+        until = time.monotonic() + seconds
+        self._say("here", {**about, "versions": versions()})
+        self._judge("here", until, _faults_of_versions)
+        following = self._heard("here", (self.rank + 1) % self.size)
+        fault = _unreachable(self.rank, about, following) if following["host"] != about["host"] else None
+        self._say("reach", {"fault": fault})
+        self._judge("reach", time.monotonic() + seconds, lambda told: [x["fault"] for x in told if x["fault"]])
+
+    def _say(self, word: str, value: dict[str, Any]) -> None:
+        self.store.set(f"{word}/{self.rank}", json.dumps(value))
+
+    def _heard(self, word: str, rank: int) -> dict[str, Any]:
+        return dict(json.loads(self.store.get(f"{word}/{rank}")))
+
+    def _judge(self, word: str, until: float, faults_of: Any) -> None:
+        """Rank 0 waits for all and publishes what is wrong, or nothing; every rank raises it."""
+        if self.rank == 0:
+            absent = self._absent(word, until)
+            there = [r for r in range(self.size) if r not in absent]
+            told = [{"rank": r, **self._heard(word, r)} for r in there]
+            faults = [self._missed(absent, told)] if absent else faults_of(told)
+            self.store.set(f"{word}/verdict", "\n".join(faults))
+        else:
+            left = max(1.0, until - time.monotonic()) + 2 * CONNECT
+            try:
+                self.store.wait([f"{word}/verdict"], timedelta(seconds=left))
+            except RuntimeError as error:
+                raise RendezvousError(f"rank 0 left while the processes met (see its output): {error}") from error
+        verdict = self.store.get(f"{word}/verdict").decode()
+        if verdict:
+            self._wait_for_readers(word, len(there) if self.rank == 0 else 0)
+            raise RendezvousError(verdict)
+
+    def _wait_for_readers(self, word: str, readers: int) -> None:
+        """Rank 0 holds the store: it leaves when the others have read what is wrong."""
+        until = time.monotonic() + CONNECT
+        read = self.store.add(f"{word}/read", 1)
+        while read < readers and time.monotonic() < until:
+            time.sleep(0.1)
+            read = self.store.add(f"{word}/read", 0)
+
+    def _absent(self, word: str, until: float) -> list[int]:
+        """Ranks that have not said `word` in time; who is waited for is told once."""
+        absent, notice = list(range(self.size)), time.monotonic() + NOTICE
+        while absent:
+            absent = [rank for rank in absent if not self.store.check([f"{word}/{rank}"])]
+            if not absent or time.monotonic() > until:
+                break
+            if time.monotonic() > notice:
+                log.info("waiting for %s of %d", ranks_shown(absent), self.size)
+                notice = float("inf")
+            time.sleep(0.1)
+        return absent
+
+    def _missed(self, absent: Sequence[int], told: Sequence[dict[str, Any]]) -> str:
+        hosts = ", ".join(dict.fromkeys(str(x.get("host")) for x in told if x.get("host"))) or "none"
+        return (
+            f"{ranks_shown(absent)} of {self.size} did not come in time; the others are on {hosts}. See the absent "
+            "ranks' own output: their node is down or slow, or a launcher was given another number of processes; "
+            "train.rendezvous_seconds=N waits longer"
+        )
+
+
+def ranks_shown(ranks: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 0-3, 8``."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"
+
+
+def _faults_of_versions(told: Sequence[dict[str, Any]]) -> list[str]:
+    from trainer.run.agree import differences, said
+
+    reports = [{"where": f"rank {x['rank']} on {x['host']}", "versions": x["versions"]} for x in told]
+    faults = differences(reports)
+    return [said(faults, "the processes of this run are not alike")] if faults else []
+
+
+def _unreachable(rank: int, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Why rank + 1 cannot be reached at the address it gave, from the address of ours; None if it can."""
+    if ours["address"] is None or theirs["address"] is None:
+        return None
+    try:
+        place = (theirs["address"], theirs["port"])
+        socket.create_connection(place, timeout=CONNECT, source_address=(ours["address"], 0)).close()
+    except OSError as error:
+        return (
+            f"rank {rank} on {ours['host']} ({ours['address']}) cannot reach {theirs['host']} at {theirs['address']}: "
+            f"{error.strerror or error}. One of the two uses an interface that does not lead to the other: unset "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or name the right one; or a firewall is between"
+        )
+    return None
