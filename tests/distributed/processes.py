@@ -30,7 +30,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**base, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **more}
 
 
-def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 240, **more: str) -> None:
+def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 500, **more: str) -> None:
     """Run ``python -m module arguments`` on `procs` ranks; fails with their output when one fails."""
     port = str(free_port())
     command = [sys.executable, "-m", module, *arguments]
@@ -52,7 +52,7 @@ def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 240
     assert codes == [0] * procs, f"exit codes {codes}\n" + "\n".join(text[-4000:] for text in said)
 
 
-def egmf(*arguments: str, timeout: float = 240, **more: str) -> subprocess.CompletedProcess[str]:
+def egmf(*arguments: str, timeout: float = 500, **more: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "trainer", *arguments]
     return subprocess.run(command, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout)

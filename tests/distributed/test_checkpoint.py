@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks")
     mark = str(out / "mark")
-    run_ranks("tests.distributed.checkpoint_worker", str(data), str(out), timeout=300, EGMF_TEST_MARK=mark)
+    run_ranks("tests.distributed.checkpoint_worker", str(data), str(out), timeout=600, EGMF_TEST_MARK=mark)
     return dict(json.loads((out / "results.json").read_text()))
 
 
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, small_disk: Pat
 
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.checkpoint_worker", str(data), str(small_disk), "full"],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     refused = next(line for line in done.stdout.splitlines() if line.startswith("REFUSED"))

@@ -22,7 +22,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(
     done = subprocess.run(
         [sys.executable, "benchmarks/killtest.py", "--work", str(tmp_path / "work"), "--out", str(out), "--steps=24",
          f"--cases={case}", f"--procs={procs}", f"--kills={kills}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=580,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     held = json.loads(out.read_text())

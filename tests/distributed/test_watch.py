@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case of the worker, run at the same time."""
     folder = tmp_path_factory.mktemp("watch")
     command = [sys.executable, "-m", "tests.distributed.watch_worker", str(folder)]
-    subprocess.run(command, env=environment(), cwd=ROOT, check=True, timeout=300)
+    subprocess.run(command, env=environment(), cwd=ROOT, check=True, timeout=600)
     return folder
 
 

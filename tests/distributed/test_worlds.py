@@ -12,7 +12,7 @@ from tests.distributed.processes import run_ranks
 from tests.distributed.worlds_worker import BEFORE, CASES
 from tests.toy import prepare_toy
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2400)]
 CHANGES = ((4, 2), (2, 1), (1, 2))
 LOSS = {False: 1e-5, True: 2e-2}  # relative; bf16 ranks sum rounded gradients in another order
 

@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.distributed.zero_worker", str(data), str(out), timeout=500)
+    run_ranks("tests.distributed.zero_worker", str(data), str(out), timeout=800)
     return json.loads((out / "results.json").read_text()), out
 
 

@@ -92,9 +92,9 @@ def test_a_models_fingerprint_sees_changed_bytes_at_both_ends(model: Path, place
 
 def test_a_node_tells_its_report_as_one_json_object(data: Path) -> None:
     command = [sys.executable, "-m", "launch.nodes", str(TINY), "task=meld", f"data.path={data}/{{task}}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     told = json.loads(done.stdout)
     assert told["cpus"] >= 1
     assert not told["faults"]
-    bad = subprocess.run([*command, "train.sed=1"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    bad = subprocess.run([*command, "train.sed=1"], capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert "train.sed: unknown key; did you mean seed?" in json.loads(bad.stdout)["faults"]["config"]

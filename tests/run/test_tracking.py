@@ -52,7 +52,7 @@ def tell(tracker: Tracker, first: int, last: int, pause: float = 0.01) -> float:
 def wait_until_sent(tracker: Tracker, seconds: float = 40) -> None:
     assert tracker._sender is not None
     deadline = time.monotonic() + seconds
-    while tracker._sender.outbox.unsent():
+    while tracker._sender.outbox.unsent() or tracker._sender._trouble is not None:
         assert time.monotonic() < deadline, "not everything was sent"
         time.sleep(0.1)
 
