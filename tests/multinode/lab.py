@@ -65,7 +65,7 @@ class Node:
 
     def start(self, command: Sequence[str], env: dict[str, str], **more: Any) -> subprocess.Popen[str]:
         """Start `command` on this node; :func:`inner` is its process."""
-        entered = ["nsenter", "-t", str(self.pid), "-m", "-n", "-u", "-p", *command]
+        entered = ["nsenter", "-t", str(self.pid), "-m", "-n", "-u", "-p", f"--wd={ROOT}", *command]
         more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, **more}
         return subprocess.Popen(entered, env=env, cwd=ROOT, text=True, **more)
 

@@ -1,0 +1,109 @@
+"""Hostfiles, the plan of ranks, rank 0's address, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.hosts import Host, Plan, environment, master_address, own_part, placed, read_hostfile, shown
+from tests.distributed.processes import ROOT
+
+HOSTS = (Host("a", 4), Host("b", 2), Host("c", 1))
+
+
+def test_a_hostfile_reads_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hostfile"
+    path.write_text("# nodes\nworker-0 slots=4\n\n  10.0.0.2   slots=2  # two\nuser@far.away slots=16\n")
+    theirs = fetch_hostfile(str(path))
+    assert [(host.name, host.slots) for host in read_hostfile(path)] == list(theirs.items())
+
+
+def test_every_fault_of_a_hostfile_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("a slots=2\nb\nc slots=0\na slots=1\n-oProxyCommand=x slots=1\n")
+    with pytest.raises(ValueError, match="4 faults") as told:
+        read_hostfile(path)
+    for words in ("line 2: 'b'", "line 3: 'c slots=0'", "line 4: a stands there twice", "line 5: '-oProxyCommand"):
+        assert words in str(told.value)
+    path.write_text("# none\n")
+    with pytest.raises(ValueError, match="it names no node"):
+        read_hostfile(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_hostfile(tmp_path / "absent")
+
+
+def test_every_rank_stands_on_one_node() -> None:
+    parts = Plan(HOSTS, ("train",), Path("out"), "10.0.0.1", 29500).parts()
+    ranks = [rank for part in parts for rank in range(part.first, part.first + part.slots)]
+    assert ranks == list(range(7))
+    assert {part.world for part in parts} == {7}
+
+
+def report(where: str, *addresses: str, reached_at: str | None = None) -> dict[str, Any]:
+    held = {f"eth{i}": [address] for i, address in enumerate(addresses)}
+    return {"where": where, "addresses": held, "reached_at": reached_at, "free_port": 40001}
+
+
+@pytest.mark.parametrize(
+    ("first", "chosen"),
+    [
+        (report("a", "172.17.0.1/16", "10.1.0.1/24", reached_at="192.0.2.7"), "192.0.2.7"),
+        (report("a", "172.17.0.1/16", "10.1.0.1/24"), "10.1.0.1"),  # docker's address is on both
+        (report("a", "172.17.0.1/16"), "172.17.0.1"),
+    ],
+)
+def test_rank_0_is_met_where_the_others_can(first: dict[str, Any], chosen: str) -> None:
+    others = report("b", "172.17.0.1/16", "10.1.0.2/24")
+    assert master_address([first, others]) == chosen
+    plan = placed(Plan(HOSTS, ("train",), Path("out")), [first, others])
+    assert (plan.address, plan.port) == (chosen, 40001)
+
+
+def test_no_address_at_all_is_told() -> None:
+    with pytest.raises(ValueError, match="give one with --master-addr"):
+        master_address([report("a"), report("b")])
+
+
+def test_without_ssh_the_place_of_this_node_is_needed() -> None:
+    plan = Plan(HOSTS, ("train",), Path("out"))
+    with pytest.raises(ValueError, match="2 faults"):
+        own_part(plan, 3)
+    part = own_part(Plan(HOSTS, ("train",), Path("out"), "node-a"), 1)
+    assert (part.first, part.slots, part.address, part.port) == (4, 2, "node-a", 29500)
+
+
+def test_variables_reach_the_nodes_and_values_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"HF_TOKEN": "secret", "MLFLOW_TRACKING_URI": "http://m", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
+    for name, value in {**wanted, "CUDA_VISIBLE_DEVICES": "3", "MINE": "x", "RANK": "9"}.items():
+        monkeypatch.setenv(name, value)
+    held = environment(["MINE"])
+    assert wanted.items() <= held.items()
+    assert held["MINE"] == "x"
+    assert not {"CUDA_VISIBLE_DEVICES", "RANK"} & set(held)
+    plan = Plan(HOSTS, ("train", "my config.yaml"), Path("out"))
+    text = shown(plan.parts(), plan, held)
+    assert "a: ranks 0-3 of 7: train 'my config.yaml'" in text
+    assert "c: rank 6 of 7" in text
+    assert "HF_TOKEN" in text
+    assert "secret" not in text
+    with pytest.raises(ValueError, match="--env names what is not set here: NONE_SUCH"):
+        environment(["NONE_SUCH"])
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("nowhere.invalid slots=2\n")
+    command = [sys.executable, "-m", "trainer", "launch", "hosts", "--hostfile", str(tmp_path / "hostfile")]
+    done = subprocess.run(
+        [*command, "configs/tiny.yaml", "--out", str(tmp_path / "run"), "--dry-run", "train.zero=3"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nowhere.invalid: ranks 0-1 of 2: " in done.stdout
+    assert done.stdout.splitlines()[0].endswith(f"train configs/tiny.yaml --out {tmp_path}/run train.zero=3")
+    assert not (tmp_path / "run").exists()
