@@ -161,9 +161,10 @@ def quiet_deepspeed() -> None:
     """Set what DeepSpeed reads when it is imported; call before any import of it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "egmf" / "torch_extensions"))
-    beside = Path(sys.executable).parent  # ninja's wheel puts its program beside an unactivated environment's python
-    if (beside / "ninja").exists() and shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{beside}"
+    # an unactivated environment (ssh!) has its ninja beside its python; another version would build every op anew
+    ours = Path(sys.executable).parent / "ninja"
+    if ours.exists() and shutil.which("ninja") != str(ours):
+        os.environ["PATH"] = f"{ours.parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _unlink_shared_memory(world: World) -> None:
