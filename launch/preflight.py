@@ -1,0 +1,198 @@
+"""``egmf doctor``: is everything there that a run needs, and does it work together? All checks, one list of findings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from launch import local, trial, versions
+from launch.check import GIB, Check, Findings, State
+from launch.machine import (
+    check_attention,
+    check_build,
+    check_folder,
+    check_gpus,
+    check_machine,
+    driver_version,
+    processor_flags,
+)
+from launch.subject import Subject, check_subject
+from trainer.run.distributed import World
+from trainer.run.engine import zero_stage
+
+PART = "ranks"
+LIMIT = 1800.0  # seconds that the trial on all ranks may take
+SLOW = 0.1  # GB/s; an all-reduce below it is worth a word, on one machine too
+FULL = 0.92  # share of a GPU's memory above which a run has no room
+
+
+def examine(config: Path | None, overrides: Sequence[str], out: Path, procs: int) -> list[Check]:
+    """Every check of this machine, with `procs` processes started for those that need all ranks."""
+    findings = Findings()
+    with tempfile.TemporaryDirectory(prefix="egmf-doctor-") as name:
+        scratch = Path(name)
+        subject = _alone(findings, config, overrides, out, procs, scratch)
+        chosen = _chosen(findings, config, subject)
+        line = [sys.executable, "-m", "launch.trial", name, *([str(chosen), *overrides] if chosen else [])]
+        why = _start(line, procs)
+        _judge_trial(findings, scratch, out, why, batch=chosen is not None)
+    return findings.checks
+
+
+def examine_here(config: Path | None, overrides: Sequence[str], out: Path, world: World) -> list[Check]:
+    """The same under a launcher that has started the ranks: every rank calls this, and rank 0 gets the findings."""
+    findings = Findings()
+    scratch: Path | None = None
+    subject: Subject | None = None
+    with world.first_does() as first:
+        if first:  # beside the run folder: the ranks' machines share that place
+            place = next(path for path in (out.resolve(), *out.resolve().parents) if path.is_dir())
+            scratch = Path(tempfile.mkdtemp(prefix=".egmf-doctor-", dir=place))
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            subject = _alone(findings, config, overrides, out, local_size, scratch)
+    scratch, ready = world.share((scratch, subject is not None and subject.complete))
+    assert scratch is not None
+    try:
+        chosen = _chosen(findings, config, subject) if world.first else None
+        why = _on_this_rank(config, overrides, scratch, world, ready)
+        if world.first:
+            _judge_trial(findings, scratch, out, why, batch=chosen is not None)
+    finally:
+        if world.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return findings.checks
+
+
+def _alone(
+    findings: Findings, config: Path | None, overrides: Sequence[str], out: Path, procs: int, scratch: Path
+) -> Subject | None:
+    """What one process finds."""
+    subject = None
+    if config is not None:
+        subject = check_subject(findings, config, overrides, scratch)
+    loaded = None if subject is None else subject.config
+    check_machine(findings, procs)
+    check_gpus(findings, loaded, procs)
+    versions.check_ranges(findings)
+    facts = versions.Facts(
+        versions.installed(versions.SHOWN),
+        cuda=Version(torch.version.cuda) if torch.version.cuda and torch.cuda.is_available() else None,
+        driver=driver_version(),
+        flags=processor_flags(),
+        bitsandbytes_libraries=versions.bitsandbytes_libraries(),
+        quantized=loaded is not None and loaded.model.backbone.quantization == "nf4",
+        zero=None if loaded is None else zero_stage(loaded),
+    )
+    versions.check_pairs(findings, facts)
+    check_attention(findings, loaded)
+    check_build(findings, loaded)
+    check_folder(findings, out)
+    return subject
+
+
+def _chosen(findings: Findings, config: Path | None, subject: Subject | None) -> Path | None:
+    """The config whose largest batch is tried; None, and a finding, where something of it is missing."""
+    if subject is not None and subject.complete:
+        return config
+    if config is not None:
+        findings.add(PART, "largest batch", "skipped", "not tried: config, data or model is not there (see above)")
+    return None
+
+
+def _start(line: Sequence[str], procs: int) -> str | None:
+    """Run `line` on `procs` ranks; None, or why it failed."""
+    late = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="egmf-") as name:
+        faults = Path(name)
+        workers = [
+            subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+            for env in local.environments(procs, faults)
+        ]
+
+        def give_up() -> None:
+            late.set()
+            for worker in workers:
+                worker.kill()
+
+        timer = threading.Timer(LIMIT, give_up)
+        timer.start()
+        try:
+            with local._passing_signals(workers):
+                failures = local._wait(workers)
+        finally:
+            timer.cancel()
+        if late.is_set():
+            return f"the ranks did not end within {LIMIT / 60:.0f} minutes"
+        if not failures:
+            return None
+        rank, code = local._first_cause(failures, faults)
+        return f"rank {rank}: {local._fault(faults, rank) or f'exit code {code}'}"
+
+
+def _on_this_rank(
+    config: Path | None, overrides: Sequence[str], scratch: Path, world: World, ready: bool
+) -> str | None:
+    try:
+        trial.run(config if ready else None, overrides, scratch, world)
+    except Exception as error:
+        if not world.first:
+            raise
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _judge_trial(findings: Findings, scratch: Path, out: Path, why: str | None, *, batch: bool) -> None:
+    """What the ranks found, and where they stopped."""
+    result = scratch / trial.RESULT
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    if "all_reduce" not in found:
+        findings.add(PART, "all-reduce", "fault", f"it did not work: {why}", "see trouble-shooting in docs/clusters.md")
+        return
+    _judge_all_reduce(findings, found["all_reduce"])
+    if not batch:
+        return
+    if "batch" not in found:
+        findings.add(PART, "largest batch", "fault", f"it did not work: {why}")
+        return
+    _judge_batch(findings, found["batch"], out)
+
+
+def _judge_all_reduce(findings: Findings, found: dict[str, Any]) -> None:
+    if found["world"] == 1:
+        findings.add(PART, "all-reduce", "skipped", "one process: nothing to reduce; --procs starts more", **found)
+        return
+    small, large = (found["sizes"][str(size)] for size in trial.SIZES)
+    bandwidth = large["bus_gb_per_second"]
+    told = f"{found['world']} ranks over {found['backend']}: 64 MiB at {bandwidth:.2f} GB/s (bus), 1 MiB in {1e3 * small['seconds']:.1f} ms"
+    if bandwidth < SLOW:
+        advice = "slow: is the right network interface used? (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        findings.add(PART, "all-reduce", "warning", told, advice, **found)
+    else:
+        findings.add(PART, "all-reduce", "ok", told, **found)
+
+
+def _judge_batch(findings: Findings, found: dict[str, Any], out: Path) -> None:
+    told = f"forward, backward and scored in {found['seconds']:.1f} s; at most {found['peak_bytes'] / GIB:.2f} GiB"
+    tight = torch.cuda.is_available() and found["peak_bytes"] > FULL * torch.cuda.get_device_properties(0).total_memory
+    advice = "close to the GPU's memory: smaller train.micro_batch, or model.backbone.gradient_checkpointing=true"
+    findings.add(PART, "largest batch", "warning" if tight else "ok", told, advice if tight else "", **found)
+    place = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
+    free, needed = shutil.disk_usage(place).free, found["checkpoints_bytes"]
+    told = (
+        f"{found['trained_parameters']:,} parameters are trained: {found['checkpoint_bytes'] / GIB:.2f} GiB a checkpoint, "
+        f"{needed / GIB:.2f} GiB in all; {free / GIB:.1f} GiB are free"
+    )
+    state: State = "fault" if needed > free else "warning" if needed > free / 2 else "ok"
+    advice = "" if state == "ok" else "make room, choose another --out, or lower train.keep"
+    findings.add("folder", "checkpoints", state, told, advice, needed_bytes=needed, free_bytes=free)

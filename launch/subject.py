@@ -1,0 +1,164 @@
+"""What a config asks for: its data, its model, and answers that the model's tokenizer can tell apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+
+from launch.check import Findings
+from trainer.config import BackboneConfig, RunConfig, load_config
+from trainer.data.dataset import PreparedDataset
+from trainer.tasks import Task
+
+PART = "config"
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+GB = 10**9
+
+
+@dataclass
+class Subject:
+    """A config that can be read, and what of it is there."""
+
+    config: RunConfig
+    tasks: dict[str, Task]
+    data: dict[str, PreparedDataset]
+    model: bool = False  # its weights are on this machine
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.data) and self.model
+
+
+def check_subject(findings: Findings, path: Path, overrides: Sequence[str], scratch: Path) -> Subject | None:
+    """Config, data, model and answers; `scratch` is a folder for the offline backbone."""
+    from trainer.run.assemble import open_data
+
+    try:
+        subject = Subject(load_config(path, overrides), {}, {})
+    except ValueError as error:
+        findings.add(PART, "config", "fault", str(error), f"egmf config show {path} names every key")
+        return None
+    findings.add(PART, "config", "ok", f"{path}: {', '.join(subject.config.tasks)}")
+    with findings.explained(PART, "data"):
+        subject.tasks, subject.data = open_data(subject.config)
+        for name, data in subject.data.items():
+            _check_data(findings, name, data)
+    with findings.explained(PART, "model"):
+        subject.model = _check_model(findings, subject, scratch)
+    return subject
+
+
+def _check_data(findings: Findings, name: str, data: PreparedDataset) -> None:
+    sizes = {split: len(data[split]) for split in ("train", "valid", "test")}
+    told = f"{', '.join(f'{n} {split}' for split, n in sizes.items())}; fingerprint {data.fingerprint[:12]}"
+    empty = [split for split in ("train", "valid") if not sizes[split]]
+    if empty:
+        advice = "prepare it again with samples in every split (egmf prepare)"
+        findings.add(
+            PART, f"data of {name}", "fault", f"no samples in {', '.join(empty)}; {told}", advice, samples=sizes
+        )
+    else:
+        findings.add(PART, f"data of {name}", "ok", told, fingerprint=data.fingerprint, samples=sizes)
+
+
+def _check_model(findings: Findings, subject: Subject, scratch: Path) -> bool:
+    """Whether the weights are here. Looks at tokenizer, shape and files, and at the answers."""
+    from trainer.models.loading import load_shape, load_tokenizer
+    from trainer.models.tiny import build_tiny
+    from trainer.run.assemble import tiny_texts
+
+    backbone, folder = subject.config.model.backbone, scratch / "backbone"
+    tiny = backbone.name == "tiny"
+    if tiny:
+        if not subject.data:
+            findings.add(PART, "model", "skipped", "the offline backbone's tokenizer is made from the data")
+            return False
+        build_tiny(backbone.tiny, tiny_texts(subject.config, subject.tasks, subject.data), folder)
+    shape = load_shape(backbone, folder)
+    tokenizer = load_tokenizer(backbone, folder)
+    rows = getattr(shape.get_text_config(), "vocab_size", None)
+    told = f"{backbone.name} ({shape.model_type}), {rows} embeddings, {len(tokenizer)} tokens"
+    if rows is not None and len(tokenizer) > rows:
+        findings.add(
+            PART, "model", "fault", f"{told}: the tokenizer has more tokens than the model",
+            "the two do not belong together: fetch both from one source",
+        )  # fmt: skip
+        return False
+    findings.add(PART, "model", "ok", told, type=shape.model_type, vocabulary=rows, tokens=len(tokenizer))
+    _check_answers(findings, subject, tokenizer)
+    return True if tiny else _check_weights(findings, backbone)
+
+
+def _check_answers(findings: Findings, subject: Subject, tokenizer: Any) -> None:
+    from trainer.answers.scoring import task_trie
+    from trainer.data.collate import prompt_language
+
+    for name, task in subject.tasks.items():
+        with findings.explained(PART, f"answers of {name}"):
+            trie = task_trie(task, tokenizer, subject.config.data.answers, prompt_language(task, subject.config.data))
+            findings.add(
+                PART, f"answers of {name}", "ok", f"{len(trie.answers)} answers, all distinct under the tokenizer"
+            )
+
+
+def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:
+    path = Path(backbone.name).expanduser()
+    if path.is_dir():
+        bytes_, faults = _weights_in(path)
+        told = f"{bytes_ / GB:.2f} GB in {path}"
+        if faults:
+            findings.add(PART, "weights", "fault", "; ".join(faults[:4]), "copy or fetch the model again")
+            return False
+        findings.add(PART, "weights", "ok", told, bytes=bytes_)
+        return True
+    return _check_hub(findings, backbone)
+
+
+def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
+    revision = backbone.revision or "main"
+    for name in (INDEX, WEIGHTS):
+        found = try_to_load_from_cache(backbone.name, name, revision=revision)
+        if isinstance(found, str):
+            bytes_, faults = _weights_in(Path(found).parent)
+            if not faults:
+                findings.add(PART, "weights", "ok", f"{bytes_ / GB:.2f} GB in the local cache", bytes=bytes_)
+                return True
+    fetch = f"fetch it before the run: hf download {backbone.name}"
+    if constants.HF_HUB_OFFLINE:
+        findings.add(PART, "weights", "fault", "not in the local cache, and HF_HUB_OFFLINE is set", fetch)
+        return False
+    try:
+        about = HfApi().model_info(backbone.name, revision=revision, timeout=15, files_metadata=True)
+    except (OSError, HfHubHTTPError) as error:
+        findings.add(PART, "weights", "fault", f"not in the local cache, and the hub does not answer: {error}", fetch)
+        return False
+    bytes_ = sum(s.size or 0 for s in about.siblings or () if s.rfilename.endswith(".safetensors"))
+    findings.add(
+        PART, "weights", "warning", f"not in the local cache: {bytes_ / GB:.1f} GB to fetch", fetch, bytes=bytes_
+    )
+    return False
+
+
+def _weights_in(folder: Path) -> tuple[int, list[str]]:
+    """Bytes of a model folder's safetensors files, and what is wrong with them; their headers are read."""
+    names, faults, total = [WEIGHTS], list[str](), 0
+    if (folder / INDEX).is_file():
+        try:
+            held = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(held.values()))
+        except (OSError, ValueError, KeyError) as error:
+            return 0, [f"{INDEX} cannot be read: {error}"]
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt"):
+                total += (folder / name).stat().st_size
+        except (OSError, SafetensorError) as error:
+            faults.append(f"{name}: {error}")
+    return total, faults

@@ -1,0 +1,135 @@
+"""What only the ranks together can show: an all-reduce with its bandwidth, then the largest batch there and back.
+
+``python -m launch.trial FOLDER [CONFIG [overrides]]`` on every rank; rank 0 writes FOLDER/trial.json.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULT = "trial.json"
+SIZES = (1 << 20, 64 << 20)  # bytes
+REPEATS = 5
+STUCK = 60.0  # seconds without progress, after which the trial is given up
+HEADROOM = 2  # checkpoints that exist beside those kept: the best, and the one being written
+
+
+def all_reduce(world: Any) -> dict[str, Any]:
+    """Seconds and bandwidth of an all-reduce in fp32, of the slowest rank.
+
+    `bus_gb_per_second` = bytes / seconds * 2 (n - 1) / n, what each rank's link carries in a ring, which does not
+    depend on the number of ranks n (nccl-tests, doc/PERFORMANCE.md).
+
+    Raises:
+        ValueError: a sum is wrong.
+    """
+    import torch
+
+    found = {}
+    for size in SIZES:
+        values = torch.full((size // 4,), float(world.rank + 1), device=world.device)
+        times = []
+        for _ in range(REPEATS + 1):
+            held = values.clone()
+            world.barrier()
+            began = time.perf_counter()
+            world.sum(held)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        expected = world.size * (world.size + 1) / 2
+        if not bool((held == expected).all()):
+            raise ValueError(f"an all-reduce gave {held.unique().tolist()[:4]} and not {expected} on rank {world.rank}")
+        seconds = max(world.gather_all(statistics.median(times[1:])))
+        bus = size / seconds * 2 * (world.size - 1) / world.size
+        found[str(size)] = {"seconds": seconds, "bus_gb_per_second": bus / 1e9}
+    return {"world": world.size, "backend": "nccl" if world.device.type == "cuda" else "gloo", "sizes": found}
+
+
+def batch(config: Any, folder: Path, world: Any) -> dict[str, Any]:
+    """The largest micro-batch of every task forward and backward, and the largest evaluation batch; nothing is trained.
+
+    Returns seconds, peak memory in bytes (of the GPU; of the whole process on a CPU), of the rank with most, and what a
+    checkpoint takes: the weights that are trained twice, their copies in fp32 and Adam's two moments.
+
+    Raises:
+        ValueError: what :func:`trainer.run.probe.probe` raises.
+    """
+    import torch
+
+    from trainer.run.assemble import assemble
+    from trainer.run.engine import build_engine, check_machine, dtype_of
+    from trainer.run.guard import Guard
+    from trainer.run.probe import probe
+
+    check_machine(config, world.device)
+    dtype = dtype_of(config)
+    parts = assemble(config, folder, world, dtype, partition=True)
+    engine = build_engine(parts.model, config)
+    guard = Guard(engine, world.device, gradients=dtype is not torch.float16)
+    began = time.perf_counter()
+    probe(engine, parts, config, world, guard, dtype)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in parts.model.parameters() if p.requires_grad)
+    one = trained * (2 * dtype.itemsize + 12)
+    return {
+        "seconds": max(world.gather_all(time.perf_counter() - began)),
+        "peak_bytes": max(world.gather_all(peak)),
+        "trained_parameters": trained,
+        "checkpoint_bytes": one,
+        "checkpoints_bytes": one * (config.train.keep + HEADROOM),
+    }
+
+
+def run(path: Path | None, overrides: Sequence[str], folder: Path, world: Any) -> None:
+    """Both trials, on every rank; what rank 0 finds is in FOLDER/trial.json as soon as it is found."""
+    from trainer.config import load_config
+    from trainer.run.files import write_json
+    from trainer.run.watch import Watch
+
+    with Watch(folder, world, STUCK) as watch:
+        watch.started()
+        found = {"all_reduce": all_reduce(world)}
+    if world.first:
+        write_json(folder / RESULT, found)
+    if path is None:
+        return
+    with Watch(folder, world, STUCK):  # loading and compiling have their own, longer allowance
+        found["batch"] = batch(load_config(path, overrides), folder, world)
+    if world.first:
+        write_json(folder / RESULT, found)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Both trials on this rank, which a launcher started; 1 where one is at fault."""
+    from trainer.run.distributed import quiet_deepspeed
+
+    quiet_deepspeed()
+    from trainer.run.distributed import start_world, stop_world, tell_launcher
+    from trainer.run.logs import set_up_logging
+
+    set_up_logging(None, int(os.environ.get("RANK", "0")))
+    folder, *rest = arguments
+    try:
+        world = start_world()
+        run(Path(rest[0]) if rest else None, rest[1:], Path(folder), world)
+    except Exception as error:  # noqa: BLE001
+        tell_launcher(error)
+        os._exit(1)  # leaving the process group would wait for the others
+    stop_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

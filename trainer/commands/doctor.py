@@ -1,0 +1,76 @@
+"""Before a run: is everything there, and does it work together? ``egmf doctor``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from trainer.commands.shared import Debug, Json, Out, Overrides, default_out, print_json, say, wide
+
+app = typer.Typer()
+COLOURS = {"ok": "green", "warning": "yellow", "fault": "bold red", "skipped": "dim"}
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="a run's YAML config", metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    procs: Annotated[int | None, typer.Option(min=1, help="ranks to try; default one per GPU, or one")] = None,
+    out: Out = None,
+    strict: Annotated[bool, typer.Option("--strict", help="warnings count as faults")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Examine machine, GPUs, versions, data, model and ranks. Exit code 0: fine; 1: a fault; 2: usage.
+
+    Started by deepspeed, torchrun or srun it uses their ranks; else it starts --procs of its own.
+    """
+    from trainer.run.distributed import quiet_deepspeed
+    from trainer.run.logs import set_up_logging
+
+    quiet_deepspeed()
+    set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
+    import torch
+
+    from launch.preflight import examine, examine_here
+
+    place = out or (Path("runs") if config is None else default_out(config, 0))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from trainer.commands.shared import in_world
+
+        return in_world(
+            lambda world: (
+                _show(examine_here(config, overrides or [], place, world), strict, as_json)
+                if world.first
+                else _nothing(examine_here(config, overrides or [], place, world))
+            ),
+            debug,
+        )
+    count = procs or max(1, torch.cuda.device_count())
+    return _show(examine(config, overrides or [], place, count), strict, as_json)
+
+
+def _nothing(_: Any) -> int:
+    return 0
+
+
+def _show(checks: list[Any], strict: bool, as_json: bool) -> int:
+    """The findings as a table or as JSON; the exit code."""
+    states = [check.state for check in checks]
+    faults, warnings = states.count("fault"), states.count("warning")
+    if as_json:
+        state = "fault" if faults else "warning" if warnings else "ok"
+        print_json({"state": state, "faults": faults, "warnings": warnings, "checks": [c.model_dump() for c in checks]})
+    else:
+        table = Table("", "check", "", "found", "what to do")
+        for check in checks:
+            mark = Text(check.state, style=COLOURS[check.state])
+            table.add_row(check.part, check.name, mark, Text(check.found), Text(check.advice))
+        wide().print(table)
+        say(f"{faults} fault(s), {warnings} warning(s) in {len(checks)} checks")
+    return 1 if faults or (strict and warnings) else 0
