@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from launch import local, trial, versions
+from launch import hosts, local, trial, versions
 from launch.check import GIB, Check, Findings, State
 from launch.machine import (
     check_attention,
@@ -37,9 +37,16 @@ SLOW = 0.1  # GB/s; an all-reduce below it is worth a word, on one machine too
 FULL = 0.92  # share of a GPU's memory above which a run has no room
 
 
-def examine(config: Path | None, overrides: Sequence[str], out: Path, procs: int) -> list[Check]:
-    """Every check of this machine, with `procs` processes started for those that need all ranks."""
+def examine(
+    config: Path | None, overrides: Sequence[str], out: Path, procs: int, hostfile: Path | None = None
+) -> list[Check]:
+    """Every check of this machine, with `procs` processes started for those that need all ranks.
+
+    With a `hostfile` every node in it is asked over ssh what it has, and the answers are compared.
+    """
     findings = Findings()
+    if hostfile is not None and config is not None:
+        _ask_nodes(findings, hostfile, config, overrides, out)
     with tempfile.TemporaryDirectory(prefix="egmf-doctor-") as name:
         scratch = Path(name)
         subject = _alone(findings, config, overrides, out, procs, scratch)
@@ -101,6 +108,18 @@ def _alone(
     return subject
 
 
+def _ask_nodes(findings: Findings, hostfile: Path, config: Path, overrides: Sequence[str], out: Path) -> None:
+    there = out.exists()
+    with findings.explained("nodes", "nodes"):
+        for told in hosts.check(hosts.read_hostfile(hostfile), config, overrides, out):
+            gpus = f"{len(told['gpus'])} GPUs ({told['gpus'][0]})" if told["gpus"] else "no GPU"
+            held = f"{told['cpus']} cores, {told['memory_gib']} GiB memory, {gpus}; {told['run_folder']['free_gib']} GiB free"
+            findings.add("nodes", told["where"], "ok", f"like the others; {held}", report=told)
+    if not there:  # made for the nodes to see
+        with contextlib.suppress(OSError):
+            out.rmdir()
+
+
 def _chosen(findings: Findings, config: Path | None, subject: Subject | None) -> Path | None:
     """The config whose largest batch is tried; None, and a finding, where something of it is missing."""
     if subject is not None and subject.complete:
@@ -113,31 +132,21 @@ def _chosen(findings: Findings, config: Path | None, subject: Subject | None) ->
 def _start(line: Sequence[str], procs: int) -> str | None:
     """Run `line` on `procs` ranks; None, or why it failed."""
     late = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="egmf-") as name:
-        faults = Path(name)
-        workers = [
-            subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
-            for env in local.environments(procs, faults)
-        ]
+    with local.Workers(local.alone(line, procs), "local") as workers, local.passing_signals(workers.signal):
 
         def give_up() -> None:
             late.set()
-            for worker in workers:
-                worker.kill()
+            workers.end()
 
         timer = threading.Timer(LIMIT, give_up)
         timer.start()
         try:
-            with local._passing_signals(workers):
-                failures = local._wait(workers)
+            outcome = workers.wait()
         finally:
             timer.cancel()
-        if late.is_set():
-            return f"the ranks did not end within {LIMIT / 60:.0f} minutes"
-        if not failures:
-            return None
-        rank, code = local._first_cause(failures, faults)
-        return f"rank {rank}: {local._fault(faults, rank) or f'exit code {code}'}"
+    if late.is_set():
+        return f"the ranks did not end within {LIMIT / 60:.0f} minutes"
+    return None if outcome.rank is None else f"rank {outcome.rank}: {outcome.why}"
 
 
 def _on_this_rank(

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.shared import Debug, Json, Out, Overrides, default_out, print_json, say, wide
+from trainer.commands.shared import Debug, Json, Out, Overrides, default_out, in_world, print_json, say, wide
 
 app = typer.Typer()
 COLOURS = {"ok": "green", "warning": "yellow", "fault": "bold red", "skipped": "dim"}
@@ -21,6 +21,7 @@ def doctor(
     config: Annotated[Path | None, typer.Argument(help="a run's YAML config", metavar="[CONFIG]")] = None,
     overrides: Overrides = None,
     procs: Annotated[int | None, typer.Option(min=1, help="ranks to try; default one per GPU, or one")] = None,
+    nodes: Annotated[Path | None, typer.Option(help="ask every node of this hostfile", metavar="HOSTFILE")] = None,
     out: Out = None,
     strict: Annotated[bool, typer.Option("--strict", help="warnings count as faults")] = False,
     as_json: Json = False,
@@ -30,6 +31,8 @@ def doctor(
 
     Started by deepspeed, torchrun or srun it uses their ranks; else it starts --procs of its own.
     """
+    if nodes is not None and config is None:
+        raise typer.BadParameter("--nodes compares the nodes for a run: name its CONFIG too", param_hint="--nodes")
     from trainer.run.distributed import quiet_deepspeed
     from trainer.run.logs import set_up_logging
 
@@ -41,22 +44,14 @@ def doctor(
 
     place = out or (Path("runs") if config is None else default_out(config, 0))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from trainer.commands.shared import in_world
 
-        return in_world(
-            lambda world: (
-                _show(examine_here(config, overrides or [], place, world), strict, as_json)
-                if world.first
-                else _nothing(examine_here(config, overrides or [], place, world))
-            ),
-            debug,
-        )
+        def work(world: Any) -> int:
+            checks = examine_here(config, overrides or [], place, world)
+            return _show(checks, strict, as_json) if world.first else 0
+
+        return in_world(work, debug)
     count = procs or max(1, torch.cuda.device_count())
-    return _show(examine(config, overrides or [], place, count), strict, as_json)
-
-
-def _nothing(_: Any) -> int:
-    return 0
+    return _show(examine(config, overrides or [], place, count, nodes), strict, as_json)
 
 
 def _show(checks: list[Any], strict: bool, as_json: bool) -> int:
