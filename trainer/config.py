@@ -19,6 +19,8 @@ from yaml import YAMLError
 
 Modality = Literal["text", "audio", "video"]
 Expert = Literal["local", "semantic", "global"]
+StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+STOP_SIGNALS: tuple[StopSignal, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 EXPERTS: tuple[Expert, ...] = get_args(Expert)
 
@@ -192,6 +194,11 @@ class TrainConfig(Section):
     keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best")
     resume: Literal["auto", "never"] = Field(
         "auto", description="continue the run folder's last checkpoint; never: put what is there aside and start anew"
+    )
+    stop_signals: list[StopSignal] = Field(
+        default_factory=lambda: list(STOP_SIGNALS),
+        min_length=1,
+        description="any of these, on any rank, makes all ranks stop with a checkpoint; take SIGUSR1 out where NCCL uses it",
     )
     probe: bool = Field(True, description="try the largest batches of the data before the first step")
     rendezvous_seconds: PositiveFloat = Field(300.0, description="that the processes wait for each other at the start")

@@ -44,10 +44,12 @@ def train(
 ) -> int:
     """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
     from trainer.config import load_config
+    from trainer.run.signals import StopRequest
 
     loaded = load_config(config, overrides or [])
     check_tasks(loaded.tasks)
     folder = out or default_out(config, loaded.train.seed)
+    stop = StopRequest(loaded.train.stop_signals)
 
     def work(world: Any) -> int:
         from trainer.results.report import write_report
@@ -55,13 +57,14 @@ def train(
         from trainer.run.loop import fit
 
         set_up_logging(folder, world.rank, debug=debug)
-        code = fit(loaded, folder, world, force=force, report=write_report if loaded.track.report else None)
+        code = fit(loaded, folder, world, stop=stop, force=force, report=write_report if loaded.track.report else None)
         if code == 0 and world.first:
             print_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             say(f"done: {folder}")
         return code
 
-    return in_world(work, debug, loaded.train.rendezvous_seconds)
+    with stop:
+        return in_world(work, debug, loaded.train.rendezvous_seconds)
 
 
 @app.command()

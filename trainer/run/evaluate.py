@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from trainer.answers.metrics import compute
+from trainer.answers.metrics import compute, primary
 from trainer.answers.scoring import Predictions, parse_answers, predict
 from trainer.batch import Batch, Sample
 from trainer.config import RunConfig
@@ -42,14 +42,16 @@ def evaluate(
     world: World,
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda n: None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """The predictions of `split`, a row per sample sorted by task and id, and task -> metrics.
 
-    Every rank calls this and gets the same answer; `forward` is the engine or the model in evaluation mode.
+    Every rank calls this and gets the same answer; `forward` is the engine or the model in evaluation mode. All ranks
+    call `before_batch` equally often: it may hold collectives, and break off by an exception on all of them.
     """
     mine: list[dict[str, Any]] = []
     for name in parts.tasks:
-        mine += _task_rows(forward, parts, config, name, split, world, dtype, advance)
+        mine += _task_rows(forward, parts, config, name, split, world, dtype, advance, before_batch)
     everyone = world.gather(mine)
     table, metrics = None, None
     if everyone is not None:
@@ -67,6 +69,37 @@ def score_table(parts: Parts, rows: pd.DataFrame, name: str) -> dict[str, Any]:
         width = len(parts.tries[name].answers)
         probabilities = np.array([p if p is not None else [np.nan] * width for p in rows["probabilities"]])
     return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
+
+
+def selection(parts: Parts, metrics: dict[str, dict[str, Any]]) -> float | None:
+    """The number that chooses a checkpoint, more is better: the mean over tasks of their selecting metric."""
+    values = []
+    for name, task in parts.tasks.items():
+        value = primary(task, metrics[name])
+        if value is None:
+            return None
+        values.append(value if task.maximise else -value)
+    return sum(values) / len(values)
+
+
+def named(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Scalar metrics under slashed names; the task's name stands in them when there are several."""
+    out: dict[str, float | None] = {}
+    for task, values in metrics.items():
+        middle = f"{task}/" if len(metrics) > 1 else ""
+        for key, value in values.items():
+            if value is None or isinstance(value, (int, float)):
+                out[f"{head}/{middle}{key}"] = value
+    return out
+
+
+def shown(split: str, parts: Parts, metrics: dict[str, dict[str, Any]]) -> str:
+    """The selecting metrics in words, for the log."""
+    told = []
+    for name, task in parts.tasks.items():
+        value = primary(task, metrics[name])
+        told.append(f"{name} {split} {task.select} {'undefined' if value is None else f'{value:.4f}'}")
+    return ", ".join(told)
 
 
 def write_predictions(table: pd.DataFrame, path: Path) -> None:
@@ -100,10 +133,12 @@ def _task_rows(
     world: World,
     dtype: torch.dtype,
     advance: Callable[[int], None],
+    before_batch: Callable[[], None],
 ) -> list[dict[str, Any]]:
     view, task = parts.data[name][split], parts.tasks[name]
     rows: list[dict[str, Any]] = []
     for indices, weight in batches(len(view), view.lengths(), config.eval.batch, world.rank, world.size):
+        before_batch()
         samples = [view[i] for i in indices]
         answers = answer(forward, parts, config, name, samples, world, dtype, weight)
         if weight:

@@ -23,6 +23,7 @@ FREE = frozenset(
         "train.save_every",
         "train.keep",
         "train.resume",
+        "train.stop_signals",
         "train.probe",
         "train.rendezvous_seconds",
         "train.max_skipped",

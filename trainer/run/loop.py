@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.answers.metrics import primary
 from trainer.config import RunConfig, dump_config
 from trainer.data.sampling import GlobalBatch, Order, micro_batches
 from trainer.run.agree import agree
@@ -24,15 +23,16 @@ from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
-from trainer.run.evaluate import evaluate, write_predictions
+from trainer.run.evaluate import evaluate, named, selection, shown, write_predictions
 from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
 from trainer.run.identity import identity, settings
 from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
+from trainer.run.random_state import mix
 from trainer.run.record import RunRecord, environment, now
-from trainer.run.signals import STOPPED, StopRequest
+from trainer.run.signals import STOPPED, StopAsked, StopRequest
 from trainer.run.tracking import Tracker
 from trainer.run.watch import Watch
 
@@ -69,10 +69,19 @@ class StepResult:
     stop: bool  # some rank was asked to stop
 
 
-def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, report: Report | None = None) -> int:
+def fit(
+    config: RunConfig,
+    out: Path,
+    world: World,
+    *,
+    stop: StopRequest,
+    force: bool = False,
+    report: Report | None = None,
+) -> int:
     """Train, and evaluate the best checkpoint; called by every rank. Returns the exit code (0 done, 85 stopped).
 
     Args:
+        stop: already listening, so that a signal during start-up counts.
         force: continue a checkpoint although settings or data differ.
         report: called on rank 0 when the run ends, however it ends; its pictures go to MLflow.
 
@@ -81,7 +90,7 @@ def fit(config: RunConfig, out: Path, world: World, *, force: bool = False, repo
     """
     check_machine(config, world.device)
     agree(config, out, world)
-    with open_folder(out, world), StopRequest() as stop, Watch(out, world, config.train.stuck_seconds) as watch:
+    with open_folder(out, world), Watch(out, world, config.train.stuck_seconds) as watch:
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _make_way(config, out, world, checkpoints)
         record = RunRecord(out, enabled=world.first)
@@ -215,20 +224,34 @@ class Run:
         self.engine: DeepSpeedEngine = build_engine(parts.model, config)
         self.schedule = Schedule(self.engine, train, self.steps)
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
+        self.stop = stop
         self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
         self.best: str | None = None
         self.best_score: float | None = None
+        self.at = 0  # optimizer steps taken
 
     def train(self, last: Path | None, saved: dict[str, Any] | None) -> str:
-        """Train to the last step, or until asked to stop; returns the run's state."""
+        """Train to the last step and evaluate, or until asked to stop; returns the run's state."""
+        try:
+            self._train(last, saved)
+        except StopAsked:
+            log.warning("stopped at step %d of %d; the same command continues it", self.at, self.steps)
+            return "stopped"
+        return "done"
+
+    def _train(self, last: Path | None, saved: dict[str, Any] | None) -> None:
         train = self.config.train
         eval_every = train.eval_every or self.order.steps_per_epoch
         save_every = train.save_every or eval_every
-        start = self._resume(last, saved)
+        self.at = start = self._resume(last, saved)
+        self.stop.heed(self.world)
         if train.probe and start < self.steps:
             probe(self.engine, self.parts, self.config, self.world, self.guard, self.dtype)
+            self.stop.heed(self.world)
+        if saved is not None and saved.get("validation_due"):
+            self._validate_late(start)
         _log_start(self, start)
         with self.progress:
             for step in range(start, self.steps):
@@ -236,19 +259,17 @@ class Run:
                 self.schedule.set(step)
                 rates = self.engine.get_lr()
                 result, spike = self._step(step)
+                self.at = step + 1
                 self._tell(step + 1, result, spike, rates, time.perf_counter() - began)
                 self.watch.started()
-                final = step + 1 == self.steps
-                if final or (step + 1) % eval_every == 0:
-                    self._validate(step + 1)
-                    self._save(step + 1)
+                if step + 1 == self.steps or (step + 1) % eval_every == 0:
+                    self._validate_and_save(step + 1)
                 elif result.stop or (step + 1) % save_every == 0:
                     self._save(step + 1)
-                if result.stop and not final:
-                    log.warning("stopped at step %d of %d; the same command continues it", step + 1, self.steps)
-                    return "stopped"
+                else:
+                    continue
+                self.stop.heed(self.world)  # asked for during the step, or since
             self._finish()
-        return "done"
 
     def _resume(self, last: Path | None, saved: dict[str, Any] | None) -> int:
         if last is None or saved is None:
@@ -296,7 +317,23 @@ class Run:
             f"'egmf replay {folder}'; then lower train.lr, or look at these samples' features"
         )
 
-    def _save(self, step: int) -> None:
+    def _validate_and_save(self, step: int) -> None:
+        """A stop during the validation breaks it off: the checkpoint says that it is due."""
+        try:
+            self._validate(step)
+        except StopAsked:
+            self._save(step, validation_due=True)
+            raise
+        self._save(step)
+
+    def _validate_late(self, step: int) -> None:
+        """The validation of the checkpoint that was just loaded, which a stop had broken off."""
+        self._validate(step)
+        with self.world.first_does() as first:
+            if first:
+                self.checkpoints.mark(self.best)
+
+    def _save(self, step: int, *, validation_due: bool = False) -> None:
         self.watch.beat(f"saving the checkpoint of step {step}", slack=3.0)
         state = {
             **self.identity,
@@ -304,6 +341,7 @@ class Run:
             "health": self.health.state(),
             "position": {"step": step, "epoch": step / self.order.steps_per_epoch},
             "mlflow_run": self.tracker.run_id,
+            "validation_due": validation_due,
         }
         path = self.checkpoints.save(self.engine, step, state, self.best)
         log.info("saved %s%s", path, ", the best so far" if self.best == path.name else "")
@@ -311,9 +349,9 @@ class Run:
     def _validate(self, step: int) -> None:
         """Score the validation split; the step is the best if its score is (a value that is undefined never is)."""
         _, metrics = self._evaluate("valid")
-        score = _selection(self.parts, metrics)
-        self.tracker.metrics(_named("valid", metrics), step)
-        log.info("step %d: %s", step, _shown("valid", self.parts, metrics))
+        score = selection(self.parts, metrics)
+        self.tracker.metrics(named("valid", metrics), step)
+        log.info("step %d: %s", step, shown("valid", self.parts, metrics))
         if score is not None and (self.best_score is None or score > self.best_score):
             self.best, self.best_score = step_name(step), score
 
@@ -328,8 +366,8 @@ class Run:
         results: dict[str, Any] = {"checkpoint": chosen.name}
         for split in self.config.eval.splits:
             table, results[split] = self._evaluate(split)
-            self.tracker.metrics(_named(f"best/{split}", results[split]), self.steps)
-            log.info("%s: %s", chosen.name, _shown(split, self.parts, results[split]))
+            self.tracker.metrics(named(f"best/{split}", results[split]), self.steps)
+            log.info("%s: %s", chosen.name, shown(split, self.parts, results[split]))
             with self.world.first_does() as first:
                 if first:
                     path = self.out / "predictions" / f"{split}.parquet"
@@ -346,7 +384,8 @@ class Run:
             self.watch.beat(f"evaluating {split}")
             return evaluate(
                 self.engine, self.parts, self.config, split, self.world, self.dtype,
-                lambda n: self.watch.beat(f"evaluating {split}"),
+                advance=lambda n: self.watch.beat(f"evaluating {split}"),
+                before_batch=functools.partial(self.stop.heed, self.world),
             )  # fmt: skip
         finally:
             self.engine.train()
@@ -419,17 +458,6 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     return StepResult(loss / total, balance / total, total, positions, skipped, asked > 0)
 
 
-def mix(*parts: int) -> int:
-    """A seed from several numbers (SplitMix64 over them)."""
-    mask, state = (1 << 64) - 1, 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state
-
-
 def _process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
@@ -439,36 +467,6 @@ def _tags(values: dict[str, Any]) -> dict[str, Any]:
     tags.update({f"git.{key}": value for key, value in values["git"].items()})
     tags.update({f"data.{task}": fingerprint for task, fingerprint in values["data"].items()})
     return {**tags, "world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
-
-
-def _selection(parts: Parts, metrics: dict[str, dict[str, Any]]) -> float | None:
-    """The number that chooses a checkpoint, more is better: the mean over tasks of their selecting metric."""
-    values = []
-    for name, task in parts.tasks.items():
-        value = primary(task, metrics[name])
-        if value is None:
-            return None
-        values.append(value if task.maximise else -value)
-    return sum(values) / len(values)
-
-
-def _named(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Scalar metrics under slashed names; the task's name stands in them when there are several."""
-    out: dict[str, float | None] = {}
-    for task, values in metrics.items():
-        middle = f"{task}/" if len(metrics) > 1 else ""
-        for key, value in values.items():
-            if value is None or isinstance(value, (int, float)):
-                out[f"{head}/{middle}{key}"] = value
-    return out
-
-
-def _shown(split: str, parts: Parts, metrics: dict[str, dict[str, Any]]) -> str:
-    shown = []
-    for name, task in parts.tasks.items():
-        value = primary(task, metrics[name])
-        shown.append(f"{name} {split} {task.select} {'undefined' if value is None else f'{value:.4f}'}")
-    return ", ".join(shown)
 
 
 def _log_start(run: Run, start: int) -> None:

@@ -1,6 +1,7 @@
-"""The state of every random generator of a process, as tensors: torch (CPU and this rank's GPU), numpy, Python.
+"""Random generators: seeds from several numbers, and the state of every generator of a process as tensors.
 
-Module dropout does not need it (the loop seeds every micro-batch); whatever else draws numbers between two steps does.
+The generators are torch's (CPU and this rank's GPU), numpy's and Python's.
+Module dropout does not need the state (the loop seeds every micro-batch); whatever else draws numbers between two steps does.
 """
 
 from __future__ import annotations
@@ -43,3 +44,14 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
     random.setstate((int(version), words, python_gauss if has_python_gauss else None))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def mix(*parts: int) -> int:
+    """A seed from several numbers (SplitMix64 over them)."""
+    mask, state = (1 << 64) - 1, 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state

@@ -17,7 +17,7 @@ from trainer.run.distributed import World
 from trainer.run.engine import dtype_of
 from trainer.run.files import saved_config
 from trainer.run.guard import ABOUT, WEIGHTS, load_batch
-from trainer.run.loop import mix
+from trainer.run.random_state import mix
 
 
 @dataclass

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
+
+from trainer.config import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from trainer.run.distributed import World
 
 log = logging.getLogger(__name__)
 
 STOPPED = 85  # exit code: stopped and resumable
 
 
-class StopRequest:
-    """Remembers that a stop was asked for. The loop spreads it over the ranks, so that all stop at one step.
+class StopAsked(Exception):
+    """All ranks agreed to stop here; nothing is lost by it."""
 
-    A second signal ends the process at once, as it would have without us.
+
+class StopRequest:
+    """Remembers that a stop was asked for, on this rank; :meth:`agreed` spreads it, so that all ranks stop at one place.
+
+    Signals that are repeated change nothing (schedulers and launchers often send several), but for Ctrl-C, which ends the
+    process at once when a stop was asked for before.
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)) -> None:
+    def __init__(self, names: Sequence[str] = STOP_SIGNALS) -> None:
         self.asked = False
-        self._signals = signals
+        self._signals = [signal.Signals[name] for name in names]
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,8 +44,27 @@ class StopRequest:
             signal.signal(name, handler)  # type: ignore[arg-type]
         self._before.clear()
 
+    def agreed(self, world: World) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank. A collective: all ranks call it."""
+        import torch
+
+        told = torch.tensor(float(self.asked), device=world.device)
+        world.sum(told)
+        return bool(told.item() > 0)
+
+    def heed(self, world: World) -> None:
+        """Stop here when any rank was asked to; called by all ranks.
+
+        Raises:
+            StopAsked: on every rank alike.
+        """
+        if self.agreed(world):
+            raise StopAsked
+
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            return
         self.asked = True
-        name = signal.Signals(number)
-        signal.signal(name, self._before.get(name) or signal.SIG_DFL)  # type: ignore[arg-type]
-        log.warning("%s: stopping after this step; once more to end at once", name.name)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT] or signal.SIG_DFL)  # type: ignore[arg-type]
+        log.warning("%s: stopping with a checkpoint; Ctrl-C ends at once", signal.Signals(number).name)
