@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from trainer.commands import data, doctor, launching, runs, training
+from trainer.commands import data, doctor, launching, runs, slurm, training
 from trainer.commands.shared import say, stdout_to_stderr
 from trainer.run.launcher import follow_launcher
 
@@ -31,6 +31,7 @@ for commands in (data, training, runs, doctor):
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")
 app.add_typer(runs.config_app, name="config")
+launching.launch_app.command("slurm")(slurm.launch_slurm)
 app.add_typer(launching.launch_app, name="launch")
 app.add_typer(runs.track_app, name="track")
 
