@@ -119,15 +119,16 @@ class Lab:
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
     def start_node(self, node: str) -> None:
-        """The node's daemon, in its namespace, with the node's name as host name and in /etc/hosts."""
+        """The node's daemon, in its namespaces: own address, host name, /etc/hosts and shared memory."""
         hosts = self.folder / node / "hosts"
-        script = f"hostname {node} && mount --bind {hosts} /etc/hosts && exec slurmd -D -N {node}"
+        script = f"hostname {node} && mount --bind {hosts} /etc/hosts && mount -t tmpfs none /dev/shm && exec slurmd -D -N {node}"
         inside = ["nsenter", f"--net=/run/netns/{_namespace(node)}", "unshare", "--uts", "--mount", "sh", "-c", script]
         self._start(node, inside)
 
-    def lose(self, node: str) -> None:
-        """The node goes off the net, and everything on it dies: no connection is closed properly."""
-        subprocess.run(["ip", "link", "set", f"slv{node[4:]}", "down"], check=True)
+    def lose(self, node: str, *, silently: bool) -> None:
+        """Everything on the node dies; `silently`: it is off the net first, so that no connection is closed."""
+        if silently:
+            subprocess.run(["ip", "link", "set", f"slv{node[4:]}", "down"], check=True)
         for pid in _inside(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

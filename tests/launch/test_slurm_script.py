@@ -1,0 +1,88 @@
+"""The sbatch script, without a Slurm: what is asked, what is quoted, what is refused before anything is submitted."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import limit_seconds
+from tests.distributed.processes import ROOT, egmf
+
+CONFIG = str(ROOT / "configs" / "tiny.yaml")
+
+
+def directives(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return dict(line.split("=", 1) if "=" in line else (line, "") for line in lines)
+
+
+def test_the_script_asks_for_what_was_given_and_is_bash(tmp_path: Path) -> None:
+    out = tmp_path / "it's 100% mine"
+    done = egmf(
+        "launch", "slurm", CONFIG, "train.stop_signals=[SIGTERM,SIGUSR2]", "--out", str(out), "--nodes", "2-4",
+        "--gpus-per-node", "8", "--partition", "gpu", "--time", "1-12", "--account", "lab", "--cpus-per-task", "12",
+        "--setup", "module load cuda", "--sbatch=--exclusive", "--srun=--cpu-bind=none", "--signal-seconds", "300",
+        "--debug", "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not out.exists()
+    asked = directives(done.stdout)
+    expected = {
+        "nodes": "2-4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "12", "partition": "gpu",
+        "time": "1-12", "account": "lab", "signal": "B:USR2@300", "requeue": "", "open-mode": "append", "exclusive": "",
+    }  # fmt: skip
+    assert {key: asked.get(key) for key in expected} == expected
+    assert "array" not in asked
+    assert asked["output"].endswith("100%% mine/slurm/%j.log'")
+    for words in ("module load cuda", "--cpu-bind=none", "--debug", "sbatch --test-only"):
+        assert words in done.stdout + done.stderr
+    assert "USR1" not in done.stdout
+    checked = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("run="))
+    shown = subprocess.run(["bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True)
+    assert shown.stdout == str(out)
+
+
+def test_without_requeue_nothing_is_put_back(tmp_path: Path) -> None:
+    done = egmf("launch", "slurm", CONFIG, "--procs-per-node", "2", "--no-requeue", "--dry-run", "--array-seeds", "5,9")
+    assert done.returncode == 0, done.stderr
+    asked = directives(done.stdout)
+    assert "no-requeue" in asked
+    assert asked["array"] == "5,9"
+    assert asked["output"].endswith("/runs/tiny-s%a/slurm/%A_%a.log")
+    assert "scontrol requeue" not in done.stdout
+
+
+def test_what_cannot_work_is_refused_all_at_once(tmp_path: Path) -> None:
+    faults = {
+        ("--nodes", "4-2", "--gpus-per-node", "8", "--procs-per-node", "4", "--time", "3", "--array-seeds", "1,1"): (
+            "--nodes 4-2", "--procs-per-node 4", "--time 3: too short", "names a seed twice",
+        ),
+        ("--nodes", "2"): ("--gpus-per-node G, or on CPUs --procs-per-node P",),
+        ("--procs-per-node", "1", "--time", "soon"): ("--time soon: must be minutes",),
+        ("--procs-per-node", "1", "--array-seeds", "1-3"): ("with commas between them",),
+        ("--procs-per-node", "1", "--array-seeds", "1", "train.seed=2"): ("name the seed twice",),
+        ("--procs-per-node", "1", "train.zer=2"): ("train.zer: unknown key",),
+    }  # fmt: skip
+    for arguments, words in faults.items():
+        refused = egmf("launch", "slurm", CONFIG, "--dry-run", *arguments)
+        assert refused.returncode == 1, refused.stdout
+        for word in words:
+            assert word in refused.stderr
+    absent = egmf(
+        "launch", "slurm", CONFIG, "--procs-per-node", "1", "--out", str(tmp_path / "run"), PATH=str(tmp_path)
+    )
+    assert absent.returncode == 1
+    assert "there is no sbatch on PATH" in absent.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("10:30", 630), ("2:00:01", 7201), ("1-12", 129600), ("1-2:3", 93780), ("0-0:0:9", 9), ("UNLIMITED", float("inf"))],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: float) -> None:
+    assert limit_seconds(text) == seconds

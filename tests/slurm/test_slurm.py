@@ -1,0 +1,198 @@
+"""`egmf launch slurm` on a real Slurm: to the end, preempted, cancelled, with a rank or a node lost, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.distributed.processes import ROOT, egmf
+from tests.slurm.conftest import STEPS
+from tests.slurm.lab import Lab, wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
+SLOW = {"EGMF_TEST_SLOW": "1", "PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}
+PATIENCE = 600.0  # seconds; a loaded machine takes a minute to start two processes
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> dict[int, Path]:
+    """Seed -> an undisturbed run of two processes of this machine."""
+    runs = {}
+    for seed in (3, 4):
+        runs[seed] = work / f"whole-s{seed}"
+        line = ("launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(runs[seed]))
+        done = egmf(*line, f"train.seed={seed}", timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+    return runs
+
+
+def submit(lab: Lab, config: Path, out: Path, *arguments: str, **env: str) -> str:
+    """The id of the submitted job."""
+    done = egmf("launch", "slurm", str(config), "--out", str(out), *arguments, **lab.environment, **env)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"submitted as job (\d+)", done.stderr)
+    assert found, done.stderr
+    return found[1]
+
+
+def said(run: Path) -> str:
+    """What the jobs of a run wrote."""
+    return "\n".join(log.read_text() for log in sorted((run / "slurm").glob("*.log")))
+
+
+def ended(lab: Lab, job: str, run: Path) -> dict[str, str]:
+    wait_for(lambda: lab.job(job)["JobState"] in ENDED, PATIENCE, lambda: f"{lab.job(job)}\n{said(run)}")
+    return lab.job(job)
+
+
+def reaches(run: Path, words: str) -> None:
+    wait_for(lambda: words in said(run), PATIENCE, lambda: said(run))
+
+
+def record(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "run.json").read_text()))
+
+
+def same(a: Path, b: Path) -> None:
+    """Weights, predictions and metrics are equal bit by bit."""
+    for name in ("metrics.json", f"checkpoints/step-{STEPS:08d}/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    for split in ("valid", "test"):
+        one, two = (pd.read_parquet(run / "predictions" / f"{split}.parquet") for run in (a, b))
+        pd.testing.assert_frame_equal(one, two)
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    return {line["step"]: line["metrics"]["train/loss"] for line in lines if "train/loss" in line.get("metrics", {})}
+
+
+def starts(run: Path) -> list[str]:
+    return re.findall(r"start \d of job \S+: \d processes on \S+", said(run))
+
+
+def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
+    lab: Lab, work: Path, whole: dict[int, Path]
+) -> None:
+    arguments = (
+        "--nodes",
+        "2",
+        "--procs-per-node",
+        "1",
+        "--array-seeds",
+        "3,4",
+        "--partition",
+        "debug",
+        "--time",
+        "30",
+    )
+    job = submit(lab, work / "toy.yaml", work / "array", *arguments, **SLOW)
+    runs = {seed: work / f"array-s{seed}" for seed in (3, 4)}
+    # the element whose job id stands for the whole array, too
+    own = {seed: lab.job(f"{job}_{seed}")["JobId"] for seed in runs}
+    seed = next(seed for seed, number in own.items() if number == job)
+    reaches(runs[seed], "step 3/")
+    first = record(runs[seed])["mlflow"]["run_id"]
+    lab.run("scancel", "--signal=USR1", "--batch", f"{job}_{seed}")
+    for one, run in runs.items():
+        assert ended(lab, own[one], run)["JobState"] == "COMPLETED", said(run)
+        assert lab.job(own[one])["Restarts"] == ("1" if one == seed else "0"), said(run)
+        assert record(run)["state"] == "done"
+        same(run, whole[one])
+    text = said(runs[seed])
+    assert "back into the queue" in text
+    assert "continuing from" in text
+    assert [line.split()[1] for line in starts(runs[seed])] == ["1", "2"]
+    assert record(runs[seed])["mlflow"]["run_id"] == first
+    for run in runs.values():
+        assert "Traceback" not in said(run)
+
+
+def test_a_rank_that_fails_ends_the_job_in_seconds_and_for_good(lab: Lab, work: Path) -> None:
+    for plant, cause in (("EGMF_TEST_FAIL_RANK", "planted on rank 1"), ("EGMF_TEST_KILL_RANK", "Killed")):
+        out = work / plant
+        job = submit(lab, work / "toy.yaml", out, "--nodes", "2", "--procs-per-node", "1", **{**SLOW, plant: "1"})
+        reaches(out, "steps 1 to")
+        began = time.monotonic()
+        about = ended(lab, job, out)
+        assert time.monotonic() - began < 90
+        assert (about["JobState"], about["Restarts"]) == ("FAILED", "0"), said(out)
+        assert about["ExitCode"] != "0:0"
+        assert cause in said(out)
+        assert "the run failed (srun ended with" in said(out).splitlines()[-1]
+
+
+def test_a_cancelled_run_writes_a_checkpoint_and_does_not_come_back(lab: Lab, work: Path) -> None:
+    out = work / "cancelled"
+    job = submit(
+        lab, work / "toy.yaml", out, "--nodes", "2", "--procs-per-node", "1", **{**SLOW, "EGMF_TEST_SLOW": "4"}
+    )
+    reaches(out, "step 1/")
+    lab.run("scancel", job)
+    assert ended(lab, job, out)["JobState"] == "CANCELLED", said(out)
+    wait_for(lambda: lab.idle() >= {"node1", "node2"}, PATIENCE)
+    assert record(out)["state"] == "stopped", said(out)
+    assert list((out / "checkpoints").glob("step-*"))
+    assert lab.job(job)["JobState"] == "CANCELLED"
+    assert lab.job(job)["Restarts"] == "0"
+
+
+def test_a_run_that_loses_a_node_goes_on_with_another(lab: Lab, work: Path, whole: dict[int, Path]) -> None:
+    out = work / "spare"
+    job = submit(lab, work / "toy.yaml", out, "train.seed=3", "--nodes", "2", "--procs-per-node", "1", **SLOW)
+    reaches(out, "step 3/")
+    lab.lose("node2", silently=True)
+    try:
+        assert ended(lab, job, out)["JobState"] == "COMPLETED", said(out)
+    finally:
+        lab.bring_back("node2")
+    assert [line.split(" on ")[1] for line in starts(out)] == ["node[1-2],", "node[1,3],"]
+    assert "continuing from" in said(out)
+    same(out, whole[3])
+
+
+def test_a_run_that_loses_a_node_goes_on_with_fewer(lab: Lab, work: Path) -> None:
+    whole = work / "still"
+    done = egmf(
+        "launch", "local", "--procs", "2", str(work / "still.yaml"), "--out", str(whole), timeout=PATIENCE
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = work / "fewer"
+    job = submit(
+        lab, work / "still.yaml", out, "--nodes", "1-2", "--procs-per-node", "1", "--sbatch=--exclude=node3", **SLOW
+    )  # fmt: skip
+    reaches(out, "step 3/")
+    lab.lose("node2", silently=False)
+    try:
+        assert ended(lab, job, out)["JobState"] == "COMPLETED", said(out)
+    finally:
+        lab.bring_back("node2")
+    assert [line.split(": ")[1] for line in starts(out)] == ["2 processes on node[1-2],", "1 processes on node1,"]
+    assert "a node does not answer" in said(out)
+    assert losses(out).keys() == losses(whole).keys()
+    for step, loss in losses(whole).items():
+        assert losses(out)[step] == pytest.approx(loss, abs=1e-5), step
+
+
+def test_what_slurm_refuses_is_said_and_leaves_nothing(lab: Lab, work: Path) -> None:
+    arguments = ("launch", "slurm", str(work / "toy.yaml"), "--out", str(work / "refused"), "--nodes")
+    cases = {
+        ("2", "--procs-per-node", "1", "--partition", "gpus"): ("partition", "partitions here: debug"),
+        ("9", "--procs-per-node", "1"): ("node", "3 nodes of 4 CPUs"),
+        ("2", "--gpus-per-node", "8"): ("generic resource", "3 nodes of 4 CPUs"),
+    }
+    for asked, words in cases.items():
+        refused = egmf(*arguments, *asked, **lab.environment)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error: Slurm refuses the job: ")
+        for word in words:
+            assert word in refused.stderr
+    assert not (work / "refused").exists()
