@@ -178,14 +178,10 @@ class Lab:
         folder.mkdir(mode=0o755)
         (folder / "key").write_bytes(os.urandom(128))
         (folder / "key").chmod(0o600)
-        subprocess.run(["chown", "-R", "munge:munge", str(folder)], check=True)
-        self._start(
-            "munged",
-            ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground", "--force",
-             f"--socket={folder}/socket", f"--key-file={folder}/key", f"--pid-file={folder}/pid",
-             f"--seed-file={folder}/seed"],
-        )  # fmt: skip
-        wait_for((folder / "socket").exists, 30)
+        names = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        options = [f"--{option}={folder}/{name}" for option, name in names.items()]
+        self._start("munged", ["munged", "--foreground", "--force", *options])  # as root: the folder may be private
+        wait_for((folder / "socket").exists, 30, lambda: (self.folder / "munged.out").read_text())
 
     def _close(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
