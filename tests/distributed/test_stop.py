@@ -17,7 +17,7 @@ from tests.distributed.processes import ROOT, egmf, environment
 from tests.toy import prepare_toy
 from trainer.run.signals import StopRequest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 STEPS = 8
 
 
@@ -68,7 +68,7 @@ def stop_at_the_start(work: Path, out: Path) -> str:
         workers = children.read_text().split()
         time.sleep(0.02)
     os.kill(int(workers[1]), signal.SIGUSR1)
-    said = launcher.communicate(timeout=240)[1]
+    said = launcher.communicate(timeout=900)[1]
     assert launcher.returncode == 85, said
     return said
 
@@ -76,7 +76,7 @@ def stop_at_the_start(work: Path, out: Path) -> str:
 @pytest.mark.slow
 def test_a_signal_on_one_rank_at_any_moment_stops_all_and_loses_nothing(work: Path) -> None:
     whole, out = work / "whole", work / "stopped"
-    done = egmf(*arguments(work, whole))
+    done = egmf(*arguments(work, whole), timeout=900)
     assert done.returncode == 0, done.stderr
     said = stop_at_the_start(work, out)
     assert "stopped at step 0 of 8" in said
@@ -84,14 +84,14 @@ def test_a_signal_on_one_rank_at_any_moment_stops_all_and_loses_nothing(work: Pa
     assert not list((out / "checkpoints").glob("step-*"))
     plants = {"PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}
     for when, step in (("save", 2), ("evaluation", 4), ("step", 7), ("evaluation", 8)):
-        stopped = egmf(*arguments(work, out), EGMF_TEST_STOP=f"1:{when}", **plants)
+        stopped = egmf(*arguments(work, out), timeout=900, EGMF_TEST_STOP=f"1:{when}", **plants)
         assert stopped.returncode == 85, stopped.stderr
         assert "SIGUSR1: stopping" in stopped.stderr
         assert "Traceback" not in stopped.stderr
         assert f"stopped at step {step} of 8" in stopped.stderr
         assert json.loads((out / "run.json").read_text())["state"] == "stopped"
         assert (out / f"checkpoints/step-{step:08d}").is_dir()
-    last = egmf(*arguments(work, out))
+    last = egmf(*arguments(work, out), timeout=900)
     assert last.returncode == 0, last.stderr
     for name in ("metrics.json", "checkpoints/best", f"checkpoints/step-{STEPS:08d}/model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
