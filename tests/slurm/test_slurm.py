@@ -96,12 +96,13 @@ def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
     )
     job = submit(lab, work / "toy.yaml", work / "array", *arguments, **SLOW)
     runs = {seed: work / f"array-s{seed}" for seed in (3, 4)}
-    # the element whose job id stands for the whole array, too
-    own = {seed: lab.job(f"{job}_{seed}")["JobId"] for seed in runs}
-    seed = next(seed for seed, number in own.items() if number == job)
+    own = {seed: f"{job}_{seed}" for seed in runs}
+    seed = next(
+        seed for seed in runs if lab.job(own[seed])["JobId"] == job
+    )  # that number stands for the whole array, too
     reaches(runs[seed], "step 3/")
     first = record(runs[seed])["mlflow"]["run_id"]
-    lab.run("scancel", "--signal=USR1", "--batch", f"{job}_{seed}")
+    lab.run("scancel", "--signal=USR1", "--batch", own[seed])
     for one, run in runs.items():
         assert ended(lab, own[one], run)["JobState"] == "COMPLETED", said(run)
         assert lab.job(own[one])["Restarts"] == ("1" if one == seed else "0"), said(run)
