@@ -94,8 +94,9 @@ def _train_tokenizer(config: TinyConfig, texts: list[str]) -> PreTrainedTokenize
     )
 
 
-def _random_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    shape = Qwen3Config(
+def tiny_shape(config: TinyConfig) -> Qwen3Config:
+    """The tiny backbone's architecture; its special tokens are the tokenizer's to say."""
+    return Qwen3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -107,9 +108,12 @@ def _random_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwe
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _random_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    shape = tiny_shape(config)
+    shape.eos_token_id, shape.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(config.seed)
         model = Qwen3ForCausalLM(shape).float()

@@ -1,0 +1,202 @@
+"""What a rank holds and sends at each ZeRO stage, as DeepSpeed 0.19 lays it out.
+
+Words: weights of W trainable elements in a training dtype of b bytes, N ranks; *half* is bf16 or fp16 training (b = 2).
+
+    stage   weights   fp32 master   Adam's moments   gradients                     sent per rank and step (ring)
+    0       b W       4 W if half   8 W              b W                           2 b W (N-1)/N
+    1       b W       4 W / N       8 W / N          b W (bf16: 4 W)               3 b W (N-1)/N
+    2       b W       4 W / N       8 W / N          b W / N (bf16: 4 W / N)       3 b W (N-1)/N
+    3       b W / N   4 W / N       8 W / N          b W / N                       b W (N-1)/N, and what is gathered
+
+DeepSpeed's stages 1 and 2 reduce a bucket by an all-reduce, twice the volume of the paper's reduce-scatter; stage 2 does so
+at every micro-step. Stage 1 in bf16 reduces fp32 gradients. Frozen weights are whole on each rank below stage 3.
+
+Sources: Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054; deepspeed/runtime/zero/stage_1_and_2.py, stage3.py,
+bf16_optimizer.py, fp16/unfused_optimizer.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from launch.abstract import Pass, Weights
+
+GIB = 2**30
+ALL_REDUCE_AT_ONCE = 500_000_000  # elements; DeepSpeed's, stage 0 and stage 1 in bf16
+REDUCE_BUCKET = 500_000_000  # elements; defaults of zero_optimization from here on
+PREFETCH = 50_000_000
+PERSISTENCE = 100_000
+REUSE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Under what a run is planned. `touched` counts of a buffer only what is written (CPUs); GPUs reserve it whole."""
+
+    stage: int
+    offload: bool
+    ranks: int
+    dtype: torch.dtype
+    micro_steps: int  # of a rank in an optimizer step
+    zero: dict[str, Any]  # the config's zero_optimization section
+    touched: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element in training."""
+        return self.dtype.itemsize
+
+    @property
+    def half(self) -> bool:
+        return self.dtype is not torch.float32
+
+    def elements(self, key: str, default: int) -> int:
+        """A threshold of DeepSpeed's."""
+        return int(float(self.zero.get(key, default)))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by what they are: on its device, at the fullest moment, and on the host (optimizer offload)."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+
+def rank_memory(weights: Weights, work: Pass, setting: Setting) -> Memory:
+    """The memory of the fullest rank at the fuller of two moments: inside a micro-batch, and at the optimizer's step."""
+    W, b, N, stage = weights.trainable, setting.size, setting.ranks, setting.stage
+    share = N if stage else 1
+    device = _weights(weights, setting)
+    states = {
+        "fp32 master weights": _up(4 * W, share) if stage or setting.half else 0,
+        "Adam's moments": _up(8 * W, share),
+    }
+    gradients, bucket = _gradients(weights, setting), _bucket(weights, setting)
+    host = {}
+    if setting.offload:
+        host = {**states, "gradients": _up(4 * W, share), "weights in training dtype": _up(b * W, share)}
+    else:
+        device.update(states)
+    # inside a micro-batch: gradients of earlier ones are there, those of this one come as activations go
+    standing = stage == 3 or (stage == 1 and setting.dtype is torch.bfloat16)
+    earlier = gradients if setting.micro_steps > 1 or standing else 0
+    inside = {
+        "activations": work.peak if earlier and stage < 2 else work.peak_with_gradients,
+        "gradients": earlier,
+        "buckets": bucket if stage == 3 or (stage and not setting.touched and not standing) else 0,
+        "gathered weights": _gathered(weights, setting),
+    }
+    step = {
+        "gradients": gradients,
+        "buckets": bucket if stage in (0, 3) or standing else 0,
+        "optimizer's step": 0 if setting.offload else _step(weights, setting),
+    }
+    fuller = max((inside, step), key=lambda moment: sum(moment.values()))
+    return Memory({name: size for name, size in {**device, **fuller}.items() if size}, host)
+
+
+def _weights(weights: Weights, setting: Setting) -> dict[str, int]:
+    cut = setting.ranks if setting.stage == 3 else 1
+    persistent = weights.persistent_bytes if setting.stage == 3 and cut > 1 else 0
+    return {
+        "frozen weights": _up(weights.dense_bytes, cut),
+        "4-bit weights": _up(weights.packed_bytes, cut),
+        "scales of 4-bit weights": weights.scale_bytes,
+        "trainable weights": _up(setting.size * weights.trainable, cut),
+        "small weights kept whole": persistent,
+        "buffers": weights.buffer_bytes,
+    }
+
+
+def _gradients(weights: Weights, setting: Setting) -> int:
+    W, b, N = weights.trainable, setting.size, setting.ranks
+    if setting.stage == 0:
+        return b * W
+    if setting.stage == 1:
+        return (4 if setting.dtype is torch.bfloat16 else b) * W
+    if setting.stage == 2:
+        return _up((4 if setting.dtype is torch.bfloat16 else b) * W, N)
+    return _up(b * W, N)
+
+
+def _bucket(weights: Weights, setting: Setting) -> int:
+    """The buffer in which gradients are reduced."""
+    W, b = weights.trainable, setting.size
+    if setting.stage == 0:
+        return b * min(W, ALL_REDUCE_AT_ONCE)
+    if setting.stage == 1 and setting.dtype is torch.bfloat16:
+        return 4 * min(W, ALL_REDUCE_AT_ONCE)
+    size = setting.elements("reduce_bucket_size", REDUCE_BUCKET)
+    if setting.touched:
+        size = min(size, W)
+    return b * size * (2 if setting.stage < 3 and setting.zero.get("overlap_comm") else 1)
+
+
+def _gathered(weights: Weights, setting: Setting) -> int:
+    """Weights that ZeRO-3 holds whole at the end of the forward pass.
+
+    Those needed again within `stage3_max_reuse_distance` elements stay: half of it lies ahead, on the way back; then the
+    module at work, and what is prefetched. A single rank gathers nothing.
+    """
+    if setting.stage < 3 or setting.ranks == 1:
+        return 0
+    kept = setting.elements("stage3_max_reuse_distance", REUSE) // 2
+    kept += setting.elements("stage3_prefetch_bucket_size", PREFETCH)
+    each = weights.gathered_bytes / max(1, weights.gathered_elements)
+    return min(weights.gathered_bytes, round(kept * each) + weights.largest_module_bytes)
+
+
+def _step(weights: Weights, setting: Setting) -> int:
+    """What the optimizer's step holds beyond gradients: an fp32 copy of a group's gradients, Adam's temporaries on CPUs."""
+    group = max(weights.groups, default=0)
+    if setting.stage == 0:
+        copies = 4 * weights.trainable if setting.half else 0
+        return copies + (8 * weights.largest_trainable if setting.touched else 0)
+    part = _up(group, setting.ranks)
+    return 4 * part + (8 * part if setting.touched else 0)
+
+
+def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
+    """Bytes that one rank sends in an optimizer step, by what they are; rings, so (N-1)/N of a tensor per pass over it."""
+    W, b, N = weights.trainable, setting.size, setting.ranks
+    if N == 1:
+        return {}
+
+    def ring(size: float) -> int:
+        return round(size * (N - 1) / N)
+
+    if setting.stage == 0:
+        return {"gradients": ring(2 * b * W)}
+    if setting.stage == 1:
+        return {"gradients": ring(2 * (4 if setting.dtype is torch.bfloat16 else b) * W), "weights": ring(b * W)}
+    if setting.stage == 2:
+        return {"gradients": ring(2 * b * W) * setting.micro_steps, "weights": ring(b * W)}
+    whole = weights.gathered_bytes - weights.persistent_bytes
+    return {
+        "gradients": ring(b * W) * setting.micro_steps,
+        "gathered weights": ring(2 * whole) * setting.micro_steps,
+        "small weights": ring(weights.persistent_bytes),
+    }
+
+
+def checkpoint_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
+    """A checkpoint on disk: trained weights alone, and DeepSpeed's own state of all ranks."""
+    W, b = weights.trainable, setting.size
+    master = 4 * W if setting.stage or setting.half else 0
+    return {"trained weights": b * W, "engine: weights": b * W, "engine: optimizer": master + 8 * W}
+
+
+def _up(size: int, ranks: int) -> int:
+    return -(-size // ranks)

@@ -1,0 +1,275 @@
+"""What a run needs, before any GPU is asked for: weights, memory of a rank, steps, bytes on the wire, checkpoints, hours."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from launch.abstract import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow, record_pass, weigh
+from launch.lengths import Lengths, run_lengths
+from launch.memory import GIB, PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
+from trainer.config import RunConfig
+from trainer.models.loading import load_shape
+from trainer.models.quantization import check_sizes
+from trainer.models.tiny import tiny_shape
+from trainer.run.engine import deepspeed_config, dtype_of, zero_stage
+
+STAGES = (0, 1, 2, 3)
+RESERVED = 2 * GIB  # of a GPU: CUDA's context, NCCL's buffers, holes of the allocator
+LEFT_OUT = (
+    "workspace of single kernels (matrix products, attention)",
+    "holes that PyTorch's allocator leaves between blocks: 2 GiB of a GPU are kept free for these, CUDA and NCCL",
+    "loading: reading and quantising a checkpoint may need more for a moment",
+    "evaluation (eval.batch) and free generation",
+    "overlap, latency and congestion of the network: bytes are those of rings over all ranks",
+    "time for evaluation, checkpoints and starting",
+)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast a run is said to be; one of these. Samples and positions: of all GPUs together; TFLOP/s: reached on each."""
+
+    samples: float | None = None
+    positions: float | None = None
+    tflops: float | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to run, and what a rank then holds."""
+
+    stage: int
+    offload: bool
+    checkpointing: bool
+    memory: Memory
+
+    def overrides(self) -> list[str]:
+        return [
+            f"train.zero={self.stage}",
+            f"train.offload={'cpu' if self.offload else 'none'}",
+            f"model.backbone.gradient_checkpointing={str(self.checkpointing).lower()}",
+        ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the model consists of, and what a micro-batch takes with and without checkpointing."""
+
+    weights: Weights
+    passes: Mapping[bool, Pass]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See :meth:`to_json` for units."""
+
+    config: RunConfig
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: float
+    model: Model
+    lengths: Lengths
+    options: tuple[Option, ...]
+    wire: Mapping[int, Mapping[str, int]]
+    checkpoint: Mapping[str, int]
+    flops_per_step: float  # of one rank
+    steps: int | None
+    hours: float | None
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def option(self, stage: int, offload: bool, checkpointing: bool) -> Option:
+        wanted = (stage, offload, checkpointing)
+        return next(o for o in self.options if (o.stage, o.offload, o.checkpointing) == wanted)
+
+    def fits(self, option: Option) -> bool:
+        return option.memory.total + RESERVED <= self.gpu_memory * GIB
+
+    @property
+    def configured(self) -> Option:
+        """The run as its config has it."""
+        stage = zero_stage(self.config)
+        offload = _offloads(self.config) and stage > 0
+        return self.option(stage, offload, self.config.model.backbone.gradient_checkpointing)
+
+    @property
+    def recommended(self) -> Option | None:
+        """The fastest that fits: states cut up before anything is computed twice, weights cut up, offload last."""
+        if self.fits(self.configured):
+            return self.configured
+        order = [(s, o, c) for o in (False, True) for s, c in ((2, False), (2, True), (3, False), (3, True))]
+        return next((o for key in order if self.fits(o := self.option(*key))), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in bytes, of one rank unless said otherwise; None: not known."""
+        chosen = self.recommended
+        return {
+            "backbone": self.config.model.backbone.name,
+            "tasks": self.config.tasks,
+            "nodes": self.nodes,
+            "gpus_per_node": self.gpus_per_node,
+            "ranks": self.ranks,
+            "gpu_memory_gib": self.gpu_memory,
+            "reserved_bytes": RESERVED,
+            "parameters": dataclasses.asdict(self.model.weights),
+            "lengths": dataclasses.asdict(self.lengths),
+            "activations": {
+                "checkpointing" if key else "plain": dataclasses.asdict(work) for key, work in self.model.passes.items()
+            },
+            "memory": [self._option(option) for option in self.options],
+            "configured": self._option(self.configured),
+            "recommended": None if chosen is None else {**self._option(chosen), "overrides": chosen.overrides()},
+            "wire_bytes_per_step": {f"zero{stage}": dict(parts) for stage, parts in self.wire.items()},
+            "checkpoint_bytes": dict(self.checkpoint),
+            "flops_per_rank_and_step": self.flops_per_step,
+            "steps": self.steps,
+            "hours": self.hours,
+            "assumptions": self.lengths.assumptions,
+            "left_out": list(LEFT_OUT),
+        }
+
+    def _option(self, option: Option) -> dict[str, Any]:
+        return {
+            "zero": option.stage,
+            "offload": option.offload,
+            "checkpointing": option.checkpointing,
+            "bytes": option.memory.total,
+            "parts": option.memory.device,
+            "host_bytes": option.memory.host_total,
+            "fits": self.fits(option),
+        }
+
+
+def make_plan(
+    config: RunConfig,
+    nodes: int,
+    gpus_per_node: int,
+    gpu_memory: float,
+    throughput: Throughput,
+    *,
+    positions: int | None = None,
+    samples: int | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        gpu_memory: of one GPU, GiB.
+        positions, samples: see :func:`launch.lengths.run_lengths`.
+
+    Raises:
+        ValueError: the backbone's configuration cannot be read, or the run cannot be as configured.
+    """
+    _check(config, nodes, gpus_per_node, gpu_memory)
+    ranks = nodes * gpus_per_node
+    shape = backbone_shape(config)
+    lengths = run_lengths(config, ranks, positions=positions, samples=samples)
+    model = look_at(config, shape, lengths)
+    options = []
+    for stage in STAGES:
+        for offload in (False, True) if stage else (False,):
+            for checkpointing, work in model.passes.items():
+                setting = make_setting(config, ranks, lengths.micro_steps, stage=stage, offload=offload)
+                memory = rank_memory(model.weights, work, setting)
+                options.append(Option(stage, offload, checkpointing, memory))
+    settings = {stage: make_setting(config, ranks, lengths.micro_steps, stage=stage) for stage in STAGES}
+    steps = config.train.steps
+    if steps is None and lengths.steps_per_epoch is not None:
+        steps = math.ceil(config.train.epochs * lengths.steps_per_epoch)
+    work = model.passes[config.model.backbone.gradient_checkpointing]
+    held = lengths.longest.rows * lengths.longest.positions
+    flops = work.flops / held * lengths.padded_positions / config.train.global_batch
+    flops *= lengths.micro_steps * min(config.train.micro_batch, config.train.global_batch)  # of the fullest rank
+    return Plan(
+        config=config,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu_memory=gpu_memory,
+        model=model,
+        lengths=lengths,
+        options=tuple(options),
+        wire={stage: wire_bytes(model.weights, setting) for stage, setting in settings.items()},
+        checkpoint=checkpoint_bytes(model.weights, settings[zero_stage(config)]),
+        flops_per_step=flops,
+        steps=steps,
+        hours=_hours(throughput, config, lengths, flops, steps),
+    )
+
+
+def backbone_shape(config: RunConfig) -> PretrainedConfig:
+    """The backbone's configuration: a folder's, the hub's, or the tiny one's.
+
+    Raises:
+        ValueError: it cannot be read, or has sizes that 4 bits cannot hold.
+    """
+    backbone = config.model.backbone
+    shape = tiny_shape(backbone.tiny) if backbone.name == "tiny" else load_shape(backbone)
+    if backbone.quantization == "nf4":
+        check_sizes(shape, backbone.name, backbone.trust_remote_code)
+    return shape
+
+
+def look_at(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Model:
+    """Weigh the whole model, and pass the largest micro-batch through a few layers of it."""
+    dtype, layers = dtype_of(config), int(shape.num_hidden_layers)
+    zero = deepspeed_config(config)["zero_optimization"]
+    with abstract():
+        weights = weigh(
+            build(config, shape, lengths.widths, dtype),
+            int(float(zero.get("stage3_param_persistence_threshold", PERSISTENCE))),
+        )
+        passes = {}
+        for checkpointing in (False, True):
+            sampled = []
+            for few in SAMPLE_LAYERS if layers > max(SAMPLE_LAYERS) else (layers,):
+                model = build(config, shape, lengths.widths, dtype, layers=few, checkpointing=checkpointing)
+                sampled.append(record_pass(model, lengths.task, lengths.longest, dtype))
+            passes[checkpointing] = grow(sampled[0], sampled[1], layers) if len(sampled) > 1 else sampled[0]
+    return Model(weights, passes, layers)
+
+
+def make_setting(
+    config: RunConfig, ranks: int, micro_steps: int, *, stage: int, offload: bool = False, touched: bool = False
+) -> Setting:
+    """What the config says of one way to run."""
+    zero = deepspeed_config(config)["zero_optimization"]
+    return Setting(stage, offload, ranks, dtype_of(config), micro_steps, zero, touched)
+
+
+def _check(config: RunConfig, nodes: int, gpus_per_node: int, gpu_memory: float) -> None:
+    faults = [
+        f"--{name}={value:g} must be more than 0"
+        for name, value in (("nodes", nodes), ("gpus-per-node", gpus_per_node), ("gpu-memory", gpu_memory))
+        if value <= 0
+    ]
+    if _offloads(config) and zero_stage(config) == 0:
+        faults.append("train.offload=cpu needs ZeRO: train.zero=1, 2 or 3")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _offloads(config: RunConfig) -> bool:
+    zero = deepspeed_config(config)["zero_optimization"]
+    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+
+
+def _hours(
+    throughput: Throughput, config: RunConfig, lengths: Lengths, flops: float, steps: int | None
+) -> float | None:
+    if steps is None:
+        return None
+    if throughput.samples:
+        return steps * config.train.global_batch / throughput.samples / 3600
+    if throughput.positions:
+        return steps * lengths.padded_positions / throughput.positions / 3600
+    if throughput.tflops:
+        return steps * flops / (throughput.tflops * 1e12) / 3600
+    return None

@@ -1,0 +1,147 @@
+"""A plan as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from launch.memory import GIB
+from launch.plan import LEFT_OUT, RESERVED, Option, Plan
+
+
+def render(plan: Plan) -> Iterator[Any]:
+    """What is printed, top to bottom: tables and lines."""
+    yield from _head(plan)
+    yield _memory(plan)
+    yield f"a GPU has {plan.gpu_memory:g} GiB, of which {RESERVED / GIB:g} GiB are kept free"
+    yield from _advice(plan)
+    yield _wire(plan)
+    saved = plan.checkpoint
+    yield f"a checkpoint: {size(sum(saved.values()))} ({size(saved['trained weights'])} of it the trained weights alone)"
+    yield _time(plan)
+    for note in plan.lengths.assumptions:
+        yield f"assumed: {note}"
+    for part in LEFT_OUT:
+        yield f"left out: {part}"
+
+
+def size(number: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}" if number < 1000 * scale else f"{number / scale:,.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def _head(plan: Plan) -> Iterator[Any]:
+    weights, lengths, config = plan.model.weights, plan.lengths, plan.config
+    parts = ", ".join(f"{name} {_count(n)}" for name, n in weights.trainable_parts.items())
+    bits = f", {_count(weights.four_bit)} of them in 4 bits" if weights.four_bit else ""
+    yield (
+        f"{config.model.backbone.name}, {plan.model.layers} layers: {_count(weights.trainable)} trainable parameters ({parts}), "
+        f"{_count(weights.frozen)} frozen{bits}"
+    )
+    longest = lengths.longest
+    yield (
+        f"{plan.nodes} x {plan.gpus_per_node} = {plan.ranks} GPUs; a step of {config.train.global_batch} samples is "
+        f"{lengths.micro_steps} micro-batch{'es' if lengths.micro_steps > 1 else ''} of up to {config.train.micro_batch} on a rank"
+    )
+    yield (
+        f"positions: {lengths.mean_positions:.0f} a sample, {lengths.padded_positions:,.0f} a step with padding; the largest "
+        f"micro-batch is {longest.rows} rows of {longest.positions}, {longest.audio} audio and {longest.video} video frames"
+    )
+    idle = plan.ranks - -(-config.train.global_batch // config.train.micro_batch)
+    if idle > 0:
+        yield f"warning: {idle} of {plan.ranks} GPUs have nothing to do: raise train.global_batch, or lower train.micro_batch"
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(title=f"memory of one GPU, {plan.config.train.precision}", title_justify="left")
+    for name in ("ZeRO", "optimizer on", "checkpointing"):
+        table.add_column(name)
+    for name in ("weights", "states", "gradients, buckets", "activations", "gathered", "in all", "host"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for option in plan.options:
+        marks = ["fits" if plan.fits(option) else "too large"]
+        marks += ["as configured"] if option == plan.configured else []
+        marks += ["recommended"] if option == plan.recommended else []
+        table.add_row(*_row(option), ", ".join(marks))
+    return table
+
+
+def _row(option: Option) -> list[str]:
+    parts = option.memory.device
+
+    def of(*words: str) -> str:
+        return size(sum(n for name, n in parts.items() if name in words))
+
+    weights = (
+        "frozen weights",
+        "4-bit weights",
+        "scales of 4-bit weights",
+        "trainable weights",
+        "small weights kept whole",
+    )
+    return [
+        str(option.stage),
+        "host" if option.offload else "GPU",
+        "yes" if option.checkpointing else "no",
+        of(*weights, "buffers"),
+        of("fp32 master weights", "Adam's moments", "optimizer's step"),
+        of("gradients", "buckets"),
+        of("activations"),
+        of("gathered weights"),
+        size(option.memory.total),
+        size(option.memory.host_total) if option.offload else "",
+    ]
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    chosen = plan.recommended
+    if chosen is None:
+        smallest = min(plan.options, key=lambda option: option.memory.total)
+        yield (
+            f"nothing fits: the smallest needs {size(smallest.memory.total)} ({' '.join(smallest.overrides())}). Use more GPUs, "
+            "a smaller train.micro_batch, model.backbone.quantization=nf4, or a smaller backbone"
+        )
+        return
+    if chosen == plan.configured:
+        yield "recommended: as configured"
+    else:
+        yield f"recommended: {' '.join(chosen.overrides())}"
+    work = plan.model.passes[chosen.checkpointing].peak
+    room = plan.gpu_memory * GIB - RESERVED - chosen.memory.total
+    more = int(room // (work / plan.lengths.longest.rows))
+    if more > 0:
+        yield f"there is room for micro-batches of about {plan.lengths.longest.rows + more} such rows (train.micro_batch)"
+
+
+def _wire(plan: Plan) -> Table:
+    table = Table(title="bytes that one rank sends in a step", title_justify="left")
+    for name in ("ZeRO", "gradients", "weights", "in all"):
+        table.add_column(name, justify="left" if name == "ZeRO" else "right")
+    for stage, parts in plan.wire.items():
+        gradients = parts.get("gradients", 0)
+        total = sum(parts.values())
+        table.add_row(str(stage), size(gradients), size(total - gradients), size(total))
+    return table
+
+
+def _time(plan: Plan) -> str:
+    flops = f"{plan.flops_per_step / 1e12:.3g} TFLOP for the fullest rank in a step"
+    if plan.steps is None:
+        return f"{flops}; steps: not known without data (state --samples, or train.steps)"
+    steps = f"{plan.steps:,} steps; {flops}"
+    if plan.hours is None:
+        return f"{steps}; hours: state --samples-per-second, --positions-per-second or --tflops"
+    return f"{steps}; {plan.hours:.3g} hours"
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.4g} {unit}"
+    return str(number)

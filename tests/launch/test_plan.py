@@ -1,0 +1,282 @@
+"""The plan against real models, published sizes and counting by hand; measured memory is in test_plan_memory.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, Qwen2Config
+
+from launch.abstract import SAMPLE_LAYERS, Rows, abstract, build, grow, record_pass, weigh
+from launch.lengths import run_lengths
+from launch.memory import GIB, Setting, rank_memory, wire_bytes
+from launch.plan import RESERVED, Throughput, look_at, make_plan
+from launch.plan_tables import render
+from tests.distributed.processes import egmf
+from tests.models.tiny_models import make_model, save_family
+from tests.toy import prepare_toy
+from trainer.config import AdapterConfig, RunConfig, check_config
+from trainer.data.collate import Collator
+from trainer.data.dataset import open_dataset
+from trainer.data.sampling import Order
+from trainer.models.loading import load_tokenizer
+from trainer.tasks import get_task
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; parameters as published
+QWEN = {
+    "0.5B": ((896, 4864, 24, 14, 2, 151936, True), 494_032_768),
+    "1.5B": ((1536, 8960, 28, 12, 2, 151936, True), 1_543_714_304),
+    "7B": ((3584, 18944, 28, 28, 4, 152064, False), 7_615_616_512),
+    "72B": ((8192, 29568, 80, 64, 8, 152064, False), 72_706_203_648),
+}
+WIDTHS = {"one": {"audio": 6, "video": 5}, "two": {"audio": 4, "video": 0}}
+
+
+def qwen(name: str, folder: Path) -> Path:
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = QWEN[name][0]
+    Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+def config_of(**changes: object) -> RunConfig:
+    raw: dict = {"task": "meld", "model": {"backbone": {}, "adapter": {}, "fusion": {}}, "train": {}, "data": {}}
+    for key, value in changes.items():
+        place = raw
+        *path, leaf = key.split("__")
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = value
+    return check_config(raw)
+
+
+def small(folder: Path, **changes: object) -> RunConfig:
+    """A run like the models of `tests/models/tiny_models.py`."""
+    fusion = {"width": 32, "heads": 2, "dropout": 0.0, "pseudo_tokens": 3}
+    return config_of(
+        model__backbone__name=str(folder),
+        model__adapter__dropout=0.0,
+        train__precision="fp32",
+        model__fusion=fusion,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])
+@pytest.mark.parametrize(("quantization", "double", "kind"), [("none", True, "full"), ("nf4", True, "lora"), ("nf4", False, "lora")])  # fmt: skip
+def test_weighs_what_is_loaded(tmp_path, family, tied, quantization, double, kind):
+    folder = save_family(family, tmp_path, tied=tied)
+    options = {"quantization": quantization, "double_quantization": double}
+    real = make_model(folder, adapter=AdapterConfig(kind=kind, dropout=0.0), **options)
+    config = small(folder, **{f"model__backbone__{k}": v for k, v in options.items()}, model__adapter__kind=kind)
+    with abstract():
+        weights = weigh(build(config, AutoConfig.from_pretrained(folder), WIDTHS, torch.float32), 100)
+    trained = [p for p in real.parameters() if p.requires_grad]
+    frozen = [p for p in real.parameters() if not p.requires_grad]
+    states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
+    scales = [t for s in states for key, t in s.as_dict(packed=True).items() if "bitsandbytes" not in key]
+    assert weights.trainable == sum(p.numel() for p in trained)
+    assert sum(weights.trainable_parts.values()) == sum(weights.groups) == weights.trainable
+    assert weights.dense_bytes + weights.packed_bytes == sum(p.nbytes for p in frozen)
+    assert weights.packed_bytes == sum(p.nbytes for p in frozen if hasattr(p, "quant_state"))
+    assert weights.scale_bytes == pytest.approx(sum(t.nbytes for t in scales), abs=4 * len(states))  # the offsets
+    assert weights.four_bit == sum(math.prod(s.shape) for s in states)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_counts_published_sizes(tmp_path, name):
+    config = config_of(model__backbone={"name": str(qwen(name, tmp_path)), "quantization": "none"})
+    with abstract():
+        weights = weigh(
+            build(config, AutoConfig.from_pretrained(tmp_path), {"meld": {"audio": 3, "video": 2}}, torch.bfloat16), 0
+        )
+    assert weights.frozen == QWEN[name][1]
+    assert weights.dense_bytes == 2 * QWEN[name][1]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, quantization, checkpointing):
+    """The same recorder over a real model, and the model of 8 layers from those of 2 and 4."""
+    folder = save_family("qwen2", tmp_path, num_hidden_layers=8)
+    shape = AutoConfig.from_pretrained(folder)
+    config = small(folder, model__backbone__quantization=quantization)
+    rows = Rows(rows=2, positions=48, answer=3, text=7, audio=9, video=6)
+    with abstract():
+        few = [
+            record_pass(build(config, shape, WIDTHS, torch.float32, layers=n, checkpointing=checkpointing), "one", rows, torch.float32)
+            for n in (*SAMPLE_LAYERS, 8)
+        ]  # fmt: skip
+    grown = grow(few[0], few[1], 8)
+    assert grown == few[2]
+    real = make_model(folder, quantization=quantization, gradient_checkpointing=checkpointing)
+    recorded = record_pass(real.train(), "one", rows, torch.float32)
+    assert grown.flops == recorded.flops
+    assert grown.peak == pytest.approx(recorded.peak, rel=0.03)
+
+
+def test_counts_operations(tmp_path):
+    """A frozen layer multiplies twice for the output and twice for the input's gradient, twice more when recomputed."""
+    config = config_of(
+        model__backbone={"name": str(qwen("0.5B", tmp_path)), "quantization": "none"}, model__fusion__pseudo_tokens=0,
+        model__adapter__rank=1,
+    )  # fmt: skip
+    rows = Rows(rows=2, positions=64, answer=1, text=8, audio=1, video=1)
+    shape = AutoConfig.from_pretrained(tmp_path)
+    linear = 24 * (896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864) * 2 * 64
+    attention = 24 * 2 * 14 * 64 * 64 * 64  # multiplications of scores and sums, half of the square each
+    head = 2 * 896 * 151936
+    with abstract():
+        work = {
+            ck: record_pass(build(config, shape, {"meld": {}}, torch.bfloat16, checkpointing=ck), "meld", rows, torch.bfloat16)
+            for ck in (False, True)
+        }  # fmt: skip
+    assert work[False].flops == pytest.approx(4 * linear + 3.5 * 2 * attention + 4 * head, rel=0.02)
+    assert work[True].flops == pytest.approx(6 * linear + 4.5 * 2 * attention + 4 * head, rel=0.02)
+
+
+def setting(stage: int, ranks: int, **changes: object) -> Setting:
+    return dataclasses.replace(Setting(stage, False, ranks, torch.bfloat16, 1, {}), **changes)
+
+
+def test_memory_by_hand(tmp_path):
+    """Full tuning of 0.5B in bf16 on 8 ranks: 16 bytes a weight at stage 0, shared by 8 where a stage cuts."""
+    config = config_of(
+        model__backbone={"name": str(qwen("0.5B", tmp_path)), "quantization": "none"},
+        model__adapter__kind="full", model__fusion__pseudo_tokens=0, data__path=str(tmp_path / "none"),
+    )  # fmt: skip
+    shape = AutoConfig.from_pretrained(tmp_path)
+    model = look_at(config, shape, run_lengths(config, 8))
+    W = QWEN["0.5B"][1]
+    parts = {z: rank_memory(model.weights, model.passes[True], setting(z, 8)).device for z in range(4)}
+    assert model.weights.trainable == W
+    assert [parts[z]["trainable weights"] for z in range(4)] == [2 * W, 2 * W, 2 * W, W // 4]
+    assert [parts[z]["Adam's moments"] for z in range(4)] == [8 * W, W, W, W]
+    assert [parts[z]["fp32 master weights"] for z in range(4)] == [4 * W, W // 2, W // 2, W // 2]
+    offloaded = rank_memory(model.weights, model.passes[True], setting(2, 8, offload=True))
+    assert "Adam's moments" not in offloaded.device
+    assert offloaded.host["Adam's moments"] == W
+    ring = 7 / 8
+    sent = {z: sum(wire_bytes(model.weights, setting(z, 8)).values()) for z in range(4)}
+    assert sent[0] == pytest.approx(2 * 2 * W * ring)
+    assert sent[2] == pytest.approx(3 * 2 * W * ring)
+    assert sent[3] == pytest.approx(3 * 2 * W * ring, rel=0.01)  # small weights are gathered once
+    assert not any(wire_bytes(model.weights, setting(z, 1)) for z in range(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("0.5B", 1), ("7B", 64), pytest.param("72B", 1024, marks=pytest.mark.slow)]
+)
+def test_plans_from_a_folder_alone(tmp_path, name, ranks):
+    config = config_of(
+        model__backbone={"name": str(qwen(name, tmp_path)), "quantization": "nf4", "gradient_checkpointing": True},
+        data__path=str(tmp_path / "none"), train__global_batch=8 * ranks,
+    )  # fmt: skip
+    plan = make_plan(config, -(-ranks // 8), min(8, ranks), 80, Throughput(tflops=200), samples=100_000)
+    assert plan.ranks == ranks
+    assert plan.recommended is not None
+    whole = plan.option(2, False, True).memory.total
+    assert plan.option(3, True, True).memory.total <= whole
+    assert all(plan.fits(option) == (option.memory.total + RESERVED <= 80 * GIB) for option in plan.options)
+    if ranks > 1:
+        assert plan.option(3, False, True).memory.device["4-bit weights"] == -(
+            -plan.model.weights.packed_bytes // ranks
+        )
+    told = plan.to_json()
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert plan.steps == 10 * math.ceil(100_000 / (8 * ranks))
+    assert plan.hours == pytest.approx(plan.steps * plan.flops_per_step / 200e12 / 3600)
+    assert any("no prepared dataset" in note for note in plan.lengths.assumptions)
+    assert any("no tokenizer" in note for note in plan.lengths.assumptions)
+
+
+def test_counts_positions_of_prepared_data(tmp_path):
+    folder, data = save_family("qwen2", tmp_path / "model"), prepare_toy("meld", tmp_path, train=45)
+    config = small(folder, data__path=str(data), train__global_batch=10, train__micro_batch=4)
+    lengths = run_lengths(config, 2)
+    view = open_dataset(data)["train"]
+    collate = Collator(
+        get_task("meld"), load_tokenizer(config.model.backbone), config.data,
+        widths=view.widths, rates=view.rates, pseudo_tokens=3, modalities=("text", "audio", "video"),
+    )  # fmt: skip
+    order = Order({"meld": view.lengths()}, global_batch=10, seed=0)
+    padded = 0
+    for step in range(order.steps_per_epoch):
+        indices = order.step(step).indices
+        for start in range(0, len(indices), 4):
+            padded += collate([view[i] for i in indices[start : start + 4]]).input_ids_BL.numel()
+    # the answer in a row counts as the longest one
+    slack = max(map(len, collate.answers)) - min(map(len, collate.answers))
+    assert 0 <= lengths.padded_positions - padded / order.steps_per_epoch <= slack * 10
+    largest = collate([view[i] for i in view.longest(4)])
+    assert lengths.longest.positions >= largest.input_ids_BL.shape[1]
+    assert lengths.longest.positions <= largest.input_ids_BL.shape[1] + slack
+    assert (lengths.longest.audio, lengths.longest.video) == (
+        largest.audio.mask_BT.shape[1],
+        largest.video.mask_BT.shape[1],
+    )
+    assert lengths.steps_per_epoch == order.steps_per_epoch
+    assert lengths.micro_steps == 2
+    assert lengths.samples == {"meld": 45}
+    assert lengths.assumptions == []
+
+
+def test_command(tmp_path):
+    folder = qwen("0.5B", tmp_path / "model")
+    arguments = ["plan", "configs/meld.yaml", f"model.backbone.name={folder}", f"data.path={tmp_path}/none"]
+    told = egmf(*arguments, "--nodes", "2", "--gpus-per-node", "4", "--gpu-memory", "24", "--json")
+    assert told.returncode == 0, told.stderr
+    plan = json.loads(told.stdout)
+    assert plan["parameters"]["frozen"] == QWEN["0.5B"][1]
+    assert plan["ranks"] == 8
+    assert plan["hours"] is None
+    told = egmf("plan", "configs/meld.yaml", "model.backbone.name=owner/model", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set: fetch it where there is a network" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert told.returncode == 1
+
+
+def test_faults_in_words(tmp_path):
+    with pytest.raises(ValueError, match="no model folder /no/such/folder"):
+        make_plan(config_of(model__backbone__name="/no/such/folder"), 1, 1, 80, Throughput())
+    with pytest.raises(ValueError, match=r"gpu-memory=0 .*\n.*offload=cpu needs ZeRO"):
+        make_plan(config_of(train__offload="cpu", train__zero=0), 1, 1, 0, Throughput())
+
+
+def test_shows_what_does_not_fit(tmp_path):
+    config = config_of(model__backbone__name=str(qwen("0.5B", tmp_path)), data__path=str(tmp_path / "none"))
+    shown = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
+    assert any(part.startswith("nothing fits: the smallest needs") for part in shown)
+    assert any(part.startswith("left out:") for part in shown)
+    assert any("have nothing to do" in part for part in shown)
+
+
+def test_recommends_what_fits(tmp_path):
+    """A 7B model in bf16 with LoRA: 24 GiB hold it whole only with checkpointing, 8 GiB on 8 GPUs only cut up."""
+    config = config_of(
+        model__backbone={"name": str(qwen("7B", tmp_path)), "quantization": "none"}, data__path=str(tmp_path / "none"),
+        train__global_batch=64,
+    )  # fmt: skip
+
+    plan = make_plan(config, 1, 8, 80, Throughput())
+
+    def chosen(memory: float) -> tuple[int, bool, bool] | None:
+        option = dataclasses.replace(plan, gpu_memory=memory).recommended
+        return None if option is None else (option.stage, option.offload, option.checkpointing)
+
+    assert chosen(80) == (2, False, False)
+    assert chosen(24) == (2, False, True)
+    assert chosen(12) == (3, False, True)
+    assert chosen(3) is None
