@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
         ("show",),
         ("runs",),
         ("demo",),
+        ("doctor",),
         ("data", "show"),
         ("config", "show"),
         ("config", "check"),
