@@ -299,10 +299,19 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
     held = next((work / "trained" / "checkpoints").glob("step-*"))
     measured = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
     assert said == pytest.approx(measured, rel=0.15)
-    small = egmf(
+
+
+@pytest.mark.slow  # a batch of 1500 samples
+@pytest.mark.distributed
+def test_a_batch_larger_than_memory_is_found_before_the_run(tmp_path: Path) -> None:
+    prepare_toy("meld", tmp_path, train=1500)
+    config = asked(tmp_path, "train.global_batch=1500", "train.micro_batch=1500", "train.precision=fp32")
+    done = egmf(
         "doctor", str(TINY), *config, "--procs", "2", "--json", timeout=500,
-        EGMF_TEST_MEMORY="1", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
+        EGMF_TEST_MEMORY="200", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
     )  # fmt: skip
-    assert small.returncode == 1
-    assert "does not fit into memory" in shown(small)[1]["largest batch"]["found"]
-    assert "try train.micro_batch=2 (now 4)" in shown(small)[1]["largest batch"]["found"]
+    assert done.returncode == 1
+    told = shown(done)[1]["largest batch"]
+    assert told["state"] == "fault"
+    assert "does not fit into memory" in told["found"]
+    assert "train.micro_batch=750 (now 1500)" in told["found"]
