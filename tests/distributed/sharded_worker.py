@@ -101,8 +101,9 @@ def faults(models: Path, world: World) -> dict[str, str]:
 
 
 def held_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
-    """Bytes of gathered 4-bit weights that are alive between forward and backward, and the gradients that follow."""
+    """Bytes of gathered 4-bit weights that are alive between forward and backward, and the first gradients."""
     from bitsandbytes.nn import Linear4bit
+    from deepspeed.utils import safe_get_full_grad
 
     from tests.distributed.cases import NF4, Case, config_of
     from trainer.models.linear4bit import FrozenLinear4bit
@@ -113,31 +114,32 @@ def held_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
         config = config_of(Case("", (*NF4, *overrides), ("train.zero=3",)), data, engine=True)
         parts = assemble(config, out / "run", world, torch.float32, partition=True)
         engine = build_engine(parts.model, config)
-        seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-        def note(module: Any, *_: Any) -> None:
-            storage = module.weight.data.untyped_storage()
-            seen[len(seen)] = (StorageWeakRef(storage), storage.nbytes())
-
         layers = [m for m in parts.model.modules() if isinstance(m, Linear4bit)]
-        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
         view = parts.data["meld"]["train"]
-        output = engine(parts.collators["meld"]([view[i] for i in range(4)], weight=1.0, epoch=0))
-        for hook in hooks:
-            hook.remove()
-        gc.collect()
-        alive = {ref.cdata: size for ref, size in seen.values() if not ref.expired()}
-        engine.backward(output.loss_B.mean() + output.idle)
-        gradients = {
-            name: float(deepspeed_gradient(p).double().norm())
-            for name, p in parts.model.named_parameters()
-            if p.requires_grad
-        }
+        batch = parts.collators["meld"]([view[i] for i in range(4)], weight=1.0, epoch=0)
+        alive, gradients = [], {}
+        for step in range(3):  # DeepSpeed follows its trace of the first from the second on
+            seen: list[tuple[StorageWeakRef, int]] = []
+
+            def note(module: Any, *_: Any, seen: Any = seen) -> None:
+                storage = module.weight.data.untyped_storage()
+                seen.append((StorageWeakRef(storage), storage.nbytes()))
+
+            hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+            output = engine(batch)
+            for hook in hooks:
+                hook.remove()
+            gc.collect()
+            alive.append(sum({ref.cdata: size for ref, size in seen if not ref.expired()}.values()))
+            assert len(seen) >= len(layers)
+            engine.backward(output.loss_B.mean() + output.idle)
+            if step == 0:
+                trained = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
+                gradients = {name: float(safe_get_full_grad(p).double().norm()) for name, p in trained.items()}
+            engine.step()
         total = sum(layer.weight.ds_numel for layer in layers)
         engine.destroy()
-        return {"gathered": len(seen), "layers": len(layers), "alive": sum(alive.values()), "total": total, "gradients": gradients}  # fmt: skip
-
-    from deepspeed.utils import safe_get_full_grad as deepspeed_gradient
+        return {"layers": len(layers), "alive": alive, "total": total, "gradients": gradients}
 
     results = {name: run((*LOOSE, *mode)) for name, mode in MODES.items()}
     results["defaults"] = run(())

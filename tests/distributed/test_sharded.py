@@ -147,15 +147,15 @@ def test_ranks_that_find_other_files_are_told_so(two: Any) -> None:
 def test_no_gathered_weight_outlives_the_forward_pass(two: Any, mode: str) -> None:
     for rank in two[0]:
         found = rank["held"][mode]
-        assert found["gathered"] >= found["layers"] == 14
+        assert found["layers"] == 14
         assert found["total"] > 0
-        assert found["alive"] == 0
+        assert found["alive"] == [0, 0, 0]
 
 
 def test_the_count_sees_what_bitsandbytes_holds(two: Any) -> None:
     for rank in two[0]:
         found = rank["held"]["bitsandbytes"]
-        assert found["alive"] >= found["total"] > 0
+        assert min(found["alive"]) >= found["total"] > 0
 
 
 @pytest.mark.parametrize("other", [*MODES, "defaults"])
