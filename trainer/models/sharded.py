@@ -10,6 +10,7 @@ result with the model that is loaded whole.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Iterator
@@ -87,10 +88,12 @@ class Stream(QuantizationConfigMixin):
         else:
             parameter = nn.Parameter(value.to(self.device), requires_grad=value.is_floating_point())
         parameter.measured = measure(parameter, rows=isinstance(module, nn.Embedding) or name in _tied_names(model))
-        if self.partition is None:
-            return parameter
-        self.partition(parameter)
-        return self._same_as_tied(model, name, parameter)
+        if self.partition is not None:
+            self.partition(parameter)
+            parameter = self._same_as_tied(model, name, parameter)
+        if self.device.type == "cpu":
+            _return_freed_memory()
+        return parameter
 
     def finish(self, model: PreTrainedModel) -> dict[str, Measured]:
         """Treat what did not come to :meth:`take`; returns what was measured of every parameter, tied ones once."""
@@ -192,6 +195,13 @@ class _Take(ConversionOps):
         held = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         input_dict.clear()
         return {name: self.stream.take(model, name, held.pop(name)) for name in list(held)}
+
+
+def _return_freed_memory() -> None:
+    """Give the system what quantising freed: glibc would keep it, cut into pieces by what stays (twice the model)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
