@@ -46,12 +46,21 @@ COMMON = (
 )
 NF4 = ("model.backbone.quantization=nf4",)
 BF16 = ("train.precision=bf16",)
+CHECKPOINTED = ("model.backbone.gradient_checkpointing=true",)
+ON_HOST = ("deepspeed.zero_optimization.offload_param.device=cpu",)
 TWO = ("task=[meld,simsv2]",)
 
 CASES = (
     *(Case(f"zero{z}", (), (f"train.zero={z}",)) for z in range(4)),
     *(Case(f"zero{z}-nf4", NF4, (f"train.zero={z}",)) for z in range(4)),
     *(Case(f"zero{z}-nf4-bf16", (*NF4, *BF16), (f"train.zero={z}",)) for z in range(4)),
+    Case("zero3-nf4-reentrant", NF4, ("train.zero=3", *CHECKPOINTED, "model.backbone.reentrant=true")),
+    Case("zero2-nf4-reentrant", NF4, ("train.zero=2", *CHECKPOINTED, "model.backbone.reentrant=true")),
+    Case("zero3-nf4-rank0", NF4, ("train.zero=3", "model.backbone.read=rank0")),
+    Case("zero2-nf4-rank0", NF4, ("train.zero=2", "model.backbone.read=rank0")),
+    Case("zero3-nf4-parameters-on-host", NF4, ("train.zero=3", *ON_HOST)),
+    Case("zero3-parameters-on-host", (), ("train.zero=3", *ON_HOST, *CHECKPOINTED)),
+    Case("zero3-full", ("model.adapter.kind=full",), ("train.zero=3",)),
     Case("zero2-two-tasks", TWO, ("train.zero=2",)),
     Case("zero3-two-tasks-checkpointing", (*TWO, *NF4), ("train.zero=3", "model.backbone.gradient_checkpointing=true")),
     Case("zero2-full", ("model.adapter.kind=full",), ("train.zero=2",)),
