@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tests.distributed.cases import CASES, PLANTED, STEPS, Case, config_of
+from tests.distributed.cases import CASES, PLANTED, STEPS, SUPPORTED, Case, config_of
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.data.sampling import Order
@@ -150,3 +150,24 @@ def test_ranks_agree_and_skip_just_the_steps_that_are_no_numbers(case: Case, ran
     assert told[0]["skipped"] == [bool(case.plant) and step == PLANTED for step in range(STEPS)]
     if case.plant == "loss":
         assert math.isnan(ranks[0][case.name]["losses"][PLANTED])
+
+
+@pytest.fixture(scope="module")
+def supported(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
+    """Every supported combination on two processes, and the plain training of each different computation."""
+    out = tmp_path_factory.mktemp("supported")
+    run_ranks("tests.distributed.zero_worker", str(data), str(out), "supported", timeout=1500)
+    torch.set_num_threads(1)
+    plain = {computed: plain_training(case, data, out) for computed, case in {c.computed: c for c in SUPPORTED}.items()}
+    return json.loads((out / "results.json").read_text()), plain
+
+
+@pytest.mark.slow  # compiles DeepSpeed's CPU Adam once
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.name)
+def test_every_supported_combination_trains_as_plain_pytorch_does(case: Case, supported: Any) -> None:
+    found, expected = supported[0][case.name], supported[1][case.computed]
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=LOSS["fp32"])
+    for name, probabilities in expected["probabilities"].items():
+        np.testing.assert_allclose(found["probabilities"][name], probabilities, atol=PROBABILITY["fp32"], err_msg=name)
+    assert found["ranks"][0] == found["ranks"][1]

@@ -51,8 +51,8 @@ def digest(model: torch.nn.Module) -> str:
     return held.hexdigest()
 
 
-def main(data: Path, out: Path) -> None:
-    from tests.distributed.cases import CASES, PLANTED, STEPS, config_of
+def main(data: Path, out: Path, wanted: str) -> None:
+    from tests.distributed.cases import PLANTED, SETS, STEPS, config_of
     from trainer.data.sampling import Order
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
@@ -65,7 +65,7 @@ def main(data: Path, out: Path) -> None:
     world = start_world()
     set_up_logging(None, world.rank)
     results = {}
-    for case in CASES:
+    for case in SETS[wanted]:
         config = config_of(case, data, engine=True)
         dtype = dtype_of(config)
         parts = assemble(config, out / "-".join(config.tasks), world, dtype, partition=True)
@@ -98,4 +98,4 @@ def main(data: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *(sys.argv[3:] or ["cases"]))
