@@ -40,7 +40,7 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Params4bit, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return bnb.matmul_4bit(x, weight.data, quant_state=weight.quant_state, bias=bias)
+        return bnb.matmul_4bit(x, weight.data.t(), quant_state=weight.quant_state, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -90,18 +90,20 @@ def settle(model: nn.Module, where: str) -> int:
     """Check a loaded 4-bit model; returns the number of 4-bit layers.
 
     Raises:
-        ValueError: nothing was quantised, a linear layer other than the head was left out, or a weight is not stored as
-            uint8.
+        ValueError: nothing was quantised, more than `LEFT` of the linear layers (the head aside) was left out, or a weight
+            is not stored as uint8.
     """
     from bitsandbytes.nn import Linear4bit
 
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    left = sorted({_kind(name) for name, m in linear.items() if not isinstance(m, Linear4bit)})
+    left = {name: m for name, m in linear.items() if not isinstance(m, Linear4bit)}
+    listed = ", ".join(sorted({_kind(name) for name in left}))
+    share = sum(m.in_features * m.out_features for m in left.values())
+    if share > LEFT * sum(m.in_features * m.out_features for m in linear.values()):
+        raise ValueError(f"{where}: these layers were not quantised: {listed}. Use model.backbone.quantization=none")
     if left:
-        raise ValueError(
-            f"{where}: these layers were not quantised: {', '.join(left)}. Use model.backbone.quantization=none"
-        )
+        log.info("%s: left in the precision of training: %s", where, listed)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     if not layers:
         raise ValueError(f"{where} has no linear layer that can be quantised: use model.backbone.quantization=none")
