@@ -29,7 +29,7 @@ def doctor(
 ) -> int:
     """Examine machine, GPUs, versions, data, model and ranks. Exit code 0: fine; 1: a fault; 2: usage.
 
-    Started by deepspeed, torchrun or srun it uses their ranks; else it starts --procs of its own.
+    Started by deepspeed or torchrun (RANK and WORLD_SIZE are set) it uses their ranks; else it starts --procs of its own.
     """
     if nodes is not None and config is None:
         raise typer.BadParameter("--nodes compares the nodes for a run: name its CONFIG too", param_hint="--nodes")
