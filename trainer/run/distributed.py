@@ -135,6 +135,7 @@ def start_world(seconds: float = SECONDS) -> World:
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         device = torch.device("cpu")
+        _share_cores()
         _shared_memory_op()
     with meet(seconds), captured_stdout():
         deepspeed.init_distributed(verbose=False)
@@ -165,6 +166,13 @@ def quiet_deepspeed() -> None:
     ours = Path(sys.executable).parent / "ninja"
     if ours.exists() and shutil.which("ninja") != str(ours):
         os.environ["PATH"] = f"{ours.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _share_cores() -> None:
+    """Each process of a machine computes on its share of the cores, also where the launcher sets no OMP_NUM_THREADS."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    if local and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
 
 
 def _unlink_shared_memory(world: World) -> None:
