@@ -240,14 +240,13 @@ def shown(parts: Sequence[Part], plan: Plan, env: dict[str, str]) -> str:
     """What will be done, for people."""
     lines = []
     for part in parts:
-        place = itertools.accumulate((host.slots for host in plan.hosts), initial=0)
-        name = plan.hosts[list(place).index(part.first)].name
+        firsts = itertools.accumulate((host.slots for host in plan.hosts), initial=0)
+        name = plan.hosts[list(firsts).index(part.first)].name
         last = part.first + part.slots - 1
         ranks = f"rank {part.first}" if part.slots == 1 else f"ranks {part.first}-{last}"
         lines.append(f"{name}: {ranks} of {part.world}: {shlex.join(part.line)}")
-    lines.append(
-        f"rank 0 is met at {plan.address or f'an address of {plan.hosts[0].name}'}, port {plan.port or 'free there'}"
-    )
+    place = f"{parts[0].address or f'an address of {plan.hosts[0].name}'}, port {parts[0].port or 'free there'}"
+    lines.append(f"rank 0 is met at {place}")
     if env:
         lines.append(f"over {shlex.join(SSH)} NODE, in {os.getcwd()}; environment: {', '.join(sorted(env))}")
     return "\n".join(lines)

@@ -76,6 +76,10 @@ def test_without_ssh_the_place_of_this_node_is_needed() -> None:
         own_part(plan, 3)
     part = own_part(Plan(HOSTS, ("train",), Path("out"), "node-a"), 1)
     assert (part.first, part.slots, part.address, part.port) == (4, 2, "node-a", 29500)
+    assert shown([part], plan, {}).splitlines() == [
+        "b: ranks 4-5 of 7: train",
+        "rank 0 is met at node-a, port 29500",
+    ]
 
 
 def test_variables_reach_the_nodes_and_values_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
