@@ -48,7 +48,8 @@ class Resources:
         """The lines for ``#SBATCH``."""
         asked = {
             "nodes": self.nodes,
-            "ntasks-per-node": self.procs_per_node,
+            # one is Slurm's default, and written down it makes 22.05 take MIN nodes of MIN-MAX although more are idle
+            "ntasks-per-node": self.procs_per_node if self.procs_per_node > 1 else None,
             "gpus-per-node": self.gpus_per_node,
             "cpus-per-task": self.cpus_per_task,
             "mem": self.mem,

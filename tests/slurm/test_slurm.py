@@ -127,6 +127,7 @@ def test_a_rank_that_fails_ends_the_job_in_seconds_and_for_good(lab: Lab, work: 
         assert time.monotonic() - began < 90
         assert (about["JobState"], about["Restarts"]) == ("FAILED", "0"), said(out)
         assert about["ExitCode"] != "0:0"
+        assert record(out)["state"] == "failed"
         assert cause in said(out)
         assert "the run failed (srun ended with" in said(out).splitlines()[-1]
 
