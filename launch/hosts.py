@@ -346,17 +346,17 @@ def launch(plan: Plan, env: dict[str, str]) -> int:
     agents = Agents(plan, env)
     with contextlib.closing(agents), passing_signals(agents.signal):
         agents.wait()
-    return _conclude(plan, agents.verdicts, before)
+    return conclude(plan, agents.verdicts, before)
 
 
-def _conclude(plan: Plan, verdicts: dict[int, dict[str, Any]], before: tuple[str | None, str | None]) -> int:
+def conclude(plan: Plan, verdicts: dict[int, dict[str, Any]], before: tuple[str | None, str | None]) -> int:
+    """The exit code, from how each node ended and what the run's record says (`before`: said when it was started)."""
     failed = {n: v for n, v in verdicts.items() if v["code"] not in (0, STOPPED)}
     state = run_state(plan.out)
     if failed:
-        causes = [n for n, v in failed.items() if v.get("told") and not v["follows"]] or [
-            n for n, v in failed.items() if v.get("lost")
-        ]
-        number = (causes or list(failed))[0]
+        number = next(
+            (n for n, v in failed.items() if not v.get("follows")), next(iter(failed))
+        )  # in order of their ends
         verdict, name = failed[number], plan.hosts[number].name
         if state != before and state[0] == "stopped":
             sys.stderr.write(

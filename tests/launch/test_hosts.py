@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.hosts import Host, Plan, environment, master_address, own_part, placed, read_hostfile, shown
+from launch.hosts import Host, Plan, conclude, environment, master_address, own_part, placed, read_hostfile, shown
 from tests.distributed.processes import ROOT
 
 HOSTS = (Host("a", 4), Host("b", 2), Host("c", 1))
@@ -80,6 +80,23 @@ def test_without_ssh_the_place_of_this_node_is_needed() -> None:
         "b: ranks 4-5 of 7: train",
         "rank 0 is met at node-a, port 29500",
     ]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code", "words"),
+    [
+        ({1: {"code": 255, "lost": True}, 0: {"code": 137, "told": "killed", "follows": False}}, 1, "b: the connection was lost"),
+        ({0: {"code": 1, "told": "PeerFault", "follows": True}, 2: {"code": 137, "told": "error on rank 6: killed", "follows": False}}, 137, "node c: error on rank 6"),
+        ({0: {"code": 85}, 1: {"code": 85}, 2: {"code": 85}}, 85, ""),
+        ({0: {"code": 0}, 1: {"code": 0}, 2: {"code": 0}}, 1, "run.json says None and not 'done'"),
+    ],
+)  # fmt: skip
+def test_the_first_cause_is_told_and_success_needs_the_runs_own_word(
+    verdicts: dict[int, dict[str, Any]], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan(HOSTS, ("train",), tmp_path)
+    assert conclude(plan, verdicts, (None, None)) == code
+    assert words in capsys.readouterr().err
 
 
 def test_variables_reach_the_nodes_and_values_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
