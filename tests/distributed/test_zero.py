@@ -22,6 +22,7 @@ from trainer.run.distributed import World
 pytestmark = pytest.mark.distributed
 
 LOSS = {"fp32": 2e-6, "bf16": 6e-3}  # relative; bf16 ranks sum rounded gradients in another order
+HOST_ADAM = 1e-5  # DeepSpeed's CPU Adam rounds otherwise than torch's AdamW
 PROBABILITY = {"fp32": 2e-5, "bf16": 5e-2}
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -167,7 +168,8 @@ def supported(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
 @pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.name)
 def test_every_supported_combination_trains_as_plain_pytorch_does(case: Case, supported: Any) -> None:
     found, expected = supported[0][case.name], supported[1][case.computed]
-    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=LOSS["fp32"])
+    loss = HOST_ADAM if "optimizer" in case.name else LOSS["fp32"]
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=loss)
     for name, probabilities in expected["probabilities"].items():
         np.testing.assert_allclose(found["probabilities"][name], probabilities, atol=PROBABILITY["fp32"], err_msg=name)
     assert found["ranks"][0] == found["ranks"][1]

@@ -44,7 +44,7 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
     for case in CASES:
         for writer in (*writers, *(() if written else (None,))):
             config = config_of(case, data, engine=True)
-            parts = assemble(config, out / "backbone", world, dtype_of(config))
+            parts = assemble(config, out / "backbone", world, dtype_of(config), partition=True)
             engine = build_engine(parts.model, config)
             schedule = Schedule(engine, config.train, BEFORE + AFTER)
             guard = Guard(engine, world.device, gradients=True)
