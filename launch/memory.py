@@ -6,7 +6,8 @@ Words: weights of W trainable elements in a training dtype of b bytes, N ranks; 
     0       b W       4 W if half   8 W              b W                           2 b W (N-1)/N
     1       b W       4 W / N       8 W / N          b W (bf16: 4 W)               3 b W (N-1)/N
     2       b W       4 W / N       8 W / N          b W / N (bf16: 4 W / N)       3 b W (N-1)/N
-    3       b W / N   4 W / N       8 W / N          b W / N                       b W (N-1)/N, and what is gathered
+    3       b W / N   4 W / N       8 W / N          b W / N                       b W (N-1)/N, and what is gathered:
+                                                                                   all weights once or twice a micro-step
 
 DeepSpeed's stages 1 and 2 reduce a bucket by an all-reduce, twice the volume of the paper's reduce-scatter; stage 2 does so
 at every micro-step. Stage 1 in bf16 reduces fp32 gradients. Frozen weights are whole on each rank below stage 3.
@@ -152,10 +153,14 @@ def _gathered(weights: Weights, setting: Setting) -> int:
     """
     if setting.stage < 3 or setting.ranks == 1:
         return 0
-    kept = setting.elements("stage3_max_reuse_distance", REUSE) // 2
-    kept += setting.elements("stage3_prefetch_bucket_size", PREFETCH)
+    kept = _kept(setting) + setting.elements("stage3_prefetch_bucket_size", PREFETCH)
     each = weights.gathered_bytes / max(1, weights.gathered_elements)
     return min(weights.gathered_bytes, round(kept * each) + weights.largest_module_bytes)
+
+
+def _kept(setting: Setting) -> int:
+    """Elements that stay gathered from the forward pass to the backward pass."""
+    return setting.elements("stage3_max_reuse_distance", REUSE) // 2
 
 
 def _step(weights: Weights, setting: Setting) -> int:
@@ -184,9 +189,10 @@ def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
     if setting.stage == 2:
         return {"gradients": ring(2 * b * W) * setting.micro_steps, "weights": ring(b * W)}
     whole = weights.gathered_bytes - weights.persistent_bytes
+    again = 1 - min(1.0, _kept(setting) / max(1, weights.gathered_elements))  # what the way back gathers anew
     return {
         "gradients": ring(b * W) * setting.micro_steps,
-        "gathered weights": ring(2 * whole) * setting.micro_steps,
+        "gathered weights": ring((1 + again) * whole) * setting.micro_steps,
         "small weights": ring(weights.persistent_bytes),
     }
 
