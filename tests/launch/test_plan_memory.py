@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.plan_memory import LIMIT, Case, make_model, measure, predict
+from launch.plan import Throughput, make_plan
+from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
+from trainer.config import load_config
 
 CASES = [
     Case(2, "nf4", "lora", False, "fp32", 2),
@@ -27,3 +30,20 @@ def test_foretells_measured_memory(tmp_path):
         for rank, told in enumerate(measured[case.name])
     }
     assert {name: value for name, value in off.items() if abs(value) > LIMIT} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_foretells_a_checkpoints_size(tmp_path, stage):
+    data = prepare_toy("meld", tmp_path / "data")
+    overrides = [
+        "task=meld", f"data.path={data}", f"train.zero={stage}", "train.steps=1", "track.mlflow=false", "train.global_batch=4",
+        "model.backbone.quantization=nf4", "eval.splits=[valid]", "track.report=false", "model.adapter.rank=64",
+    ]  # fmt: skip
+    told = egmf("train", "configs/tiny.yaml", "--out", str(tmp_path / "run"), *overrides, timeout=900)
+    assert told.returncode == 0, told.stderr[-2000:]
+    written = sum(
+        f.stat().st_size for f in next((tmp_path / "run/checkpoints").glob("step-*")).rglob("*") if f.is_file()
+    )
+    planned = make_plan(load_config("configs/tiny.yaml", overrides), 1, 1, 80, Throughput()).checkpoint
+    assert sum(planned.values()) == pytest.approx(written, rel=0.1)
