@@ -149,13 +149,15 @@ def _gathered(weights: Weights, setting: Setting) -> int:
     """Weights that ZeRO-3 holds whole at the end of the forward pass.
 
     Those needed again within `stage3_max_reuse_distance` elements stay: half of it lies ahead, on the way back; then the
-    module at work, and what is prefetched. A single rank gathers nothing.
+    module at work, and what is prefetched, which is there twice: the buffer in which it arrived stays until the last of
+    its weights was used. A single rank gathers nothing.
     """
     if setting.stage < 3 or setting.ranks == 1:
         return 0
-    kept = _kept(setting) + setting.elements("stage3_prefetch_bucket_size", PREFETCH)
     each = weights.gathered_bytes / max(1, weights.gathered_elements)
-    return min(weights.gathered_bytes, round(kept * each) + weights.largest_module_bytes)
+    prefetched = round(setting.elements("stage3_prefetch_bucket_size", PREFETCH) * each)
+    whole = round(_kept(setting) * each) + prefetched + weights.largest_module_bytes
+    return min(weights.gathered_bytes, whole) + min(weights.gathered_bytes, prefetched)
 
 
 def _kept(setting: Setting) -> int:
