@@ -340,7 +340,7 @@ class Agents:
 def launch(plan: Plan, env: dict[str, str]) -> int:
     """Run the plan to its end; see :func:`launch.local.launch` for what it returns.
 
-    SIGINT, SIGTERM and SIGHUP are passed to every worker: the run stops at one step, saves, and 85 is returned.
+    SIGINT, SIGTERM and SIGHUP (as SIGTERM) reach every worker: the run stops at one step, saves, and 85 is returned.
     """
     before = run_state(plan.out)
     agents = Agents(plan, env)

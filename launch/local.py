@@ -241,11 +241,15 @@ def _end(workers: Sequence[subprocess.Popen[bytes]], patience: float = PATIENCE)
 
 @contextlib.contextmanager
 def passing_signals(send: Callable[[int], None]) -> Iterator[None]:
-    """A stop signal to this process is passed to `send`."""
-    before = {
-        name: signal.signal(name, lambda number, _: send(number))
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
+    """A stop signal to this process is passed to `send`; a closed terminal asks as SIGTERM does, but not under nohup."""
+    names = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        names.append(signal.SIGHUP)
+
+    def handle(number: int, _: object) -> None:
+        send(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    before = {name: signal.signal(name, handle) for name in names}
     try:
         yield
     finally:
