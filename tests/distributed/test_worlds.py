@@ -45,3 +45,11 @@ def test_the_run_goes_on_as_if_nothing_had_changed(told: dict[Any, Any], case: A
     for name, norm in whole["weights"].items():
         assert continued["weights"][name] == pytest.approx(norm, rel=5e-2 if half else 1e-4, abs=1e-5), name
     assert whole["losses"][0] != whole["losses"][-1]
+
+
+@pytest.mark.parametrize("procs", [2, 4])
+@pytest.mark.parametrize("case", [case for case in CASES if "bf16" not in case.name], ids=lambda case: case.name)
+def test_several_ranks_have_the_losses_of_one(told: dict[Any, Any], case: Any, procs: int) -> None:
+    alone, together = told[1, case.name, "whole"], told[procs, case.name, "whole"]
+    np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-6)
+    assert together["base"] == alone["base"]
