@@ -30,7 +30,12 @@ STEPS = 2
 LIMIT = 0.15
 WARM_UP = {  # what libraries allocate on first use belongs to no case
     "warm-up": ("model.backbone.name=tiny", "model.backbone.quantization=none"),
-    "warm-up-3": ("model.backbone.name=tiny", "model.backbone.quantization=nf4", "train.zero=3"),
+    "warm-up-3": (
+        "model.backbone.name=tiny",
+        "model.backbone.quantization=nf4",
+        "model.adapter.kind=lora",
+        "train.zero=3",
+    ),
 }
 SAMPLER = """
 import sys, time
