@@ -155,6 +155,7 @@ def whole_run(data: Path, out: Path, world: World) -> dict[str, Any]:
     from tests.distributed.cases import NF4, Case, config_of
     from trainer.run.loop import fit
     from trainer.run.saved import open_run
+    from trainer.run.signals import StopRequest
 
     def config(steps: int) -> Any:
         more = (
@@ -166,7 +167,7 @@ def whole_run(data: Path, out: Path, world: World) -> dict[str, Any]:
         )
         return config_of(Case("", (*NF4, *more, "track.report=false"), ("train.zero=3",)), data, engine=True)
 
-    codes = [fit(config(3), out / "through", world)]
+    codes = [fit(config(3), out / "through", world, stop=StopRequest())]
     saved = open_run(out / "through", world)
     table, _ = saved.evaluate("test")
     return {
