@@ -90,6 +90,7 @@ def test_json_is_alone_on_stdout(tmp_path: Path) -> None:
     assert "…" not in table.stdout
 
 
+@pytest.mark.slow
 def test_a_run_can_be_evaluated_again_alone_and_with_other_settings(tmp_path: Path) -> None:
     folder = prepare_toy("simsv2", tmp_path)
     small = (

@@ -106,6 +106,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(data: Path, small_disk:
     assert "cannot be written: Read-only file system" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_run_ends_it_in_words_and_it_goes_on(data: Path, small_disk: Path) -> None:
     out = small_disk / "run"
     words = ("launch", "local", "--procs", "2", "configs/tiny.yaml", "--out", str(out), "task=meld", f"data.path={data}/{{task}}",

@@ -169,6 +169,7 @@ def test_a_stopped_run_exits_85_and_continues_to_the_same_weights(work: Path, wh
         assert words in other.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(work: Path, whole: Path) -> None:
     out = work / "fewer"
     shutil.copytree(whole, out)
@@ -223,6 +224,7 @@ def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.slow
 def test_without_a_compiler_training_goes_on_over_gloo(work: Path, tmp_path: Path) -> None:
     for program in ("python3", "git", "env", "sh", "uname"):  # what is left on PATH: no compiler, no ninja
         where = shutil.which(program)

@@ -251,6 +251,7 @@ def shown(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], dict[
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_sound_run_is_tried_on_two_ranks(work: Path) -> None:
     out = work / "run"
     config = asked(work, "model.backbone.quantization=nf4", "train.micro_batch=4")

@@ -40,6 +40,7 @@ def test_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_starting_anew_keeps_what_was_there(tmp_path: Path) -> None:
     prepare_toy("meld", tmp_path)
     out = tmp_path / "run"

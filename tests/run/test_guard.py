@@ -77,6 +77,7 @@ def test_the_longest_samples_make_the_largest_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_bad_sample_is_named_before_training_or_skipped(tmp_path: Path) -> None:
     view = open_dataset(prepare_toy("meld", tmp_path / "plain"))["train"]
     longest = view[view.longest(4)[0]].id
