@@ -200,10 +200,14 @@ def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
 
 
 def checkpoint_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
-    """A checkpoint on disk: trained weights alone, and DeepSpeed's own state of all ranks."""
+    """A checkpoint on disk: trained weights alone, and DeepSpeed's own state of all ranks (at stage 3 without weights)."""
     W, b = weights.trainable, setting.size
     master = 4 * W if setting.stage or setting.half else 0
-    return {"trained weights": b * W, "engine: weights": b * W, "engine: optimizer": master + 8 * W}
+    return {
+        "trained weights": b * W,
+        "engine: weights": b * W if setting.stage < 3 else 0,
+        "engine: optimizer": master + 8 * W,
+    }
 
 
 def _up(size: int, ranks: int) -> int:
