@@ -108,6 +108,24 @@ class AnswerTrie:
         return _to(self, device)
 
 
+@dataclass
+class Packing:
+    """Who stands where in one packed row: P prefix tokens, then the tokens of B samples, one sample behind another.
+
+    Every token sees the prefix (the prefix itself: its beginning) and the tokens of its own sample up to itself, and
+    positions restart at P for every sample. With a `trie`, each sample ends with the N nodes of that trie: they see their
+    sample's context and their ancestors, and stand at ``P + context + depth``.
+
+    Sizes are plain numbers beside the tensor, so that no reader waits for a device.
+    """
+
+    prefix: int  # P
+    length_B: Tensor  # tokens of each sample, its nodes included; at least 1
+    total: int  # their sum
+    longest: int  # their maximum
+    trie: AnswerTrie | None = None
+
+
 def _to(value: T, device: torch.device | str) -> T:
     return _map(value, lambda t: t.to(device, non_blocking=True))
 
