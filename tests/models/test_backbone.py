@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone import base_fingerprint, build_backbone, build_tiny, load_tokenizer
 from trainer.models.loading import BackboneError, load_shape, resolve_attention
+from trainer.models.packed import NAME
 
 ANSWERS = [[5], [5, 6], [7, 8, 9], [11]]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -120,39 +121,68 @@ def test_flash_attention_that_cannot_run_is_refused_with_every_reason(qwen, monk
 
 def test_two_models_of_one_config_keep_their_own_kernels(qwen):
     eager, sdpa = build(qwen, attention="eager"), build(qwen, attention="sdpa")
-    assert (eager.attention, sdpa.attention, build(qwen).attention) == ("eager", "sdpa", "sdpa")
+    assert (eager.attention, sdpa.attention, build(qwen).attention) == ("eager", "sdpa", "blocks")
     assert eager.base.config._attn_implementation == "eager"
-    assert sdpa.base.config._attn_implementation == "sdpa"
+    assert sdpa.base.config._attn_implementation == NAME
     assert eager.base.config.use_cache is False
 
 
-def test_a_masked_pass_in_half_precision_restores_the_kernel(qwen):
-    model = make_model(qwen, torch.bfloat16).eval()
-    with torch.no_grad(), model.backbone._masked_kernel(exact=True) as kernel:
-        assert model.backbone.base.config._attn_implementation == kernel == "sdpa_float32"
-    assert model.backbone.base.config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match="fault inside"), model.backbone._masked_kernel(exact=True):
-        raise ValueError("fault inside")
-    assert model.backbone.base.config._attn_implementation == "sdpa"
+def test_an_exact_pass_in_half_precision_attends_in_float32(qwen, monkeypatch):
+    backbone = build(qwen, dtype=torch.bfloat16).eval()
+    seen = []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, *arguments, **options):
+        seen.append(query.dtype)
+        return own(query, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    embeds, positions = backbone.embed(torch.arange(2, 11)[None]), torch.arange(9)[None]
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        exact = backbone.hidden(embeds, positions, mask, exact=True)
+        assert set(seen) == {torch.float32}
+        assert exact.dtype == torch.bfloat16
+        seen.clear()
+        backbone.hidden(embeds, positions, mask)
+        assert set(seen) == {torch.bfloat16}
 
 
-def test_a_kernel_without_masks_leaves_scoring_to_sdpa_and_comes_back(qwen):
-    """flash-attn cannot run here; what its name does to the config is what is switched."""
+def test_a_kernel_without_masks_leaves_scoring_to_sdpa(qwen, monkeypatch):
+    """flash-attn cannot run here: a module of its name stands for it, and only rows without a mask reach it."""
     model = make_model(qwen).eval()
     batch = make_batch([9, 6, 14])
+    embeds, positions = model.backbone.embed(batch.input_ids_BL), torch.arange(14).expand(3, 14)
+    calls = []
+
+    def flash_attn_func(query, key, value, *, dropout_p, softmax_scale, causal):
+        calls.append(query.shape)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=softmax_scale, dropout_p=dropout_p, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    standing = types.ModuleType("flash_attn")
+    standing.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", standing)
     with torch.no_grad():
-        want = model(batch, make_trie(ANSWERS)).logprob_BC
+        want = model(batch, make_trie(ANSWERS)).logprob_BC, model.backbone.hidden(embeds, positions)
         model.backbone.attention = "flash_attention_2"
-        model.backbone.base.config._attn_implementation = "flash_attention_2"
-        got = model(batch, make_trie(ANSWERS)).logprob_BC
-    assert torch.equal(got, want)
-    assert model.backbone.base.config._attn_implementation == "flash_attention_2"
+        assert torch.equal(model(batch, make_trie(ANSWERS)).logprob_BC, want[0])
+        assert not calls
+        torch.testing.assert_close(model.backbone.hidden(embeds, positions), want[1], atol=1e-5, rtol=1e-5)
+    assert calls == [(3, 14, 4, 16)] * 2
 
 
-def test_switching_kernels_under_checkpointing_with_gradients_is_refused(qwen):
-    model = make_model(qwen, torch.bfloat16, gradient_checkpointing=True).train()
-    with pytest.raises(ValueError, match="would recompute"):
-        model(make_batch([9, 6]).to("cpu", torch.bfloat16), make_trie(ANSWERS))
+def test_an_exact_pass_with_gradients_is_recomputed_exactly(qwen):
+    batch = make_batch([9, 6]).to("cpu", torch.bfloat16)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(qwen, torch.bfloat16, gradient_checkpointing=checkpointing).train()
+        model(batch, make_trie(ANSWERS)).logprob_BC.sum().backward()
+        gradients.append([p.grad.clone() for p in model.backbone.parameters() if p.requires_grad])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
 
 # Faults

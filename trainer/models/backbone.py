@@ -7,10 +7,10 @@ that ZeRO-3 can gather parameters; what needs whole weights is measured while th
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,30 @@ import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.batch import Packing
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.adapter import adapt
+from trainer.models.attention import choose_attention
 from trainer.models.fingerprint import fingerprint, measure
 from trainer.models.loading import BackboneError, load_model, load_tokenizer, resolve_attention
+from trainer.models.packed import (
+    MASKED,
+    NAME,
+    Kernel,
+    PackedRow,
+    PrefixCache,
+    causal,
+    causal_flash,
+    placeholder,
+)
 from trainer.models.sharded import gathered_by_layer
 from trainer.models.tiny import build_tiny
 
 __all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
 
-SDPA_FLOAT32 = "sdpa_float32"
+log = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):
@@ -59,12 +63,18 @@ class Backbone(nn.Module):
         embedding: Any = self.base.get_input_embeddings()
         self.vocabulary, self.hidden_size = int(embedding.num_embeddings), int(embedding.embedding_dim)
         self._scale_logits = _logit_scale(self.base.config)
+        self._said: set[str] = set()
 
     @property
     def base(self) -> PreTrainedModel:
         """The language model itself, inside peft's wrapper or not."""
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return model
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether the layers attend through :func:`trainer.models.packed.attend`."""
+        return bool(self.base.config._attn_implementation == NAME)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings `[..., H]` of token ids `[...]`."""
@@ -76,17 +86,94 @@ class Backbone(nn.Module):
         """Hidden states `[B, L, H]` after the final norm.
 
         Without a mask attention is causal, which is all that rows padded on the right need. `mask_B1LL[b, 0, q, k]`
-        true: q sees k. Kernels that take no such mask (flash-attn) leave this one pass to sdpa. `exact` with a mask: half
-        precision attends in float32, so that a row's values do not hang on its padding and neighbours.
+        true: q sees k; flash-attn takes no such mask, and leaves this pass to sdpa. `exact`: half precision attends in
+        float32, so that a row's values do not hang on its padding and neighbours.
         """
-        decoder = self.base.get_decoder()
-        if mask_B1LL is None:
-            out = decoder(inputs_embeds=embeds_BLH, position_ids=positions_BL, attention_mask=None, use_cache=False)
-            return out.last_hidden_state
-        with self._masked_kernel(exact and embeds_BLH.dtype in (torch.bfloat16, torch.float16)) as kernel:
-            mask = self._layer_masks(mask_B1LL, positions_BL, embeds_BLH.dtype if kernel == "eager" else None)
-            out = decoder(inputs_embeds=embeds_BLH, position_ids=positions_BL, attention_mask=mask, use_cache=False)
+        kernel: Kernel | None = None
+        mask: Tensor | dict[str, Tensor] | None = None
+        if mask_B1LL is not None:
+            mask = self._layer_masks(mask_B1LL, positions_BL, positions_BL, embeds_BLH.dtype)
+        elif self.takes_kernels and self._within_window(embeds_BLH.shape[1]):
+            kernel = causal_flash if self.attention == "flash_attention_2" else causal
+        return self._decode(embeds_BLH, positions_BL, mask, kernel, exact)
+
+    def packed(
+        self, embeds_TH: Tensor, packing: Packing, cache: PrefixCache | None = None, *, exact: bool = False
+    ) -> Tensor:
+        """Hidden states `[T, H]` of one packed row, after the final norm.
+
+        T = prefix + total; with a `cache` of the prefix (from :meth:`prefix`, left as it is) T = total. `exact` as in
+        :meth:`hidden`.
+
+        Raises:
+            ValueError: the row, the packing and the cache do not fit each other.
+        """
+        if cache is not None and cache.length != packing.prefix:
+            raise ValueError(f"the cache holds a prefix of {cache.length} tokens, the packing names {packing.prefix}")
+        tokens = packing.total + (0 if cache is not None else packing.prefix)
+        if embeds_TH.shape[0] != tokens:
+            raise ValueError(f"the row has {embeds_TH.shape[0]} tokens, its packing names {tokens}")
+        row = PackedRow(packing, cached=cache is not None)
+        kernel = self._packed_kernel(row, exact)
+        mask: Tensor | dict[str, Tensor] | None = None
+        positions_1T = row.positions_R[None]
+        if kernel is None:
+            keys_1K = row.key_positions_K[None]
+            mask = self._layer_masks(row.mask_RK[None, None], positions_1T, keys_1K, embeds_TH.dtype)
+        return self._decode(embeds_TH[None], positions_1T, mask, kernel, exact, cache)[0]
+
+    @torch.no_grad()
+    def prefix(self, embeds_PH: Tensor, *, exact: bool = False) -> PrefixCache:
+        """Keys and values of a prefix, for :meth:`packed`: constants, without gradients."""
+        length = embeds_PH.shape[0]
+        cache = PrefixCache(length)
+        if length:
+            positions_1P = torch.arange(length, device=embeds_PH.device)[None]
+            seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=embeds_PH.device).tril()
+            mask = self._layer_masks(seen, positions_1P, positions_1P, embeds_PH.dtype)
+            cache.fill(lambda: self._decode(embeds_PH[None], positions_1P, mask, None, exact, cache))
+        return cache
+
+    def _decode(
+        self,
+        embeds_BLH: Tensor,
+        positions_BL: Tensor,
+        mask: Tensor | dict[str, Tensor] | None,
+        kernel: Kernel | None,
+        exact: bool,
+        cache: PrefixCache | None = None,
+    ) -> Tensor:
+        if cache is not None and self.base.training and getattr(self.base, "is_gradient_checkpointing", False):
+            raise ValueError("gradient checkpointing takes no cache of a prefix in training: evaluate with eval()")
+        options: dict[str, Any] = {"kernel": kernel, "exact": exact} if self.takes_kernels else {}
+        out = self.base.get_decoder()(
+            inputs_embeds=embeds_BLH,
+            position_ids=positions_BL,
+            attention_mask=placeholder(embeds_BLH.device) if kernel is not None else mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **options,
+        )
         return out.last_hidden_state
+
+    def _packed_kernel(self, row: PackedRow, exact: bool) -> Kernel | None:
+        """What attends in a packed row; None: the mask of the whole row."""
+        if self.attention in MASKED or not self.takes_kernels:
+            return None
+        if not self._within_window(row.prefix + row.longest):
+            self._say("samples longer than the layers' sliding window attend by a mask of the whole row")
+            return None
+        return row.blocks
+
+    def _within_window(self, length: int) -> bool:
+        """Whether no layer's sliding window is shorter than a sample of this length."""
+        window = getattr(self.base.config, "sliding_window", None)
+        return not window or length <= window
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.info("attention: %s", what)
 
     def step(self, embeds_BLH: Tensor, positions_BL: Tensor, seen_BS: Tensor, cache: DynamicCache) -> Tensor:
         """Hidden states `[B, L, H]` of positions that continue those in `cache`, which grows by them.
@@ -111,46 +198,23 @@ class Backbone(nn.Module):
         return logits if self._scale_logits is None else self._scale_logits(logits)
 
     def _layer_masks(
-        self, mask_B1LL: Tensor, positions_BL: Tensor, additive: torch.dtype | None
+        self, mask_B1QK: Tensor, query_BQ: Tensor, key_BK: Tensor, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
-        """The mask as the decoder takes it: narrowed to the window of layers that have one, added to scores if asked."""
+        """The mask as the decoder takes it: narrowed to the window of layers that have one (positions of queries and
+        keys), and for eager attention as what is added to its scores in `dtype`."""
         config = self.base.config
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
-        masks = {"full_attention": mask_B1LL}
+        masks = {"full_attention": mask_B1QK}
         if window and "sliding_attention" in kinds:
-            near_B1LL = (positions_BL[:, None, :, None] - positions_BL[:, None, None, :]) < window
-            masks["sliding_attention"] = mask_B1LL & near_B1LL
-        if additive is not None:
-            zero, lowest = torch.tensor(0.0, dtype=additive), torch.finfo(additive).min
-            masks = {kind: torch.where(mask, zero.to(mask.device), lowest) for kind, mask in masks.items()}
+            near_B1QK = (query_BQ[:, None, :, None] - key_BK[:, None, None, :]) < window
+            masks["sliding_attention"] = mask_B1QK & near_B1QK
+        if config._attn_implementation == "eager":
+            zero, lowest = torch.tensor(0.0, dtype=dtype, device=mask_B1QK.device), torch.finfo(dtype).min
+            masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
         if getattr(config, "layer_types", None) and len(masks) > 1:
             return masks
         return masks[kinds.pop() if len(masks) > 1 else "full_attention"]
-
-    @contextmanager
-    def _masked_kernel(self, exact: bool) -> Iterator[str]:
-        plain = "sdpa" if getattr(self.base, "_supports_sdpa", True) else "eager"
-        kernel = self.attention if self.attention in ("sdpa", "eager") else plain
-        if exact and kernel == "sdpa":  # eager takes its softmax in float32 as it is
-            kernel = SDPA_FLOAT32
-        if kernel == self.attention:
-            yield kernel
-            return
-        if torch.is_grad_enabled() and self.training and getattr(self.base, "is_gradient_checkpointing", False):
-            raise ValueError(
-                f"this pass attends with {kernel}, and gradient checkpointing would recompute it with {self.attention}: "
-                "use model.backbone.attention=sdpa, or no checkpointing"
-            )
-        configs = {id(m.config): m.config for m in self.base.modules() if isinstance(m, PreTrainedModel)}.values()
-        before = [config._attn_implementation for config in configs]
-        try:
-            for config in configs:
-                config._attn_implementation = kernel
-            yield kernel
-        finally:
-            for config, own in zip(configs, before, strict=True):
-                config._attn_implementation = own
 
     def state_dict(self, *arguments: Any, **options: Any) -> Any:
         """As in `nn.Module`, without the scales of 4-bit weights: like the frozen weights themselves they are read from
@@ -195,21 +259,19 @@ def build_backbone(
 
     With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight: called by all ranks together.
 
-    At the end four tokens go through it twice, whole and as a tree, and must agree: a family whose logits are made in a way
-    that is not reproduced here, or whose layers cannot attend to a tree, is refused by name.
+    At the end a few tokens go through it, whole and as packed rows, and must agree: a family whose logits are made in a way
+    that is not reproduced here, or whose layers cannot attend to packed rows, is refused by name.
 
     Raises:
         ValueError: with what is wrong and what to do.
     """
     device = torch.device(device)
-    AttentionInterface.register(SDPA_FLOAT32, _sdpa_float32)
-    AttentionMaskInterface.register(SDPA_FLOAT32, sdpa_mask)
-    attention = resolve_attention(config.attention, device, dtype)
+    usable = resolve_attention(config.attention, device, dtype)
+    asked_of_family = {"auto": None, "eager": "eager"}.get(config.attention, "sdpa")
     tokenizer = load_tokenizer(config, folder)
-    loaded = load_model(config, dtype, device, attention, folder, zero3)
-    model = loaded.model
-    attention = attention or str(model.config._attn_implementation)
-    backbone = Backbone(adapt(model, adapter, dtype), tokenizer, attention).to(device)
+    loaded = load_model(config, dtype, device, asked_of_family, folder, zero3)
+    attention = str(loaded.model.config._attn_implementation)
+    backbone = Backbone(adapt(loaded.model, adapter, dtype), tokenizer, attention).to(device)
     if len(tokenizer) > backbone.vocabulary:
         raise BackboneError(
             f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocabulary}"
@@ -224,16 +286,9 @@ def build_backbone(
         if config.reentrant:  # the reentrant way asks for a gradient of its input, or gives the layers none
             backbone.base.enable_input_require_grads()
     with gathered_by_layer(backbone):
-        _probe(backbone, config.name)
+        choose_attention(backbone, config.attention, usable, config.name)
     backbone.train()
     return backbone
-
-
-def _sdpa_float32(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
-    return out.to(query.dtype), None
 
 
 def base_fingerprint(backbone: Backbone) -> str:
@@ -281,30 +336,3 @@ def _logit_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
     if over and over != 1:
         return lambda logits: logits / over
     return None
-
-
-@torch.no_grad()
-def _probe(backbone: Backbone, name: str) -> None:
-    """Logits of four tokens: the model's own against ours, the last two tokens as branches of a tree."""
-    first, rows = next(backbone.parameters()), backbone.vocabulary
-    device = first.device
-    ids = torch.tensor([rows // 7, rows // 5, rows // 3, rows // 2], device=device)
-    kind, was_training = backbone.base.config.model_type, backbone.training
-    backbone.eval()
-    try:
-        branches = torch.stack([ids[[0, 1, 2]], ids[[0, 1, 3]]])
-        want = backbone.base(input_ids=branches, use_cache=False).logits.float()
-        see = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool, device=device)
-        positions = torch.tensor([[0, 1, 2, 2]], device=device)
-        got = backbone.logits(backbone.hidden(backbone.embed(ids[None]), positions, see[None, None]))[0].float()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise BackboneError(f"{name}: models of type {kind!r} are not supported: {error}") from error
-    finally:
-        backbone.train(was_training)
-    want = torch.stack([want[0, 0], want[0, 1], want[0, 2], want[1, 2]])
-    off = float((got - want).norm() / want.norm().clamp_min(1e-6))
-    if not off < (1e-3 if first.dtype == torch.float32 else 0.1):
-        raise BackboneError(
-            f"{name}: models of type {kind!r} are not supported: logits differ from the model's own by {off:.2g} "
-            "(relative). Its head or its layers do something that is not reproduced here"
-        )

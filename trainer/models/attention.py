@@ -1,0 +1,130 @@
+"""Which attention a backbone uses, and the few tokens that prove at load time that it is right.
+
+Shapes: V vocabulary, T tokens of a packed row.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainer.batch import Packing
+from trainer.models.loading import BackboneError
+from trainer.models.packed import HALF, PackedRow, install
+
+if TYPE_CHECKING:
+    from trainer.models.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+PREFIX, LENGTHS = 2, (1, 3)  # of the packed row that is tried
+EXPECTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, ImportError)
+
+
+def choose_attention(backbone: Backbone, asked: str, usable: str | None, name: str) -> None:
+    """Set `backbone.attention` to what was asked for, or for `auto` to the first way that gives the model's own values.
+
+    Args:
+        asked: `model.backbone.attention`.
+        usable: what :func:`trainer.models.loading.resolve_attention` made of it.
+        name: of the backbone, for messages.
+
+    Raises:
+        BackboneError: the family's logits or masks are not reproduced here, or what was asked for gives other values.
+    """
+    base = backbone.base
+    own, kind = str(base.config._attn_implementation), base.config.model_type
+    if own == "sdpa" and base._supports_attention_backend:
+        install(base)
+    backbone.attention = own
+    faults: list[str] = []
+    ways = [asked] if asked != "auto" else [*([usable] if usable else []), "blocks", own]
+    if not backbone.takes_kernels:
+        if own == "sdpa" and next(base.parameters()).dtype in HALF:
+            log.warning("%s: models of type %r attend in half precision in scoring as well", name, kind)
+        faults = [f"{way}: layers of type {kind!r} take no other attention than {own}" for way in ways if way != own]
+        ways = [way for way in ways if way == own]
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        probe = _Probe(backbone, name)
+        probe.check_masks()
+        for way in ways:
+            backbone.attention = way
+            fault = probe.fault_of_packed()
+            if fault is None:
+                left = f", without {'; '.join(faults)}" if faults else ""
+                log.info("attention: %s (%s%s)", way, "auto" if asked == "auto" else "as asked", left)
+                return
+            faults.append(f"{way}: {fault}")
+    finally:
+        backbone.train(was_training)
+    advice = "" if own in (asked, *ways) else f". Use model.backbone.attention=auto, or {own}"
+    raise BackboneError(f"{name}: packed rows cannot be attended to: {'; '.join(faults)}{advice}")
+
+
+class _Probe:
+    """Six tokens, as two rows that share their first two, through the model's own forward and through ours."""
+
+    def __init__(self, backbone: Backbone, name: str) -> None:
+        self.backbone, self.name = backbone, name
+        first, rows = next(backbone.parameters()), backbone.vocabulary
+        self.limit = 1e-3 if first.dtype == torch.float32 else 0.1
+        share = [7, 5, 3, 2, 4, 6]
+        self.ids_T = torch.tensor([rows // s for s in share], device=first.device)
+        self.packing = Packing(PREFIX, torch.tensor(LENGTHS, device=first.device), sum(LENGTHS), max(LENGTHS))
+
+    @torch.no_grad()
+    def check_masks(self) -> None:
+        """Logits of the model's own forward against ours, the two rows as branches of one.
+
+        Raises:
+            BackboneError: they differ, or the model cannot be run.
+        """
+        backbone, ids = self.backbone, self.ids_T
+        kind = backbone.base.config.model_type
+        row = PackedRow(self.packing)
+        try:
+            branches = torch.stack([ids[[0, 1, 2, 2, 2]], ids[[0, 1, 3, 4, 5]]])
+            own = backbone.base(input_ids=branches, use_cache=False).logits.float()
+            self.want_TV = torch.cat([own[0, :3], own[1, 2:]])
+            hidden = backbone.hidden(backbone.embed(ids[None]), row.positions_R[None], row.mask_RK[None, None])
+            off = self._off(backbone.logits(hidden)[0])
+        except EXPECTED as error:
+            raise BackboneError(f"{self.name}: models of type {kind!r} are not supported: {error}") from error
+        if not off < self.limit:
+            raise BackboneError(
+                f"{self.name}: models of type {kind!r} are not supported: logits differ from the model's own by {off:.2g} "
+                "(relative). Its head or its layers do something that is not reproduced here"
+            )
+
+    @torch.no_grad()
+    def fault_of_packed(self) -> str | None:
+        """What is wrong with the backbone's packed rows, on its device: other values than the model's own, samples that
+        see each other, a cached prefix that counts for something else."""
+        backbone = self.backbone
+        try:
+            hidden_TH = backbone.packed(backbone.embed(self.ids_T), self.packing)
+            off = self._off(backbone.logits(hidden_TH))
+            if not off < self.limit:
+                return f"its values differ from the model's own by {off:.2g} (relative)"
+            other_T = self.ids_T.clone()
+            other_T[PREFIX] = self.ids_T[-1]  # the first sample
+            moved_TH = backbone.packed(backbone.embed(other_T), self.packing)
+            if not torch.equal(moved_TH[PREFIX + 1 :], hidden_TH[PREFIX + 1 :]):
+                return "samples see each other"
+            cache = backbone.prefix(backbone.embed(self.ids_T[:PREFIX]))
+            behind_TH = backbone.packed(backbone.embed(self.ids_T[PREFIX:]), self.packing, cache)
+            off = self._off(backbone.logits(torch.cat([hidden_TH[:PREFIX], behind_TH])))
+            if not off < self.limit:
+                return f"values behind a cached prefix differ from the model's own by {off:.2g} (relative)"
+        except EXPECTED as error:
+            return str(error).strip().partition("\n")[0]
+        return None
+
+    def _off(self, got_TV: Tensor) -> float:
+        want_TV = self.want_TV
+        return float((got_TV.float() - want_TV).norm() / want_TV.norm().clamp_min(1e-6))
