@@ -1,12 +1,12 @@
 """What travels between the rooms: `data` makes samples, batches and answer tries; `models` reads them.
 
-Shapes: B samples, L positions of a row, S text tokens, A answer tokens, T frames, F features of a frame,
-N nodes of an answer trie, C answers.
+Shapes: B samples, L positions of a padded row, T frames or tokens of a packed row, P prefix tokens, K pseudo tokens, S text
+tokens, A answer tokens, F features of a frame, n answer tokens of all samples, N nodes of an answer trie, C answers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,6 +49,21 @@ class Features:
 
 
 @dataclass
+class FusionInput:
+    """What the fusion network reads of some samples, padded to the longest of them. A filler's result is used nowhere: it
+    keeps the ranks' calls equal in number."""
+
+    text_ids_BS: Tensor  # the sample's own text; S is at least 1
+    text_mask_BS: Tensor
+    audio: Features
+    video: Features
+    filler: bool = False
+
+    def __len__(self) -> int:
+        return int(self.text_ids_BS.shape[0])
+
+
+@dataclass
 class Batch:
     """Samples of one task, padded on the right.
 
@@ -76,15 +91,65 @@ class Batch:
     def __len__(self) -> int:
         return int(self.input_ids_BL.shape[0])
 
+    @property
+    def positions(self) -> int:
+        """Positions that pass through the backbone, padding included."""
+        return self.input_ids_BL.numel()
+
+    @property
+    def inputs(self) -> list[FusionInput]:
+        return [FusionInput(self.text_ids_BS, self.text_mask_BS, self.audio, self.video)]
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on `device`; `dtype` is that of the features (times, targets and weights stay float32)."""
-        out = _to(self, device)
-        if dtype is not None:
-            out.audio.values_BTF = out.audio.values_BTF.to(dtype)
-            out.video.values_BTF = out.video.values_BTF.to(dtype)
-        return out
+        return _cast(_to(self, device), dtype)
 
     def pin_memory(self) -> Batch:
+        return _map(self, lambda t: t.pin_memory())
+
+
+@dataclass
+class PackedBatch:
+    """Samples of one task in one row without padding: the task's constant prefix once, then the samples.
+
+    A sample's own tokens are `K pseudo-token places, history and text, cue`, then its answer without the end token
+    (training) or the nodes of an answer trie (scoring: `packing.trie`). Every index counts own tokens, the prefix left
+    out. The n answer tokens of all samples, end tokens included, stand one behind another: the token at `answer_at_n`
+    predicts `answer_id_n`, which is entry `answer_slot_n` of a flat `[B, A]`.
+    """
+
+    task: str
+    ids: list[str]
+    prefix_ids_P: Tensor
+    own_ids_T: Tensor
+    place_BK: Tensor
+    cue_at_B: Tensor  # the last token before the answer
+    packing: Packing
+    answer_at_n: Tensor
+    answer_id_n: Tensor
+    answer_slot_n: Tensor
+    longest_answer: int  # A
+    inputs: list[FusionInput]  # of the samples in order, in groups of like length
+    target_B: Tensor
+    weight_B: Tensor  # 0: the sample only fills a place
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def pseudo_tokens(self) -> int:
+        return int(self.place_BK.shape[1])
+
+    @property
+    def positions(self) -> int:
+        """Positions that pass through the backbone, the prefix included."""
+        return self.packing.prefix + self.packing.total
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
+        """As :meth:`Batch.to`."""
+        return _cast(_to(self, device), dtype)
+
+    def pin_memory(self) -> PackedBatch:
         return _map(self, lambda t: t.pin_memory())
 
 
@@ -130,9 +195,22 @@ def _to(value: T, device: torch.device | str) -> T:
     return _map(value, lambda t: t.to(device, non_blocking=True))
 
 
+def _cast(batch: T, dtype: torch.dtype | None) -> T:
+    """The features of `batch` in `dtype`; in place."""
+    if dtype is not None:
+        holders: list[Any] = batch.inputs if isinstance(batch, PackedBatch) else [batch]
+        for holder in holders:
+            for features in (holder.audio, holder.video):
+                features.values_BTF = features.values_BTF.to(dtype)
+    return batch
+
+
 def _map(value: Any, change: Any) -> Any:
-    out = {}
-    for f in fields(value):
-        v = getattr(value, f.name)
-        out[f.name] = change(v) if isinstance(v, Tensor) else _map(v, change) if isinstance(v, Features) else v
-    return replace(value, **out)
+    """`value` with every tensor in it changed; dataclasses and lists of them are copied."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_map(inner, change) if is_dataclass(inner) else inner for inner in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _map(getattr(value, f.name), change) for f in fields(value)})
+    return value

@@ -49,6 +49,10 @@ class DataConfig(Section):
     )
     history: int = Field(0, ge=0, description="previous utterances of the conversation shown in the prompt")
     max_text_tokens: PositiveInt = Field(256, description="longer texts keep their last tokens")
+    layout: Literal["packed", "padded"] = Field(
+        "packed",
+        description="of micro-batches: one row without padding that holds the instruction once, or a padded row per sample",
+    )
     modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
     weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
 
@@ -180,9 +184,11 @@ class TrainConfig(Section):
     epochs: PositiveFloat = Field(10.0, description="passes over the training data")
     steps: PositiveInt | None = Field(None, description="optimizer steps; given, it stands instead of epochs")
     global_batch: PositiveInt = 32
-    micro_batch: PositiveInt = Field(
-        8, description="samples one rank holds at once: limits memory, never changes meaning"
+    micro_tokens: PositiveInt = Field(
+        2048,
+        description="positions one rank passes through the backbone at once: limits memory, never changes meaning",
     )
+    micro_batch: PositiveInt | None = Field(None, description="samples one rank holds at once, where fewer are wanted")
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
@@ -227,7 +233,8 @@ def _default_splits() -> list[Split]:
 class EvalConfig(Section):
     mode: Literal["score", "generate"] = Field("score", description="score every answer, or generate freely and parse")
     prediction: Literal["expectation", "mode"] = Field("expectation", description="of a regression task's number grid")
-    batch: PositiveInt = 32
+    tokens: PositiveInt = Field(8192, description="positions one rank scores at once: limits memory")
+    batch: PositiveInt | None = Field(None, description="samples one rank scores at once, where fewer are wanted")
     splits: list[Split] = Field(default_factory=_default_splits)
 
 

@@ -1,7 +1,8 @@
 """Samples to batches: prompts with places for pseudo tokens, answer targets, padded features on one time axis.
 
-A row reads ``instruction <Multimodal> [K places] history text </Multimodal> cue answer``; its pieces are tokenised
-apart and joined. What stands before the places is the same for every sample of a task.
+A prompt reads ``instruction <Multimodal> [K places] history text </Multimodal> cue answer``; its pieces are tokenised
+apart and joined. What stands before the places, the prefix, is the same for every sample of a task. A packed batch is one
+row: the prefix once, then what is left of every sample. A padded batch has a row with the whole prompt for every sample.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trainer.batch import Batch, Features, Sample
+from trainer.batch import AnswerTrie, Batch, Features, FusionInput, PackedBatch, Packing, Sample
 from trainer.config import DataConfig
-from trainer.data.sampling import hidden_modalities
+from trainer.data.dataset import SplitView
+from trainer.data.sampling import MicroBatch, Sizes, hidden_modalities
 from trainer.tasks import Language, Task
-from trainer.text import encode, end_token, start_tokens
+from trainer.text import count_tokens, encode, end_token, start_tokens
 
 OPEN, CLOSE = "<Multimodal>", "</Multimodal>"
 NOMINAL_SECONDS = 10.0  # a clip's length on the time axis where no frame rate is known
@@ -98,10 +100,99 @@ class Collator:
             weight_B=torch.full((len(samples),), weight),
         )
 
-    def positions(self, sample: Sample) -> int:
-        """Positions that a training row of `sample` passes through the backbone, unpadded."""
-        answer = self.answers[self.task.answer_index(sample.target)]
-        return len(self._context(sample, self._text(sample.text))) + len(answer) - 1
+    def pack(
+        self,
+        samples: Sequence[Sample],
+        groups: Sequence[int] | None = None,
+        *,
+        trie: AnswerTrie | None = None,
+        weight: float = 1.0,
+        epoch: int | None = None,
+    ) -> PackedBatch:
+        """`samples` in one row. With a `trie` they are to be scored and carry its nodes, else they carry their answers.
+
+        The fusion network reads them in `groups` of neighbours; 0 stands for a call without use.
+        """
+        texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
+        places, history = [self.end] * self.pseudo_tokens, [self._history(sample) for sample in samples]
+        contexts = [places + said + text + self.suffix for said, text in zip(history, texts, strict=True)]
+        answers = [self.answers[self.task.answer_index(s.target)] if trie is None else [] for s in samples]
+        nodes = [] if trie is None else trie.token_N.tolist()
+        own = [c + a[:-1] + nodes for c, a in zip(contexts, answers, strict=True)]
+        lengths = [len(row) for row in own]
+        starts = np.cumsum([0, *lengths[:-1]])
+        cues = starts + [len(c) - 1 for c in contexts]
+        longest = max(map(len, answers))
+        at = [cue + i for cue, answer in zip(cues, answers, strict=True) for i in range(len(answer))]
+        slots = [b * longest + i for b, answer in enumerate(answers) for i in range(len(answer))]
+        hidden = [self._hidden(sample, epoch) for sample in samples]
+        return PackedBatch(
+            task=self.task.name,
+            ids=[sample.id for sample in samples],
+            prefix_ids_P=torch.tensor(self.prefix, dtype=torch.long),
+            own_ids_T=torch.tensor([token for row in own for token in row]),
+            place_BK=torch.from_numpy(starts[:, None] + np.arange(self.pseudo_tokens)),
+            cue_at_B=torch.from_numpy(cues),
+            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), trie),
+            answer_at_n=torch.tensor(at, dtype=torch.long),
+            answer_id_n=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
+            answer_slot_n=torch.tensor(slots, dtype=torch.long),
+            longest_answer=longest,
+            inputs=self._inputs(samples, texts, hidden, [len(samples)] if groups is None else groups),
+            target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
+            weight_B=torch.full((len(samples),), weight),
+        )
+
+    def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:
+        """A training batch of a micro-batch's samples, in the layout of the config."""
+        if self.config.layout == "packed":
+            return self.pack(samples, micro.groups, weight=micro.weight, epoch=epoch)
+        return self(samples, weight=micro.weight, epoch=epoch)
+
+    def sizes(self, samples: SplitView | Sequence[Sample], *, nodes: int | None = None, cached: bool = False) -> Sizes:
+        """What every sample needs in training, its answer included, or to be scored over a trie of `nodes`.
+
+        With the prefix `cached` no row holds it.
+        """
+        view = samples if isinstance(samples, SplitView) else None
+        texts = list(view.texts()) if view is not None else [s.text for s in samples]
+        text_N = np.zeros(len(texts), dtype=np.int64)
+        if "text" in self.modalities:
+            text_N = np.minimum(count_tokens(self.tokenizer, texts), self.config.max_text_tokens)
+        tokens_N = text_N + self.pseudo_tokens + len(self.suffix)
+        if self.config.history:
+            tokens_N += [len(self._history(sample)) for sample in samples]
+        if nodes is None:
+            targets = view.targets() if view is not None else [s.target for s in samples]
+            longer = np.array([len(answer) - 1 for answer in self.answers])
+            tokens_N += longer[[self.task.answer_index(target) for target in targets]]
+        frames = [
+            view.frames(name) if view is not None else [_frames(getattr(s, f"{name}_TF")) for s in samples]
+            for name in ("audio", "video")
+        ]
+        read_N3 = np.stack([text_N, *(np.asarray(f, dtype=np.int64) for f in frames)], 1)
+        read_N3 *= ["text" in self.modalities, *(name in self.modalities for name in ("audio", "video"))]
+        return Sizes(0 if cached else len(self.prefix), tokens_N + (nodes or 0), read_N3)
+
+    def _inputs(
+        self,
+        samples: Sequence[Sample],
+        texts: Sequence[list[int]],
+        hidden: Sequence[set[str]],
+        groups: Sequence[int],
+    ) -> list[FusionInput]:
+        out, start = [], 0
+        for size in groups:
+            chosen = slice(start, start + size) if size else slice(0, 1)
+            ids, mask = _pad(texts[chosen] if size else [[]], least=1)
+            nothing = [{"audio", "video"}]
+            audio, video = (
+                self._features(name, samples[chosen], hidden[chosen] if size else nothing)
+                for name in ("audio", "video")
+            )
+            out.append(FusionInput(ids, mask, audio, video, filler=not size))
+            start += size
+        return out
 
     def _hidden(self, sample: Sample, epoch: int | None) -> set[str]:
         if epoch is None:
@@ -113,11 +204,14 @@ class Collator:
             self._tokens[text] = encode(self.tokenizer, text)[-self.config.max_text_tokens :]
         return self._tokens[text]
 
+    def _history(self, sample: Sample) -> list[int]:
+        said: list[int] = []
+        for speaker, text in sample.history:
+            said += self._text(f"{speaker}: {text}\n" if speaker else f"{text}\n")
+        return said
+
     def _context(self, sample: Sample, text: list[int]) -> list[int]:
-        history: list[int] = []
-        for speaker, said in sample.history:
-            history += self._text(f"{speaker}: {said}\n" if speaker else f"{said}\n")
-        return self.prefix + [self.end] * self.pseudo_tokens + history + text + self.suffix
+        return self.prefix + [self.end] * self.pseudo_tokens + self._history(sample) + text + self.suffix
 
     def _features(self, name: str, samples: Sequence[Sample], hidden: Sequence[set[str]]) -> Features:
         width, rate = max(self.widths[name], 1), self.rates[name]
@@ -144,6 +238,10 @@ class Collator:
             mask[row, :n] = True if valid is None else torch.from_numpy(np.array(valid, dtype=bool))
             time[row, :n] = torch.from_numpy((frames[:n] + 0.5) / (rate if rate else n / NOMINAL_SECONDS))
         return Features(out, mask, time)
+
+
+def _frames(values_TF: np.ndarray | None) -> int:
+    return 0 if values_TF is None else len(values_TF)
 
 
 def _pad(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:

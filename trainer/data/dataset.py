@@ -143,6 +143,10 @@ class SplitView:
         """A length per sample for putting like with like: characters of text + frames of audio and video."""
         return self._characters() + self._frames["audio"] + self._frames["video"]
 
+    def frames(self, name: str) -> np.ndarray:
+        """Frames of "audio" or "video" of every sample."""
+        return self._frames[name]
+
     def longest(self, n: int) -> list[int]:
         """`n` samples (all, if fewer), the longest text, audio and video among them: padded, the largest batch of `n`."""
         held: dict[int, None] = {}

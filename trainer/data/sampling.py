@@ -2,18 +2,22 @@
 
 The order is a function of ``(seed, epoch)`` alone. A *global batch* belongs to one task; it is cut into micro-batches
 in an order that does not know the world size, and these are dealt to the ranks in turn.
+
+Shapes: N samples of a split.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 BUCKET = 16  # global batches that are sorted by length together
+GROUP_COST = 256  # of one more call of the fusion network, in frames of padding
+MOST_GROUPS = 4  # calls of the fusion network in a micro-batch
 WIDTH = 0.25  # of a class of lengths that count as equal, in octaves: sorting finer saves little and sorts contents
 
 
@@ -28,10 +32,37 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank passes through the model at once. A filler has weight 0: it keeps the ranks' steps in number."""
+    """What one rank passes through the model at once. A filler has weight 0: it keeps the ranks' steps in number.
+
+    The samples stand in groups of like length, of `groups` samples each, that the fusion network reads one by one; a group
+    of 0 samples is a call without use that another rank's micro-batch needs.
+    """
 
     indices: tuple[int, ...]
     weight: float
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the samples of a split need: positions of their own in the backbone, and what the fusion network reads.
+
+    Attributes: `prefix`, positions that every row (padded) or every micro-batch (packed) needs beside; `tokens_N`; and
+    `read_N3`, the sample's own text tokens, audio frames and video frames.
+    """
+
+    prefix: int
+    tokens_N: np.ndarray
+    read_N3: np.ndarray
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest micro-batch: positions, padding included, and samples. A sample alone may exceed them."""
+
+    tokens: int
+    samples: int | None = None
+    packed: bool = True
 
 
 class Order:
@@ -107,12 +138,83 @@ class Order:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def micro_batches(batch: GlobalBatch, micro_batch: int, rank: int, world: int) -> list[MicroBatch]:
-    """This rank's micro-batches of a global batch; their number is the same on all ranks."""
-    cuts = [batch.indices[i : i + micro_batch] for i in range(0, len(batch.indices), micro_batch)]
-    rounds = -(-len(cuts) // world)
-    mine = [MicroBatch(cut, 1.0) for cut in cuts[rank::world]]
-    return mine + [MicroBatch(batch.indices[:1], 0.0)] * (rounds - len(mine))
+def micro_batches(indices: Sequence[int], sizes: Sizes, limits: Limits, rank: int, world: int) -> list[MicroBatch]:
+    """This rank's micro-batches of a global batch; their number, and that of their groups, is the same on all ranks.
+
+    How the samples are put together depends on their order and sizes alone. Micro-batches are dealt to the ranks in turn.
+    """
+    cuts = _fill(indices, sizes, limits) if limits.packed else _cut(indices, sizes, limits)
+    grouped = [group(cut, sizes.read_N3) if limits.packed else (tuple(cut), (len(cut),)) for cut in cuts]
+    out = []
+    for start in range(0, len(grouped), world):
+        together = grouped[start : start + world]
+        most = max(len(groups) for _, groups in together)
+        chosen, groups = together[rank] if rank < len(together) else ((indices[0],), (1,))
+        out.append(MicroBatch(chosen, float(rank < len(together)), groups + (0,) * (most - len(groups))))
+    return out
+
+
+def _fill(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[list[int]]:
+    """First fit: every sample goes into the first row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in indices:
+        need = int(sizes.tokens_N[i])
+        for r, left in enumerate(room):
+            if need <= left and (limits.samples is None or len(rows[r]) < limits.samples):
+                break
+        else:
+            r = len(rows)
+            rows.append([])
+            room.append(limits.tokens - sizes.prefix)
+        rows[r].append(i)
+        room[r] -= need
+    return rows
+
+
+def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[list[int]]:
+    """Neighbours together, as many as fit when all are padded to the longest."""
+    cuts: list[list[int]] = []
+    longest = 0
+    for i in indices:
+        longest = max(longest, sizes.prefix + int(sizes.tokens_N[i]))
+        full = not cuts or len(cuts[-1]) == limits.samples or (len(cuts[-1]) + 1) * longest > limits.tokens
+        if full:
+            cuts.append([])
+            longest = sizes.prefix + int(sizes.tokens_N[i])
+        cuts[-1].append(i)
+    return cuts
+
+
+def group(indices: Sequence[int], read_N3: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The samples, longest first, and the sizes of groups of neighbours that waste least.
+
+    A group costs its samples times the sum of the longest text, audio and video among them, and GROUP_COST; at most
+    MOST_GROUPS. Exact, by dynamic programming over the sorted samples.
+    """
+    chosen = np.asarray(indices)
+    chosen = chosen[np.argsort(-read_N3[chosen].sum(1), kind="stable")]
+    read_n3 = np.maximum(read_N3[chosen], 1)
+    n = len(chosen)
+    cost_nn = np.full((n, n), np.inf)  # of the group from i to j
+    for j in range(n):
+        longest = np.maximum.accumulate(read_n3[j::-1], axis=0)[::-1].sum(1)
+        cost_nn[: j + 1, j] = longest * np.arange(j + 1, 0, -1) + GROUP_COST
+    best = cost_nn[0]  # of the samples to j, in as many groups as rounds of the loop
+    starts: list[np.ndarray] = []
+    found = [float(best[-1])]
+    for _ in range(1, min(MOST_GROUPS, n)):
+        through = np.concatenate([[np.inf], best[:-1]])[:, None] + cost_nn
+        starts.append(through.argmin(0))
+        best = through.min(0)
+        found.append(float(best[-1]))
+    groups: list[int] = []
+    stop = n
+    for place in range(int(np.argmin(found)) - 1, -1, -1):
+        start = int(starts[place][stop - 1])
+        groups.insert(0, stop - start)
+        stop = start
+    return tuple(int(i) for i in chosen), (stop, *groups)
 
 
 def hidden_modalities(rate: float, seed: int, epoch: int, sample: str) -> set[str]:

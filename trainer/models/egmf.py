@@ -1,8 +1,9 @@
 """EGMF: pseudo tokens of the fusion network inside a prompt, read by the backbone, which answers in words.
 
 Source: EGMF, arXiv 2601.07565; the loss and the scores as DESIGN says.
-Shapes: B samples, L positions of a row, H backbone hidden size, K pseudo tokens, A answer tokens, V vocabulary, N nodes
-of the answer trie, C answers, E experts, M modalities, P = N + 1 places that predict a token of the trie.
+Shapes: B samples, L positions of a padded row, T own tokens of a packed row, H backbone hidden size, K pseudo tokens, A
+answer tokens, n answer tokens of all samples, V vocabulary, N nodes of the answer trie, C answers, E experts, M modalities,
+P = N + 1 places that predict a token of the trie.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.batch import AnswerTrie, Batch
+from trainer.batch import AnswerTrie, Batch, FusionInput, PackedBatch
 from trainer.models.backbone import Backbone
 from trainer.models.fusion import Fusion, FusionOutput
+from trainer.models.packed import PrefixCache
 from trainer.text import end_token
 
-LOGITS_AT_ONCE = 2**21  # entries of [P, V] per sample held at a time in scoring
+LOGITS_AT_ONCE = 2**25  # entries of [B, P, V] held at a time in scoring
 
 
 class LossOutput(NamedTuple):
@@ -48,20 +50,42 @@ class EGMF(nn.Module):
         self.fusion = fusion
         self.end = end_token(backbone.tokenizer)
 
-    def forward(self, batch: Batch, trie: AnswerTrie | None = None) -> LossOutput | ScoreOutput:
-        """With a trie the log-probability of each of its answers, else the loss of the batch's own answers."""
-        embeds_BLH, fused = self._embed(batch)
+    def forward(
+        self, batch: Batch | PackedBatch, trie: AnswerTrie | None = None, prefix: PrefixCache | None = None
+    ) -> LossOutput | ScoreOutput:
+        """With a trie the log-probability of each of its answers, else the loss of the batch's own answers.
+
+        A packed batch is scored over the trie it was packed with. `prefix`, of :meth:`prefix`, stands for its prefix.
+        """
+        if isinstance(batch, PackedBatch):
+            own_TH, fused = self._embed_packed(batch)
+            score = batch.packing.trie is not None
+            hidden_TH = self._hidden_packed(own_TH, batch, prefix, exact=score)
+            out = self._score_packed(hidden_TH, batch) if score else self._loss_packed(hidden_TH, batch)
+        else:
+            embeds_BLH, fused = self._embed(batch)
+            score = trie is not None
+            out = self._score(embeds_BLH, batch, trie) if trie is not None else self._loss(embeds_BLH, batch)
         gates = (None, None) if fused is None else (fused.gate_expert_BKE, fused.gate_modality_BKEM)
-        if trie is not None:
-            return ScoreOutput(self._score(embeds_BLH, batch, trie), *gates)
-        loss_B = self._loss(embeds_BLH, batch)
+        if score:
+            return ScoreOutput(out, *gates)
         if fused is None or self.fusion is None:
-            return LossOutput(loss_B, torch.zeros_like(loss_B), loss_B.new_zeros(()), *gates)
+            return LossOutput(out, torch.zeros_like(out), out.new_zeros(()), *gates)
         gate = self.fusion.gate
         balance_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
         if self.training:
             gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B)
-        return LossOutput(loss_B, balance_B, fused.idle.float(), *gates)
+        return LossOutput(out, balance_B, fused.idle.float(), *gates)
+
+    @torch.no_grad()
+    def prefix(self, ids_P: Tensor) -> PrefixCache:
+        """The keys and values of a task's prefix, for packed batches that are scored; the weights must not change."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self.backbone.prefix(self.backbone.embed(ids_P), exact=True)
+        finally:
+            self.train(was_training)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
@@ -139,20 +163,69 @@ class EGMF(nn.Module):
 
     def _embed(self, batch: Batch) -> tuple[Tensor, FusionOutput | None]:
         embeds_BLH = self.backbone.embed(batch.input_ids_BL)
+        fused = self._fuse(batch)
+        if fused is None:
+            return embeds_BLH, None
+        start, stop = batch.pseudo_start, batch.pseudo_start + batch.pseudo_tokens
+        pseudo_BKH = fused.pseudo_BKH.to(embeds_BLH.dtype)
+        return torch.cat([embeds_BLH[:, :start], pseudo_BKH, embeds_BLH[:, stop:]], 1), fused
+
+    def _embed_packed(self, batch: PackedBatch) -> tuple[Tensor, FusionOutput | None]:
+        own_TH = self.backbone.embed(batch.own_ids_T)
+        fused = self._fuse(batch)
+        if fused is None:
+            return own_TH, None
+        pseudo_nH = fused.pseudo_BKH.flatten(0, 1).to(own_TH.dtype)
+        return own_TH.index_copy(0, batch.place_BK.flatten(), pseudo_nH), fused
+
+    def _fuse(self, batch: Batch | PackedBatch) -> FusionOutput | None:
+        """The fusion network's output for all samples, group by group."""
         if self.fusion is None:
             if batch.pseudo_tokens:
                 raise ValueError(
                     f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes none"
                 )
-            return embeds_BLH, None
-        text_BSH = self.backbone.embed(batch.text_ids_BS).detach()
-        fused = self.fusion(batch.task, text_BSH, batch.text_mask_BS, batch.audio, batch.video)
-        built = fused.pseudo_BKH.shape[1]
+            return None
+        made = [self._fuse_group(self.fusion, batch.task, group) for group in batch.inputs]
+        used = [out for out, group in zip(made, batch.inputs, strict=True) if not group.filler]
+        idle = torch.stack([out.idle.float() for out in used]).sum()
+        for out, group in zip(made, batch.inputs, strict=True):
+            if group.filler:
+                idle = idle + 0.0 * (out.pseudo_BKH.float().sum() + out.idle.float())
+        built = used[0].pseudo_BKH.shape[1]
         if built != batch.pseudo_tokens:
             raise ValueError(f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes {built}")
-        start, stop = batch.pseudo_start, batch.pseudo_start + batch.pseudo_tokens
-        pseudo_BKH = fused.pseudo_BKH.to(embeds_BLH.dtype)
-        return torch.cat([embeds_BLH[:, :start], pseudo_BKH, embeds_BLH[:, stop:]], 1), fused
+        if len(used) == 1:
+            return used[0]._replace(idle=idle)
+        pseudo_BKH, expert_BKE, modality_BKEM = (torch.cat(parts) for parts in zip(*(o[:3] for o in used), strict=True))
+        return FusionOutput(pseudo_BKH, expert_BKE, modality_BKEM, idle)
+
+    def _fuse_group(self, fusion: Fusion, task: str, group: FusionInput) -> FusionOutput:
+        text_BSH = self.backbone.embed(group.text_ids_BS).detach()
+        return fusion(task, text_BSH, group.text_mask_BS, group.audio, group.video)
+
+    def _hidden_packed(self, own_TH: Tensor, batch: PackedBatch, prefix: PrefixCache | None, *, exact: bool) -> Tensor:
+        """Hidden states of the samples' own tokens."""
+        if prefix is not None:
+            return self.backbone.packed(own_TH, batch.packing, prefix, exact=exact)
+        embeds_TH = torch.cat([self.backbone.embed(batch.prefix_ids_P), own_TH])
+        return self.backbone.packed(embeds_TH, batch.packing, exact=exact)[batch.packing.prefix :]
+
+    def _loss_packed(self, hidden_TH: Tensor, batch: PackedBatch) -> Tensor:
+        if not len(batch.answer_at_n):
+            raise ValueError("a batch without answers has no loss: pack it without a trie")
+        logits_nV = self.backbone.logits(hidden_TH.index_select(0, batch.answer_at_n)).float()
+        nll_n = nn.functional.cross_entropy(logits_nV, batch.answer_id_n, reduction="none")
+        nll_m = nll_n.new_zeros(len(batch) * batch.longest_answer).index_copy(0, batch.answer_slot_n, nll_n)
+        return nll_m.view(len(batch), -1).sum(1)
+
+    def _score_packed(self, hidden_TH: Tensor, batch: PackedBatch) -> Tensor:
+        trie = batch.packing.trie
+        assert trie is not None
+        places_P = torch.arange(trie.token_N.shape[0] + 1, device=hidden_TH.device)
+        at_BP = batch.cue_at_B[:, None] + places_P
+        hidden_BPH = hidden_TH.index_select(0, at_BP.flatten()).unflatten(0, tuple(at_BP.shape))
+        return self._answer_logprobs(hidden_BPH, trie)
 
     def _loss(self, embeds_BLH: Tensor, batch: Batch) -> Tensor:
         B, L, _ = embeds_BLH.shape
@@ -176,10 +249,15 @@ class EGMF(nn.Module):
         hidden_BLH = self.backbone.hidden(torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, exact=True)
         nodes_BN = torch.arange(L, L + N, device=device).expand(B, N)
         hidden_BPH = _gather(hidden_BLH, torch.cat([batch.context_length_B[:, None] - 1, nodes_BN], 1))
+        return self._answer_logprobs(hidden_BPH, trie)
+
+    def _answer_logprobs(self, hidden_BPH: Tensor, trie: AnswerTrie) -> Tensor:
+        """log p of every answer `[B, C]` from the hidden states at the cue's end and at the nodes."""
+        B, N = hidden_BPH.shape[0], trie.token_N.shape[0]
         node_BN = hidden_BPH.new_zeros(B, N, dtype=torch.float64)  # sums in float64: scores reach -50 and below
         end_BP = hidden_BPH.new_zeros(B, N + 1, dtype=torch.float64)
         from_N = trie.parent_N + 1  # the place that predicts a node: 0 is the cue's end
-        at_once = max(1, LOGITS_AT_ONCE // self.backbone.vocabulary)
+        at_once = max(1, LOGITS_AT_ONCE // (self.backbone.vocabulary * B))
         for start in range(0, N + 1, at_once):
             logits_BpV = self.backbone.logits(hidden_BPH[:, start : start + at_once]).float()
             norm_Bp = logits_BpV.logsumexp(-1).double()

@@ -18,11 +18,11 @@ import torch
 from trainer.batch import Sample
 from trainer.data.folder import terminable
 from trainer.data.unlabelled import Asked, Checked, PredictError, UnlabelledReader
-from trainer.run.evaluate import answer, batches
+from trainer.run.evaluate import Scorer
 from trainer.run.files import new_file
 from trainer.run.saved import SavedRun
 
-CHUNK_BATCHES = 16  # batches of a chunk, whose samples are sorted by length together
+CHUNK_LINES = 512  # whose samples are sorted by length together
 CHUNK_BYTES = 256 << 20  # of features in a chunk
 
 Row = dict[str, Any]
@@ -81,10 +81,13 @@ def predict(
         if run.world.first:
             stack.enter_context(terminable())
             reader = UnlabelledReader(source, folder, _asked(run), task=options.task, history=run.config.data.history)
-            chunks = _chunks(stack.enter_context(reader), CHUNK_BATCHES * run.config.eval.batch)
+            chunks = _chunks(stack.enter_context(reader), CHUNK_LINES)
             write = stack.enter_context(_writing(out))
+        scorers = {
+            name: Scorer(run.forward, run.parts, run.config, name, run.world, run.dtype) for name in run.parts.tasks
+        }
         while (chunk := run.world.share(next(chunks, None))) is not None:
-            answered = _answered(run, chunk)
+            answered = _answered(run, scorers, chunk)
             if run.world.first:
                 _tell(chunk, say)
                 write(_line(run, checked, row, options) for checked, row in answered)
@@ -134,18 +137,17 @@ def _bytes(sample: Sample | None) -> int:
     return sum(stream.nbytes for stream in streams if stream is not None)
 
 
-def _answered(run: SavedRun, chunk: Sequence[Checked]) -> list[tuple[Checked, Row]]:
+def _answered(run: SavedRun, scorers: dict[str, Scorer], chunk: Sequence[Checked]) -> list[tuple[Checked, Row]]:
     """The good lines of a chunk and their answers, in order, on rank 0; batches are those of an evaluation of these samples."""
     mine: list[tuple[int, Row]] = []
-    for name in run.parts.tasks:
+    for name, scorer in scorers.items():
         places = [i for i, line in enumerate(chunk) if line.sample is not None and line.task == name]
         samples = [sample for i in places if (sample := chunk[i].sample) is not None]
         lengths = np.array([_length(sample) for sample in samples], dtype=np.int64)
-        for indices, weight in batches(len(samples), lengths, run.config.eval.batch, run.world.rank, run.world.size):
-            batch = [samples[i] for i in indices]
-            rows = answer(run.forward, run.parts, run.config, name, batch, run.world, run.dtype, weight)
-            if weight:
-                mine += [(places[i], row) for i, row in zip(indices, rows, strict=True)]
+        for micro in scorer.batches(samples, lengths):
+            rows = scorer.answer([samples[i] for i in micro.indices], micro)
+            if micro.weight:
+                mine += [(places[i], row) for i, row in zip(micro.indices, rows, strict=True)]
     everyone = run.world.gather(mine) or []
     return [(chunk[i], row) for i, row in sorted(itertools.chain(*everyone), key=lambda pair: pair[0])]
 

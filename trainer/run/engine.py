@@ -31,7 +31,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if train.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch or 1,  # it must be something; we count our own
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.clip,
         "steps_per_print": 2**31,

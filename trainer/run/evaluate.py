@@ -12,9 +12,11 @@ import torch
 
 from trainer.answers.metrics import compute, primary
 from trainer.answers.scoring import Predictions, parse_answers, predict
-from trainer.batch import Batch, Sample
+from trainer.batch import Sample
 from trainer.config import RunConfig
-from trainer.data.sampling import GlobalBatch, micro_batches
+from trainer.data.dataset import SplitView
+from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
+from trainer.models.packed import PrefixCache
 from trainer.run.assemble import Parts
 from trainer.run.distributed import World
 from trainer.tasks import Task
@@ -117,11 +119,59 @@ def write_predictions(table: pd.DataFrame, path: Path) -> None:
     temporary.replace(path)
 
 
-def batches(n: int, lengths: np.ndarray, size: int, rank: int, world: int) -> Iterator[tuple[tuple[int, ...], float]]:
-    """This rank's batches of `n` samples, like lengths together; the same number on every rank."""
-    order = GlobalBatch("", 0, tuple(int(i) for i in np.argsort(-lengths, kind="stable")))
-    for micro in micro_batches(order, size, rank, world) if n else ():
-        yield micro.indices, micro.weight
+class Scorer:
+    """Answers samples of one task: plans their batches, keeps the prefix's keys and values, scores or generates.
+
+    Every rank makes one, and calls :meth:`batches` and :meth:`answer` equally often; weights must not change meanwhile.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        parts: Parts,
+        config: RunConfig,
+        name: str,
+        world: World,
+        dtype: torch.dtype,
+    ) -> None:
+        self.forward, self.parts, self.config, self.world, self.dtype = forward, parts, config, world, dtype
+        self.task, self.collate = parts.tasks[name], parts.collators[name]
+        self.trie = parts.tries[name].to(world.device)
+        packed = config.data.layout == "packed" and config.eval.mode == "score"
+        self.limits = Limits(config.eval.tokens, config.eval.batch, packed)
+        self._prefix: PrefixCache | None = None
+
+    def sizes(self, samples: SplitView | Sequence[Sample]) -> Sizes:
+        return self.collate.sizes(samples, nodes=len(self.trie.token_N), cached=self.limits.packed)
+
+    def batches(self, samples: SplitView | Sequence[Sample], lengths: np.ndarray) -> Iterator[MicroBatch]:
+        """This rank's batches of `samples`, like lengths together; the same number on every rank."""
+        order = np.argsort(-lengths, kind="stable").tolist()
+        if order:
+            yield from micro_batches(order, self.sizes(samples), self.limits, self.world.rank, self.world.size)
+
+    def answer(self, samples: Sequence[Sample], micro: MicroBatch) -> list[dict[str, Any]]:
+        """Value, prediction, valid, answer, probabilities and gates of each sample of a batch."""
+        if self.config.eval.mode == "generate":
+            batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device, self.dtype)
+            longest = max(map(len, self.collate.answers)) + 4
+            told = self.parts.model.generate(batch, longest)
+            return _rows(self.task, parse_answers(self.task, told, self.config.data.answers))
+        output = self._output(samples, micro)
+        said = predict(self.task, output.logprob_BC, self.config.data.answers, self.config.eval.prediction)
+        gates = _gates(output, len(samples))
+        return [{**row, **gate} for row, gate in zip(_rows(self.task, said), gates, strict=True)]
+
+    def _output(self, samples: Sequence[Sample], micro: MicroBatch) -> Any:
+        device, dtype = self.world.device, self.dtype
+        if not self.limits.packed:
+            batch = self.collate(samples, answers=False, weight=micro.weight).to(device, dtype)
+            return self.forward(batch, self.trie)
+        row = self.collate.pack(samples, micro.groups, trie=self.parts.tries[self.task.name], weight=micro.weight)
+        row = row.to(device, dtype)
+        if self._prefix is None:
+            self._prefix = self.parts.model.prefix(row.prefix_ids_P)
+        return self.forward(row, None, self._prefix)
 
 
 def _task_rows(
@@ -136,53 +186,19 @@ def _task_rows(
     before_batch: Callable[[], None],
 ) -> list[dict[str, Any]]:
     view, task = parts.data[name][split], parts.tasks[name]
+    scorer = Scorer(forward, parts, config, name, world, dtype)
     rows: list[dict[str, Any]] = []
-    for indices, weight in batches(len(view), view.lengths(), config.eval.batch, world.rank, world.size):
+    for micro in scorer.batches(view, view.lengths()):
         before_batch()
-        samples = [view[i] for i in indices]
-        answers = answer(forward, parts, config, name, samples, world, dtype, weight)
-        if weight:
+        samples = [view[i] for i in micro.indices]
+        answers = scorer.answer(samples, micro)
+        if micro.weight:
             for sample, given in zip(samples, answers, strict=True):
                 label = task.labels[int(sample.target)] if task.kind == "classification" else float(sample.target)
                 about = {"task": name, "id": sample.id, "label": label, "kind": sample.kind, "target": sample.target}
                 rows.append({**about, **given})
             advance(len(samples))
     return rows
-
-
-def answer(
-    forward: Callable[..., Any],
-    parts: Parts,
-    config: RunConfig,
-    name: str,
-    samples: Sequence[Sample],
-    world: World,
-    dtype: torch.dtype,
-    weight: float = 1.0,
-) -> list[dict[str, Any]]:
-    """One batch of task `name` answered: value, prediction, valid, answer, probabilities and gates of each sample."""
-    batch = parts.collators[name](samples, answers=False, weight=weight).to(world.device, dtype)
-    if config.eval.mode == "generate":
-        return _generated(forward, parts, config, name, batch)
-    return _scored(forward, parts, config, name, batch, parts.tries[name].to(world.device))
-
-
-def _scored(
-    forward: Callable[..., Any], parts: Parts, config: RunConfig, name: str, batch: Batch, trie: Any
-) -> list[dict[str, Any]]:
-    output = forward(batch, trie)
-    said = predict(parts.tasks[name], output.logprob_BC, config.data.answers, config.eval.prediction)
-    return [
-        {**row, **gate} for row, gate in zip(_rows(parts.tasks[name], said), _gates(output, len(batch)), strict=True)
-    ]
-
-
-def _generated(
-    forward: Callable[..., Any], parts: Parts, config: RunConfig, name: str, batch: Batch
-) -> list[dict[str, Any]]:
-    task, style = parts.tasks[name], config.data.answers
-    longest = max(map(len, parts.collators[name].answers)) + 4
-    return _rows(task, parse_answers(task, parts.model.generate(batch, longest), style))
 
 
 def _rows(task: Task, said: Predictions) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.batch import Batch, Features
+from trainer.batch import Batch, Features, FusionInput, PackedBatch, Packing
 from trainer.run.distributed import World
 from trainer.run.files import write_json
 
@@ -124,9 +124,9 @@ class Evidence:
     """The micro-batches of a step, kept until it is known to be good, to be written down when it is not."""
 
     def __init__(self) -> None:
-        self._micros: list[tuple[Batch, Tensor]] = []
+        self._micros: list[tuple[Batch | PackedBatch, Tensor]] = []
 
-    def add(self, batch: Batch, loss_B: Tensor) -> None:
+    def add(self, batch: Batch | PackedBatch, loss_B: Tensor) -> None:
         self._micros.append((batch, loss_B))
 
     def bad_ids(self) -> list[str]:
@@ -158,36 +158,45 @@ class Evidence:
                 write_json(folder / ABOUT, {**about, "micro_batches": [micro for part in parts for micro in part]})
 
 
-def save_batch(batch: Batch, path: Path) -> None:
+def save_batch(batch: Batch | PackedBatch, path: Path) -> None:
     """A batch as one safetensors file; what is no tensor stands in its metadata."""
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    _flatten(batch, "", tensors, plain)
+    plain = _take_apart(batch, "", tensors)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"plain": json.dumps(plain)})
 
 
-def load_batch(path: Path) -> Batch:
+def load_batch(path: Path) -> Batch | PackedBatch:
     """What :func:`save_batch` wrote."""
     with safe_open(path, "pt") as handle:
         plain = json.loads(handle.metadata()["plain"])
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no dictionary)
-    features: dict[str, dict[str, Tensor]] = {"audio": {}, "video": {}}
-    rest: dict[str, Any] = dict(plain)
-    for name, tensor in tensors.items():
-        head, _, tail = name.partition(".")
-        if tail:
-            features[head][tail] = tensor
-        else:
-            rest[name] = tensor
-    return Batch(**rest, audio=Features(**features["audio"]), video=Features(**features["video"]))
+    return _put_together(plain, tensors)
 
 
-def _flatten(value: Any, head: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    for field in fields(value):
-        name, held = head + field.name, getattr(value, field.name)
-        if isinstance(held, Tensor):
-            tensors[name] = held
-        elif is_dataclass(held):
-            _flatten(held, f"{name}.", tensors, plain)
-        else:
-            plain[name] = held
+_HELD = {kind.__name__: kind for kind in (Batch, PackedBatch, Packing, FusionInput, Features)}
+
+
+def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON knows it; its tensors go into `tensors` under dotted names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if is_dataclass(value):
+        held = {
+            f.name: _take_apart(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)
+        }
+        return {"kind": type(value).__name__, "fields": held}
+    if isinstance(value, list):
+        return [_take_apart(inner, f"{name}.{i}", tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(inner, tensors) for inner in value]
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]]
+    if isinstance(value, dict):
+        held = {key: _put_together(inner, tensors) for key, inner in value["fields"].items()}
+        return _HELD[value["kind"]](**held)
+    return value

@@ -13,11 +13,13 @@ from trainer.run.engine import zero_stage
 FREE = frozenset(
     {
         "data.path",
+        "data.layout",
         "model.backbone.attention",
         "model.backbone.read",
         "model.backbone.gradient_checkpointing",
         "model.backbone.reentrant",
         "train.micro_batch",
+        "train.micro_tokens",
         "train.log_every",
         "train.eval_every",
         "train.save_every",

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from trainer.config import RunConfig, dump_config
-from trainer.data.sampling import GlobalBatch, Order, micro_batches
+from trainer.data.sampling import GlobalBatch, Limits, Order, Sizes, micro_batches
 from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
@@ -54,6 +55,8 @@ class Training:
     world: World
     guard: Guard
     stop: StopRequest
+    sizes: dict[str, Sizes]  # of the training samples, by task
+    limits: Limits
     beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
 
 
@@ -64,7 +67,8 @@ class StepResult:
     loss: float  # weighted mean over the global batch, balance term not included
     balance: float
     samples: int
-    positions: int  # that this rank passed through the backbone
+    positions: int  # that all ranks passed through the backbone, those of empty micro-batches left out
+    usage: list[float]  # of the experts in earlier steps, by the gate; empty without one
     skipped: bool  # a loss or gradient was no number: nothing moved
     stop: bool  # some rank was asked to stop
 
@@ -225,7 +229,9 @@ class Run:
         self.schedule = Schedule(self.engine, train, self.steps)
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
         self.stop = stop
-        self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
+        self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
+        limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
+        self.training = Training(self.engine, parts, config, world, self.guard, stop, self.sizes, limits, watch.beat)
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
         self.best: str | None = None
@@ -287,7 +293,7 @@ class Run:
         batch = self.order.step(step)
         evidence = Evidence()
         what = f"a micro-batch of step {step + 1}"
-        with memory_explained(what, "train.micro_batch", self.config.train.micro_batch):
+        with memory_explained(what, "train.micro_tokens", self.config.train.micro_tokens):
             result = train_step(self.training, batch, step, evidence)
         spike = self.health.step(result.loss, result.skipped)
         if spike:
@@ -397,20 +403,18 @@ class Run:
             "train/lr_fusion": rates[0],
             "train/lr_backbone": rates[-1],
             "train/samples_per_second": result.samples / seconds,
-            "train/positions_per_sample": result.positions * self.world.size / result.samples,
+            "train/positions_per_sample": result.positions / result.samples,
         }
-        norm = self.engine.get_global_grad_norm()
-        if norm is not None and not result.skipped:
-            values["train/gradient_norm"] = float(norm)
-        if self.parts.model.fusion is not None:
-            usage = self.parts.model.fusion.gate.usage_E.tolist()
-            values.update(
-                {f"gate/{name}": u for name, u in zip(self.parts.model.fusion.experts_built, usage, strict=True)}
-            )
         marks = {"train/skipped": result.skipped, "train/spike": spike}
         values.update({name: 1.0 for name, there in marks.items() if there})
         self.progress.step(step, result.loss, rates[0], result.samples, seconds)
         if step % self.config.train.log_every == 0 or step in (1, self.steps) or any(marks.values()):
+            norm = self.engine.get_global_grad_norm()
+            if norm is not None and not result.skipped:
+                values["train/gradient_norm"] = float(norm)
+            if self.parts.model.fusion is not None:
+                names = self.parts.model.fusion.experts_built
+                values.update({f"gate/{name}": u for name, u in zip(names, result.usage, strict=True)})
             self.tracker.metrics(values, step)
             self.progress.line(step)
 
@@ -424,16 +428,16 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     """
     engine, config, world, guard = training.engine, training.config, training.world, training.guard
     view, collate = training.parts.data[batch.task]["train"], training.parts.collators[batch.task]
-    micros = micro_batches(batch, config.train.micro_batch, world.rank, world.size)
+    micros = micro_batches(batch.indices, training.sizes[batch.task], training.limits, world.rank, world.size)
     dtype = dtype_of(config)
-    total = len(batch.indices)
-    told = torch.zeros(4, dtype=torch.float64, device=world.device if world.device.type == "cuda" else None)
+    total, device = len(batch.indices), world.device if world.device.type == "cuda" else None
+    told = torch.zeros(2, dtype=torch.float64, device=device)
     positions = 0
     for place, micro in enumerate(micros):
         training.beat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         samples = [view[i] for i in micro.indices]
-        rows = collate(samples, weight=micro.weight, epoch=batch.epoch).to(world.device, dtype)
-        positions += rows.input_ids_BL.numel() if micro.weight else 0
+        rows = collate.training(samples, micro, batch.epoch).to(world.device, dtype)
+        positions += rows.positions if micro.weight else 0
         torch.manual_seed(mix(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
@@ -442,10 +446,10 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         told[0] += loss_B.detach().sum().double()
         told[1] += balance_B.detach().sum().double()
         evidence.add(rows, loss_B.detach())
-    told[2] = float(training.stop.asked)
-    told[3] = guard.found()
-    world.sum(told)
-    loss, balance, asked, bad = told.tolist()
+    counted = torch.tensor([float(training.stop.asked), float(positions)], dtype=torch.float64, device=device)
+    told = torch.cat([told, guard.found().to(told)[None], counted, *_usage(training)])
+    world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
+    loss, balance, bad, asked, positions, *usage = told.tolist()
     skipped = bad > 0 or not math.isfinite(loss + balance)
     with guard.still(skipped):
         engine.step()
@@ -454,8 +458,21 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         if skipped:
             gate.discard_usage()
         else:
-            gate.update_usage(world.sum)
-    return StepResult(loss / total, balance / total, total, positions, skipped, asked > 0)
+            gate.update_usage(lambda collected: _put(collected, told[-len(collected) :]))
+    usage = usage[: len(usage) // 2]
+    return StepResult(loss / total, balance / total, total, int(positions), usage, skipped, asked > 0)
+
+
+def _put(place: Tensor, values: Tensor) -> None:
+    place.copy_(values)
+
+
+def _usage(training: Training) -> list[Tensor]:
+    """What the gate adds to the sum over ranks: its usage, shared out, and what this step collected."""
+    if training.parts.model.fusion is None:
+        return []
+    gate = training.parts.model.fusion.gate
+    return [gate.usage_E.double() / training.world.size, gate.step_usage_E.double(), gate.step_weight.double()[None]]
 
 
 def _process() -> dict[str, Any]:

@@ -8,11 +8,15 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from trainer.batch import Batch, PackedBatch
 from trainer.config import RunConfig
+from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
 from trainer.run.assemble import Parts
 from trainer.run.distributed import World
+from trainer.run.evaluate import Scorer
 from trainer.run.guard import Guard
 
 if TYPE_CHECKING:
@@ -30,57 +34,78 @@ def probe(
 ) -> None:
     """Pass each task's worst-case micro-batch through a whole step that moves nothing, and score its worst-case batch.
 
-    Every rank calls this. The samples with the longest text, audio and video are padded together, so no later
-    micro-batch is larger in any dimension.
+    Every rank calls this. Two micro-batches are tried: the one that the longest prompts fill, and the one that the samples
+    with most text, audio and video fill.
 
     Raises:
         ValueError: it does not fit into memory (with the settings to change), or its loss is no number.
     """
     faults = []
     counters = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)
+    train = config.train
     for name in parts.tasks:
         view, collate = parts.data[name]["train"], parts.collators[name]
-        samples = [view[i] for i in view.longest(config.train.micro_batch)]
-        batch = collate(samples, weight=1.0, epoch=None).to(world.device, dtype)
-        shape = f"{len(samples)} samples of {batch.input_ids_BL.shape[1]} tokens, {batch.audio.mask_BT.shape[1]} audio and {batch.video.mask_BT.shape[1]} video frames"
-        with memory_explained(
-            f"task {name}: the largest micro-batch ({shape})", "train.micro_batch", config.train.micro_batch
-        ):
-            engine.set_gradient_accumulation_boundary(True)
-            output = engine(batch)
-            loss = output.loss_B.mean()
-            engine.backward(loss + output.balance_B.mean() + output.idle, scale_wrt_gas=False)
-            with guard.still(True):
-                engine.step()
-        if not math.isfinite(float(loss.detach())):
-            ids = ", ".join(sample.id for sample in samples)
-            faults.append(
-                f"task {name}: the loss is {float(loss.detach())} before any training, on {ids}: see the features, or the backbone and its precision"
-            )
-        guard.found()
-        if parts.model.fusion is not None:
-            parts.model.fusion.gate.discard_usage()
+        limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
+        for micro in largest(collate.sizes(view), limits, train.global_batch):
+            samples = [view[i] for i in micro.indices]
+            batch = collate.training(samples, micro, None).to(world.device, dtype)
+            with memory_explained(
+                f"task {name}: the largest micro-batch ({_shape(batch)})", "train.micro_tokens", train.micro_tokens
+            ):
+                engine.set_gradient_accumulation_boundary(True)
+                output = engine(batch)
+                loss = output.loss_B.mean()
+                engine.backward(loss + output.balance_B.mean() + output.idle, scale_wrt_gas=False)
+                with guard.still(True):
+                    engine.step()
+            if not math.isfinite(float(loss.detach())):
+                ids = ", ".join(sample.id for sample in samples)
+                faults.append(
+                    f"task {name}: the loss is {float(loss.detach())} before any training, on {ids}: see the features, or the backbone and its precision"
+                )
+            guard.found()
+            if parts.model.fusion is not None:
+                parts.model.fusion.gate.discard_usage()
         _score(engine, parts, config, name, world, dtype)
     engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps = counters
     if faults:
         raise ValueError("\n".join(faults))
 
 
+def largest(sizes: Sizes, limits: Limits, most: int) -> list[MicroBatch]:
+    """The micro-batches of at most `most` samples that need most: by prompt, and by what the fusion network reads."""
+    out: list[MicroBatch] = []
+    for need_N in (sizes.tokens_N, sizes.read_N3.sum(1)):
+        order = np.argsort(-need_N, kind="stable")[:most].tolist()
+        if not order:
+            return []
+        first = micro_batches(order, sizes, limits, 0, 1)[0]
+        if first not in out:
+            out.append(first)
+    return out
+
+
+def _shape(batch: Batch | PackedBatch) -> str:
+    frames = [(g.audio.mask_BT.shape[1], g.video.mask_BT.shape[1]) for g in batch.inputs]
+    audio, video = (max(longest) for longest in zip(*frames, strict=True))
+    return f"{len(batch)} samples, {batch.positions} positions, up to {audio} audio and {video} video frames"
+
+
 def _score(
     engine: DeepSpeedEngine, parts: Parts, config: RunConfig, name: str, world: World, dtype: torch.dtype
 ) -> None:
-    view, trie = parts.data[name]["valid"], parts.tries[name]
-    samples = [view[i] for i in view.longest(config.eval.batch)]
-    if not samples or config.eval.mode != "score":
+    view, scorer = parts.data[name]["valid"], Scorer(engine, parts, config, name, world, dtype)
+    if not len(view) or config.eval.mode != "score":
         return
-    batch = parts.collators[name](samples, answers=False).to(world.device, dtype)
-    shape = f"{len(samples)} samples of {batch.input_ids_BL.shape[1]} tokens, {len(trie.answers)} answers"
     engine.eval()
-    with (
-        torch.no_grad(),
-        memory_explained(f"task {name}: the largest evaluation batch ({shape})", "eval.batch", config.eval.batch),
-    ):
-        engine(batch, trie.to(world.device))
+    for micro in largest(scorer.sizes(view), scorer.limits, len(view)):
+        samples = [view[i] for i in micro.indices]
+        shape = f"{len(samples)} samples, {len(parts.tries[name].answers)} answers"
+        with (
+            torch.no_grad(),
+            memory_explained(f"task {name}: the largest evaluation batch ({shape})", "eval.tokens", config.eval.tokens),
+        ):
+            scorer.answer(samples, micro)
     engine.train()
 
 
@@ -94,7 +119,7 @@ def memory_explained(what: str, key: str, value: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in text and "not enough memory" not in text:
             raise
         smaller = f"{key}={max(1, value // 2)} (now {value}), " if value > 1 else ""
-        checkpointing = "" if key == "eval.batch" else "model.backbone.gradient_checkpointing=true, "
+        checkpointing = "" if key == "eval.tokens" else "model.backbone.gradient_checkpointing=true, "
         raise MemoryFault(
             f"{what} does not fit into memory: {text.splitlines()[0]}\ntry {smaller}{checkpointing}a smaller data.max_text_tokens, or more GPUs with train.zero=3"
         ) from error
