@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tests.toy import prepare_toy
+from trainer.answers.scoring import task_trie
 from trainer.batch import Sample
 from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator, prompt_texts
+from trainer.data.dataset import open_dataset
 from trainer.models.backbone import build_tiny, load_tokenizer
 from trainer.tasks import BUILT_IN
-from trainer.text import encode
+from trainer.text import count_tokens, encode
 
 WIDTHS = {"audio": 3, "video": 2}
 
@@ -66,11 +70,94 @@ def test_rows_are_their_pieces_token_by_token(tokenizer: PreTrainedTokenizerBase
         assert batch.context_length_B[b] == len(prefix) + 4 + len(text) + len(suffix)
         assert batch.answer_ids_BA[b][batch.answer_mask_BA[b]].tolist() == answer
         assert batch.text_ids_BS[b][batch.text_mask_BS[b]].tolist() == text
-        assert collate.positions(s) == len(prefix) + 4 + len(rest)
         assert end not in text
     scoring = collate(samples, answers=False)
     assert scoring.answer_ids_BA.shape == (2, 0)
     assert scoring.input_ids_BL.shape[1] == int(scoring.context_length_B.max())
+
+
+def test_a_packed_row_is_its_pieces_token_by_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    collate = collator(tokenizer)
+    samples = [
+        sample(0, "so happy"),
+        sample(3, "我 <|endoftext|> very very sad 😀", history=[("Ross", "hi")]),
+        sample(5, "", audio_TF=None),
+    ]
+    row = collate.pack(samples, [2, 0, 1])
+    before, after = prompt_texts(BUILT_IN["meld"], DataConfig())
+    end = tokenizer.eos_token_id
+    assert row.prefix_ids_P.tolist() == encode(tokenizer, before)
+    own, targets, start = [], [], 0
+    for b, s in enumerate(samples):
+        answer = [*encode(tokenizer, " " + BUILT_IN["meld"].labels[int(s.target)]), end]
+        said = [token for who, what in s.history for token in encode(tokenizer, f"{who}: {what}\n")]
+        context = [end] * 4 + said + encode(tokenizer, s.text) + encode(tokenizer, after)
+        own += context + answer[:-1]
+        assert row.packing.length_B[b] == len(context) + len(answer) - 1
+        assert row.place_BK[b].tolist() == [start, start + 1, start + 2, start + 3]
+        assert row.cue_at_B[b] == start + len(context) - 1
+        targets += [(start + len(context) - 1 + a, token, b, a) for a, token in enumerate(answer)]
+        start = len(own)
+    assert row.own_ids_T.tolist() == own
+    assert (row.packing.prefix, row.packing.total) == (len(row.prefix_ids_P), len(own))
+    assert row.packing.longest == int(row.packing.length_B.max())
+    slots = [divmod(slot, row.longest_answer) for slot in row.answer_slot_n.tolist()]
+    got = zip(row.answer_at_n.tolist(), row.answer_id_n.tolist(), slots, strict=True)
+    assert [(at, token, *slot) for at, token, slot in got] == targets
+    assert [len(i) for i in row.inputs] == [2, 1, 1]  # the one between is of no use
+    assert [i.filler for i in row.inputs] == [False, True, False]
+    assert row.inputs[0].audio.mask_BT.sum(1).tolist() == [5, 8]
+    assert row.inputs[1].audio.mask_BT.shape == (1, 1)
+    assert row.positions == len(row.prefix_ids_P) + len(own)
+
+
+def test_a_row_to_be_scored_carries_the_trie(tokenizer: PreTrainedTokenizerBase) -> None:
+    collate, trie = collator(tokenizer, "mosei"), task_trie(BUILT_IN["mosei"], tokenizer, "words", "en")
+    samples = [sample(0), sample(1, "well, well")]
+    row = collate.pack(samples, trie=trie)
+    nodes = trie.token_N.tolist()
+    for b, (text, stop) in enumerate(zip(("so happy", "well, well"), row.packing.length_B.cumsum(0), strict=True)):
+        own = row.own_ids_T[stop - row.packing.length_B[b] : stop].tolist()
+        assert own[-len(nodes) :] == nodes
+        assert own[4 : -len(nodes)] == encode(tokenizer, text) + collate.suffix
+        assert row.cue_at_B[b] == stop - len(nodes) - 1
+    assert len(row.answer_at_n) == 0
+    assert row.packing.trie is trie
+
+
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("task", ["meld", "mosei"])
+def test_sizes_are_those_of_the_batches(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, task: str, history: int
+) -> None:
+    path = prepare_toy(task, tmp_path)
+    view = open_dataset(path, history=history)["train"]
+    config = DataConfig(history=history, max_text_tokens=9)
+    collate = collator(tokenizer, task, config=config, widths=view.widths)
+    trie = task_trie(BUILT_IN[task], tokenizer, "words", "en")
+    samples = list(view)
+    for given in (view, samples):
+        train, scored = collate.sizes(given), collate.sizes(given, nodes=len(trie.token_N), cached=True)
+        assert train.prefix == len(collate.prefix)
+        assert scored.prefix == 0
+        assert train.tokens_N.tolist() == collate.pack(samples).packing.length_B.tolist()
+        assert scored.tokens_N.tolist() == collate.pack(samples, trie=trie).packing.length_B.tolist()
+        read = [
+            [min(len(encode(tokenizer, s.text)), 9), *(0 if v is None else len(v) for v in (s.audio_TF, s.video_TF))]
+            for s in samples
+        ]
+        assert train.read_N3.tolist() == read
+    padded = collate(samples)
+    lengths = padded.context_length_B + padded.answer_mask_BA.sum(1) - 1
+    assert (train.prefix + train.tokens_N).tolist() == lengths.tolist()
+
+
+def test_tokens_are_counted_as_they_are_made(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    texts = ["", "so happy", "a <think> b", "<|endoftext|>", "我 😀"]
+    assert count_tokens(tokenizer, texts).tolist() == [len(encode(tokenizer, text)) for text in texts]
+    assert count_tokens(tokenizer, []).tolist() == []
 
 
 def test_the_prefix_is_the_same_for_every_sample_and_history_stands_behind_it(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from trainer.data.sampling import GlobalBatch, Order, hidden_modalities, micro_batches
+from trainer.data.sampling import (
+    GROUP_COST,
+    MOST_GROUPS,
+    Limits,
+    Order,
+    Sizes,
+    group,
+    hidden_modalities,
+    micro_batches,
+)
 
 
 def lengths(n: int, seed: int = 0) -> np.ndarray:
@@ -54,16 +64,83 @@ def test_tasks_share_the_steps_by_weight_and_finish_their_passes() -> None:
     assert all(len({order.step(s).task}) == 1 for s in range(10))
 
 
+def sizes(n: int, seed: int = 0, prefix: int = 20) -> Sizes:
+    rng = np.random.default_rng(seed)
+    return Sizes(prefix, rng.integers(5, 60, n), rng.integers(0, 300, (n, 3)))
+
+
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [1, 5, 16, 31])
-def test_micro_batches_do_not_know_the_world(n: int, world: int) -> None:
-    batch = GlobalBatch("meld", 0, tuple(range(100, 100 + n)))
-    ranks = [micro_batches(batch, 4, rank, world) for rank in range(world)]
-    assert len({len(r) for r in ranks}) == 1  # the ranks keep in step
+def test_micro_batches_do_not_know_the_world(n: int, world: int, packed: bool) -> None:
+    batch = tuple(range(100, 100 + n))
+    held, limits = sizes(200), Limits(256, 7, packed)
+    ranks = [micro_batches(batch, held, limits, rank, world) for rank in range(world)]
+    assert len({len(r) for r in ranks}) == 1  # the ranks keep in step, and so do their calls of the fusion network
+    assert all(len({len(m.groups) for m in together}) == 1 for together in zip(*ranks, strict=True))
     real = {m.indices for r in ranks for m in r if m.weight}
-    assert real == {m.indices for m in micro_batches(batch, 4, 0, 1)}
-    assert sorted(i for cut in real for i in cut) == list(batch.indices)
+    assert real == {m.indices for m in micro_batches(batch, held, limits, 0, 1)}
+    assert sorted(i for cut in real for i in cut) == list(batch)
     assert all(len(m.indices) == 1 for r in ranks for m in r if not m.weight)
+    assert all(sum(m.groups) == len(m.indices) for r in ranks for m in r)
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+def test_rows_are_filled_first_fit_within_their_budget(samples: int | None) -> None:
+    held = sizes(60, seed=4)
+    order = np.random.default_rng(1).permutation(60).tolist()
+    got = micro_batches(order, held, Limits(150, samples), 0, 1)
+    rows: list[list[int]] = []
+    for i in order:  # by hand: the first row with room
+        for row in rows:
+            if 20 + held.tokens_N[[*row, i]].sum() <= 150 and len(row) < (samples or 99):
+                row.append(i)
+                break
+        else:
+            rows.append([i])
+    assert [sorted(m.indices) for m in got] == [sorted(row) for row in rows]
+    alone = micro_batches(order[:3], held, Limits(10), 0, 1)  # longer than the budget: each in a row of its own
+    assert [m.indices for m in alone] == [(i,) for i in order[:3]]
+
+
+def test_padded_batches_stay_within_their_budget() -> None:
+    held = sizes(60, seed=4)
+    got = micro_batches(range(60), held, Limits(400, 6, packed=False), 0, 1)
+    assert [i for m in got for i in m.indices] == list(range(60))
+    whole = [len(m.indices) * (20 + held.tokens_N[list(m.indices)].max()) for m in got]
+    assert max(whole) <= 400
+    for m, following in itertools.pairwise(got):  # none could have taken the next sample too
+        grown = [*m.indices, following.indices[0]]
+        assert len(grown) > 6 or len(grown) * (20 + held.tokens_N[grown].max()) > 400
+
+
+def cost(read_n3: np.ndarray, groups: list[int]) -> int:
+    stops = np.cumsum(groups)
+    parts = [read_n3[stop - n : stop] for n, stop in zip(groups, stops, strict=True)]
+    return sum(len(part) * np.maximum(part, 1).max(0).sum() + GROUP_COST for part in parts)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_waste_least(seed: int) -> None:
+    """Against every way to cut nine sorted samples into at most four groups."""
+    rng = np.random.default_rng(seed)
+    read_N3 = rng.integers(0, 500 if seed % 2 else 60, (30, 3))
+    indices = rng.permutation(30)[:9].tolist()
+    chosen, groups = group(indices, read_N3)
+    assert sorted(chosen) == sorted(indices)
+    held = read_N3[list(chosen)]
+    assert (np.diff(held.sum(1)) <= 0).all()
+    best = min(
+        cost(held, np.diff([0, *cuts, 9]).tolist())
+        for count in range(MOST_GROUPS)
+        for cuts in itertools.combinations(range(1, 9), count)
+    )
+    assert cost(held, list(groups)) == best
+
+
+def test_a_short_clip_is_not_padded_to_a_long_one() -> None:
+    read_N3 = np.array([[5, 40, 40]] * 12 + [[5, 500, 500]])
+    assert group(range(13), read_N3)[1] == (1, 12)
 
 
 def test_faults_are_named() -> None:

@@ -1,6 +1,6 @@
 """Samples to batches: prompts with places for pseudo tokens, answer targets, padded features on one time axis.
 
-A prompt reads ``instruction <Multimodal> [K places] history text </Multimodal> cue answer``; its pieces are tokenised
+A prompt reads ``instruction <Multimodal> [K places] history text </> cue answer``; its pieces are tokenised
 apart and joined. What stands before the places, the prefix, is the same for every sample of a task. A packed batch is one
 row: the prefix once, then what is left of every sample. A padded batch has a row with the whole prompt for every sample.
 """
@@ -21,7 +21,7 @@ from trainer.data.sampling import MicroBatch, Sizes, hidden_modalities
 from trainer.tasks import Language, Task
 from trainer.text import count_tokens, encode, end_token, start_tokens
 
-OPEN, CLOSE = "<Multimodal>", "</Multimodal>"
+OPEN, CLOSE = "<Multimodal>", "</>"  # the prefix holds the first once; every sample pays for the second
 NOMINAL_SECONDS = 10.0  # a clip's length on the time axis where no frame rate is known
 
 
