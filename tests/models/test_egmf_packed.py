@@ -1,0 +1,205 @@
+"""Packed rows against the same samples one at a time: losses, every gradient, scores, and what is allocated on the way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import load, save_family
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.answers.scoring import task_trie
+from trainer.batch import Sample
+from trainer.config import AdapterConfig, DataConfig, FusionConfig
+from trainer.data.collate import Collator
+from trainer.models.egmf import EGMF, LossOutput, ScoreOutput
+from trainer.models.fusion import Fusion
+from trainer.tasks import BUILT_IN
+
+WIDTHS = {"audio": 3, "video": 2}
+TEXTS = ["so happy", "", "what on earth are you doing there", "no", "我很高兴 well", "I know! I know, I know."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> EGMF:
+    backbone = load(folder, dtype, **changes)
+    torch.manual_seed(5)
+    config = FusionConfig(width=32, heads=2, dropout=0.0, pseudo_tokens=3)
+    fusion = Fusion(config, {"meld": WIDTHS, "mosei": WIDTHS}, backbone.hidden_size, backbone.hidden_size, 1.0)
+    for parameter in fusion.gate.parameters():  # the gate's logits start at 0: an even gate hides faults
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return EGMF(backbone, fusion.to(dtype))
+
+
+def collator(model: EGMF, task: str = "meld") -> Collator:
+    return Collator(
+        BUILT_IN[task], model.backbone.tokenizer, DataConfig(),
+        widths=WIDTHS, rates={}, pseudo_tokens=3, modalities=("text", "audio", "video"),
+    )  # fmt: skip
+
+
+def samples(task: str = "meld") -> list[Sample]:
+    out = []
+    for i, text in enumerate(TEXTS):
+        rng = np.random.default_rng(i)
+        audio, video = (rng.normal(size=(n, w)).astype("f4") for n, w in ((3 + 4 * i, 3), (9 - i, 2)))
+        target = i % 7 if task == "meld" else (i - 3) / 2
+        history = [("Ross", "hi there")] if i == 3 else []
+        out.append(Sample(f"s{i}", text, target, audio if i != 2 else None, video if i != 4 else None, history=history))
+    return out
+
+
+def gradients(model: EGMF, outputs: Sequence[LossOutput]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses, and every gradient of the weighted sum of losses."""
+    weights = torch.linspace(0.5, 1.5, len(TEXTS))
+    loss_B = torch.cat([out.loss_B for out in outputs])
+    model.zero_grad()
+    ((loss_B + torch.cat([out.balance_B for out in outputs])) @ weights + sum(out.idle for out in outputs)).backward()
+    return loss_B.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+WAYS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
+    pytest.param({"gradient_checkpointing": True, "reentrant": True}, id="reentrant"),
+    pytest.param({"attention": "sdpa"}, id="mask"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_loss_and_every_gradient_equal_the_samples_one_at_a_time(
+    folder: Path, quantization: str, way: dict[str, Any]
+) -> None:
+    model = make(folder, quantization=quantization, **way).train()
+    collate, held = collator(model), samples()
+    alone, reference = gradients(model, [model(collate([sample])) for sample in held])
+    for groups in ([6], [2, 1, 3], [1, 0, 5, 0]):
+        packed, got = gradients(model, [model(collate.pack(held, groups))])
+        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+        assert got.keys() == reference.keys()
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == got.keys()
+        largest = max(float(g.abs().max()) for g in reference.values())
+        for name, gradient in got.items():
+            scale = max(float(reference[name].abs().max()), 1e-3 * largest)
+            torch.testing.assert_close(gradient / scale, reference[name] / scale, atol=1e-5, rtol=0, msg=name)
+
+
+def test_bf16_losses_equal_the_samples_one_at_a_time(folder: Path) -> None:
+    model = make(folder, torch.bfloat16).train()
+    collate, held = collator(model), samples()
+    alone = torch.cat([model(collate([s]).to("cpu", torch.bfloat16)).loss_B for s in held])
+    packed = model(collate.pack(held).to("cpu", torch.bfloat16)).loss_B
+    torch.testing.assert_close(packed, alone, atol=0.15, rtol=0.02)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "varlen"])
+def test_no_sample_reads_another(folder: Path, attention: str) -> None:
+    """The gradient of one sample's loss with respect to another's features is exactly 0."""
+    model = make(folder, attention=attention).train()
+    row = collator(model).pack(samples())
+    features = [row.inputs[0].audio, row.inputs[0].video]
+    for held in features:
+        held.values_BTF.requires_grad_()
+    out = model(row)
+    for b in range(len(TEXTS)):
+        reached = torch.autograd.grad(out.loss_B[b], [f.values_BTF for f in features], retain_graph=True)
+        for other in range(len(TEXTS)):
+            found = [float(g[other].abs().sum()) for g in reached]
+            assert (sum(found) > 0) == (other == b)
+
+
+def test_groups_and_fillers_leave_gates_in_order(folder: Path) -> None:
+    model = make(folder).eval()
+    collate, held = collator(model), samples()
+    with torch.no_grad():
+        whole, cut = (model(collate.pack(held, groups)) for groups in ([6], [2, 0, 4]))
+    torch.testing.assert_close(cut.gate_expert_BKE, whole.gate_expert_BKE)
+    torch.testing.assert_close(cut.gate_modality_BKEM, whole.gate_modality_BKEM)
+    assert whole.gate_expert_BKE.std(0).max() > 0.01
+
+
+@pytest.mark.parametrize("task", ["meld", "mosei"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_equal_those_of_padded_batches(folder: Path, task: str, dtype: torch.dtype) -> None:
+    model = make(folder, dtype).eval()
+    collate, held = collator(model, task), samples(task)
+    trie = task_trie(BUILT_IN[task], model.backbone.tokenizer, "words", "en")
+    with torch.no_grad():
+        row = collate.pack(held, [2, 4], trie=trie).to("cpu", dtype)
+        prefix = model.prefix(row.prefix_ids_P)
+        first, again = (model(row, None, prefix) for _ in range(2))  # the cache does not grow
+        whole, padded = model(row), model(collate(held, answers=False).to("cpu", dtype), trie)
+        alone = [model(collate.pack([s], trie=trie).to("cpu", dtype), None, prefix).logprob_BC for s in held]
+    assert isinstance(first, ScoreOutput)
+    assert torch.equal(first.logprob_BC, again.logprob_BC)
+    with torch.no_grad():
+        precise = copy.deepcopy(model).float()(collate(held, answers=False), trie).logprob_BC
+    padding = float((padded.logprob_BC - precise).abs().max())  # what rounding costs where nothing is packed
+    tolerance = 2e-5 if dtype == torch.float32 else 1.5 * padding + 2e-2
+    for other in (first.logprob_BC, whole.logprob_BC, torch.cat(alone)):
+        torch.testing.assert_close(other, precise, atol=tolerance, rtol=0)
+    assert precise.std() > 0.5
+    assert tolerance < 0.5
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that comes to life under it, parameters' gradients left out, and the shapes that end in `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last, self.shapes = last, set[tuple[int, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == self.last:
+                self.shapes.add(tuple(tensor.shape))
+        return out
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a vocabulary of 151,936 no tensor has more rows of logits than the batch has answer tokens."""
+    V = 151_936
+    folder = save_family("qwen2", tmp_path, vocab_size=V)
+    model = make(folder, adapter=AdapterConfig(rank=2, dropout=0.0)).train()
+    collate, held = collator(model), samples()
+    batch = collate.pack(held) if layout == "packed" else collate(held)
+    wanted = len(batch.answer_id_n) if layout == "packed" else batch.answer_ids_BA.numel()
+    with Largest(V) as seen:
+        out = model(batch)
+        out.loss_B.sum().backward()
+    rows = {int(np.prod(shape[:-1])) for shape in seen.shapes}
+    assert wanted in rows
+    assert max(rows) <= wanted < batch.positions / 4
+    trie = task_trie(BUILT_IN["meld"], model.backbone.tokenizer, "words", "en")
+    monkeypatch.setattr("trainer.models.egmf.LOGITS_AT_ONCE", 8 * V)
+    model.eval()
+    given = (collate.pack(held, trie=trie),) if layout == "packed" else (collate(held, answers=False), trie)
+    with torch.no_grad(), Largest(V) as seen:
+        model(*given)
+    assert max(int(np.prod(shape[:-1])) for shape in seen.shapes) <= 8
+
+
+def test_a_row_that_is_to_be_scored_has_no_loss(folder: Path) -> None:
+    model = make(folder)
+    row = copy.copy(collator(model).pack(samples()))
+    row.answer_at_n = row.answer_at_n[:0]
+    with pytest.raises(ValueError, match="without answers has no loss"):
+        model(row)
+    row = collator(model).pack(samples())
+    row.place_BK = row.place_BK[:, :2]
+    with pytest.raises(ValueError, match="keeps 2 places for pseudo tokens, the model makes 3"):
+        model(row)
