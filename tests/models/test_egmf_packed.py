@@ -155,17 +155,19 @@ def test_scores_equal_those_of_padded_batches(folder: Path, task: str, dtype: to
 
 
 class Logits(TorchDispatchMode):
-    """The shapes, ending in `last`, of all tensors that come to life under it; views of the head's weight left out."""
+    """The shapes, ending in V, of all tensors that come to life under it; views of weights left out."""
 
-    def __init__(self, last: int) -> None:
+    def __init__(self, model: EGMF) -> None:
         super().__init__()
-        self.last, self.shapes = last, set[tuple[int, ...]]()
+        self.last, self.shapes = model.backbone.vocabulary, set[tuple[int, ...]]()
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == self.last:
-                self.shapes |= {tuple(tensor.shape)} - {(64, self.last)}
+                if tensor.untyped_storage().data_ptr() not in self.weights:
+                    self.shapes.add(tuple(tensor.shape))
         return out
 
 
@@ -178,7 +180,7 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     collate, held = collator(model), samples()
     batch = collate.pack(held) if layout == "packed" else collate(held)
     wanted = len(batch.answer_id_n) if layout == "packed" else batch.answer_ids_BA.numel()
-    with Logits(V) as seen:
+    with Logits(model) as seen:
         out = model(batch)
         out.loss_B.sum().backward()
     rows = {int(np.prod(shape[:-1])) for shape in seen.shapes}
@@ -188,7 +190,7 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     monkeypatch.setattr("trainer.models.egmf.LOGITS_AT_ONCE", 8 * V)
     model.eval()
     given = (collate.pack(held, trie=trie),) if layout == "packed" else (collate(held, answers=False), trie)
-    with torch.no_grad(), Logits(V) as seen:
+    with torch.no_grad(), Logits(model) as seen:
         model(*given)
     assert max(int(np.prod(shape[:-1])) for shape in seen.shapes) <= 8
 
