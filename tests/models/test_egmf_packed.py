@@ -165,9 +165,10 @@ class Logits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == self.last:
-                if tensor.untyped_storage().data_ptr() not in self.weights:
-                    self.shapes.add(tuple(tensor.shape))
+            if not isinstance(tensor, Tensor) or not tensor.dim() or tensor.shape[-1] != self.last:
+                continue
+            if tensor.untyped_storage().data_ptr() not in self.weights:
+                self.shapes.add(tuple(tensor.shape))
         return out
 
 
