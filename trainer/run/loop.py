@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,14 @@ class Training:
     world: World
     guard: Guard
     stop: StopRequest
-    sizes: dict[str, Sizes]  # of the training samples, by task
-    limits: Limits
     beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
+    sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
+    limits: Limits = field(init=False)
+
+    def __post_init__(self) -> None:
+        train, parts = self.config.train, self.parts
+        self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
+        self.limits = Limits(train.micro_tokens, train.micro_batch, self.config.data.layout == "packed")
 
 
 @dataclass
@@ -229,9 +234,7 @@ class Run:
         self.schedule = Schedule(self.engine, train, self.steps)
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
         self.stop = stop
-        self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
-        limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
-        self.training = Training(self.engine, parts, config, world, self.guard, stop, self.sizes, limits, watch.beat)
+        self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
         self.best: str | None = None
