@@ -207,8 +207,8 @@ def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float])
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of
     from trainer.run.guard import Evidence, Guard
-    from trainer.run.loop import Training, train_step
     from trainer.run.signals import StopRequest
+    from trainer.run.step import Training, train_step
 
     config = load_config(ROOT / "configs/tiny.yaml", overrides)
     parts = assemble(config, out, world, dtype_of(config))

@@ -53,6 +53,9 @@ class DataConfig(Section):
         "packed",
         description="of micro-batches: one row without padding that holds the instruction once, or a padded row per sample",
     )
+    workers: int | None = Field(
+        None, ge=0, description="processes per rank that collate ahead; default: 2 on a GPU, none elsewhere"
+    )
     modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
     weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
 

@@ -34,8 +34,8 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
     from trainer.run.guard import Evidence, Guard
     from trainer.run.identity import identity
     from trainer.run.logs import set_up_logging
-    from trainer.run.loop import Training, train_step
     from trainer.run.signals import StopRequest
+    from trainer.run.step import Training, train_step
 
     world = start_world()
     set_up_logging(None, world.rank)

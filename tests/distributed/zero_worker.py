@@ -59,8 +59,8 @@ def main(data: Path, out: Path, wanted: str) -> None:
     from trainer.run.evaluate import evaluate
     from trainer.run.guard import Evidence, Guard
     from trainer.run.logs import set_up_logging
-    from trainer.run.loop import Training, train_step
     from trainer.run.signals import StopRequest
+    from trainer.run.step import Training, train_step
 
     world = start_world()
     set_up_logging(None, world.rank)

@@ -14,6 +14,7 @@ FREE = frozenset(
     {
         "data.path",
         "data.layout",
+        "data.workers",
         "model.backbone.attention",
         "model.backbone.read",
         "model.backbone.gradient_checkpointing",

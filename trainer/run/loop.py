@@ -10,30 +10,29 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from trainer.config import RunConfig, dump_config
-from trainer.data.sampling import GlobalBatch, Limits, Order, Sizes, micro_batches
+from trainer.data.sampling import GlobalBatch, MicroBatch, Order, micro_batches
 from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, named, selection, shown, write_predictions
+from trainer.run.feed import Feed, workers
 from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
 from trainer.run.identity import identity, settings
 from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
-from trainer.run.random_state import mix
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.signals import STOPPED, StopAsked, StopRequest
+from trainer.run.step import StepResult, Training, train_step
 from trainer.run.tracking import Tracker
 from trainer.run.watch import Watch
 
@@ -42,40 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STEPS_LOOKED_AT = 50  # for the positions told at the start
 Report = Callable[[Path], list[Path]]  # makes pictures of a run folder and says where they are
-
-
-@dataclass
-class Training:
-    """What a step works with."""
-
-    engine: DeepSpeedEngine
-    parts: Parts
-    config: RunConfig
-    world: World
-    guard: Guard
-    stop: StopRequest
-    beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
-    sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
-    limits: Limits = field(init=False)
-
-    def __post_init__(self) -> None:
-        train, parts = self.config.train, self.parts
-        self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
-        self.limits = Limits(train.micro_tokens, train.micro_batch, self.config.data.layout == "packed")
-
-
-@dataclass
-class StepResult:
-    """What a step tells, the same on every rank."""
-
-    loss: float  # weighted mean over the global batch, balance term not included
-    balance: float
-    samples: int
-    positions: int  # that all ranks passed through the backbone, those of empty micro-batches left out
-    usage: list[float]  # of the experts in earlier steps, by the gate; empty without one
-    skipped: bool  # a loss or gradient was no number: nothing moved
-    stop: bool  # some rank was asked to stop
 
 
 def fit(
@@ -235,11 +202,22 @@ class Run:
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
         self.stop = stop
         self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
+        self.training.feed = Feed(
+            self.training.samples,
+            self._planned,
+            workers(config, world.device),
+            pin=world.device.type == "cuda",
+            stop=self.steps,
+        )
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
         self.best: str | None = None
         self.best_score: float | None = None
         self.at = 0  # optimizer steps taken
+
+    def _planned(self, step: int) -> tuple[GlobalBatch, list[MicroBatch]]:
+        batch = self.order.step(step)
+        return batch, self.training.micro_batches(batch)
 
     def train(self, last: Path | None, saved: dict[str, Any] | None) -> str:
         """Train to the last step and evaluate, or until asked to stop; returns the run's state."""
@@ -248,6 +226,9 @@ class Run:
         except StopAsked:
             log.warning("stopped at step %d of %d; the same command continues it", self.at, self.steps)
             return "stopped"
+        finally:
+            assert self.training.feed is not None
+            self.training.feed.close()
         return "done"
 
     def _train(self, last: Path | None, saved: dict[str, Any] | None) -> None:
@@ -422,62 +403,6 @@ class Run:
             self.progress.line(step)
 
 
-def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evidence) -> StepResult:
-    """One optimizer step over a global batch; a step whose loss or gradient is no number on any rank moves nothing.
-
-    loss = Σ_i w_i (loss_i + balance_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
-    each rank's sum is multiplied by their number. Module dropout is reseeded at every micro-step from
-    (seed, step, micro-step, rank).
-    """
-    engine, config, world, guard = training.engine, training.config, training.world, training.guard
-    view, collate = training.parts.data[batch.task]["train"], training.parts.collators[batch.task]
-    micros = micro_batches(batch.indices, training.sizes[batch.task], training.limits, world.rank, world.size)
-    dtype = dtype_of(config)
-    total, device = len(batch.indices), world.device if world.device.type == "cuda" else None
-    told = torch.zeros(2, dtype=torch.float64, device=device)
-    positions = 0
-    for place, micro in enumerate(micros):
-        training.beat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
-        samples = [view[i] for i in micro.indices]
-        rows = collate.training(samples, micro, batch.epoch).to(world.device, dtype)
-        positions += rows.positions if micro.weight else 0
-        torch.manual_seed(mix(config.train.seed, step, place, world.rank))
-        engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
-        output = engine(rows)
-        loss_B, balance_B = output.loss_B * rows.weight_B, output.balance_B * rows.weight_B
-        engine.backward((loss_B.sum() + balance_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
-        told[0] += loss_B.detach().sum().double()
-        told[1] += balance_B.detach().sum().double()
-        evidence.add(rows, loss_B.detach())
-    counted = torch.tensor([float(training.stop.asked), float(positions)], dtype=torch.float64, device=device)
-    told = torch.cat([told, guard.found().to(told)[None], counted, *_usage(training)])
-    world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
-    loss, balance, bad, asked, positions, *usage = told.tolist()
-    skipped = bad > 0 or not math.isfinite(loss + balance)
-    with guard.still(skipped):
-        engine.step()
-    if training.parts.model.fusion is not None:
-        gate = training.parts.model.fusion.gate
-        if skipped:
-            gate.discard_usage()
-        else:
-            gate.update_usage(lambda collected: _put(collected, told[-len(collected) :]))
-    usage = usage[: len(usage) // 2]
-    return StepResult(loss / total, balance / total, total, int(positions), usage, skipped, asked > 0)
-
-
-def _put(place: Tensor, values: Tensor) -> None:
-    place.copy_(values)
-
-
-def _usage(training: Training) -> list[Tensor]:
-    """What the gate adds to the sum over ranks: its usage, shared out, and what this step collected."""
-    if training.parts.model.fusion is None:
-        return []
-    gate = training.parts.model.fusion.gate
-    return [gate.usage_E.double() / training.world.size, gate.step_usage_E.double(), gate.step_weight.double()[None]]
-
-
 def _process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
@@ -489,7 +414,27 @@ def _tags(values: dict[str, Any]) -> dict[str, Any]:
     return {**tags, "world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
 
 
+def _log_layout(run: Run) -> None:
+    """Say what the first epoch's beginning costs in positions, and which ranks it leaves idle."""
+    steps = range(min(run.order.steps_per_epoch, run.steps, STEPS_LOOKED_AT))
+    samples = positions = idle = 0
+    for step in steps:
+        batch = run.order.step(step)
+        micros = micro_batches(batch.indices, run.training.sizes[batch.task], run.training.limits, 0, 1)
+        samples += len(batch.indices)
+        positions += sum(run.training.positions(batch.task, micro) for micro in micros)
+        idle = max(idle, run.world.size - len(micros))
+    log.info("%s: %.1f positions a sample through the backbone", run.config.data.layout, positions / samples)
+    if idle > 0:
+        log.warning(
+            "%d of %d processes have nothing to do in some steps: a global batch makes too few micro-batches. Set "
+            "train.micro_batch=%d, or raise train.global_batch",
+            idle, run.world.size, -(-run.config.train.global_batch // run.world.size),
+        )  # fmt: skip
+
+
 def _log_start(run: Run, start: int) -> None:
+    _log_layout(run)
     trainable = sum(
         p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.parts.model.parameters() if p.requires_grad
     )

@@ -1,0 +1,132 @@
+"""One optimizer step over a global batch: its micro-batches through the engine, and what the ranks tell each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainer.batch import Batch, PackedBatch
+from trainer.config import RunConfig
+from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
+from trainer.run.assemble import Parts
+from trainer.run.distributed import World
+from trainer.run.engine import dtype_of
+from trainer.run.feed import Feed, Samples, Wanted
+from trainer.run.guard import Evidence, Guard
+from trainer.run.random_state import mix
+from trainer.run.signals import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass
+class Training:
+    """What a step works with."""
+
+    engine: DeepSpeedEngine
+    parts: Parts
+    config: RunConfig
+    world: World
+    guard: Guard
+    stop: StopRequest
+    beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
+    feed: Feed | None = None  # of the batches of a run's steps, made ahead; without one they are made in the step
+    sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
+    limits: Limits = field(init=False)
+    samples: Samples = field(init=False)
+
+    def __post_init__(self) -> None:
+        train, parts = self.config.train, self.parts
+        self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
+        self.limits = Limits(train.micro_tokens, train.micro_batch, self.config.data.layout == "packed")
+        self.samples = Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators)
+
+    def micro_batches(self, batch: GlobalBatch) -> list[MicroBatch]:
+        """This rank's part of a global batch."""
+        return micro_batches(batch.indices, self.sizes[batch.task], self.limits, self.world.rank, self.world.size)
+
+    def positions(self, task: str, micro: MicroBatch) -> int:
+        """That a micro-batch passes through the backbone, padding included."""
+        prefix, tokens_n = self.sizes[task].prefix, self.sizes[task].tokens_N[list(micro.indices)]
+        if self.limits.packed:
+            return prefix + int(tokens_n.sum())
+        return len(tokens_n) * (prefix + int(tokens_n.max()))
+
+    def batches(self, batch: GlobalBatch, step: int, micros: list[MicroBatch]) -> Iterator[Batch | PackedBatch]:
+        """`micros`, collated."""
+        if self.feed is not None:
+            return self.feed.step(step)
+        return (self.samples[Wanted(step, batch.task, batch.epoch, micro)] for micro in micros)
+
+
+@dataclass
+class StepResult:
+    """What a step tells, the same on every rank."""
+
+    loss: float  # weighted mean over the global batch, balance term not included
+    balance: float
+    samples: int
+    positions: int  # that all ranks passed through the backbone, those of empty micro-batches left out
+    usage: list[float]  # of the experts in earlier steps, by the gate; empty without one
+    skipped: bool  # a loss or gradient was no number: nothing moved
+    stop: bool  # some rank was asked to stop
+
+
+def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evidence) -> StepResult:
+    """One optimizer step over a global batch; a step whose loss or gradient is no number on any rank moves nothing.
+
+    loss = Σ_i w_i (loss_i + balance_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
+    each rank's sum is multiplied by their number. Module dropout is reseeded at every micro-step from
+    (seed, step, micro-step, rank).
+    """
+    engine, config, world, guard = training.engine, training.config, training.world, training.guard
+    micros = training.micro_batches(batch)
+    dtype = dtype_of(config)
+    total, device = len(batch.indices), world.device if world.device.type == "cuda" else None
+    told = torch.zeros(2, dtype=torch.float64, device=device)
+    positions = 0
+    for place, (micro, rows) in enumerate(zip(micros, training.batches(batch, step, micros), strict=True)):
+        training.beat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
+        rows = rows.to(world.device, dtype)
+        positions += rows.positions if micro.weight else 0
+        torch.manual_seed(mix(config.train.seed, step, place, world.rank))
+        engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
+        output = engine(rows)
+        loss_B, balance_B = output.loss_B * rows.weight_B, output.balance_B * rows.weight_B
+        engine.backward((loss_B.sum() + balance_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
+        told[0] += loss_B.detach().sum().double()
+        told[1] += balance_B.detach().sum().double()
+        evidence.add(rows, loss_B.detach())
+    counted = torch.tensor([float(training.stop.asked), float(positions)], dtype=torch.float64, device=device)
+    told = torch.cat([told, guard.found().to(told)[None], counted, *_usage(training)])
+    world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
+    loss, balance, bad, asked, positions, *usage = told.tolist()
+    skipped = bad > 0 or not math.isfinite(loss + balance)
+    with guard.still(skipped):
+        engine.step()
+    if training.parts.model.fusion is not None:
+        gate = training.parts.model.fusion.gate
+        if skipped:
+            gate.discard_usage()
+        else:
+            gate.update_usage(lambda collected: _put(collected, told[-len(collected) :]))
+    usage = usage[: len(usage) // 2]
+    return StepResult(loss / total, balance / total, total, int(positions), usage, skipped, asked > 0)
+
+
+def _put(place: Tensor, values: Tensor) -> None:
+    place.copy_(values)
+
+
+def _usage(training: Training) -> list[Tensor]:
+    """What the gate adds to the sum over ranks: its usage, shared out, and what this step collected."""
+    if training.parts.model.fusion is None:
+        return []
+    gate = training.parts.model.fusion.gate
+    return [gate.usage_E.double() / training.world.size, gate.step_usage_E.double(), gate.step_weight.double()[None]]
