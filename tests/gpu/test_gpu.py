@@ -11,6 +11,7 @@ import torch
 from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
 from trainer.config import load_config
+from trainer.data.sampling import Limits, micro_batches
 from trainer.run.assemble import assemble
 from trainer.run.distributed import World
 
@@ -49,6 +50,24 @@ def test_flash_attention_scores_as_sdpa_does(data: Path, tmp_path: Path) -> None
         for name in ("flash_attention_2", "sdpa")
     )
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_micro_step_never_waits_for_the_gpu(data: Path, tmp_path: Path, layout: str) -> None:
+    config = load_config(TINY, [*SMALL, f"data.path={data}", f"data.layout={layout}"])
+    device = torch.device("cuda")
+    parts = assemble(config, tmp_path, World(0, 1, device), torch.bfloat16)
+    view, collate, model = parts.data["meld"]["train"], parts.collators["meld"], parts.model.train()
+    limits = Limits(config.train.micro_tokens, config.train.micro_batch, layout == "packed")
+    micro = micro_batches(range(24), collate.sizes(view), limits, 0, 1)[0]
+    batch = collate.training([view[i] for i in micro.indices], micro, 0).pin_memory().to(device, torch.bfloat16)
+    for watched in (False, True):  # the first pass compiles and allocates
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        try:
+            output = model(batch)
+            (output.loss_B.sum() + output.balance_B.sum() + output.idle).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

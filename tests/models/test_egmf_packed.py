@@ -196,6 +196,41 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     assert max(int(np.prod(shape[:-1])) for shape in seen.shapes) <= 8
 
 
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+
+class Waits(TorchDispatchMode):
+    """The operations under it that need numbers from the device before the host can go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        lists = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in lists)
+        unsized = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        if name in WAITING or by_mask or unsized:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_micro_step_never_waits_for_the_device(folder: Path, layout: str, attention: str) -> None:
+    model = make(folder, attention=attention).train()
+    collate, held = collator(model), samples()
+    batch = collate.pack(held, [2, 0, 4]) if layout == "packed" else collate(held)
+    with Waits() as seen:
+        out = model(batch)
+        (out.loss_B.sum() + out.balance_B.sum() + out.idle).backward()
+    assert seen.found == []
+    with Waits() as seen:
+        assert bool(torch.ones(3)[torch.tensor([True, False, True])].sum() > 1)
+    assert seen.found == ["index", "_local_scalar_dense"]
+
+
 def test_a_row_that_is_to_be_scored_has_no_loss(folder: Path) -> None:
     model = make(folder)
     row = copy.copy(collator(model).pack(samples()))

@@ -64,7 +64,9 @@ class Feed:
     def step(self, step: int) -> Iterator[Batch | PackedBatch]:
         """The batches of `step`; all of them are to be taken."""
         if not self.workers:
-            yield from (self.samples[wanted] for wanted in self._wanted(step))
+            for wanted in self._wanted(step):
+                batch = self.samples[wanted]
+                yield batch.pin_memory() if self.pin else batch
             return
         if self._ahead is None or self._next != step:
             self.close()

@@ -103,8 +103,8 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         told[0] += loss_B.detach().sum().double()
         told[1] += balance_B.detach().sum().double()
         evidence.add(rows, loss_B.detach())
-    counted = torch.tensor([float(training.stop.asked), float(positions)], dtype=torch.float64, device=device)
-    told = torch.cat([told, guard.found().to(told)[None], counted, *_usage(training)])
+    counted = [told.new_full((1,), float(training.stop.asked)), told.new_full((1,), float(positions))]
+    told = torch.cat([told, guard.found().to(told)[None], *counted, *_usage(training)])
     world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
     loss, balance, bad, asked, positions, *usage = told.tolist()
     skipped = bad > 0 or not math.isfinite(loss + balance)
