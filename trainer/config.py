@@ -132,6 +132,9 @@ class GateConfig(Section):
     temperature: PositiveFloat = 1.0
     balance_weight: float = Field(0.0, ge=0.0)
     usage_decay: Fraction = 0.9
+    kernel: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="of the mix; auto: triton on CUDA where it can run, else the reference"
+    )
 
 
 class FusionConfig(Section):

@@ -164,8 +164,14 @@ def global_reference(expert, given, modalities, b, slots, heads):
     return out
 
 
+def answer(expert, given):
+    """What the gate reads of an expert's answer, [B, K, M, D], and validity."""
+    values, valid_BM = expert(given)
+    return torch.stack(values, 2).masked_fill(~valid_BM[:, None, :, None], 0.0), valid_BM
+
+
 def compare(expert, given, modalities, reference):
-    values_BKMD, valid_BM = expert(given)
+    values_BKMD, valid_BM = answer(expert, given)
     assert values_BKMD.shape == (len(LENGTHS), 3, len(modalities), 8)
     for b in range(len(LENGTHS)):
         expected = reference(b) if any(given[m].mask_BT[b].any() for m in modalities) else {}
@@ -215,7 +221,7 @@ def test_global_equals_loops(stride):
 
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_validity(kind):
-    _, valid_BM = build(kind)(streams(LENGTHS))
+    _, valid_BM = answer(build(kind), streams(LENGTHS))
     expected = PRESENT & (PRESENT.sum(1, keepdims=True) > 1) if kind is SemanticExpert else PRESENT
     np.testing.assert_array_equal(valid_BM.numpy(), expected)
 
@@ -228,7 +234,7 @@ def test_nothing_present_is_zero_with_finite_gradients(kind, pooling):
         m: Stream(*(t.requires_grad_() if t.is_floating_point() else t for t in s))
         for m, s in streams([[0] * 3]).items()
     }
-    values_BKMD, valid_BM = expert(given)
+    values_BKMD, valid_BM = answer(expert, given)
     assert not valid_BM.any()
     assert not values_BKMD.any()
     values_BKMD.square().sum().backward()
@@ -241,9 +247,9 @@ def test_a_missing_modality_is_exactly_ignored(kind):
     """The others' answers do not depend on how long the missing one's padding is, and equal an expert never given it."""
     expert = build(kind)
     given = streams([[6, 11, 0], [2, 5, 0]])
-    values, _ = expert(given)
+    values, _ = answer(expert, given)
     given["video"] = stream(lengths_mask([0, 0], 40))
-    longer, _ = expert(given)
+    longer, _ = answer(expert, given)
     torch.testing.assert_close(values[:, :, :2], longer[:, :, :2], rtol=0, atol=1e-12)
     assert not longer[:, :, 2].any()
 
@@ -252,12 +258,12 @@ def test_a_missing_modality_is_exactly_ignored(kind):
 @pytest.mark.parametrize("pooling", ["max", "logsumexp"])
 def test_right_padding_changes_nothing(kind, pooling):
     expert = build(kind, local_pooling=pooling)
-    values, valid = expert(streams(LENGTHS))
+    values, valid = answer(expert, streams(LENGTHS))
 
     def padded(s):
         return Stream(*(torch.nn.functional.pad(t, (0, 9) if t.ndim == 2 else (0, 0, 0, 9)) for t in s))
 
-    wider, still = expert({m: padded(s) for m, s in streams(LENGTHS).items()})
+    wider, still = answer(expert, {m: padded(s) for m, s in streams(LENGTHS).items()})
     assert torch.equal(valid, still)
     torch.testing.assert_close(values, wider, rtol=0, atol=1e-12)
 
@@ -280,7 +286,7 @@ def test_semantic_answers_hold_nothing_of_the_asker_but_the_question():
     expert = build(SemanticExpert, ("audio", "video"))
     for seed in (1, 2):
         given = {"audio": stream(lengths_mask([5], 5), seed=seed), "video": stream(lengths_mask([1], 1), seed=9)}
-        heard = expert(given)[0][:, :, 0]
+        heard = answer(expert, given)[0][:, :, 0]
         if seed == 1:
             first = heard
     torch.testing.assert_close(first, heard, rtol=0, atol=1e-12)
@@ -301,9 +307,9 @@ def test_semantic_moments_are_relative():
             out[m] = Stream(s.content_BTD + position, mask, s.content_BTD, position)
         return out
 
-    base, _ = expert(given(0.0, 0.0))
-    together, _ = expert(given(0.7, 0.7))
-    apart, _ = expert(given(0.7, 0.0))
+    base, _ = answer(expert, given(0.0, 0.0))
+    together, _ = answer(expert, given(0.7, 0.7))
+    apart, _ = answer(expert, given(0.7, 0.0))
     torch.testing.assert_close(base, together, rtol=0, atol=1e-5)  # positions are float32
     assert (base - apart).abs().max() > 1e-3
 
@@ -379,8 +385,8 @@ def test_slot_attention_sums_to_one_over_the_valid():
 def test_half_precision_is_near_float32(kind, dtype):
     torch.manual_seed(0)
     expert = kind(config(), ALL)
-    reference, _ = expert(streams(LENGTHS, dtype=torch.float32))
-    half, _ = expert.to(dtype)(streams(LENGTHS, dtype=dtype))
+    reference, _ = answer(expert, streams(LENGTHS, dtype=torch.float32))
+    half, _ = answer(expert.to(dtype), streams(LENGTHS, dtype=dtype))
     assert half.dtype == dtype
     assert torch.isfinite(half).all()
     torch.testing.assert_close(half.float(), reference, rtol=0, atol=0.15 if dtype == torch.bfloat16 else 0.02)

@@ -1,7 +1,7 @@
 """The three experts: each turns the streams into one vector per slot and modality.
 
-An expert answers values [B, K, M, D] and validity [B, M]; values that are not valid are 0. Modalities stand in the order
-in which the expert was built.
+An expert answers M values [B, K, D], one per modality in the order in which the expert was built, and their validity [B, M].
+What is not valid holds nothing of the sample, and nothing may read it: the gate does not.
 
 Shapes: B samples, T time, K slots, M modalities, D width.
 """
@@ -27,6 +27,7 @@ from trainer.models.masked import (
 )
 
 Streams = Mapping[Modality, Stream]
+Answer = tuple[tuple[Tensor, ...], Tensor]  # values, M times [B, K, D], and validity [B, M]
 NEARNESS = 3.0  # score of two equal moments before training
 SHARPNESS = 4.0  # of log-sum-exp pooling
 
@@ -36,16 +37,22 @@ def presence(streams: Streams) -> Tensor:
     return torch.stack([stream.mask_BT.any(1) for stream in streams.values()], 1)
 
 
+class _NormEach(nn.LayerNorm):
+    """One LayerNorm for several tensors, none of them copied into another."""
+
+    def forward(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(super(_NormEach, self).forward(value) for value in values)
+
+
 class _Answer(nn.Module):
-    """LayerNorm of an expert's vectors, so that those of all experts enter the gate at one scale; 0 where not valid."""
+    """LayerNorm of an expert's vectors, so that those of all experts enter the gate at one scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = _NormEach(width)
 
-    def forward(self, values: Sequence[Tensor], valid_BM: Tensor) -> tuple[Tensor, Tensor]:
-        values_BKMD = self.norm(torch.stack(list(values), 2))
-        return values_BKMD.masked_fill(~valid_BM[:, None, :, None], 0.0), valid_BM
+    def forward(self, values: Sequence[Tensor], valid_BM: Tensor) -> Answer:
+        return self.norm(values), valid_BM
 
 
 class _LocalStream(nn.Module):
@@ -89,7 +96,7 @@ class LocalExpert(nn.Module):
         self.streams = nn.ModuleDict({modality: _LocalStream(config) for modality in modalities})
         self.answer = _Answer(config.width)
 
-    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+    def forward(self, streams: Streams) -> Answer:
         return self.answer([self.streams[m](stream) for m, stream in streams.items()], presence(streams))
 
 
@@ -144,7 +151,7 @@ class SemanticExpert(nn.Module):
         self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
         self.answer = _Answer(config.width)
 
-    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+    def forward(self, streams: Streams) -> Answer:
         asked = {m: self.ask[m](stream) for m, stream in streams.items()}
         source = {m: self.source[m](stream.content_BTD).chunk(2, -1) for m, stream in streams.items()}
         values = []
@@ -225,7 +232,7 @@ class GlobalExpert(nn.Module):
         self.read = nn.ModuleDict({modality: _Reading(config) for modality in modalities})
         self.answer = _Answer(config.width)
 
-    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+    def forward(self, streams: Streams) -> Answer:
         windows = [masked_window_mean(s.values_BTD, s.mask_BT, self.stride) for s in streams.values()]
         joined_BTD = torch.cat([self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)], 1)
         mask_BT = torch.cat([mask for _, mask in windows], 1)

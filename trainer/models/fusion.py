@@ -103,9 +103,9 @@ class Fusion(nn.Module):
         features = {"audio": audio, "video": video}
         streams, idle = self.encoders(task, text_BSH, text_mask_BS, features)
         answers = [expert(streams) for expert in self.experts.values()]
-        values_BKEMD = torch.stack([values for values, _ in answers], 2)
+        values = [value for values, _ in answers for value in values]
         valid_BEM = torch.stack([valid for _, valid in answers], 1)
-        mixed_BKD, expert_BKE, modality_BKEM = self.gate(values_BKEMD, valid_BEM, streams, self.tasks[task])
+        mixed_BKD, expert_BKE, modality_BKEM = self.gate(values, valid_BEM, streams, self.tasks[task])
         return FusionOutput(self.pseudo(mixed_BKD), expert_BKE, modality_BKEM, idle)
 
 

@@ -95,22 +95,25 @@ class HierarchicalGate(Float32Buffers):
         self.register_buffer("step_weight", torch.zeros(()), persistent=False)
 
     def forward(
-        self, values_BKEMD: Tensor, valid_BEM: Tensor, streams: Streams, task: int
+        self, values: Sequence[Tensor], valid_BEM: Tensor, streams: Streams, task: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixed slots y [B, K, D], expert weights [B, K, E] and modality weights [B, K, E, M]."""
+        """The mixed slots y [B, K, D], expert weights [B, K, E] and modality weights [B, K, E, M].
+
+        `values` are E M tensors [B, K, D], those of the first expert first.
+        """
         context_B1D = self.context(streams, task).unsqueeze(1)
-        shape_BKE = (values_BKEMD.shape[0], values_BKEMD.shape[1], self.experts)
+        shape_BKE = (*values[0].shape[:2], self.experts)
         expert_BKE = modality_BKn = None
         if self.config.modality == "learned" or self.config.expert == "learned":
             hidden_BKD = nn.functional.gelu(self.hidden(context_B1D + self.slot_KD))
             modality_BKn = PACE * self.modality(hidden_BKD) if self.config.modality == "learned" else None
             expert_BKE = PACE * self.expert(hidden_BKD) if self.config.expert == "learned" else None
         if modality_BKn is None:
-            modality_BKn = values_BKEMD.new_zeros(*shape_BKE[:2], self.experts * self.modalities)
+            modality_BKn = values[0].new_zeros(*shape_BKE[:2], self.experts * self.modalities)
         if expert_BKE is None:
-            expert_BKE = values_BKEMD.new_zeros(shape_BKE)
+            expert_BKE = values[0].new_zeros(shape_BKE)
         return gate_mix(
-            values_BKEMD,
+            values,
             modality_BKn.unflatten(-1, (self.experts, self.modalities)),
             expert_BKE,
             valid_BEM,
@@ -119,6 +122,7 @@ class HierarchicalGate(Float32Buffers):
             temperature=self.config.temperature,
             mean_modality=self.config.modality == "mean",
             mean_expert=self.config.expert == "mean",
+            kernel=self.config.kernel,
         )
 
     def balance_loss(self, gate_expert_BKE: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ FREE = frozenset(
         "model.backbone.read",
         "model.backbone.gradient_checkpointing",
         "model.backbone.reentrant",
+        "model.fusion.gate.kernel",
         "train.micro_batch",
         "train.micro_tokens",
         "train.log_every",
