@@ -134,7 +134,9 @@ def test_usage_stays_float32(cast):
     for name, buffer in net.named_buffers():
         assert buffer.dtype == torch.float32, name
     assert torch.equal(net[0].usage_E, before)  # and did not lose digits on the way
-    y, expert_BKE, _ = net[0]([x.to(net[0].slot_KD.dtype) for x in inputs()[0]], *_half(inputs(), net[0].slot_KD.dtype), 0)
+    y, expert_BKE, _ = net[0](
+        [x.to(net[0].slot_KD.dtype) for x in inputs()[0]], *_half(inputs(), net[0].slot_KD.dtype), 0
+    )
     assert torch.isfinite(y).all()
     assert net[0].balance_loss(expert_BKE).dtype == torch.float32
 

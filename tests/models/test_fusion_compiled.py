@@ -1,0 +1,42 @@
+"""The whole fusion network, gate operator included, through torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusion_cases import backward, fusion, inputs
+from torch import nn
+
+
+class Tensors(nn.Module):
+    """A fusion network as a function of tensors alone, as torch.export wants it.
+
+    Without the global expert: torch.export writes Python code, in which no attribute may be called `global`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.net = fusion(experts=["local", "semantic"])
+        self.task, self.words, self.mask, self.audio, self.video = inputs(present=(True, True, False))
+
+    def forward(self, words):
+        return tuple(self.net(self.task, words, self.mask, self.audio, self.video))
+
+
+def test_exports_with_the_gate_as_one_operator():
+    model = Tensors()
+    exported = torch.export.export(model, (model.words,))
+    assert "egmf.gate_mix" in str(exported.graph)
+    for mine, reference in zip(exported.module()(model.words), model(model.words), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    net = fusion()
+    expected, gradients = backward(net, inputs())
+    found, others = backward(torch.compile(net, fullgraph=True), inputs())
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+    for name, reference in gradients.items():
+        torch.testing.assert_close(others[f"_orig_mod.{name}"], reference, rtol=1e-3, atol=1e-4, msg=name)
