@@ -47,7 +47,7 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "cuda": ["nvidia-ml-py>=12", "triton>=3.2"],
+        "cuda": ["nvidia-ml-py>=12", "triton>=3.3,<3.10"],
         "flash": ["flash-attn>=2.7"],
         "dev": [
             "hypothesis>=6.100",
@@ -55,6 +55,7 @@ setup(
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
+            "triton>=3.3,<3.10; platform_system == 'Linux'",
             "types-PyYAML>=6.0",
         ],
     },

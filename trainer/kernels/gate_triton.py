@@ -281,6 +281,7 @@ def forward(
                 **arguments,
                 **options,
                 **chosen,
+                enable_fp_fusion=True,  # multiply and add as one instruction: the default differs between versions
             )
     return mixed_BKD, expert_BKE, modality_BKEM, rstd_BK
 
@@ -335,5 +336,6 @@ def backward(
                 **arguments,
                 **options,
                 **chosen,
+                enable_fp_fusion=True,  # multiply and add as one instruction: the default differs between versions
             )
     return d_values, d_modality_logits_BKEM, d_expert_logits_BKE, d_residual_BKD, parts_PD.sum(0).to(weight_D.dtype)

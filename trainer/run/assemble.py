@@ -13,6 +13,7 @@ from trainer.batch import AnswerTrie
 from trainer.config import RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
+from trainer.kernels.gate import resolve_kernel
 from trainer.models.backbone import build_backbone, build_tiny, load_tokenizer
 from trainer.models.egmf import EGMF
 from trainer.models.fusion import Fusion
@@ -78,6 +79,8 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
     backbone is whole.
     """
     tasks, data = open_data(config)
+    if config.model.fusion.pseudo_tokens:
+        resolve_kernel(config.model.fusion.gate.kernel, world.device.type, config.model.fusion.width)
     folder = out / BACKBONE
     if config.model.backbone.name == "tiny":
         with world.first_does() as first:
