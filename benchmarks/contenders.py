@@ -1,0 +1,168 @@
+"""The columns of the throughput benchmark, each with the same three calls: a training step, an evaluation, and a count of positions.
+
+`ours` is the trainer's own code from collation to optimizer, without DeepSpeed: packed rows, or with `layout="padded"` a padded row per sample. `Padded`
+is the baseline of :mod:`benchmarks.padded`. All of them train LoRA of one rank on all linear layers of the same frozen
+backbone, and what stands before it, with torch's AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.padded import PaddedData, answered, build_padded
+from benchmarks.shapes import Shape
+from trainer.answers.scoring import predict, task_trie
+from trainer.batch import Sample
+from trainer.config import AdapterConfig, BackboneConfig, DataConfig, FusionConfig, TrainConfig
+from trainer.data.collate import Collator
+from trainer.data.dataset import SplitView
+from trainer.data.sampling import Order, micro_batches
+from trainer.models.backbone import build_backbone, load_tokenizer
+from trainer.models.egmf import EGMF
+from trainer.models.fusion import Fusion
+from trainer.run.evaluate import batches
+
+COLUMNS = ("ours", "ours padded", "padded")
+LORA_RANK, GLOBAL_BATCH, BASELINE_BATCH = 8, 32, 8
+LEARNING_RATE = 2e-4
+
+
+class Contender(Protocol):
+    """One column. `positions` counts what its backbone has been given since it was built, padding included."""
+
+    positions: int
+
+    def step(self, index: int) -> int:
+        """One optimizer step, collation included; how many samples it took."""
+
+    def evaluate(self) -> int:
+        """Answer every sample once; how many there were."""
+
+
+class Counter:
+    """Counts the positions that come to a language model's decoder."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.positions = 0
+        decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        self.positions += given.shape[0] * given.shape[1]
+
+
+class Ours:
+    """EGMF with its default fusion network: three experts, gate, width 256, K = 4."""
+
+    def __init__(self, shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str) -> None:
+        self.samples, self.task = samples, shape.task
+        config, fusion = DataConfig(), FusionConfig()
+        backbone_config = BackboneConfig(name=str(folder))
+        adapter = AdapterConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0)
+        backbone = build_backbone(backbone_config, adapter, torch.float32, "cpu")
+        widths = {name: stream[0] for name, stream in shape.streams.items()}
+        rates = {name: stream[1] for name, stream in shape.streams.items()}
+        H = backbone.hidden_size
+        self.model = EGMF(backbone, Fusion(fusion, {self.task.name: widths}, H, H, backbone.embedding_norm))
+        tokenizer = load_tokenizer(backbone_config, None)
+        self.collate = Collator(
+            self.task, tokenizer, config, widths=widths, rates=rates, pseudo_tokens=fusion.pseudo_tokens,
+            modalities=fusion.modalities,
+        )  # fmt: skip
+        self.trie = task_trie(self.task, tokenizer, config.answers, self.task.language)
+        self.lengths = samples.lengths() if isinstance(samples, SplitView) else _lengths(samples)
+        self.order = Order({self.task.name: self.lengths}, global_batch=GLOBAL_BATCH, seed=0)
+        train = TrainConfig()
+        groups = self.model.parameter_groups(train.lr.fusion, train.lr.backbone, train.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups)
+        self.counter = Counter(backbone.base.get_decoder())
+        self.micro_batch = 8
+
+    @property
+    def positions(self) -> int:
+        return self.counter.positions
+
+    def step(self, index: int) -> int:
+        self.model.train()
+        batch = self.order.step(index)
+        for micro in micro_batches(batch, self.micro_batch, 0, 1):
+            rows = self.collate([self.samples[i] for i in micro.indices], weight=micro.weight, epoch=batch.epoch)
+            out = self.model(rows)
+            (((out.loss_B + out.balance_B) * rows.weight_B).sum() / len(batch.indices) + out.idle).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        assert self.model.fusion is not None
+        self.model.fusion.gate.update_usage()
+        return len(batch.indices)
+
+    def collate_step(self, index: int) -> int:
+        """The collation of a step alone."""
+        batch = self.order.step(index)
+        for micro in micro_batches(batch, self.micro_batch, 0, 1):
+            self.collate([self.samples[i] for i in micro.indices], weight=micro.weight, epoch=batch.epoch)
+        return len(batch.indices)
+
+    @torch.no_grad()
+    def evaluate(self) -> int:
+        self.model.eval()
+        for indices, _ in batches(len(self.samples), self.lengths, 32, 0, 1):
+            rows = self.collate([self.samples[i] for i in indices], answers=False)
+            predict(self.task, self.model(rows, self.trie).logprob_BC)
+        return len(self.samples)
+
+
+def _lengths(samples: Sequence[Sample]) -> np.ndarray:
+    """As :meth:`trainer.data.dataset.SplitView.lengths`."""
+    frames = [(sample.audio_TF, sample.video_TF) for sample in samples]
+    return np.array(
+        [len(s.text) + sum(len(f) for f in both if f is not None) for s, both in zip(samples, frames, strict=True)]
+    )
+
+
+class Padded:
+    """The published way: see :mod:`benchmarks.padded`."""
+
+    def __init__(self, shape: Shape, samples: Sequence[Sample], folder: Path) -> None:
+        self.shape = shape
+        self.data = PaddedData(shape, samples, folder)
+        self.model = build_padded(shape, self.data, folder, LORA_RANK)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        self.counter = Counter(self.model.language_model.get_base_model().get_decoder())
+        self.order = np.random.default_rng(0).permutation(len(samples))
+
+    @property
+    def positions(self) -> int:
+        return self.counter.positions
+
+    def _cut(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+    def step(self, index: int) -> int:
+        self.model.train()
+        rows = np.take(self.order, range(index * GLOBAL_BATCH, (index + 1) * GLOBAL_BATCH), mode="wrap")
+        for part in self._cut(rows, BASELINE_BATCH):
+            (self.model.loss(self.data(part)) * (len(part) / len(rows))).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return len(rows)
+
+    @torch.no_grad()
+    def evaluate(self) -> int:
+        self.model.eval()
+        for part in self._cut(np.arange(len(self.order)), GLOBAL_BATCH):
+            answered(self.shape, self.data, self.model.generate(self.data(part), self.data.longest_answer))
+        return len(self.order)
+
+
+def build(column: str, shape: Shape, samples: Sequence[Sample], folder: Path) -> Contender:
+    """The contender of a column; the same random numbers for all."""
+    torch.manual_seed(0)
+    if column == "padded":
+        return Padded(shape, samples, folder)
+    return Ours(shape, samples, folder, "padded" if column == "ours padded" else "packed")
