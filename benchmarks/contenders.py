@@ -17,16 +17,19 @@ from torch import nn
 
 from benchmarks.padded import PaddedData, answered, build_padded
 from benchmarks.shapes import Shape
-from trainer.answers.scoring import predict, task_trie
-from trainer.batch import Sample
-from trainer.config import AdapterConfig, BackboneConfig, DataConfig, FusionConfig, TrainConfig
+from trainer.answers.scoring import task_trie
+from trainer.batch import Batch, PackedBatch, Sample
+from trainer.config import AdapterConfig, BackboneConfig, RunConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView
-from trainer.data.sampling import Order, micro_batches
-from trainer.models.backbone import build_backbone, load_tokenizer
+from trainer.data.sampling import Limits, Order, micro_batches
+from trainer.models.backbone import Backbone, build_backbone
 from trainer.models.egmf import EGMF
 from trainer.models.fusion import Fusion
-from trainer.run.evaluate import batches
+from trainer.run.assemble import Parts
+from trainer.run.distributed import World
+from trainer.run.engine import dtype_of
+from trainer.run.evaluate import Scorer
 
 COLUMNS = ("ours", "ours padded", "padded")
 LORA_RANK, GLOBAL_BATCH, BASELINE_BATCH = 8, 32, 8
@@ -60,61 +63,82 @@ class Counter:
 class Ours:
     """EGMF with its default fusion network: three experts, gate, width 256, K = 4."""
 
-    def __init__(self, shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str) -> None:
-        self.samples, self.task = samples, shape.task
-        config, fusion = DataConfig(), FusionConfig()
-        backbone_config = BackboneConfig(name=str(folder))
-        adapter = AdapterConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0)
-        backbone = build_backbone(backbone_config, adapter, torch.float32, "cpu")
+    def __init__(
+        self, shape: Shape, samples: Sequence[Sample] | SplitView, backbone: Backbone, config: RunConfig
+    ) -> None:
+        self.samples, self.config, self.task = samples, config, shape.task
+        self.world = World(0, 1, next(backbone.parameters()).device)
+        self.dtype = dtype_of(config)
         widths = {name: stream[0] for name, stream in shape.streams.items()}
         rates = {name: stream[1] for name, stream in shape.streams.items()}
-        H = backbone.hidden_size
-        self.model = EGMF(backbone, Fusion(fusion, {self.task.name: widths}, H, H, backbone.embedding_norm))
-        tokenizer = load_tokenizer(backbone_config, None)
+        H, fusion_config = backbone.hidden_size, config.model.fusion
+        fusion = Fusion(fusion_config, {self.task.name: widths}, H, H, backbone.embedding_norm)
+        self.model = EGMF(backbone, fusion.to(device=self.world.device, dtype=self.dtype))
+        tokenizer = backbone.tokenizer
         self.collate = Collator(
-            self.task, tokenizer, config, widths=widths, rates=rates, pseudo_tokens=fusion.pseudo_tokens,
-            modalities=fusion.modalities,
+            self.task, tokenizer, config.data, widths=widths, rates=rates, pseudo_tokens=fusion_config.pseudo_tokens,
+            modalities=fusion_config.modalities,
         )  # fmt: skip
-        self.trie = task_trie(self.task, tokenizer, config.answers, self.task.language)
+        trie = task_trie(self.task, tokenizer, config.data.answers, self.task.language)
+        name = self.task.name
+        self.parts = Parts({name: self.task}, {}, {name: self.collate}, {name: trie}, self.model)
         self.lengths = samples.lengths() if isinstance(samples, SplitView) else _lengths(samples)
-        self.order = Order({self.task.name: self.lengths}, global_batch=GLOBAL_BATCH, seed=0)
-        train = TrainConfig()
+        self.order = Order({name: self.lengths}, global_batch=config.train.global_batch, seed=0)
+        self.sizes = self.collate.sizes(samples)
+        train = config.train
+        self.limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
         groups = self.model.parameter_groups(train.lr.fusion, train.lr.backbone, train.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.counter = Counter(backbone.base.get_decoder())
-        self.micro_batch = 8
 
     @property
     def positions(self) -> int:
         return self.counter.positions
 
+    def rows(self, index: int) -> Iterator[Batch | PackedBatch]:
+        """The micro-batches of a step."""
+        batch = self.order.step(index)
+        for micro in micro_batches(batch.indices, self.sizes, self.limits, 0, 1):
+            rows = self.collate.training([self.samples[i] for i in micro.indices], micro, batch.epoch)
+            yield rows.to(self.world.device, self.dtype)
+
     def step(self, index: int) -> int:
         self.model.train()
-        batch = self.order.step(index)
-        for micro in micro_batches(batch, self.micro_batch, 0, 1):
-            rows = self.collate([self.samples[i] for i in micro.indices], weight=micro.weight, epoch=batch.epoch)
+        total = len(self.order.step(index).indices)
+        for rows in self.rows(index):
             out = self.model(rows)
-            (((out.loss_B + out.balance_B) * rows.weight_B).sum() / len(batch.indices) + out.idle).backward()
+            (((out.loss_B + out.balance_B) * rows.weight_B).sum() / total + out.idle).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         assert self.model.fusion is not None
         self.model.fusion.gate.update_usage()
-        return len(batch.indices)
-
-    def collate_step(self, index: int) -> int:
-        """The collation of a step alone."""
-        batch = self.order.step(index)
-        for micro in micro_batches(batch, self.micro_batch, 0, 1):
-            self.collate([self.samples[i] for i in micro.indices], weight=micro.weight, epoch=batch.epoch)
-        return len(batch.indices)
+        return total
 
     @torch.no_grad()
     def evaluate(self) -> int:
         self.model.eval()
-        for indices, _ in batches(len(self.samples), self.lengths, 32, 0, 1):
-            rows = self.collate([self.samples[i] for i in indices], answers=False)
-            predict(self.task, self.model(rows, self.trie).logprob_BC)
-        return len(self.samples)
+        scorer = Scorer(self.model, self.parts, self.config, self.task.name, self.world, self.dtype)
+        return sum(
+            len(scorer.answer([self.samples[i] for i in micro.indices], micro))
+            for micro in scorer.batches(self.samples, self.lengths)
+        )
+
+
+def small(layout: str) -> RunConfig:
+    """The config of the columns on CPU: defaults, but float32, LoRA of rank 8 and no dropout in it."""
+    config = RunConfig(task="meld")
+    config.data.layout = layout  # type: ignore[assignment]
+    config.model.adapter = AdapterConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0)
+    config.train.precision = "fp32"
+    config.train.global_batch = GLOBAL_BATCH
+    return config
+
+
+def build_ours(shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str) -> Ours:
+    """EGMF on the language model in `folder`."""
+    config = small(layout)
+    backbone = build_backbone(BackboneConfig(name=str(folder)), config.model.adapter, torch.float32, "cpu")
+    return Ours(shape, samples, backbone, config)
 
 
 def _lengths(samples: Sequence[Sample]) -> np.ndarray:
@@ -165,4 +189,4 @@ def build(column: str, shape: Shape, samples: Sequence[Sample], folder: Path) ->
     torch.manual_seed(0)
     if column == "padded":
         return Padded(shape, samples, folder)
-    return Ours(shape, samples, folder, "padded" if column == "ours padded" else "packed")
+    return build_ours(shape, samples, folder, "padded" if column == "ours padded" else "packed")

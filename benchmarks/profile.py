@@ -114,7 +114,8 @@ def _ranged(function: Any, name: str) -> Any:
 def profile_steps(contender: Ours, steps: int, evaluate: bool) -> profile:
     """The profile of `steps` training steps after two that warm up, or of one evaluation."""
     mark(named_parts(contender.model))
-    contender.collate = _ranged(contender.collate, "collation")  # type: ignore[assignment]
+    for name in ("pack", "training"):
+        setattr(contender.collate, name, _ranged(getattr(contender.collate, name), "collation"))
     contender.optimizer.step = _ranged(contender.optimizer.step, "optimizer")  # type: ignore[method-assign]
     if evaluate:
         contender.evaluate()

@@ -10,7 +10,7 @@ layer (dropout 0), 32 samples to an optimizer step, torch's AdamW, the same samp
 - *ours padded*: the same model and order with `data.layout=padded`;
 - *padded*: the baseline, see :mod:`benchmarks.padded`. Its micro-batch is the published one, 8.
 
-A step is collation, forward, backward and optimizer. Evaluation answers 256 samples: by scoring every answer (ours), by `generate` until the longest
+A step is collation, forward, backward and optimizer; what is timed is an epoch of 256 samples (8 steps). Evaluation answers 256 samples: by scoring every answer (ours), by `generate` until the longest
 answer (padded). Every column runs in a fresh process, columns in turn, `--rounds` times; ratios are taken within a round, and their median is
 told with the smallest and largest. Memory is anonymous resident memory (RssAnon) above what the process has with its data
 loaded and no model: its peak in a step, and in an evaluation, sampled every 5 ms outside the timed steps. Positions are counted
@@ -38,7 +38,8 @@ from benchmarks.machine import describe, today
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("ours", "ours padded", "padded")
 SAMPLES = 256
-WARM, LEAST_STEPS, MOST_STEPS, LEAST_SECONDS = 2, 3, 20, 10.0
+STEPS = 8  # of an epoch
+MOST_CALLS, LEAST_SECONDS = 3, 10.0
 MEASURES = ("train", "evaluate")
 
 
@@ -80,29 +81,32 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     before = anonymous()
     contender = build(case["column"], shape, samples, Path(case["backbone"]))
     built, step = anonymous(), iter(range(10**6))
-    limit = (1, 1, 0.0) if case["quick"] else (LEAST_STEPS, MOST_STEPS, LEAST_SECONDS)
-    for _ in range(1 if case["quick"] else WARM):
+    steps, seconds = (1, 0.0) if case["quick"] else (STEPS, LEAST_SECONDS)
+    for _ in range(2):
         contender.step(next(step))
+
+    def epoch() -> int:
+        return sum(contender.step(next(step)) for _ in range(steps))
+
     told: dict[str, Any] = {"model_mib": (built - before) / 2**20}
-    told["train"] = _timed(lambda: contender.step(next(step)), contender, limit)
+    told["train"] = _timed(epoch, contender, seconds)
     with peak_memory() as peak:
         contender.step(next(step))
     told["train"]["peak_mib"] = (peak[0] - before) / 2**20
     with peak_memory() as peak:  # warms up too
         contender.evaluate()
-    told["evaluate"] = _timed(contender.evaluate, contender, (1, 3, limit[2] / 2))
+    told["evaluate"] = _timed(contender.evaluate, contender, seconds / 2)
     told["evaluate"]["peak_mib"] = (peak[0] - before) / 2**20
     return told
 
 
-def _timed(call: Any, contender: Any, limit: tuple[int, int, float]) -> dict[str, float]:
-    """Medians over calls: at least `limit[0]`, then until `limit[1]` or `limit[2]` seconds."""
-    least, most, seconds = limit
+def _timed(call: Any, contender: Any, seconds: float) -> dict[str, float]:
+    """Medians over calls: one, and up to MOST_CALLS while they take less than `seconds`."""
     wall: list[float] = []
     cpu: list[float] = []
     rates: list[float] = []
     positions, samples = contender.positions, 0
-    while len(wall) < least or (len(wall) < most and sum(wall) < seconds):
+    while not wall or (len(wall) < MOST_CALLS and sum(wall) < seconds):
         began, began_cpu = time.perf_counter(), time.process_time()
         n = call()
         wall.append(time.perf_counter() - began)
