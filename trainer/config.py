@@ -93,10 +93,10 @@ class BackboneConfig(Section):
 
     name: str = Field("tiny", description="hub name, folder, or 'tiny' (built locally)")
     revision: str | None = None
-    attention: Literal["auto", "flash_attention_2", "blocks", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "flash_attention_2", "varlen", "flex", "blocks", "sdpa", "eager"] = Field(
         "auto",
-        description="of packed rows. blocks: each sample padded to the longest, keys behind the shared prefix's; "
-        "flash_attention_2: nothing padded; sdpa, eager: one mask for the whole row, which every family takes",
+        description="of packed rows. blocks: each sample padded to the longest, behind the shared prefix; flash_attention_2, "
+        "varlen (PyTorch's own): nothing padded; flex: compiled; sdpa, eager: one mask for the row, which every family takes",
     )
     quantization: Literal["none", "nf4"] = "none"
     double_quantization: bool = True

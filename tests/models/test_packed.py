@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from functools import cache
 
 import pytest
@@ -14,7 +16,7 @@ from trainer.models.backbone import Backbone
 from trainer.models.loading import BackboneError
 from trainer.models.packed import PackedRow
 
-WAYS = ("sdpa", "eager", "blocks")
+WAYS = ("sdpa", "eager", "blocks", "varlen")
 LENGTHS = (4, 1, 7, 5)
 ANSWERS = [[5], [5, 6], [7, 8, 9], [7, 8, 10], [11]]
 WINDOWS = [
@@ -219,12 +221,12 @@ def test_exact_values_in_half_precision_do_not_hang_on_neighbours(backbones, way
         torch.testing.assert_close(got[span], want, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("asked", ["auto", "sdpa", "eager", "blocks"])
+@pytest.mark.parametrize("asked", ["auto", "sdpa", "eager", "blocks", "varlen"])
 @pytest.mark.parametrize(("family", "sizes"), WINDOWS, ids=[family for family, _ in WINDOWS])
 @torch.no_grad()
 def test_sliding_windows_are_right_or_refused(tmp_path, family, sizes, asked):
     folder = save_family(family, tmp_path / "m", **sizes)
-    if family == "gemma2" and asked in ("sdpa", "blocks"):  # its soft-capped scores are eager's alone
+    if family == "gemma2" and asked not in ("auto", "eager"):  # its soft-capped scores are eager's alone
         with pytest.raises(BackboneError, match="cannot attend with"):
             load(folder, attention=asked)
         return
@@ -248,6 +250,134 @@ def test_what_does_not_fit_is_said(backbones):
     saving = load(backbones.folder("qwen3"), gradient_checkpointing=True).train()
     with pytest.raises(ValueError, match="takes no cache"):
         saving.prefix(embeds[:5])
+
+
+# The kernels alone, in float64
+
+
+def random_heads(packing, cached=False):
+    """Queries, keys and values of six heads on two."""
+    torch.manual_seed(11)
+    keys = packing.prefix + packing.total
+    rows = packing.total if cached else keys
+    return [torch.randn(1, heads, n, 8, dtype=torch.float64) for heads, n in ((6, rows), (2, keys), (2, keys))]
+
+
+def by_mask(row, query, key, value):
+    key, value = (t.repeat_interleave(3, 1) for t in (key, value))
+    scores = (query @ key.transpose(-1, -2)) * 0.3
+    return (scores.masked_fill(~row.mask_RK, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("prefix", "lengths"), [(5, LENGTHS), (0, LENGTHS), (7, (1,)), (2, (3, 1, 1))], ids=str)
+@pytest.mark.parametrize("way", ["blocks", "varlen"])
+def test_a_kernel_equals_the_mask_to_the_last_digits(way, prefix, lengths, cached):
+    packing = make_packing(prefix, lengths)
+    row = PackedRow(packing, cached)
+    query, key, value = random_heads(packing, cached)
+    got = row.kernel(way)(query, key, value, scale=0.3, dropout=0.0)
+    torch.testing.assert_close(got, by_mask(row, query, key, value), atol=1e-15, rtol=1e-15)
+
+
+def test_the_mask_is_what_a_loop_over_pairs_says():
+    trie = make_trie(ANSWERS)
+    nodes = len(trie.token_N)
+    packing = make_packing(3, (nodes + 2, nodes + 4), trie)
+    for cached in (False, True):
+        row = PackedRow(packing, cached)
+        # (sample, offset) of every key; the prefix is sample -1
+        keys = [(-1, i) for i in range(3)] + [(0, i) for i in range(nodes + 2)] + [(1, i) for i in range(nodes + 4)]
+        for q, (sample, at) in enumerate(keys[3:] if cached else keys):
+            for k, (other, offset) in enumerate(keys):
+                context = (2, 4)[sample]
+                if sample == -1:
+                    sees = other == -1 and offset <= at
+                elif other != sample:
+                    sees = other == -1
+                elif at >= context and offset >= context:
+                    sees = bool(trie.ancestors_NN[at - context, offset - context])
+                else:
+                    sees = offset <= at
+                assert bool(row.mask_RK[q, k]) == sees, (q, k)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_rule_given_to_flex_is_the_mask(cached):
+    packing = make_packing(6, (40, 1, 90, 30))
+    row = PackedRow(packing, cached)
+    queries, keys = row.mask_RK.shape
+    at, key = torch.arange(queries)[:, None], torch.arange(keys)[None]
+    assert torch.equal(row._flex_mask.mask_mod(0, 0, at, key), row.mask_RK)
+    assert row._flex_mask.shape[-2:] == (256, 256)  # whole blocks
+
+
+@torch.no_grad()
+def test_flex_attends_by_its_rule(monkeypatch):
+    """Compiled it needs a GPU; its plain form computes the same."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr("trainer.models.packed._compiled_flex", lambda: flex_attention)
+    packing = make_packing(6, (40, 1, 90, 30))
+    query, key, value = random_heads(packing)
+    row = PackedRow(packing)
+    got = row.flex(query, key, value, scale=0.3, dropout=0.0)
+    torch.testing.assert_close(got, by_mask(row, query, key, value), atol=1e-12, rtol=1e-12)
+    with pytest.raises(ValueError, match="attention=flex has no dropout"):
+        row.flex(query, key, value, scale=0.3, dropout=0.1)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_flash_gets_the_sequences_it_takes(monkeypatch, cached):
+    """flash-attn cannot run here: a loop in float64 with its arguments and its alignment, bottom right, stands for it."""
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        *,
+        dropout_p,
+        softmax_scale,
+        causal,
+        deterministic,
+    ):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()) == (max_seqlen_q, max_seqlen_k)
+        assert causal
+        assert not deterministic
+        out = torch.empty_like(q)
+        for i in range(len(cu_seqlens_q) - 1):
+            for at in range(cu_seqlens_q[i], cu_seqlens_q[i + 1]):
+                stop = cu_seqlens_k[i + 1] - (cu_seqlens_q[i + 1] - 1 - at)
+                for head in range(6):
+                    seen = slice(cu_seqlens_k[i], stop), head // 3
+                    out[at, head] = (k[seen] @ q[at, head] * softmax_scale).softmax(0) @ v[seen]
+        return out
+
+    standing = types.ModuleType("flash_attn")
+    standing.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", standing)
+    packing = make_packing()
+    query, key, value = random_heads(packing, cached)
+    row = PackedRow(packing, cached)
+    got = row.kernel("flash_attention_2")(query, key, value, scale=0.3, dropout=0.0)
+    torch.testing.assert_close(got, by_mask(row, query, key, value), atol=1e-15, rtol=1e-15)
+
+
+@torch.no_grad()
+def test_what_takes_no_tree_leaves_scoring_to_blocks_and_says_it_once(backbones, caplog):
+    caplog.set_level("INFO")
+    backbone, trie = load(backbones.folder("qwen3"), attention="varlen").eval(), make_trie(ANSWERS)
+    packing = make_packing(4, [12, 15], trie)
+    embeds = make_embeds(backbone, packing)
+    got = [backbone.packed(embeds, packing, exact=True) for _ in range(2)]
+    backbone.attention = "blocks"
+    assert torch.equal(got[0], backbone.packed(embeds, packing, exact=True))
+    assert caplog.text.count("varlen takes no tree of answers: blocks score") == 1
 
 
 # The choice at load time
@@ -288,3 +418,16 @@ def test_a_kernel_that_is_wrong_is_refused(backbones, monkeypatch, fault):
     expected = "samples see each other" if fault == "leak" else "differ from the model's own"
     with pytest.raises(BackboneError, match=f"blocks: .*{expected}"):
         load(backbones.folder("qwen3"), attention="blocks")
+
+
+@pytest.mark.parametrize(("asked", "reason"), [("flex", "CUDA device"), ("flash_attention_2", "CUDA device")])
+def test_what_cannot_run_here_is_refused(backbones, asked, reason):
+    with pytest.raises(BackboneError, match=f"attention={asked} cannot run: .*{reason}.*Use auto"):
+        load(backbones.folder("qwen3"), attention=asked)
+
+
+def test_a_model_with_attention_dropout_is_refused_where_there_is_none(tmp_path):
+    folder = save_family("qwen3", tmp_path / "m", attention_dropout=0.1)
+    assert load(folder).attention == "blocks"
+    with pytest.raises(BackboneError, match=r"varlen has no dropout, and the model drops 0\.1"):
+        load(folder, attention="varlen")

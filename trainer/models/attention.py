@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREFIX, LENGTHS = 2, (1, 3)  # of the packed row that is tried
+WITHOUT_DROPOUT = ("varlen", "flex")
 EXPECTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, ImportError)
 
 
@@ -47,6 +48,10 @@ def choose_attention(backbone: Backbone, asked: str, usable: str | None, name: s
             log.warning("%s: models of type %r attend in half precision in scoring as well", name, kind)
         faults = [f"{way}: layers of type {kind!r} take no other attention than {own}" for way in ways if way != own]
         ways = [way for way in ways if way == own]
+    dropped = getattr(base.config, "attention_dropout", 0.0)
+    if dropped:
+        faults += [f"{way} has no dropout, and the model drops {dropped:g}" for way in ways if way in WITHOUT_DROPOUT]
+        ways = [way for way in ways if way not in WITHOUT_DROPOUT]
     was_training = backbone.training
     backbone.eval()
     try:

@@ -28,6 +28,8 @@ from trainer.models.attention import choose_attention
 from trainer.models.fingerprint import fingerprint, measure
 from trainer.models.loading import BackboneError, load_model, load_tokenizer, resolve_attention
 from trainer.models.packed import (
+    CAUSAL_ONLY,
+    HALF,
     MASKED,
     NAME,
     Kernel,
@@ -114,7 +116,7 @@ class Backbone(nn.Module):
         if embeds_TH.shape[0] != tokens:
             raise ValueError(f"the row has {embeds_TH.shape[0]} tokens, its packing names {tokens}")
         row = PackedRow(packing, cached=cache is not None)
-        kernel = self._packed_kernel(row, exact)
+        kernel = self._packed_kernel(row, exact, embeds_TH.dtype)
         mask: Tensor | dict[str, Tensor] | None = None
         positions_1T = row.positions_R[None]
         if kernel is None:
@@ -156,14 +158,21 @@ class Backbone(nn.Module):
         )
         return out.last_hidden_state
 
-    def _packed_kernel(self, row: PackedRow, exact: bool) -> Kernel | None:
+    def _packed_kernel(self, row: PackedRow, exact: bool, dtype: torch.dtype) -> Kernel | None:
         """What attends in a packed row; None: the mask of the whole row."""
         if self.attention in MASKED or not self.takes_kernels:
             return None
         if not self._within_window(row.prefix + row.longest):
             self._say("samples longer than the layers' sliding window attend by a mask of the whole row")
             return None
-        return row.blocks
+        way = self.attention
+        if way in CAUSAL_ONLY and row.packing.trie is not None:
+            self._say(f"{way} takes no tree of answers: blocks score")
+            way = "blocks"
+        elif way in CAUSAL_ONLY and exact and dtype in HALF:
+            self._say(f"{way} does not compute half precision in float32: blocks do where that is needed")
+            way = "blocks"
+        return row.kernel(way)
 
     def _within_window(self, length: int) -> bool:
         """Whether no layer's sliding window is shorter than a sample of this length."""
@@ -210,8 +219,7 @@ class Backbone(nn.Module):
             near_B1QK = (query_BQ[:, None, :, None] - key_BK[:, None, None, :]) < window
             masks["sliding_attention"] = mask_B1QK & near_B1QK
         if config._attn_implementation == "eager":
-            zero, lowest = torch.tensor(0.0, dtype=dtype, device=mask_B1QK.device), torch.finfo(dtype).min
-            masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
+            masks = {k: torch.zeros_like(m, dtype=dtype).masked_fill(~m, torch.finfo(dtype).min) for k, m in masks.items()}
         if getattr(config, "layer_types", None) and len(masks) > 1:
             return masks
         return masks[kinds.pop() if len(masks) > 1 else "full_attention"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
+import inspect
 import logging
 import os
 from collections.abc import Iterable
@@ -198,31 +200,44 @@ def load_shape(config: BackboneConfig, folder: Path | None = None) -> Pretrained
 
 
 def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention kernel to use: `auto` is flash-attn where it can run, else None, the family's own choice (sdpa, or
-    eager where sdpa lacks what the family needs).
+    """The attention to use: `auto` is flash-attn where it can run, else None: what serves the family best without it.
 
     Raises:
-        BackboneError: `flash_attention_2` was asked for and cannot run here, with every reason.
+        BackboneError: what was asked for cannot run here, with every reason.
     """
-    if asked not in ("auto", "flash_attention_2"):
-        return asked
-    reasons = []
-    if device.type != "cuda":
-        reasons.append(f"it needs a CUDA device, and this run is on {device.type}")
-    if dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"it needs bf16 or fp16, and train.precision gives {str(dtype).removeprefix('torch.')}")
-    try:
-        if not hasattr(importlib.import_module("flash_attn"), "flash_attn_func"):
-            reasons.append("the installed flash_attn is hollow (it was built without CUDA)")
-    except ImportError as error:
-        reasons.append(f"flash_attn cannot be imported ({error}); docs/clusters.md says how to install it")
+    wanted = "flash_attention_2" if asked == "auto" else asked
+    reasons = _why_not(wanted, device, dtype)
     if not reasons:
-        return "flash_attention_2"
+        return wanted
     if asked == "auto":
         return None
-    raise BackboneError(
-        f"model.backbone.attention=flash_attention_2 cannot run: {'; '.join(reasons)}. Use auto, or sdpa"
-    )
+    raise BackboneError(f"model.backbone.attention={asked} cannot run: {'; '.join(reasons)}. Use auto, or sdpa")
+
+
+def _why_not(way: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why a way to attend cannot run on this device, in this dtype, with what is installed."""
+    reasons = []
+    cuda, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
+    if way in ("flash_attention_2", "flex") and not cuda:
+        reasons.append(f"it needs a CUDA device, and this run is on {device.type}")
+    if (way == "flash_attention_2" or (way == "varlen" and cuda)) and not half:
+        reasons.append(f"it needs bf16 or fp16, and train.precision gives {str(dtype).removeprefix('torch.')}")
+    if way == "flash_attention_2":
+        try:
+            if not hasattr(importlib.import_module("flash_attn"), "flash_attn_func"):
+                reasons.append("the installed flash_attn is hollow (it was built without CUDA)")
+        except ImportError as error:
+            reasons.append(f"flash_attn cannot be imported ({error}); docs/clusters.md says how to install it")
+    if way == "varlen" and cuda:
+        try:
+            signature = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
+            if not {"window_size", "enable_gqa"} <= signature.parameters.keys():
+                reasons.append(f"PyTorch {torch.__version__} is too old for it")
+        except ImportError:
+            reasons.append(f"PyTorch {torch.__version__} is too old for it")
+    if way == "flex" and importlib.util.find_spec("triton") is None:
+        reasons.append("it is compiled by Triton, which is not installed")
+    return reasons
 
 
 def _source(config: BackboneConfig, folder: Path | None) -> str:

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cache, cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ from trainer.batch import Packing
 NAME = "egmf_attention"  # of :func:`attend`, in transformers' registry
 HALF = (torch.bfloat16, torch.float16)
 MASKED = ("sdpa", "eager")  # the ways that take the mask of a whole row
+CAUSAL_ONLY = ("flash_attention_2", "varlen", "flex")  # no tree of answers, and half precision as it is
+FLEX_BLOCK = 128  # torch's own; rows padded to it have few shapes, each of which is compiled
 
 
 class Kernel(Protocol):
@@ -159,6 +161,16 @@ class PackedRow:
         self.context_B = length_B - nodes
         self._block_masks: dict[int, Tensor] = {}  # by g: layers share them
 
+    def kernel(self, way: str) -> Kernel:
+        """The attention of this row by its name in the configuration."""
+        kernels: dict[str, Kernel] = {
+            "blocks": self.blocks,
+            "varlen": self.varlen,
+            "flash_attention_2": self.flash,
+            "flex": self.flex,
+        }
+        return kernels[way]
+
     @cached_property
     def positions_R(self) -> Tensor:
         place_T = self.offset_T
@@ -254,3 +266,158 @@ class PackedRow:
             return out_THd[None]
         alone = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale=scale, dropout=dropout)
         return torch.cat([alone, out_THd[None]], 1)
+
+    # varlen
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The prefix, where the row holds it, and every sample behind the prefix."""
+        B, P, T, lead = self.samples, self.prefix, self.total, self.own_prefix
+        sample_K = torch.repeat_interleave(
+            torch.arange(B, device=self.device), P + self.packing.length_B, output_size=B * P + T
+        )
+        offset_K = (
+            torch.arange(B * P + T, device=self.device)
+            - (self.start_B + P * torch.arange(B, device=self.device))[sample_K]
+        )
+        shared_K = lead + sample_K * P + offset_K
+        own_K = lead + B * P + self.start_B[sample_K] + offset_K - P
+        order_K = torch.where(offset_K < P, shared_K, own_K)
+        queries_B, keys_B = self.packing.length_B, self.packing.length_B + P
+        if lead:
+            order_K = torch.cat([torch.arange(lead, device=self.device), order_K])
+            queries_B, keys_B = (F.pad(lengths, (1, 0), value=lead) for lengths in (queries_B, keys_B))
+        cu_queries, cu_keys = (F.pad(n.cumsum(0), (1, 0)).to(torch.int32) for n in (queries_B, keys_B))
+        return Sequences(order_K, cu_queries, cu_keys, max(lead, self.longest), P + self.longest)
+
+    def _in_sequences(self, values_1hKd: Tensor) -> Tensor:
+        """`[K, h, d]`: keys or values sequence by sequence. Copied by `expand` and put into order by an index without
+        repetitions, so that gradients add up in one order on every device."""
+        values_Khd, P = values_1hKd[0].transpose(0, 1), self.prefix
+        shared = values_Khd[:P].expand(self.samples, -1, -1, -1).flatten(0, 1)
+        every = torch.cat([values_Khd[: self.own_prefix], shared, values_Khd[P:]])
+        return every.index_select(0, self.sequences.order_K)
+
+    def _varlen(self, run: VarlenKernel, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        query_RHd = query[0].transpose(0, 1).contiguous()
+        return run(query_RHd, self._in_sequences(key), self._in_sequences(value), self.sequences, **options)[None]
+
+    def varlen(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """PyTorch's own kernel for unequal lengths; on a CPU sdpa, sequence by sequence."""
+        run = varlen_torch if query.is_cuda else varlen_loop
+        return self._varlen(run, query, key, value, scale=scale, dropout=dropout)
+
+    def flash(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """flash-attn's kernel for unequal lengths."""
+        return self._varlen(varlen_flash, query, key, value, scale=scale, dropout=dropout)
+
+    # flex
+
+    @cached_property
+    def _flex_mask(self) -> Any:
+        """The rule of the mask, for rows padded to whole blocks: what comes earlier in one's own sample or in the prefix."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        P, behind = self.prefix, self.prefix - self.own_prefix  # cached keys come before the row's
+        queries, keys = (_whole_blocks(n) for n in (self.own_prefix + self.total, P + self.total))
+        sample_T = F.pad(self.sample_T, (P, 0), value=-1)
+        sample_K = F.pad(sample_T, (0, max(keys, queries + behind) - sample_T.shape[0]), value=self.samples)
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            at = query + behind
+            return (key <= at) & ((key < P) | (sample_K[key] == sample_K[at]))
+
+        return create_block_mask(sees, None, None, queries, keys, device=self.device)
+
+    def flex(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """The mask as a rule, compiled to a kernel that leaves out what nobody sees."""
+        _refuse_dropout("flex", dropout)
+        rows = query.shape[2]
+        query, key, value = (F.pad(t, (0, 0, 0, _whole_blocks(t.shape[2]) - t.shape[2])) for t in (query, key, value))
+        gqa = query.shape[1] != key.shape[1]
+        out = _compiled_flex()(query, key, value, block_mask=self._flex_mask, scale=scale, enable_gqa=gqa)
+        return out[:, :, :rows].transpose(1, 2)
+
+
+class Sequences(NamedTuple):
+    """Sequences of unequal length, one behind another: where each begins (int32, one more than sequences), the longest;
+    `order_K` puts keys into their order (see :meth:`PackedRow._in_sequences`)."""
+
+    order_K: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+class VarlenKernel(Protocol):
+    """`[R, H, d]` queries, `[K, h, d]` keys and values of :class:`Sequences` -> `[R, H, d]`. The last query of a sequence
+    sees all its keys, each one before it one key less."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float | None, dropout: float
+    ) -> Tensor: ...
+
+
+def varlen_loop(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float | None, dropout: float
+) -> Tensor:
+    """One sequence after another through sdpa: what the fast kernels must equal. It waits for the device."""
+    queries, keys = sequences.cu_queries.tolist(), sequences.cu_keys.tolist()
+    parts = []
+    for at, stop, key_at, key_stop in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        q, k, v = query[at:stop], key[key_at:key_stop], value[key_at:key_stop]
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale, enable_gqa=gqa)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def varlen_torch(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float | None, dropout: float
+) -> Tensor:
+    """PyTorch's kernel, for CUDA in half precision."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse_dropout("varlen", dropout)
+    _, cu_queries, cu_keys, longest_queries, longest_keys = sequences
+    out: Any = varlen_attn(
+        query, key, value, cu_queries, cu_keys, longest_queries, longest_keys,
+        scale=scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out
+
+
+def varlen_flash(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float | None, dropout: float
+) -> Tensor:
+    """flash-attn's kernel."""
+    flash: Any = importlib.import_module("flash_attn")
+    _, cu_queries, cu_keys, longest_queries, longest_keys = sequences
+    out: Tensor = flash.flash_attn_varlen_func(
+        query, key, value, cu_queries, cu_keys, longest_queries, longest_keys,
+        dropout_p=dropout, softmax_scale=scale, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _compiled_flex() -> Any:
+    """Compiled once for all shapes. As one whole graph: else torch would go on without the kernel after some recompilations."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+def _whole_blocks(length: int) -> int:
+    return -(-length // FLEX_BLOCK) * FLEX_BLOCK
+
+
+def _refuse_dropout(way: str, dropout: float) -> None:
+    if dropout:
+        raise ValueError(
+            f"attention={way} has no dropout, and the model drops {dropout:g} of its attention: use blocks"
+        )
