@@ -89,7 +89,7 @@ def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None
 
 
 def check_attention(findings: Findings, config: RunConfig | None) -> None:
-    """Which attention kernel will run, and why not a faster one; Triton."""
+    """Whether flash-attn, and the attention that is asked for, can run, and why not; Triton."""
     from trainer.models.loading import BackboneError, resolve_attention
     from trainer.run.engine import dtype_of
 
@@ -107,7 +107,12 @@ def check_attention(findings: Findings, config: RunConfig | None) -> None:
         if hollow or (device.type == "cuda" and "cannot be imported" in why):
             advice = "with the CUDA toolkit there: pip install flash-attn --no-build-isolation --no-cache-dir"
         state: State = "fault" if wanted else "warning" if hollow else "ok"
-        findings.add("kernels", "flash-attn", state, f"not usable, sdpa is used: {why}", advice)
+        findings.add("kernels", "flash-attn", state, f"not usable, PyTorch's own attention is used: {why}", advice)
+    if asked not in ("auto", "flash_attention_2"):
+        try:
+            resolve_attention(asked, device, dtype)
+        except BackboneError as error:
+            findings.add("kernels", "attention", "fault", str(error), "model.backbone.attention=auto")
     if importlib.util.find_spec("triton") is None:
         findings.add(
             "kernels", "Triton", "ok", "not installed: the plain PyTorch operations are used",

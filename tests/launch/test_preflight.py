@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
 from launch import machine, trial, versions
@@ -192,6 +193,13 @@ def test_a_hollow_flash_attn_is_a_warning_and_a_fault_where_it_is_asked_for(
         assert "hollow" in flash.found
         assert "--no-build-isolation" in flash.advice
     sys.modules.pop("flash_attn", None)
+    if not torch.cuda.is_available():
+        config.model.backbone.attention = "flex"
+        findings = Findings()
+        check_attention(findings, config)
+        (flex,) = [check for check in findings.checks if check.name == "attention"]
+        assert flex.state == "fault"
+        assert "needs a CUDA device" in flex.found
 
 
 def test_too_little_shared_memory_and_too_many_processes_are_found(

@@ -312,6 +312,7 @@ def test_the_rule_given_to_flex_is_the_mask(cached):
     assert row._flex_mask.shape[-2:] == (256, 256)  # whole blocks
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @torch.no_grad()
 def test_flex_attends_by_its_rule(monkeypatch):
     """Compiled it needs a GPU; its plain form computes the same."""

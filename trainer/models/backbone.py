@@ -219,7 +219,9 @@ class Backbone(nn.Module):
             near_B1QK = (query_BQ[:, None, :, None] - key_BK[:, None, None, :]) < window
             masks["sliding_attention"] = mask_B1QK & near_B1QK
         if config._attn_implementation == "eager":
-            masks = {k: torch.zeros_like(m, dtype=dtype).masked_fill(~m, torch.finfo(dtype).min) for k, m in masks.items()}
+            masks = {
+                k: torch.zeros_like(m, dtype=dtype).masked_fill(~m, torch.finfo(dtype).min) for k, m in masks.items()
+            }
         if getattr(config, "layer_types", None) and len(masks) > 1:
             return masks
         return masks[kinds.pop() if len(masks) > 1 else "full_attention"]
