@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -26,6 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config, metrics
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import describe, today
 from trainer.kernels.gate import gate_mix, gate_mix_reference, resolve_kernel
@@ -158,6 +162,50 @@ def moved(B: int, D: int, size: int) -> int:
     return (3 * E * M + 5) * B * K * D * size
 
 
+class Traffic(TorchDispatchMode):
+    """Bytes of tensors that operators read and write; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        places = {t.untyped_storage().data_ptr() for t in read}
+        if not any(t.untyped_storage().data_ptr() in places for t in written):
+            self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
+        return out
+
+
+def traffic(device: str, compile_it: bool) -> list[dict[str, Any]]:
+    """Bytes of one pass in tensors [B, K, D], counted from operators' and, compiled, from Inductor's kernels' arguments."""
+    rows = []
+    B, D = 64, 512
+    for name, dtype in DTYPES.items():
+        inputs = make(B, D, dtype, device)
+        one = B * K * D * dtype.itemsize
+        row: dict[str, Any] = {"dtype": name, "B": B, "D": D}
+        for label, mix in (("stacked", stacked), ("kernel", gate_mix)):
+            run = step(mix, inputs)
+            with Traffic() as counted:
+                run()
+            row[label] = counted.bytes / one
+        if compile_it:
+            torch._dynamo.reset()
+            metrics.reset()
+            counter = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
+            counter.setLevel(logging.INFO)  # or Inductor does not count
+            counter.propagate = False
+            with config.patch(force_disable_caches=True):
+                step(torch.compile(stacked, fullgraph=True, dynamic=False), inputs)()
+            counter.setLevel(logging.WARNING)
+            row["compiled"] = metrics.num_bytes_accessed / one
+        print("tensors moved:", row, flush=True)
+        rows.append(row)
+    return rows
+
+
 def measure(device: str, rounds: int, compile_it: bool) -> list[dict[str, Any]]:
     rows = []
     speed = next((s for n, s in BANDWIDTH.items() if device == "cuda" and n in torch.cuda.get_device_name()), None)
@@ -203,6 +251,7 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     kernel = resolve_kernel("auto", options.device, 512)
+    moved_tensors = traffic(options.device, not options.no_compile)
     rows = measure(options.device, options.rounds, not options.no_compile)
     machine = describe("torch", *(["triton"] if kernel == "triton" else []))
     if options.device == "cuda":
@@ -215,6 +264,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "kernel": kernel,
         "sizes": {"K": K, "E": E, "M": M},
+        "tensors_moved": moved_tensors,
         "rows": rows,
     }
     if options.out:

@@ -91,7 +91,7 @@ TRIALS = [
 ]
 
 
-def failures(kernels: ModuleType, trial: Trial) -> list[str]:
+def failures(kernels: ModuleType, trial: Trial, device: str = "cpu") -> list[str]:
     """What `kernels` (gate_triton, or a mutant of it) answers otherwise than the reference in float64; [] if nothing."""
     inputs = case(*trial.shape, seed=len(trial.name), dtype=trial.dtype)
     for logits in inputs[1:3]:
@@ -109,18 +109,21 @@ def failures(kernels: ModuleType, trial: Trial) -> list[str]:
     gradients = torch.autograd.grad(total, leaves(exact), allow_unused=True, materialize_grads=True)
 
     given = inputs if trial.hide is None else spoiled(inputs, trial.hide)
+    given = [[x.to(device) for x in given[0]], *(t.to(device) for t in given[1:])]
     _, _, _, _, D = trial.shape
     tiling = {"R": trial.rows, "BLOCK": kernels.triton.next_power_of_2(D), "num_warps": 4} if trial.rows else None
     accumulate = torch.promote_types(trial.dtype, torch.float32)
     mixed, expert, modality, rstd = kernels.forward(*given, accumulate=accumulate, tiling=tiling, **options)
     dtypes = (given[1].dtype, given[2].dtype)
-    d_mixed, d_expert, d_modality = (u.to(t.dtype) for u, t in zip(upstream, (mixed, expert, modality), strict=True))
+    d_mixed, d_expert, d_modality = (u.to(t) for u, t in zip(upstream, (mixed, expert, modality), strict=True))
     if trial.bad_gradient:
         d_mixed = torch.full_like(d_mixed, math.nan)
     options.pop("eps")
     d_values, *rest = kernels.backward(
         given[0], dtypes, *given[3:], expert, modality, rstd, d_mixed, d_expert, d_modality, tiling=tiling, **options
     )
+    d_values, rest = [t.cpu() for t in d_values], [t.cpu() for t in rest]
+    mixed, expert, modality = mixed.cpu(), expert.cpu(), modality.cpu()
     found = []
     for i, (d_value, some) in enumerate(zip(d_values, valid.flatten(1).unbind(1), strict=True)):
         if d_value[~some].any() or d_value.dtype != trial.dtype:
