@@ -259,7 +259,7 @@ def main() -> None:
     result = {
         "what": "the gate's mix, forward and backward: median microseconds, and ratios to the operator",
         "date": today(),
-        "command": "python -m benchmarks.gate " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.gate --device {options.device} --rounds {options.rounds} --out FILE",
         "machine": machine,
         "threads": torch.get_num_threads(),
         "kernel": kernel,
