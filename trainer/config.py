@@ -150,6 +150,7 @@ class FusionConfig(Section):
     local_pooling: Literal["max", "logsumexp"] = "max"
     global_stride: PositiveInt = 4
     global_layers: PositiveInt = 2
+    compile: bool = Field(False, description="torch.compile for the fusion network; minutes at the start of a run")
     gate: GateConfig = Field(default_factory=GateConfig)
 
     @model_validator(mode="after")

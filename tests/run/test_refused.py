@@ -29,6 +29,7 @@ ZERO = "deepspeed.zero_optimization"
             ("train.zero=3", "model.backbone.quantization=nf4", f"{ZERO}.zero_quantized_nontrainable_weights=true"),
             "would quantise the packed weights",
         ),
+        (("train.zero=3", "model.fusion.compile=true"), "compile=true does not go with train.zero=3"),
         (("train.precision=fp16",), "needs a GPU"),
     ],
 )

@@ -99,6 +99,8 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
             config.model.fusion, inputs, backbone.hidden_size, backbone.hidden_size, backbone.embedding_norm
         )
         fusion.to(device=world.device, dtype=dtype)
+        if config.model.fusion.compile:
+            fusion.compile(dynamic=True)
     collators, tries = {}, {}
     for name, task in tasks.items():
         collators[name] = Collator(

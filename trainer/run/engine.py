@@ -95,6 +95,10 @@ def _refused(config: RunConfig) -> list[str]:
             "deepspeed.zero_optimization.offload_param.device=nvme is not supported: its buffers hold the training dtype "
             "and not packed weights; use cpu"
         )
+    if config.model.fusion.compile and stage == 3:
+        faults.append(
+            "model.fusion.compile=true does not go with train.zero=3, whose hooks gather weights layer by layer"
+        )
     if zero.get("mics_shard_size", -1) > 0:
         faults.append("deepspeed.zero_optimization.mics_shard_size is not supported: weights are cut over all ranks")
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):

@@ -16,6 +16,7 @@ FREE = frozenset(
         "data.layout",
         "data.workers",
         "model.backbone.attention",
+        "model.fusion.compile",
         "model.backbone.read",
         "model.backbone.gradient_checkpointing",
         "model.backbone.reentrant",
