@@ -160,7 +160,7 @@ def test_no_tensor_over_all_positions_and_the_vocabulary(folders):
     model.backbone.base.get_output_embeddings().register_forward_hook(lambda m, i, out: shapes.append(tuple(out.shape)))
     model(train_batch(pad=30))
     scores(model, make_batch(LENGTHS, pad=30))
-    assert shapes == [(4, 4, 320), (4, 8, 320)]  # answer tokens; the cue and seven nodes
+    assert shapes == [(4, 4, 320), (4 * 8, 320)]  # answer tokens; the cue and seven nodes of each
 
 
 def test_every_batch_makes_the_same_module_calls(folders):

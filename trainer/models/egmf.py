@@ -19,7 +19,7 @@ from trainer.models.fusion import Fusion, FusionOutput
 from trainer.models.packed import PrefixCache
 from trainer.text import end_token
 
-LOGITS_AT_ONCE = 2**25  # entries of [B, P, V] held at a time in scoring
+LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
 
 
 class LossOutput(NamedTuple):
@@ -253,23 +253,32 @@ class EGMF(nn.Module):
 
     def _answer_logprobs(self, hidden_BPH: Tensor, trie: AnswerTrie) -> Tensor:
         """log p of every answer `[B, C]` from the hidden states at the cue's end and at the nodes."""
-        B, N = hidden_BPH.shape[0], trie.token_N.shape[0]
-        node_BN = hidden_BPH.new_zeros(B, N, dtype=torch.float64)  # sums in float64: scores reach -50 and below
-        end_BP = hidden_BPH.new_zeros(B, N + 1, dtype=torch.float64)
+        B, P, _ = hidden_BPH.shape
+        next_m = torch.cat([trie.token_N, trie.token_N.new_tensor([trie.end])])
+        rows = []
+        for hidden_rH in hidden_BPH.flatten(0, 1).tensor_split(self._parts(B * P)):
+            logits_rV = self.backbone.logits(hidden_rH).float()
+            # in float64: sums reach -50 and below
+            rows.append(logits_rV[:, next_m].double() - logits_rV.logsumexp(-1, keepdim=True).double())
+        logprob_BPm = torch.cat(rows).unflatten(0, (B, P))
         from_N = trie.parent_N + 1  # the place that predicts a node: 0 is the cue's end
-        at_once = max(1, LOGITS_AT_ONCE // (self.backbone.vocabulary * B))
-        for start in range(0, N + 1, at_once):
-            logits_BpV = self.backbone.logits(hidden_BPH[:, start : start + at_once]).float()
-            norm_Bp = logits_BpV.logsumexp(-1).double()
-            end_BP[:, start : start + at_once] = logits_BpV[..., trie.end].double() - norm_Bp
-            here_n = ((from_N >= start) & (from_N < start + at_once)).nonzero()[:, 0]
-            at_n = from_N[here_n] - start
-            node_BN[:, here_n] = logits_BpV[:, at_n, trie.token_N[here_n]].double() - norm_Bp[:, at_n]
+        node_BN = logprob_BPm[:, from_N, torch.arange(P - 1, device=from_N.device)]
+        end_BP = logprob_BPm[..., -1]
         total_BP = torch.zeros_like(end_BP)
         for depth in range(int(trie.depth_N.max()) + 1):
             at_n = (trie.depth_N == depth).nonzero()[:, 0]
             total_BP[:, at_n + 1] = total_BP[:, from_N[at_n]] + node_BN[:, at_n]
         return (total_BP + end_BP)[:, trie.leaf_C + 1].float()
+
+    def _parts(self, rows: int) -> int:
+        """In how many parts the logits of so many rows are made. With several processes it is the same number on all of
+        them: under ZeRO-3 each part gathers the head's weights."""
+        parts = max(1, -(-rows * self.backbone.vocabulary // LOGITS_AT_ONCE))
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            most = torch.tensor(parts, device=self.backbone.base.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            return int(most)
+        return parts
 
     def _generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
         embeds_BLH, _ = self._embed(batch)
