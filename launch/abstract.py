@@ -3,7 +3,8 @@
 Everything here happens on PyTorch's fake tensors (meta tensors that remember a device), so that a 72B model costs no
 memory. What a pass holds is not estimated from formulas but recorded from the run's own code, operation by operation.
 
-Shapes: B rows of a micro-batch, L positions, A answer tokens, S text tokens, T frames, F features of a frame.
+Shapes: B samples of a micro-batch, L positions of a padded row, P prefix tokens, T own tokens of a packed row, K pseudo
+tokens, A answer tokens, n answer tokens of all samples, S text tokens.
 """
 
 from __future__ import annotations
@@ -25,32 +26,63 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from trainer.batch import Batch, Features
+from trainer.batch import Batch, Features, FusionInput, PackedBatch, Packing
 from trainer.config import RunConfig
 from trainer.models.adapter import adapt
 from trainer.models.backbone import Backbone
 from trainer.models.egmf import EGMF, LossOutput
 from trainer.models.fusion import Fusion
+from trainer.models.packed import MASKED, install
 from trainer.models.quantization import BLOCK
 
-ATTENTION = "egmf_plan"  # sdpa whose causal mask transformers leaves to the kernel, as a run's rows have it
 SAMPLE_LAYERS = (2, 4)  # passes are recorded with so many layers; what a layer adds is their difference
 NESTED_BLOCK = 256  # scales that share one scale, with double quantisation
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch: `rows` of `positions`, `answer` target tokens each, `text` tokens of the sample's own text, frames."""
+    """A micro-batch of one task, in sizes.
 
-    rows: int
-    positions: int
+    `own` are the positions of every sample beside the `prefix`, `answer` the target tokens taken for each (end token
+    included), `groups` the calls of the fusion network: samples, and their longest text, audio and video.
+    """
+
+    task: str
+    packed: bool
+    prefix: int
+    own: tuple[int, ...]
     answer: int
-    text: int
-    audio: int
-    video: int
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Positions that a token may attend to."""
+        return self.prefix + max(self.own)
+
+    @property
+    def positions(self) -> int:
+        """Through the backbone, padding included."""
+        return self.prefix + sum(self.own) if self.packed else len(self.own) * self.longest
+
+    @property
+    def read(self) -> int:
+        """Tokens and frames that the fusion network reads, padding included."""
+        return sum(samples * sum(longest) for samples, *longest in self.groups)
+
+    def to_json(self) -> dict[str, Any]:
+        text, audio, video = (max(group[i] for group in self.groups) for i in (1, 2, 3))
+        return {
+            "task": self.task,
+            "layout": "packed" if self.packed else "padded",
+            "samples": len(self.own),
+            "positions": self.positions,
+            "longest": self.longest,
+            "text_tokens": text,
+            "audio_frames": audio,
+            "video_frames": video,
+        }
 
 
 @dataclass(frozen=True)
@@ -121,16 +153,18 @@ def build(
         widths: task -> features per frame of audio and video.
         layers: of the backbone; default all.
     """
-    AttentionInterface.register(ATTENTION, sdpa_attention_forward)
     shape = copy.deepcopy(shape) if layers is None else _cut(shape, layers)
     backbone_config, fusion_config = config.model.backbone, config.model.fusion
     with unset_fake_temporarily(), torch.device("meta"):  # modules are made here: libraries know meta tensors
-        base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=backbone_config.trust_remote_code)
-        base.config._attn_implementation = ATTENTION
+        eager = {"attn_implementation": "eager"} if backbone_config.attention == "eager" else {}
+        base = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, trust_remote_code=backbone_config.trust_remote_code, **eager
+        )
+        attention = _attention(base, backbone_config.attention)
         if backbone_config.quantization == "nf4":
             _quantise(base, dtype, backbone_config.double_quantization)
         tokenizer: Any = SimpleNamespace(eos_token_id=0, name_or_path=backbone_config.name)
-        backbone = Backbone(adapt(base, config.model.adapter, dtype), tokenizer, ATTENTION)
+        backbone = Backbone(adapt(base, config.model.adapter, dtype), tokenizer, attention)
         if checkpointing:
             enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
@@ -141,6 +175,16 @@ def build(
     _fake(model)
     model.train()
     return model
+
+
+def _attention(base: PreTrainedModel, asked: str) -> str:
+    """The way to attend that is recorded: as asked the mask of a whole row, else blocks, which hold the most of what `auto`
+    may choose on a GPU, where the family can."""
+    own = str(base.config._attn_implementation)
+    if own == "sdpa" and base._supports_attention_backend:
+        install(base)
+        return asked if asked in MASKED else "blocks"
+    return own
 
 
 def _fake(model: nn.Module) -> None:
@@ -199,9 +243,9 @@ def weigh(model: EGMF, persistence: int) -> Weights:
     )
 
 
-def record_pass(model: EGMF, task: str, rows: Rows, dtype: torch.dtype) -> Pass:
+def record_pass(model: EGMF, rows: Rows, dtype: torch.dtype) -> Pass:
     """Pass a micro-batch through the model, forward and backward, inside :func:`abstract`."""
-    batch = _batch(model, task, rows, dtype)
+    batch = _packed(model, rows, dtype) if rows.packed else _padded(model, rows, dtype)
     watch, held = _Watch(), [0]
 
     def take(p: Tensor) -> None:
@@ -281,37 +325,78 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _batch(model: EGMF, task: str, rows: Rows, dtype: torch.dtype) -> Batch:
-    """A batch of these sizes; its numbers are never read."""
-    B, pseudo = rows.rows, 0
-    widths: Mapping[str, int] = {}
-    if model.fusion is not None:
-        pseudo = int(model.fusion.gate.slot_KD.shape[0])
-        widths = {str(name): n for name, n in model.fusion.encoders.inputs[task].items()}
-
-    def ids(*size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.long)
-
-    def features(name: str, frames: int) -> Features:
-        values = torch.zeros(B, frames, max(1, widths.get(name, 0)), dtype=dtype)
-        return Features(values, torch.ones(B, frames, dtype=torch.bool), torch.zeros(B, frames))
-
-    return Batch(
-        task=task,
+def _packed(model: EGMF, rows: Rows, dtype: torch.dtype) -> PackedBatch:
+    """A packed batch of these sizes; what its tokens and features are does not matter."""
+    B, K, A = len(rows.own), _pseudo_tokens(model), rows.answer
+    end_B = torch.tensor(rows.own).cumsum(0)
+    start_B = end_B - torch.tensor(rows.own)
+    answer_at_BA = (end_B[:, None] - A + torch.arange(A)).clamp(min=0)
+    return PackedBatch(
+        task=rows.task,
         ids=[""] * B,
-        input_ids_BL=ids(B, rows.positions),
-        context_length_B=torch.full((B,), rows.positions - rows.answer + 1),
-        pseudo_start=0,
-        pseudo_tokens=pseudo,
-        answer_ids_BA=ids(B, rows.answer),
-        answer_mask_BA=torch.ones(B, rows.answer, dtype=torch.bool),
-        text_ids_BS=ids(B, rows.text),
-        text_mask_BS=torch.ones(B, rows.text, dtype=torch.bool),
-        audio=features("audio", rows.audio),
-        video=features("video", rows.video),
+        prefix_ids_P=_ids(rows.prefix),
+        own_ids_T=_ids(sum(rows.own)),
+        place_BK=start_B[:, None] + torch.arange(K),
+        cue_at_B=answer_at_BA[:, 0],
+        packing=Packing(rows.prefix, torch.tensor(rows.own), sum(rows.own), max(rows.own)),
+        answer_at_n=answer_at_BA.flatten(),
+        answer_id_n=_ids(B * A),
+        answer_slot_n=torch.arange(B * A),
+        longest_answer=A,
+        inputs=_inputs(model, rows, dtype),
         target_B=torch.zeros(B),
         weight_B=torch.ones(B),
     )
+
+
+def _padded(model: EGMF, rows: Rows, dtype: torch.dtype) -> Batch:
+    """The same of a padded batch."""
+    B, L, A = len(rows.own), rows.longest, rows.answer
+    (read,) = _inputs(model, rows, dtype)
+    return Batch(
+        task=rows.task,
+        ids=[""] * B,
+        input_ids_BL=_ids(B, L),
+        context_length_B=torch.full((B,), L - A + 1),
+        pseudo_start=rows.prefix,
+        pseudo_tokens=_pseudo_tokens(model),
+        answer_ids_BA=_ids(B, A),
+        answer_mask_BA=torch.ones(B, A, dtype=torch.bool),
+        text_ids_BS=read.text_ids_BS,
+        text_mask_BS=read.text_mask_BS,
+        audio=read.audio,
+        video=read.video,
+        target_B=torch.zeros(B),
+        weight_B=torch.ones(B),
+    )
+
+
+def _inputs(model: EGMF, rows: Rows, dtype: torch.dtype) -> list[FusionInput]:
+    encoded = {} if model.fusion is None else model.fusion.encoders.inputs[rows.task]
+    widths = {str(name): width for name, width in encoded.items()}
+
+    def features(name: str, samples: int, frames: int) -> Features:
+        size = (samples, max(1, frames))
+        values = torch.zeros(*size, max(1, widths.get(name, 0)), dtype=dtype)
+        return Features(values, torch.ones(size, dtype=torch.bool), torch.zeros(size))
+
+    return [
+        FusionInput(
+            _ids(n, max(1, text)),
+            torch.ones(n, max(1, text), dtype=torch.bool),
+            features("audio", n, audio),
+            features("video", n, video),
+        )
+        for n, text, audio, video in rows.groups
+    ]
+
+
+def _pseudo_tokens(model: EGMF) -> int:
+    return 0 if model.fusion is None else int(model.fusion.gate.slot_KD.shape[0])
+
+
+def _ids(*size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.long)
 
 
 def _cut(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -363,14 +448,17 @@ def _quantise(model: nn.Module, dtype: torch.dtype, double: bool) -> None:
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Scores and weighted sums of a causal row: half of the square."""
+def _attention_flops(query: Any, key: Any, _value: Any, _dropout: float = 0, causal: bool = False, **_: Any) -> int:
+    """Scores and weighted sums; of a causal row half of the square."""
     B, h, L, d = query
-    return 2 * 2 * B * h * L * key[2] * d // 2
+    whole = 2 * 2 * B * h * L * key[2] * d
+    return whole // 2 if causal else whole
 
 
-def _attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *more: Any, **__: Any) -> int:
-    return _attention_flops(query, key, value) * 5 // 2
+def _attention_backward_flops(
+    _grad: Any, query: Any, key: Any, value: Any, _out: Any, _norm: Any, dropout: float, causal: bool, **_: Any
+) -> int:
+    return _attention_flops(query, key, value, dropout, causal) * 5 // 2
 
 
 def _gemm_4bit_flops(rows: Any, _packed: Any, weight: Any, *_: Any, **__: Any) -> int:

@@ -1,29 +1,34 @@
-"""How long a run's rows are and how many steps it takes: from the prepared data where they are, else from stated assumptions."""
+"""How many positions a run's steps have and how they are cut: planned as the run plans them, from the prepared data where
+they are, else from stated assumptions.
+
+Shapes: N samples of a task's training split, or of one step where there are no data.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from launch.abstract import Rows
-from trainer.config import RunConfig
-from trainer.data.collate import prompt_language, prompt_texts
+from trainer.config import MODALITIES, RunConfig
+from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
-from trainer.data.sampling import Order
+from trainer.data.sampling import Limits, MicroBatch, Order, Sizes, micro_batches
 from trainer.models.loading import BackboneError, load_tokenizer
+from trainer.run.probe import largest
 from trainer.tasks import Task, get_task
 from trainer.text import encode, start_tokens
 
 CHARACTERS_PER_TOKEN = {"en": 4.0, "zh": 1.5}  # where there is no tokenizer
 ASSUMED_TEXT = 25  # tokens of a sample's own text, where there are no data
-ASSUMED_FRAMES, ASSUMED_LONGEST, ASSUMED_WIDTH = 60, 500, 512
+ASSUMED_LONGEST, ASSUMED_WIDTH = 500, 512  # frames of audio and video, and their features
 STEPS_LOOKED_AT = 200
 
 
@@ -31,73 +36,119 @@ STEPS_LOOKED_AT = 200
 class Lengths:
     """What a plan needs to know of the data.
 
-    `longest` is the largest micro-batch of the run, of `task`. `padded_positions` and `micro_steps` (of the rank that has
-    most) are means over optimizer steps, `padded_positions` of all ranks together. `assumptions` says, in sentences, what
-    was not read from data. What is not known is None.
+    `largest` are the micro-batches of the run that need most, each once: by positions, by what the fusion network reads,
+    and by samples times the longest of them, to which blocks of attention are padded. The rest are means over optimizer steps: `step_positions` and `micro_batches` of all ranks
+    together, `micro_steps` of the rank that has most. `assumptions` says, in sentences, what was not read from data. What
+    is not known is None.
     """
 
-    task: str
-    longest: Rows
+    largest: list[Rows]
     widths: dict[str, dict[str, int]]
-    mean_positions: float
-    padded_positions: float
-    micro_steps: int
+    positions_per_sample: float
+    step_positions: float
+    micro_batches: float
+    micro_steps: float
     samples: dict[str, int | None]
     steps_per_epoch: int | None
     assumptions: list[str] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "largest": [rows.to_json() for rows in self.largest]}
+
 
 @dataclass
-class _TaskLengths:
-    task: Task
-    tokens_N: np.ndarray | None  # positions of every training row
-    mean: float
-    longest: Rows
-    widths: dict[str, int]
-    order_lengths: np.ndarray | None
+class _Needs:
+    """What a task's samples need. Without data `sizes` are those of a step of mean samples, `extreme` of one of the longest."""
+
+    task: str
+    answer: int  # tokens of the longest, end token included
+    sizes: Sizes
+    extreme: Sizes | None
+    data: PreparedDataset | None
+
+    def rows(self, micro: MicroBatch, sizes: Sizes, packed: bool) -> Rows:
+        groups, start = [], 0
+        for size in micro.groups:
+            longest = sizes.read_N3[list(micro.indices[start : start + size])].max(0)
+            groups.append((size, *(int(n) for n in longest)))
+            start += size
+        own = tuple(int(n) for n in sizes.tokens_N[list(micro.indices)])
+        return Rows(self.task, packed, sizes.prefix, own, self.answer, tuple(groups))
 
 
 def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, samples: int | None = None) -> Lengths:
     """Look at the run's data.
 
     Args:
-        positions: of a row; stands in place of what the data or the assumptions say.
+        positions: of a sample's whole prompt with its answer; stands in place of what the data or the assumptions say.
         samples: training samples of an epoch, where there are no data.
+
+    Raises:
+        ValueError: `positions` is no more than the instruction has.
     """
     notes: list[str] = []
     tokenizer = _tokenizer(config, notes)
-    every = [_task_lengths(config, get_task(name), tokenizer, positions, notes) for name in config.tasks]
-    largest = max(every, key=lambda t: t.longest.rows * t.longest.positions)
-    order = None
-    if all(t.order_lengths is not None for t in every):
-        order = Order(
-            {t.task.name: t.order_lengths for t in every if t.order_lengths is not None},
-            global_batch=config.train.global_batch,
-            seed=config.train.seed,
-            weights=config.data.weights,
-        )
-    steps = None if order is None else order.steps_per_epoch
+    needs = {}
+    for name in config.tasks:
+        task = get_task(name)
+        found = _needs(config, task, tokenizer, notes)
+        needs[task.name] = found if positions is None else _stated(found, positions, notes)
+    limits = Limits(config.train.micro_tokens, config.train.micro_batch, config.data.layout == "packed")
+    order = _order(config, needs)
+    steps = [] if order is None else [order.step(i) for i in range(min(order.steps_per_epoch, STEPS_LOOKED_AT))]
+    batches: list[tuple[str, Sequence[int]]] = [(step.task, step.indices) for step in steps]
+    if order is None:  # one step of each task, the first samples of those that have data
+        batches = [
+            (name, range(min(config.train.global_batch, len(need.sizes.tokens_N)))) for name, need in needs.items()
+        ]
+    planned = [
+        [
+            needs[name].rows(micro, needs[name].sizes, limits.packed)
+            for micro in _cut(indices, needs[name].sizes, limits)
+        ]
+        for name, indices in batches
+    ]
+    step_positions = float(np.mean([sum(rows.positions for rows in step) for step in planned]))
+    per_epoch = None if order is None else order.steps_per_epoch
     if order is None and samples is not None:
-        steps = math.ceil(samples / config.train.global_batch)
+        per_epoch = math.ceil(samples / config.train.global_batch)
         notes.append(f"{samples} training samples, as stated")
-    mean = float(np.mean([t.mean for t in every]))
-    micro_steps = math.ceil(math.ceil(config.train.global_batch / config.train.micro_batch) / ranks)
-    padded = mean * config.train.global_batch
-    if order is not None and positions is None:
-        padded = _padded(order, {t.task.name: t.tokens_N for t in every if t.tokens_N is not None}, config)
-    elif positions is None:
-        notes.append("rows as long as the mean: padding is not in the positions of a step")
     return Lengths(
-        task=largest.task.name,
-        longest=largest.longest,
-        widths={t.task.name: t.widths for t in every},
-        mean_positions=mean,
-        padded_positions=padded,
-        micro_steps=micro_steps,
-        samples={t.task.name: None if t.tokens_N is None else len(t.tokens_N) for t in every},
-        steps_per_epoch=steps,
+        largest=_largest([rows for step in planned for rows in step], needs, limits, config.train.global_batch),
+        widths={name: _widths(need.data) for name, need in needs.items()},
+        positions_per_sample=step_positions / float(np.mean([len(indices) for _, indices in batches])),
+        step_positions=step_positions,
+        micro_batches=float(np.mean([len(step) for step in planned])),
+        micro_steps=float(np.mean([math.ceil(len(step) / ranks) for step in planned])),
+        samples={name: None if need.data is None else len(need.data["train"]) for name, need in needs.items()},
+        steps_per_epoch=per_epoch,
         assumptions=notes,
     )
+
+
+def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[MicroBatch]:
+    """All micro-batches of a step; how many ranks share them changes none."""
+    return micro_batches(indices, sizes, limits, 0, 1)
+
+
+def _order(config: RunConfig, needs: dict[str, _Needs]) -> Order | None:
+    data = {name: need.data for name, need in needs.items() if need.data is not None}
+    if len(data) < len(needs):
+        return None
+    lengths = {name: opened["train"].lengths() for name, opened in data.items()}
+    train = config.train
+    return Order(lengths, global_batch=train.global_batch, seed=train.seed, weights=config.data.weights)
+
+
+def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, most: int) -> list[Rows]:
+    """Of the steps' micro-batches, and of those that a run tries before its first step, the ones that need most."""
+    every = list(planned)
+    for need in needs.values():
+        for sizes in (need.sizes, need.extreme):
+            if sizes is not None:
+                every += [need.rows(micro, sizes, limits.packed) for micro in largest(sizes, limits, most)]
+    most_of = (lambda rows: rows.positions, lambda rows: rows.read, lambda rows: len(rows.own) * rows.longest)
+    return list(dict.fromkeys(max(every, key=need) for need in most_of))
 
 
 def _tokenizer(config: RunConfig, notes: list[str]) -> PreTrainedTokenizerBase | None:
@@ -111,57 +162,72 @@ def _tokenizer(config: RunConfig, notes: list[str]) -> PreTrainedTokenizerBase |
     return None
 
 
-def _task_lengths(
-    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None, positions: int | None, notes: list[str]
-) -> _TaskLengths:
+def _needs(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]) -> _Needs:
+    data = _data(config, task, notes)
+    if tokenizer is None or data is None:
+        return _assumed(config, task, tokenizer, data, notes)
+    fusion = config.model.fusion
+    collate = Collator(
+        task, tokenizer, config.data, widths=data.widths, rates=data.rates, pseudo_tokens=fusion.pseudo_tokens,
+        modalities=fusion.modalities, seed=config.train.seed,
+    )  # fmt: skip
+    return _Needs(task.name, max(map(len, collate.answers)), collate.sizes(data["train"]), None, data)
+
+
+def _assumed(
+    config: RunConfig,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: PreparedDataset | None,
+    notes: list[str],
+) -> _Needs:
+    """Without data, without a tokenizer, or without both."""
     language = prompt_language(task, config.data)
 
     def tokens(text: str) -> int:
-        return (
-            math.ceil(len(text) / CHARACTERS_PER_TOKEN[language]) if tokenizer is None else len(encode(tokenizer, text))
-        )
+        per = CHARACTERS_PER_TOKEN[language]
+        return math.ceil(len(text) / per) if tokenizer is None else len(encode(tokenizer, text))
 
     before, after = prompt_texts(task, config.data)
+    prefix = tokens(before) + (1 if tokenizer is None else len(start_tokens(tokenizer)))
     answer = 1 + max(tokens(text) for text in task.answer_texts(config.data.answers, language))
-    frame = (len(start_tokens(tokenizer)) if tokenizer is not None else 1) + tokens(before) + tokens(after)
-    frame += config.model.fusion.pseudo_tokens + answer - 1
-    data = _data(config, task, notes)
-    most = config.data.max_text_tokens
-    if data is None:
-        text_N, mean_text, longest_text = None, float(min(ASSUMED_TEXT, most)), most
-        notes.append(
-            f"task {task.name}: texts of {mean_text:g} tokens, the longest {most} (data.max_text_tokens); audio and video of "
-            f"up to {ASSUMED_LONGEST} frames of {ASSUMED_WIDTH} features"
-        )
-    else:
-        text_N = np.array([min(tokens(text), most) for text in data["train"].texts()])
-        mean_text, longest_text = float(text_N.mean()), int(text_N.max())
-    history = config.data.history
+    most, history, modalities = config.data.max_text_tokens, config.data.history, config.model.fusion.modalities
+    beside = tokens(after) + config.model.fusion.pseudo_tokens + answer - 1
     if history:
-        notes.append(
-            f"task {task.name}: {history} utterances of history, each as long as a text (the mean, and the longest)"
+        notes.append(f"task {task.name}: {history} utterances of history, each as long as the mean of the texts")
+
+    def sizes(text_N: np.ndarray, frames: Sequence[np.ndarray]) -> Sizes:
+        text_N = text_N if "text" in modalities else np.zeros_like(text_N)
+        read_N3 = np.stack([text_N, *frames], 1) * [name in modalities for name in MODALITIES]
+        return Sizes(prefix, text_N + beside + round(history * float(text_N.mean())), read_N3)
+
+    if data is not None:
+        view = data["train"]
+        text_N = np.array([min(tokens(text), most) for text in view.texts()])
+        return _Needs(task.name, answer, sizes(text_N, [view.frames("audio"), view.frames("video")]), None, data)
+    typical = min(ASSUMED_TEXT, most)
+    notes.append(
+        f"task {task.name}: texts of {typical} tokens, the longest {most} (data.max_text_tokens); audio and video of "
+        f"{ASSUMED_LONGEST} frames of {ASSUMED_WIDTH} features"
+    )
+    every = np.ones(config.train.global_batch, dtype=np.int64)
+    frames = [every * ASSUMED_LONGEST] * 2
+    return _Needs(task.name, answer, sizes(every * typical, frames), sizes(every * most, frames), None)
+
+
+def _stated(needs: _Needs, positions: int, notes: list[str]) -> _Needs:
+    """The same with samples of so many positions."""
+    own = positions - needs.sizes.prefix
+    if own < needs.answer:
+        raise ValueError(
+            f"--positions={positions} is a sample's whole prompt with its answer, and the instruction of task {needs.task} "
+            f"alone has {needs.sizes.prefix}: state more"
         )
-    tokens_N = None if text_N is None else text_N + frame + round(history * mean_text)
-    mean, longest = frame + (1 + history) * mean_text, frame + (1 + history) * longest_text
-    if positions is not None:
-        mean, longest, tokens_N = (
-            float(positions),
-            positions,
-            None if tokens_N is None else np.full_like(tokens_N, positions),
-        )
-        notes.append(f"task {task.name}: rows of {positions} positions, as stated")
-    rows = min(config.train.micro_batch, config.train.global_batch)
-    return _TaskLengths(
-        task=task,
-        tokens_N=tokens_N,
-        mean=mean,
-        longest=Rows(
-            rows if data is None else min(rows, len(data["train"])),
-            longest, answer, longest_text, _longest_frames(data, "audio"), _longest_frames(data, "video"),
-        ),
-        widths=dict.fromkeys(("audio", "video"), ASSUMED_WIDTH) if data is None else dict(data.widths),
-        order_lengths=None if data is None else data["train"].lengths(),
-    )  # fmt: skip
+    notes.append(
+        f"task {needs.task}: samples of {positions} positions, {needs.sizes.prefix} of them the instruction, as stated"
+    )
+    sizes = replace(needs.sizes, tokens_N=np.full_like(needs.sizes.tokens_N, own))
+    return replace(needs, sizes=sizes, extreme=None)
 
 
 def _data(config: RunConfig, task: Task, notes: list[str]) -> PreparedDataset | None:
@@ -176,21 +242,5 @@ def _data(config: RunConfig, task: Task, notes: list[str]) -> PreparedDataset | 
     return None
 
 
-def _longest_frames(data: PreparedDataset | None, name: str) -> int:
-    if data is None:
-        return ASSUMED_LONGEST
-    entry: Mapping[str, Any] = data.record["splits"]["train"][f"{name}_frames"]
-    return int(entry["max"] or 1)
-
-
-def _padded(order: Order, tokens: Mapping[str, np.ndarray], config: RunConfig) -> float:
-    """Mean positions of a step, all ranks together, padding included, over the first steps."""
-    steps = min(order.steps_per_epoch, STEPS_LOOKED_AT)
-    size, total = config.train.micro_batch, 0
-    for step in range(steps):
-        batch = order.step(step)
-        lengths = tokens[batch.task][list(batch.indices)]
-        total += sum(
-            int(lengths[i : i + size].max()) * len(lengths[i : i + size]) for i in range(0, len(lengths), size)
-        )
-    return total / steps
+def _widths(data: PreparedDataset | None) -> dict[str, int]:
+    return dict.fromkeys(("audio", "video"), ASSUMED_WIDTH) if data is None else dict(data.widths)

@@ -41,7 +41,7 @@ class Setting:
     offload: bool
     ranks: int
     dtype: torch.dtype
-    micro_steps: int  # of a rank in an optimizer step
+    micro_steps: float  # of the fullest rank in an optimizer step, the mean
     zero: dict[str, Any]  # the config's zero_optimization section
     touched: bool = False
 
@@ -189,12 +189,12 @@ def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
     if setting.stage == 1:
         return {"gradients": ring(2 * (4 if setting.dtype is torch.bfloat16 else b) * W), "weights": ring(b * W)}
     if setting.stage == 2:
-        return {"gradients": ring(2 * b * W) * setting.micro_steps, "weights": ring(b * W)}
+        return {"gradients": ring(2 * b * W * setting.micro_steps), "weights": ring(b * W)}
     whole = weights.gathered_bytes - weights.persistent_bytes
     again = 1 - min(1.0, _kept(setting) / max(1, weights.gathered_elements))  # what the way back gathers anew
     return {
-        "gradients": ring(b * W) * setting.micro_steps,
-        "gathered weights": ring((1 + again) * whole) * setting.micro_steps,
+        "gradients": ring(b * W * setting.micro_steps),
+        "gathered weights": ring((1 + again) * whole * setting.micro_steps),
         "small weights": ring(weights.persistent_bytes),
     }
 

@@ -25,7 +25,7 @@ LEFT_OUT = (
     "workspace of single kernels (matrix products, attention)",
     "holes that PyTorch's allocator leaves between blocks: 2 GiB of a GPU are kept free for these, CUDA and NCCL",
     "loading: reading and quantising a checkpoint may need more for a moment",
-    "evaluation (eval.batch) and free generation",
+    "evaluation (eval.tokens) and free generation",
     "overlap, latency and congestion of the network: bytes are those of rings over all ranks",
     "time for evaluation, checkpoints and starting",
 )
@@ -59,7 +59,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Model:
-    """What the model consists of, and what a micro-batch takes with and without checkpointing."""
+    """What the model consists of, and what the largest micro-batch takes with and without checkpointing."""
 
     weights: Weights
     passes: Mapping[bool, Pass]
@@ -121,7 +121,7 @@ class Plan:
             "gpu_memory_gib": self.gpu_memory,
             "reserved_bytes": RESERVED,
             "parameters": dataclasses.asdict(self.model.weights),
-            "lengths": dataclasses.asdict(self.lengths),
+            "lengths": self.lengths.to_json(),
             "activations": {
                 "checkpointing" if key else "plain": dataclasses.asdict(work) for key, work in self.model.passes.items()
             },
@@ -185,9 +185,8 @@ def make_plan(
     if steps is None and lengths.steps_per_epoch is not None:
         steps = math.ceil(config.train.epochs * lengths.steps_per_epoch)
     work = model.passes[config.model.backbone.gradient_checkpointing]
-    held = lengths.longest.rows * lengths.longest.positions
-    flops = work.flops / held * lengths.padded_positions / config.train.global_batch
-    flops *= lengths.micro_steps * min(config.train.micro_batch, config.train.global_batch)  # of the fullest rank
+    mean = lengths.step_positions / lengths.micro_batches
+    flops = work.flops / lengths.largest[0].positions * mean * lengths.micro_steps  # of the fullest rank
     return Plan(
         config=config,
         nodes=nodes,
@@ -218,7 +217,7 @@ def backbone_shape(config: RunConfig) -> PretrainedConfig:
 
 
 def look_at(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Model:
-    """Weigh the whole model, and pass the largest micro-batch through a few layers of it."""
+    """Weigh the whole model, and pass the largest micro-batches through a few layers of it."""
     dtype, layers = dtype_of(config), int(shape.num_hidden_layers)
     zero = deepspeed_config(config)["zero_optimization"]
     with abstract():
@@ -231,13 +230,17 @@ def look_at(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Mod
             sampled = []
             for few in SAMPLE_LAYERS if layers > max(SAMPLE_LAYERS) else (layers,):
                 model = build(config, shape, lengths.widths, dtype, layers=few, checkpointing=checkpointing)
-                sampled.append(record_pass(model, lengths.task, lengths.longest, dtype))
-            passes[checkpointing] = grow(sampled[0], sampled[1], layers) if len(sampled) > 1 else sampled[0]
+                sampled.append([record_pass(model, rows, dtype) for rows in lengths.largest])
+            first, last = sampled[0], sampled[-1]
+            grown = [grow(*pair, layers) for pair in zip(first, last, strict=True)] if len(sampled) > 1 else first
+            passes[checkpointing] = Pass(
+                max(work.peak for work in grown), max(work.peak_with_gradients for work in grown), grown[0].flops
+            )
     return Model(weights, passes, layers)
 
 
 def make_setting(
-    config: RunConfig, ranks: int, micro_steps: int, *, stage: int, offload: bool = False, touched: bool = False
+    config: RunConfig, ranks: int, micro_steps: float, *, stage: int, offload: bool = False, touched: bool = False
 ) -> Setting:
     """What the config says of one way to run."""
     zero = deepspeed_config(config)["zero_optimization"]
@@ -269,7 +272,7 @@ def _hours(
     if throughput.samples:
         return steps * config.train.global_batch / throughput.samples / 3600
     if throughput.positions:
-        return steps * lengths.padded_positions / throughput.positions / 3600
+        return steps * lengths.step_positions / throughput.positions / 3600
     if throughput.tflops:
         return steps * flops / (throughput.tflops * 1e12) / 3600
     return None

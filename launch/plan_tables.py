@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
+from launch.abstract import Rows
 from launch.memory import GIB
 from launch.plan import LEFT_OUT, RESERVED, Option, Plan
 
@@ -43,18 +45,37 @@ def _head(plan: Plan) -> Iterator[Any]:
         f"{config.model.backbone.name}, {plan.model.layers} layers: {_count(weights.trainable)} trainable parameters ({parts}), "
         f"{_count(weights.frozen)} frozen{bits}"
     )
-    longest = lengths.longest
     yield (
         f"{plan.nodes} x {plan.gpus_per_node} = {plan.ranks} GPUs; a step of {config.train.global_batch} samples is "
-        f"{lengths.micro_steps} micro-batch{'es' if lengths.micro_steps > 1 else ''} of up to {config.train.micro_batch} on a rank"
+        f"{lengths.micro_batches:.3g} micro-batch{'es' if lengths.micro_batches > 1 else ''} of up to "
+        f"{config.train.micro_tokens} positions, {lengths.micro_steps:.3g} of them on a rank"
     )
     yield (
-        f"positions: {lengths.mean_positions:.0f} a sample, {lengths.padded_positions:,.0f} a step with padding; the largest "
-        f"micro-batch is {longest.rows} rows of {longest.positions}, {longest.audio} audio and {longest.video} video frames"
+        f"positions, {config.data.layout}: {lengths.positions_per_sample:.3g} a sample, {lengths.step_positions:,.0f} a step; "
+        f"the largest micro-batch{'es' if len(lengths.largest) > 1 else ''}: {'; '.join(map(_shape, lengths.largest))}"
     )
-    idle = plan.ranks - -(-config.train.global_batch // config.train.micro_batch)
-    if idle > 0:
-        yield f"warning: {idle} of {plan.ranks} GPUs have nothing to do: raise train.global_batch, or lower train.micro_batch"
+    yield from _idle(plan)
+
+
+def _shape(rows: Rows) -> str:
+    told = rows.to_json()
+    return (
+        f"{told['samples']} samples in {told['positions']} positions, up to {told['audio_frames']} audio and "
+        f"{told['video_frames']} video frames"
+    )
+
+
+def _idle(plan: Plan) -> Iterator[str]:
+    """GPUs for which a step has no micro-batch, and the limits under which it has one for each."""
+    train, lengths = plan.config.train, plan.lengths
+    idle = math.floor(plan.ranks - lengths.micro_batches)
+    if idle < 1:
+        return
+    advice = "raise train.global_batch"
+    each = math.ceil(train.global_batch / plan.ranks)
+    if train.micro_batch is None or train.micro_batch > each:
+        advice += f", or cut it finer with train.micro_batch={each}"
+    yield f"warning: {idle} of {plan.ranks} GPUs have nothing to do: {advice}"
 
 
 def _memory(plan: Plan) -> Table:
@@ -105,7 +126,8 @@ def _advice(plan: Plan) -> Iterator[str]:
         smallest = min(plan.options, key=lambda option: option.memory.total)
         yield (
             f"nothing fits: the smallest needs {size(smallest.memory.total)} ({' '.join(smallest.overrides())}). Use more GPUs, "
-            "a smaller train.micro_batch, model.backbone.quantization=nf4, or a smaller backbone"
+            f"train.micro_tokens={max(1, plan.config.train.micro_tokens // 2)} (now {plan.config.train.micro_tokens}), "
+            "model.backbone.quantization=nf4, or a smaller backbone"
         )
         return
     if chosen == plan.configured:
@@ -114,9 +136,10 @@ def _advice(plan: Plan) -> Iterator[str]:
         yield f"recommended: {' '.join(chosen.overrides())}"
     work = plan.model.passes[chosen.checkpointing].peak
     room = plan.gpu_memory * GIB - RESERVED - chosen.memory.total
-    more = int(room // (work / plan.lengths.longest.rows))
-    if more > 0:
-        yield f"there is room for micro-batches of about {plan.lengths.longest.rows + more} such rows (train.micro_batch)"
+    largest = max(rows.positions for rows in plan.lengths.largest)
+    more = int(room // (work / largest))
+    if more > 0 and plan.lengths.micro_batches > plan.ranks:
+        yield f"there is room for micro-batches of about {largest + more:,} positions (train.micro_tokens)"
 
 
 def _wire(plan: Plan) -> Table:

@@ -194,7 +194,7 @@ def _judge_all_reduce(findings: Findings, found: dict[str, Any]) -> None:
 def _judge_batch(findings: Findings, found: dict[str, Any], out: Path) -> None:
     told = f"forward, backward and scored in {found['seconds']:.1f} s; at most {found['peak_bytes'] / GIB:.2f} GiB"
     tight = torch.cuda.is_available() and found["peak_bytes"] > FULL * torch.cuda.get_device_properties(0).total_memory
-    advice = "close to the GPU's memory: smaller train.micro_batch, or model.backbone.gradient_checkpointing=true"
+    advice = "close to the GPU's memory: smaller train.micro_tokens, or model.backbone.gradient_checkpointing=true"
     findings.add(PART, "largest batch", "warning" if tight else "ok", told, advice if tight else "", **found)
     place = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     free, needed = shutil.disk_usage(place).free, found["checkpoints_bytes"]

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, Qwen2Config
@@ -19,11 +20,13 @@ from launch.plan_tables import render
 from tests.distributed.processes import egmf
 from tests.models.tiny_models import make_model, save_family
 from tests.toy import prepare_toy
+from trainer.batch import Batch, PackedBatch
 from trainer.config import AdapterConfig, RunConfig, check_config
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
-from trainer.data.sampling import Order
+from trainer.data.sampling import Limits, Order, micro_batches
 from trainer.models.loading import load_tokenizer
+from trainer.run.probe import largest
 from trainer.tasks import get_task
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; parameters as published
@@ -106,41 +109,48 @@ def test_counts_published_sizes(tmp_path, name):
     assert weights.dense_bytes == 2 * QWEN[name][1]
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, quantization, checkpointing):
+@pytest.mark.parametrize(
+    ("packed", "quantization", "checkpointing"),
+    [(True, "none", False), (True, "nf4", False), (True, "nf4", True), (False, "none", True), (False, "nf4", False)],
+)
+def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, packed, quantization, checkpointing):
     """The same recorder over a real model, and the model of 8 layers from those of 2 and 4."""
     folder = save_family("qwen2", tmp_path, num_hidden_layers=8)
     shape = AutoConfig.from_pretrained(folder)
     config = small(folder, model__backbone__quantization=quantization)
-    rows = Rows(rows=2, positions=48, answer=3, text=7, audio=9, video=6)
+    rows = Rows("one", packed, 14, (34, 25), 3, ((1, 7, 9, 6), (1, 2, 0, 4)) if packed else ((2, 7, 9, 6),))
     with abstract():
         few = [
-            record_pass(build(config, shape, WIDTHS, torch.float32, layers=n, checkpointing=checkpointing), "one", rows, torch.float32)
+            record_pass(build(config, shape, WIDTHS, torch.float32, layers=n, checkpointing=checkpointing), rows, torch.float32)
             for n in (*SAMPLE_LAYERS, 8)
         ]  # fmt: skip
     grown = grow(few[0], few[1], 8)
     assert grown == few[2]
     real = make_model(folder, quantization=quantization, gradient_checkpointing=checkpointing)
-    recorded = record_pass(real.train(), "one", rows, torch.float32)
+    recorded = record_pass(real.train(), rows, torch.float32)
     assert grown.flops == recorded.flops
     assert grown.peak == pytest.approx(recorded.peak, rel=0.03)
 
 
-def test_counts_operations(tmp_path):
+@pytest.mark.parametrize("packed", [True, False])
+def test_counts_operations(tmp_path, packed):
     """A frozen layer multiplies twice for the output and twice for the input's gradient, twice more when recomputed."""
     config = config_of(
         model__backbone={"name": str(qwen("0.5B", tmp_path)), "quantization": "none"}, model__fusion__pseudo_tokens=0,
         model__adapter__rank=1,
     )  # fmt: skip
-    rows = Rows(rows=2, positions=64, answer=1, text=8, audio=1, video=1)
+    rows = Rows("meld", packed, 32, (32, 24), 1, ((2, 8, 1, 1),))
+    positions = 32 + 32 + 24 if packed else 2 * 64
+    assert rows.positions == positions
     shape = AutoConfig.from_pretrained(tmp_path)
-    linear = 24 * (896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864) * 2 * 64
-    attention = 24 * 2 * 14 * 64 * 64 * 64  # multiplications of scores and sums, half of the square each
+    linear = 24 * (896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864) * positions
+    # pairs of a query and a key: half of the square of a row; packed, both samples padded to the longer one, and the prefix
+    pairs = 2 * 32 * (32 + 32) + 32 * 32 / 2 if packed else 2 * 64 * 64 / 2
+    attention = 24 * 14 * 64 * pairs * 2  # multiplications of scores and sums
     head = 2 * 896 * 151936
     with abstract():
         work = {
-            ck: record_pass(build(config, shape, {"meld": {}}, torch.bfloat16, checkpointing=ck), "meld", rows, torch.bfloat16)
+            ck: record_pass(build(config, shape, {"meld": {}}, torch.bfloat16, checkpointing=ck), rows, torch.bfloat16)
             for ck in (False, True)
         }  # fmt: skip
     assert work[False].flops == pytest.approx(4 * linear + 3.5 * 2 * attention + 4 * head, rel=0.02)
@@ -204,35 +214,78 @@ def test_plans_from_a_folder_alone(tmp_path, name, ranks):
     assert any("no tokenizer" in note for note in plan.lengths.assumptions)
 
 
-def test_counts_positions_of_prepared_data(tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "limits", "history"),
+    [
+        ("packed", {"micro_batch": 4}, 0),
+        ("packed", {"micro_tokens": 220}, 2),
+        ("padded", {"micro_batch": 4}, 0),
+        ("padded", {"micro_tokens": 220}, 2),
+    ],
+)
+def test_counts_positions_of_prepared_data(tmp_path, layout, limits, history):
     folder, data = save_family("qwen2", tmp_path / "model"), prepare_toy("meld", tmp_path, train=45)
-    config = small(folder, data__path=str(data), train__global_batch=10, train__micro_batch=4)
+    config = small(
+        folder, data__path=str(data), data__layout=layout, data__history=history, train__global_batch=10,
+        **{f"train__{key}": value for key, value in limits.items()},
+    )  # fmt: skip
     lengths = run_lengths(config, 2)
-    view = open_dataset(data)["train"]
+    view = open_dataset(data, history=history)["train"]
     collate = Collator(
         get_task("meld"), load_tokenizer(config.model.backbone), config.data,
         widths=view.widths, rates=view.rates, pseudo_tokens=3, modalities=("text", "audio", "video"),
     )  # fmt: skip
-    order = Order({"meld": view.lengths()}, global_batch=10, seed=0)
-    padded = 0
-    for step in range(order.steps_per_epoch):
-        indices = order.step(step).indices
-        for start in range(0, len(indices), 4):
-            padded += collate([view[i] for i in indices[start : start + 4]]).input_ids_BL.numel()
-    # the answer in a row counts as the longest one
-    slack = max(map(len, collate.answers)) - min(map(len, collate.answers))
-    assert 0 <= lengths.padded_positions - padded / order.steps_per_epoch <= slack * 10
-    largest = collate([view[i] for i in view.longest(4)])
-    assert lengths.longest.positions >= largest.input_ids_BL.shape[1]
-    assert lengths.longest.positions <= largest.input_ids_BL.shape[1] + slack
-    assert (lengths.longest.audio, lengths.longest.video) == (
-        largest.audio.mask_BT.shape[1],
-        largest.video.mask_BT.shape[1],
-    )
+    chosen = Limits(config.train.micro_tokens, config.train.micro_batch, layout == "packed")
+    order, sizes = Order({"meld": view.lengths()}, global_batch=10, seed=0), collate.sizes(view)
+    steps = [
+        [collate.training([view[i] for i in micro.indices], micro, None) for micro in cut]
+        for step in range(order.steps_per_epoch)
+        for cut in [micro_batches(order.step(step).indices, sizes, chosen, 0, 1)]
+    ]
+    positions = [sum(batch.positions for batch in step) for step in steps]
+    assert lengths.step_positions == pytest.approx(np.mean(positions))
+    assert lengths.positions_per_sample == pytest.approx(np.sum(positions) / 45)
+    assert lengths.micro_batches == np.mean([len(step) for step in steps])
+    assert lengths.micro_steps == np.mean([-(-len(step) // 2) for step in steps])
+    every = [batch for step in steps for batch in step]
+    for micro in largest(sizes, chosen, 10):  # what a run tries before its first step
+        every.append(collate.training([view[i] for i in micro.indices], micro, None))
+    assert max(rows.positions for rows in lengths.largest) == max(batch.positions for batch in every)
+    assert max(rows.read for rows in lengths.largest) == max(map(reading, every))
     assert lengths.steps_per_epoch == order.steps_per_epoch
-    assert lengths.micro_steps == 2
     assert lengths.samples == {"meld": 45}
     assert lengths.assumptions == []
+
+
+def reading(batch: Batch | PackedBatch) -> int:
+    """Tokens and frames of the fusion network's calls, padding included; a modality that is missing counts nothing."""
+    return sum(
+        len(group)
+        * sum(int(mask_BT.sum(1).max()) for mask_BT in (group.text_mask_BS, group.audio.mask_BT, group.video.mask_BT))
+        for group in batch.inputs
+    )
+
+
+def test_packed_rows_hold_the_instruction_once(tmp_path):
+    """Without data: a step of 64 samples of 25 tokens in rows of up to 1024 positions."""
+    config = config_of(
+        model__backbone__name=str(qwen("0.5B", tmp_path)), data__path=str(tmp_path / "none"), train__global_batch=64,
+        train__micro_tokens=1024,
+    )  # fmt: skip
+    packed = run_lengths(config, 2)
+    prefix, own = packed.largest[0].prefix, packed.largest[0].own[0]
+    each = (1024 - prefix) // own
+    assert packed.micro_batches == math.ceil(64 / each)
+    assert packed.micro_steps == math.ceil(packed.micro_batches / 2)
+    assert packed.step_positions == 64 * own + packed.micro_batches * prefix
+    config.data.layout = "padded"
+    padded = run_lengths(config, 2)
+    assert padded.positions_per_sample == prefix + own
+    assert padded.micro_batches == math.ceil(64 / (1024 // (prefix + own)))
+    stated = run_lengths(config, 2, positions=prefix + 40)
+    assert stated.positions_per_sample == prefix + 40
+    with pytest.raises(ValueError, match=rf"--positions={prefix} .* alone has {prefix}"):
+        run_lengths(config, 2, positions=prefix)
 
 
 def test_command(tmp_path):
@@ -262,7 +315,11 @@ def test_shows_what_does_not_fit(tmp_path):
     shown = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
     assert any(part.startswith("nothing fits: the smallest needs") for part in shown)
     assert any(part.startswith("left out:") for part in shown)
-    assert any("have nothing to do" in part for part in shown)
+    assert any("train.micro_tokens=1024 (now 2048)" in part for part in shown)
+    assert any(
+        "GPUs have nothing to do: raise train.global_batch, or cut it finer with train.micro_batch=4" in part
+        for part in shown
+    )
 
 
 def test_recommends_what_fits(tmp_path):

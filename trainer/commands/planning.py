@@ -19,9 +19,13 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, one rank each")] = 1,
     gpu_memory: Annotated[float, typer.Option(help="of one GPU, GiB")] = 80.0,
     samples_per_second: Annotated[float | None, typer.Option(help="of all GPUs together, for the hours")] = None,
-    positions_per_second: Annotated[float | None, typer.Option(help="instead: tokens, padding included")] = None,
+    positions_per_second: Annotated[
+        float | None, typer.Option(help="instead: through the backbone, padding included")
+    ] = None,
     tflops: Annotated[float | None, typer.Option(help="instead: reached on each GPU")] = None,
-    positions: Annotated[int | None, typer.Option(min=8, help="of a row, instead of the data's")] = None,
+    positions: Annotated[
+        int | None, typer.Option(min=8, help="of a sample's whole prompt with its answer, instead of the data's")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="of an epoch, where there are no prepared data")] = None,
     as_json: Json = False,
     debug: Debug = False,
