@@ -27,6 +27,7 @@ from benchmarks.machine import describe, today
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192}
 STEPS = 2
+SAMPLES = 16  # of a step, and in all: every step has the same, so the largest micro-batch is among its two
 LIMIT = 0.15
 WARM_UP = {  # what libraries allocate on first use belongs to no case
     "warm-up": ("model.backbone.name=tiny", "model.backbone.quantization=none"),
@@ -56,7 +57,7 @@ with open(out, "w") as stream:
 
 @dataclass(frozen=True)
 class Case:
-    """A run: ZeRO stage, how the backbone is held and tuned, processes."""
+    """A run: ZeRO stage, how the backbone is held and tuned, processes, layout of its micro-batches."""
 
     stage: int
     quantization: str
@@ -64,11 +65,13 @@ class Case:
     checkpointing: bool
     precision: str
     procs: int
+    layout: str = "packed"
 
     @property
     def name(self) -> str:
         parts = [f"zero{self.stage}", self.quantization, self.kind, self.precision]
-        return "-".join([*parts, "checkpointing" if self.checkpointing else "plain", str(self.procs)])
+        parts += ["checkpointing" if self.checkpointing else "plain", *(["padded"] if self.layout == "padded" else [])]
+        return "-".join([*parts, str(self.procs)])
 
     def overrides(self, model: Path, data: Path) -> list[str]:
         return [
@@ -81,8 +84,9 @@ class Case:
             "model.fusion.width=256",
             f"train.zero={self.stage}",
             f"train.precision={self.precision}",
-            "train.global_batch=4",
-            "train.micro_batch=2",
+            f"data.layout={self.layout}",
+            f"train.global_batch={SAMPLES}",
+            f"train.micro_batch={SAMPLES // 2}",
             f"train.steps={STEPS}",
             "track.mlflow=false",
         ]
@@ -90,13 +94,14 @@ class Case:
 
 def cases() -> list[Case]:
     """LoRA over a plain and a 4-bit backbone at every stage, on one and two ranks, with and without checkpointing; tuning
-    the whole backbone, where gradients and Adam's states are the larger part; bf16."""
+    the whole backbone, where gradients and Adam's states are the larger part; bf16; padded rows."""
     every = range(4)
     out = [Case(z, q, "lora", ck, "fp32", 2) for z in every for q in ("none", "nf4") for ck in (False, True)]
     out += [Case(z, "none", "full", True, precision, 2) for z in every for precision in ("fp32", "bf16")]
     out += [Case(z, "nf4", "lora", False, "bf16", 2) for z in (2, 3)]
     out += [Case(z, q, "lora", ck, "fp32", 1) for z in every for q, ck in (("none", False), ("nf4", True))]
     out += [Case(z, "none", "full", True, "fp32", 1) for z in (0, 2)]
+    out += [Case(2, "nf4", "lora", ck, "fp32", 2, "padded") for ck in (False, True)]
     return out
 
 
@@ -238,7 +243,7 @@ def predict(case: Case, model: Path, data: Path) -> dict[str, Any]:
     from trainer.config import load_config
 
     config = load_config(ROOT / "configs/tiny.yaml", case.overrides(model, data))
-    key = (case.quantization, case.kind, case.precision)
+    key = (case.quantization, case.kind, case.precision, case.layout)
     if key not in _LOOKED:
         lengths = run_lengths(config, case.procs)
         _LOOKED[key] = look_at(config, backbone_shape(config), lengths)
@@ -265,7 +270,7 @@ def main() -> None:
     work = asked.work.resolve()
     model, data = make_model(work / "model"), work / "data"
     if not (data / "meld").is_dir():
-        prepare_toy("meld", data, train=4)  # every step the same samples, so the largest micro-batch is among them
+        prepare_toy("meld", data, train=SAMPLES)
     results: list[dict[str, Any]] = []
     chosen = [c for c in cases() if not asked.cases or any(part in c.name for part in asked.cases.split(","))]
     predicted = {case.name: predict(case, model, data) for case in chosen}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.plan_memory import LIMIT, Case, make_model, measure, predict
+from benchmarks.plan_memory import LIMIT, SAMPLES, Case, make_model, measure, predict
 from launch.plan import Throughput, make_plan
 from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
@@ -14,6 +14,7 @@ CASES = [
     Case(2, "nf4", "lora", False, "fp32", 2),
     Case(3, "none", "lora", True, "fp32", 2),
     Case(1, "none", "full", True, "bf16", 2),
+    Case(2, "nf4", "lora", False, "fp32", 2, "padded"),
 ]
 
 
@@ -22,7 +23,7 @@ CASES = [
 @pytest.mark.timeout(3600)
 def test_foretells_measured_memory(tmp_path):
     model, data = make_model(tmp_path / "model"), tmp_path / "data"
-    prepare_toy("meld", data, train=4)
+    prepare_toy("meld", data, train=SAMPLES)
     measured = measure(CASES, model, data, tmp_path)
     off = {
         (case.name, rank): predict(case, model, data)["bytes"] / told["peak"] - 1
