@@ -55,6 +55,13 @@ class Sizes:
     tokens_N: np.ndarray
     read_N3: np.ndarray
 
+    def positions(self, indices: Sequence[int], packed: bool) -> int:
+        """That a micro-batch of these samples passes through the backbone, padding included."""
+        tokens_n = self.tokens_N[list(indices)]
+        if packed:
+            return self.prefix + int(tokens_n.sum())
+        return len(tokens_n) * (self.prefix + int(tokens_n.max()))
+
 
 @dataclass(frozen=True)
 class Limits:

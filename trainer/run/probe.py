@@ -49,9 +49,8 @@ def probe(
         for micro in largest(collate.sizes(view), limits, train.global_batch):
             samples = [view[i] for i in micro.indices]
             batch = collate.training(samples, micro, None).to(world.device, dtype)
-            with memory_explained(
-                f"task {name}: the largest micro-batch ({_shape(batch)})", "train.micro_tokens", train.micro_tokens
-            ):
+            what = f"task {name}: the largest micro-batch ({_shape(batch)})"
+            with memory_explained(what, "train.micro_tokens", train.micro_tokens, batch.positions):
                 engine.set_gradient_accumulation_boundary(True)
                 output = engine(batch)
                 loss = output.loss_B.mean()
@@ -98,27 +97,30 @@ def _score(
     if not len(view) or config.eval.mode != "score":
         return
     engine.eval()
-    for micro in largest(scorer.sizes(view), scorer.limits, len(view)):
+    sizes = scorer.sizes(view)
+    for micro in largest(sizes, scorer.limits, len(view)):
         samples = [view[i] for i in micro.indices]
-        shape = f"{len(samples)} samples, {len(parts.tries[name].answers)} answers"
-        with (
-            torch.no_grad(),
-            memory_explained(f"task {name}: the largest evaluation batch ({shape})", "eval.tokens", config.eval.tokens),
-        ):
+        positions = sizes.positions(micro.indices, scorer.limits.packed)
+        shape = f"{len(samples)} samples, {positions} positions, {len(parts.tries[name].answers)} answers"
+        what = f"task {name}: the largest evaluation batch ({shape})"
+        with torch.no_grad(), memory_explained(what, "eval.tokens", config.eval.tokens, positions):
             scorer.answer(samples, micro)
     engine.train()
 
 
 @contextlib.contextmanager
-def memory_explained(what: str, key: str, value: int) -> Iterator[None]:
-    """An out-of-memory error inside the block becomes a message that names the settings to change."""
+def memory_explained(what: str, key: str, value: int, held: int | None = None) -> Iterator[None]:
+    """An out-of-memory error inside the block becomes a message that names the settings to change.
+
+    `held` are the positions of the batch, where they are known: they may be far below the limit `value`.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
         text = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in text and "not enough memory" not in text:
             raise
-        smaller = f"{key}={max(1, value // 2)} (now {value}), " if value > 1 else ""
+        smaller = f"{key}={max(1, min(value, held or value) // 2)} (now {value}), " if value > 1 else ""
         checkpointing = "" if key == "eval.tokens" else "model.backbone.gradient_checkpointing=true, "
         raise MemoryFault(
             f"{what} does not fit into memory: {text.splitlines()[0]}\ntry {smaller}{checkpointing}a smaller data.max_text_tokens, or more GPUs with train.zero=3"

@@ -53,10 +53,7 @@ class Training:
 
     def positions(self, task: str, micro: MicroBatch) -> int:
         """That a micro-batch passes through the backbone, padding included."""
-        prefix, tokens_n = self.sizes[task].prefix, self.sizes[task].tokens_N[list(micro.indices)]
-        if self.limits.packed:
-            return prefix + int(tokens_n.sum())
-        return len(tokens_n) * (prefix + int(tokens_n.max()))
+        return self.sizes[task].positions(micro.indices, self.limits.packed)
 
     def batches(self, batch: GlobalBatch, step: int, micros: list[MicroBatch]) -> Iterator[Batch | PackedBatch]:
         """`micros`, collated."""
