@@ -139,13 +139,13 @@ def test_counts_operations(tmp_path, packed):
         model__backbone={"name": str(qwen("0.5B", tmp_path)), "quantization": "none"}, model__fusion__pseudo_tokens=0,
         model__adapter__rank=1,
     )  # fmt: skip
-    rows = Rows("meld", packed, 32, (32, 24), 1, ((2, 8, 1, 1),))
-    positions = 32 + 32 + 24 if packed else 2 * 64
+    rows = Rows("meld", packed, 256, (512, 384), 1, ((2, 8, 1, 1),))
+    positions = 256 + 512 + 384 if packed else 2 * 768
     assert rows.positions == positions
     shape = AutoConfig.from_pretrained(tmp_path)
     linear = 24 * (896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864) * positions
     # pairs of a query and a key: half of the square of a row; packed, both samples padded to the longer one, and the prefix
-    pairs = 2 * 32 * (32 + 32) + 32 * 32 / 2 if packed else 2 * 64 * 64 / 2
+    pairs = 2 * 512 * 768 + 256 * 256 / 2 if packed else 2 * 768 * 768 / 2
     attention = 24 * 14 * 64 * pairs * 2  # multiplications of scores and sums
     head = 2 * 896 * 151936
     with abstract():
