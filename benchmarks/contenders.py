@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.padded import PaddedData, answered, build_padded
+from benchmarks.padded import PaddedData, PaddedModel, answered, build_padded
 from benchmarks.shapes import Shape
 from trainer.answers.scoring import task_trie
 from trainer.batch import Batch, PackedBatch, Sample
@@ -152,13 +152,12 @@ def _lengths(samples: Sequence[Sample]) -> np.ndarray:
 class Padded:
     """The published way: see :mod:`benchmarks.padded`."""
 
-    def __init__(self, shape: Shape, samples: Sequence[Sample], folder: Path) -> None:
-        self.shape = shape
-        self.data = PaddedData(shape, samples, folder)
-        self.model = build_padded(shape, self.data, folder, LORA_RANK)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-        self.counter = Counter(self.model.language_model.get_base_model().get_decoder())
-        self.order = np.random.default_rng(0).permutation(len(samples))
+    def __init__(self, shape: Shape, data: PaddedData, model: PaddedModel, global_batch: int = GLOBAL_BATCH) -> None:
+        self.shape, self.data, self.model, self.global_batch = shape, data, model, global_batch
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        self.counter = Counter(model.language_model.get_base_model().get_decoder())
+        self.order = np.random.default_rng(0).permutation(len(data.answers))
 
     @property
     def positions(self) -> int:
@@ -169,9 +168,9 @@ class Padded:
 
     def step(self, index: int) -> int:
         self.model.train()
-        rows = np.take(self.order, range(index * GLOBAL_BATCH, (index + 1) * GLOBAL_BATCH), mode="wrap")
+        rows = np.take(self.order, range(index * self.global_batch, (index + 1) * self.global_batch), mode="wrap")
         for part in self._cut(rows, BASELINE_BATCH):
-            (self.model.loss(self.data(part)) * (len(part) / len(rows))).backward()
+            (self.model.loss(self.data(part).to(self.device)) * (len(part) / len(rows))).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return len(rows)
@@ -180,7 +179,8 @@ class Padded:
     def evaluate(self) -> int:
         self.model.eval()
         for part in self._cut(np.arange(len(self.order)), GLOBAL_BATCH):
-            answered(self.shape, self.data, self.model.generate(self.data(part), self.data.longest_answer))
+            told = self.model.generate(self.data(part).to(self.device), self.data.longest_answer)
+            answered(self.shape, self.data, told)
         return len(self.order)
 
 
@@ -188,5 +188,6 @@ def build(column: str, shape: Shape, samples: Sequence[Sample], folder: Path) ->
     """The contender of a column; the same random numbers for all."""
     torch.manual_seed(0)
     if column == "padded":
-        return Padded(shape, samples, folder)
+        data = PaddedData(shape, samples, folder)
+        return Padded(shape, data, build_padded(shape, data, folder, LORA_RANK))
     return build_ours(shape, samples, folder, "padded" if column == "ours padded" else "packed")

@@ -21,7 +21,7 @@ Shapes: B samples, T frames, F features of a frame, S text tokens, K pseudo toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,9 @@ class PaddedBatch:
     audio_length_B: Tensor
     video_length_B: Tensor
     answer_BA: Tensor  # with the end token, padded by IGNORED
+
+    def to(self, device: torch.device | str) -> PaddedBatch:
+        return PaddedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 class PaddedData:
@@ -143,14 +146,14 @@ class PaddedModel(nn.Module):
             [
                 _last_state(self.audio, batch.audio_BTF, batch.audio_length_B),
                 _last_state(self.video, batch.video_BTF, batch.video_length_B),
-                self.text(text_BSH.mean(1)),
+                self.text(text_BSH.float().mean(1)),
             ],
             1,
-        ).to(text_BSH.dtype)
+        )
         B = len(text_BSH)
         before_BLH = self.embedding(self.before).expand(B, -1, -1)
         after_BLH = self.embedding(self.after).expand(B, -1, -1)
-        return torch.cat([before_BLH, self.fuse(read_BN), text_BSH, after_BLH], 1)
+        return torch.cat([before_BLH, self.fuse(read_BN).to(text_BSH.dtype), text_BSH, after_BLH], 1)
 
 
 def _last_state(lstm: nn.LSTM, values_BTF: Tensor, length_B: Tensor) -> Tensor:

@@ -1,0 +1,253 @@
+"""A backbone of 7 to 8 billion parameters on one GPU: samples/s, positions/s, model FLOPs utilisation, peak memory.
+
+    python -m benchmarks.gpu.large --out large.json
+    python -m benchmarks.gpu.large --device cpu --tiny        # that it runs
+
+Qwen3-8B's shape with random weights, made on the device layer by layer, in bf16 and in NF4 (bitsandbytes, double quantisation), LoRA of rank 16 on all
+linear layers, with and without gradient checkpointing. MELD's shapes, optimizer steps of 64 samples; columns as in
+:mod:`benchmarks.throughput`. What does not fit into memory is told and left out.
+
+Model FLOPs: a position costs 2 N forward and 2 N backward, N the weights of the decoder's linear layers (frozen: gradients of inputs alone; what gradient
+checkpointing computes again, attention's own products, LoRA, head and fusion network are not counted). Utilisation is
+4 N x positions/s over the device's peak in bf16. Positions are all that pass, padding included: samples/s tells what that is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Params4bit
+from torch import nn
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.contenders import COLUMNS, Contender, Ours, Padded
+from benchmarks.machine import describe, today
+from benchmarks.padded import PaddedData, PaddedModel
+from benchmarks.shapes import SHAPES, make_backbone, make_samples
+from trainer.config import RunConfig
+from trainer.models.adapter import adapt
+from trainer.models.attention import choose_attention
+from trainer.models.backbone import Backbone
+from trainer.models.linear4bit import FrozenLinear4bit
+from trainer.models.loading import resolve_attention
+from trainer.models.quantization import settle
+
+QWEN3_8B = {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+TINY = {
+    **QWEN3_8B, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 8192,
+}  # fmt: skip
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16, dense, by the makers' data sheets
+GLOBAL_BATCH, SAMPLES, LORA_RANK, STD = 64, 128, 16, 0.02
+
+
+def random_model(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device, nf4: bool) -> Qwen3ForCausalLM:
+    """A frozen random Qwen3 on `device`; of a layer's weights in `dtype` at most one layer's exist beside it."""
+    config = Qwen3Config(**sizes, dtype=dtype, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config).to(dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    _fill(model.model.embed_tokens, device)
+    _fill(model.model.norm, device)
+    _fill(model.lm_head, device)
+    for layer in model.model.layers:
+        _fill(layer, device)
+        if nf4:
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, nn.Linear):
+                    layer.set_submodule(name, _quantised(module, dtype, device))
+    if nf4:
+        model.is_loaded_in_4bit = True
+        settle(model, "the random model")
+    return model.requires_grad_(False)
+
+
+def _fill(module: nn.Module, device: torch.device) -> None:
+    module.to_empty(device=device)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=STD)
+        else:
+            nn.init.ones_(parameter)
+
+
+def _quantised(module: nn.Linear, dtype: torch.dtype, device: torch.device) -> FrozenLinear4bit:
+    with torch.device("meta"):
+        layer = FrozenLinear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=dtype, compress_statistics=True,
+            quant_type="nf4", quant_storage=torch.uint8,
+        )  # fmt: skip
+    layer.support_avx512bf16_for_cpu = False
+    weight = Params4bit(
+        module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=torch.uint8
+    )
+    layer.weight = weight.to(device)
+    return layer
+
+
+def make_ready(model: Qwen3ForCausalLM, folder: Path, config: RunConfig, device: torch.device) -> Backbone:
+    """The model with LoRA and the tokenizer of `folder`, its attention chosen as for any backbone."""
+    dtype = model.dtype
+    embedding = model.get_input_embeddings().weight
+    norm = float(embedding[:4096].float().norm(dim=1).mean())
+    backbone = Backbone(adapt(model, config.model.adapter, dtype), AutoTokenizer.from_pretrained(folder), "sdpa")
+    backbone.to(device)
+    backbone.embedding_norm, backbone.fingerprint = norm, ""
+    choose_attention(backbone, "auto", resolve_attention("auto", device, dtype), "the random model")
+    return backbone
+
+
+def configured(layout: str) -> RunConfig:
+    config = RunConfig(task="meld")
+    config.data.layout = layout  # type: ignore[assignment]
+    config.model.adapter.rank, config.model.adapter.alpha, config.model.adapter.dropout = LORA_RANK, 2 * LORA_RANK, 0.0
+    config.train.global_batch = GLOBAL_BATCH
+    return config
+
+
+def contender(column: str, backbone: Backbone, folder: Path, device: torch.device) -> Contender:
+    """A column on a backbone that the columns share, each with its own part before it."""
+    shape = SHAPES["meld"]
+    samples = make_samples(shape, SAMPLES)
+    torch.manual_seed(0)
+    if column != "padded":
+        return Ours(shape, samples, backbone, configured("padded" if column == "ours padded" else "packed"))
+    data = PaddedData(shape, samples, folder)
+    return Padded(shape, data, PaddedModel(backbone.model, data, shape).to(device), GLOBAL_BATCH)
+
+
+def measure(made: Contender, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Training steps after two that warm up, for about `seconds`; then one evaluation."""
+    cuda = device.type == "cuda"
+
+    def timed(call: Any) -> tuple[float, int, int]:
+        before, began = made.positions, time.perf_counter()
+        n = call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, n, made.positions - before
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for index in range(2):
+        timed(lambda index=index: made.step(index))
+    steps = []
+    while not steps or (sum(s[0] for s in steps) < seconds and len(steps) < 40):
+        steps.append(timed(lambda: made.step(2 + len(steps))))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    timed(made.evaluate)
+    took, n, passed = timed(made.evaluate)
+    return {
+        "samples_per_second": sum(s[1] for s in steps) / sum(s[0] for s in steps),
+        "positions_per_second": sum(s[2] for s in steps) / sum(s[0] for s in steps),
+        "positions_per_sample": sum(s[2] for s in steps) / sum(s[1] for s in steps),
+        "step_seconds": statistics.median(s[0] for s in steps),
+        "steps": len(steps),
+        "peak_gib": peak,
+        "evaluate_samples_per_second": n / took,
+        "evaluate_positions_per_sample": passed / n,
+    }
+
+
+def cases(device: torch.device, sizes: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    """Every precision, with and without checkpointing, every column; told as they come."""
+    dtype = torch.bfloat16
+    rows = []
+    per_layer = sizes["hidden_size"] * (
+        sizes["head_dim"] * (2 * sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"])
+        + 3 * sizes["intermediate_size"]
+    )
+    flops = 4 * per_layer * sizes["num_hidden_layers"]
+    peak = next(
+        (p for name, p in PEAKS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
+    )
+    with tempfile.TemporaryDirectory() as work:
+        folder = make_backbone(Path(work) / "tokenizer", 8192)
+        for precision in ("bf16", "nf4"):
+            torch.manual_seed(0)
+            model = random_model(sizes, dtype, device, precision == "nf4")
+            backbone = make_ready(model, folder, configured("packed"), device)
+            for checkpointing in (False, True):
+                base = backbone.base
+                if checkpointing:
+                    base.gradient_checkpointing_enable({"use_reentrant": False})
+                else:
+                    base.gradient_checkpointing_disable()
+                for column in COLUMNS:
+                    row: dict[str, Any] = {"precision": precision, "checkpointing": checkpointing, "column": column}
+                    try:
+                        row |= measure(contender(column, backbone, folder, device), device, seconds)
+                        row["attention"] = backbone.attention
+                        row["utilisation"] = row["positions_per_second"] * flops / peak if peak else None
+                    except torch.OutOfMemoryError as error:
+                        row["failed"] = f"out of memory: {str(error).partition('.')[0]}"
+                    rows.append(row)
+                    print(line(row), flush=True)
+                    for parameter in backbone.parameters():
+                        parameter.grad = None
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+            del model, backbone, base
+            gc.collect()
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    head = f"{row['precision']:5} {'checkpointing' if row['checkpointing'] else '':14} {row['column']:12}"
+    if "failed" in row:
+        return f"{head} {row['failed']}"
+    used = "     ?" if row["utilisation"] is None else f"{row['utilisation']:6.1%}"
+    peak = "     ?" if row["peak_gib"] is None else f"{row['peak_gib']:6.1f}"
+    return (
+        f"{head} {row['samples_per_second']:10.1f} {row['positions_per_second']:12.0f} {row['positions_per_sample']:10.1f} "
+        f"{used:>6} {peak:>7} {row['evaluate_samples_per_second']:12.1f}"
+    )
+
+
+HEAD = (
+    f"{'':33} {'samples/s':>10} {'positions/s':>12} {'per sample':>10} {'MFU':>6} {'peak GiB':>8} {'evaluated/s':>11}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model of toy size: to see that it runs")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed steps per case")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    print(HEAD)
+    sizes = TINY if asked.tiny else QWEN3_8B
+    began = time.perf_counter()
+    told = {
+        "date": today(),
+        "command": "python -m benchmarks.gpu.large" + (" --tiny" if asked.tiny else "") + f" --device {asked.device}",
+        "machine": {
+            **describe("torch", "transformers", "peft", "bitsandbytes"),
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+            "cuda": torch.version.cuda,
+        },
+        "model": sizes,
+        "rows": cases(device, sizes, 0.0 if asked.tiny else asked.seconds),
+    }
+    told["seconds"] = time.perf_counter() - began
+    if asked.out:
+        asked.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

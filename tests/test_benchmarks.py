@@ -1,0 +1,92 @@
+"""The benchmarks' own parts: shapes as published, a baseline that does what it says, parts of a profile that add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoTokenizer
+
+from benchmarks.contenders import COLUMNS, Padded, build
+from benchmarks.padded import IGNORED
+from benchmarks.profile import BACKWARD, MARK, by_part
+from benchmarks.shapes import SHAPES, make_backbone, make_samples
+from trainer.text import encode
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "tiny", 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "audio", "video"), [("meld", 11.1, 55, 11), ("mosei", 19, 142, 107), ("simsv2", 15, 358, 90)]
+)
+def test_samples_have_the_published_shapes(folder: Path, name: str, tokens: float, audio: int, video: int) -> None:
+    shape, tokenizer = SHAPES[name], AutoTokenizer.from_pretrained(folder)
+    samples = make_samples(shape, 2000)
+    lengths = np.array([[len(encode(tokenizer, s.text)), len(s.audio_TF), len(s.video_TF)] for s in samples])
+    assert np.allclose(lengths.mean(0), (tokens, audio, video), rtol=0.06)
+    assert (lengths.max(0) <= (shape.text_end, shape.audio_end, shape.video_end)).all()
+    assert lengths.min() >= 1
+    assert (samples[0].audio_TF.shape[1], samples[0].video_TF.shape[1]) == shape.widths
+    again = make_samples(shape, 2000)[7]
+    assert again.text == samples[7].text
+    assert np.array_equal(again.audio_TF, samples[7].audio_TF)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_every_column_learns_and_answers(folder: Path, column: str) -> None:
+    made = build(column, SHAPES["meld"], make_samples(SHAPES["meld"], 32), folder)
+    before = {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
+    assert made.step(0) == 32
+    per_sample = made.positions / 32
+    made.step(1)
+    for name, parameter in made.model.named_parameters():
+        if name in before and "missing" not in name:  # what stands for a modality that is not there: all are
+            assert torch.isfinite(parameter).all(), name
+            assert not torch.equal(parameter, before[name]), name
+    assert made.evaluate() == 32
+    fixed = 0 if not isinstance(made, Padded) else len(made.data.before) + 4 + 65 + len(made.data.after) + 2
+    assert {"ours": per_sample < 32, "ours padded": 64 < per_sample < 152, "padded": per_sample == fixed}[column]
+
+
+def test_the_baseline_computes_the_loss_of_the_answers_alone(folder: Path) -> None:
+    """Its loss, sample by sample, written with log-probabilities of the answer behind the context."""
+    made = build("padded", SHAPES["mosei"], make_samples(SHAPES["mosei"], 4), folder)
+    assert isinstance(made, Padded)
+    model, batch = made.model.eval(), made.data(range(4))
+    with torch.no_grad():
+        found = model.loss(batch)
+        context = model._context(batch)
+        logprobs = []
+        for row, answer in zip(context, batch.answer_BA, strict=True):
+            tokens = answer[answer != IGNORED]
+            whole = torch.cat([row, model.embedding(tokens)])[None]
+            logits = model.language_model(inputs_embeds=whole).logits[0].double().log_softmax(-1)
+            logprobs += [logits[len(row) - 1 + i, token] for i, token in enumerate(tokens)]
+    assert context.shape[1] == len(made.data.before) + 4 + 50 + len(made.data.after)
+    torch.testing.assert_close(found.double(), -torch.stack(logprobs).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_parts_of_a_profile_add_up() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as made, record_function(MARK + "step"):
+        with record_function(MARK + "outer"):
+            y = x @ x
+            with record_function(MARK + "inner"):
+                z = y.exp()
+        z.sum().backward()
+    times = by_part(made.events())
+    assert set(times) == {"step", "outer", "inner", "other"}  # other: the sum's backward
+    spans = {e.name: e.time_range.end - e.time_range.start for e in made.events() if e.name.startswith(MARK)}
+    total = sum(t["forward"] for t in times.values())
+    assert total == pytest.approx(spans[MARK + "step"], rel=1e-6)
+    nodes = {e.name.removeprefix(f"{BACKWARD}: "): e for e in made.events() if e.name.startswith(BACKWARD)}
+    assert times["inner"]["backward"] == pytest.approx(
+        nodes["ExpBackward0"].time_range.end - nodes["ExpBackward0"].time_range.start
+    )
+    assert times["outer"]["backward"] >= nodes["MmBackward0"].time_range.end - nodes["MmBackward0"].time_range.start
