@@ -129,7 +129,7 @@ def contender(column: str, backbone: Backbone, folder: Path, device: torch.devic
 
 
 def measure(made: Contender, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Training steps after two that warm up, for about `seconds`; then one evaluation."""
+    """Training epochs after one that warms up, for about `seconds`; then an evaluation, the second of two."""
     cuda = device.type == "cuda"
 
     def timed(call: Any) -> tuple[float, int, int]:
@@ -139,13 +139,15 @@ def measure(made: Contender, device: torch.device, seconds: float) -> dict[str, 
             torch.cuda.synchronize()
         return time.perf_counter() - began, n, made.positions - before
 
+    def epoch(first: int) -> list[tuple[float, int, int]]:
+        return [timed(lambda index=index: made.step(first + index)) for index in range(SAMPLES // GLOBAL_BATCH)]
+
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    for index in range(2):
-        timed(lambda index=index: made.step(index))
-    steps = []
-    while not steps or (sum(s[0] for s in steps) < seconds and len(steps) < 40):
-        steps.append(timed(lambda: made.step(2 + len(steps))))
+    steps = epoch(0)  # warms up
+    steps = epoch(len(steps))
+    while sum(s[0] for s in steps) < seconds:
+        steps += epoch(len(steps))
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     timed(made.evaluate)
     took, n, passed = timed(made.evaluate)
@@ -182,9 +184,9 @@ def cases(device: torch.device, sizes: dict[str, Any], seconds: float) -> list[d
             for checkpointing in (False, True):
                 base = backbone.base
                 if checkpointing:
-                    base.gradient_checkpointing_enable({"use_reentrant": False})
+                    base.activation_checkpointing_enable({"use_reentrant": False})
                 else:
-                    base.gradient_checkpointing_disable()
+                    base.activation_checkpointing_disable()
                 for column in COLUMNS:
                     row: dict[str, Any] = {"precision": precision, "checkpointing": checkpointing, "column": column}
                     try:

@@ -45,6 +45,8 @@ stage() { # name, seconds, command...
 gate_options=()
 [ -n "$tiny" ] && gate_options=(--rounds 2 --no-compile)
 
+visible="import torch; assert torch.cuda.is_available(), 'no CUDA device'; print(torch.cuda.get_device_name(), torch.__version__)"
+[ "$device" = cuda ] && stage device 60 "$python" -c "$visible"
 stage correctness 170 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu tests/kernels
 stage gate 100 "$python" -m benchmarks.gate --device "$device" "${gate_options[@]}" --out "$out/gate.json"
 stage large 200 "$python" -m benchmarks.gpu.large --device "$device" $tiny --out "$out/large.json"
@@ -53,6 +55,6 @@ echo
 echo "== summary"
 printf '%s' "$summary"
 grep -E 'passed|failed|skipped' "$out/correctness.log" | tail -1
-[ -f "$out/gate.json" ] && cat "$out/gate.log"
-cat "$out/large.log"
+grep -E 'us:|tensors moved' "$out/gate.log"
+grep -E 'samples/s|^(bf16|nf4) ' "$out/large.log"
 exit "$failed"

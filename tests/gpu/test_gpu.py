@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -80,3 +83,28 @@ def test_a_run_trains_on_a_gpu(data: Path, tmp_path: Path, precision: str) -> No
     )
     done = egmf("train", str(TINY), *SMALL, *overrides, "--out", str(tmp_path / "run"), DS_ACCELERATOR="cuda")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_lost_its_last_checkpoint_continues_on_a_gpu(data: Path, tmp_path: Path) -> None:
+    """From the step before, to the same predictions: optimizer, order of samples and dropout go on as they would have."""
+    out = tmp_path / "run"
+    overrides = (
+        *SMALL,
+        f"data.path={data}",
+        "train.precision=bf16",
+        "model.backbone.quantization=nf4",
+        "train.steps=4",
+        "train.save_every=2",
+        "train.eval_every=4",
+    )
+    found = []
+    for _ in range(2):
+        done = egmf("train", str(TINY), *overrides, "--out", str(out), DS_ACCELERATOR="cuda")
+        assert done.returncode == 0, done.stderr
+        table = pd.read_parquet(out / "predictions" / "valid.parquet")
+        found.append(torch.tensor(np.stack(table["probabilities"])))
+        last = max((out / "checkpoints").glob("step-*"))
+        assert last.name.endswith("4")
+        shutil.rmtree(last)
+        shutil.rmtree(out / "predictions")
+    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-2)
