@@ -131,7 +131,7 @@ def test_chunks_change_nothing(run: Path, opened: SavedRun, tmp_path: Path, monk
     path = write(tmp_path / "in.jsonl", unlabelled(run, "simsv2", tmp_path))
     _, whole, _ = answers(opened, path, tmp_path / "whole.jsonl")
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(module, "CHUNK_BATCHES", 1)
+    monkeypatch.setattr(module, "CHUNK_LINES", 4)
     _, cut, _ = answers(opened, path, tmp_path / "cut.jsonl")
     assert [row["id"] for row in cut] == [row["id"] for row in whole]
     assert [r["prediction"] for r in cut] == pytest.approx([r["prediction"] for r in whole], abs=1e-5)
