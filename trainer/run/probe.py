@@ -72,13 +72,15 @@ def probe(
 
 
 def largest(sizes: Sizes, limits: Limits, most: int) -> list[MicroBatch]:
-    """The micro-batches of at most `most` samples that need most: by prompt, and by what the fusion network reads."""
+    """The micro-batches of at most `most` samples that need most: by prompt, by what the fusion network reads, and the
+    longest prompt among the shortest, to whose length attention may pad them."""
+    orders = [np.argsort(-need_N, kind="stable") for need_N in (sizes.tokens_N, sizes.read_N3.sum(1))]
+    orders.append(np.roll(orders[0][::-1], 1))
     out: list[MicroBatch] = []
-    for need_N in (sizes.tokens_N, sizes.read_N3.sum(1)):
-        order = np.argsort(-need_N, kind="stable")[:most].tolist()
-        if not order:
+    for order in orders:
+        if not len(order):
             return []
-        first = micro_batches(order, sizes, limits, 0, 1)[0]
+        first = micro_batches(order[:most].tolist(), sizes, limits, 0, 1)[0]
         if first not in out:
             out.append(first)
     return out
