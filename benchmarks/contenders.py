@@ -1,8 +1,9 @@
-"""The columns of the throughput benchmark, each with the same three calls: a training step, an evaluation, and a count of positions.
+"""The columns of the throughput benchmark, each with the same three calls: a training step, an evaluation, and a count
+of positions.
 
-`ours` is the trainer's own code from collation to optimizer, without DeepSpeed: packed rows, or with `layout="padded"` a padded row per sample. `Padded`
-is the baseline of :mod:`benchmarks.padded`. All of them train LoRA of one rank on all linear layers of the same frozen
-backbone, and what stands before it, with torch's AdamW.
+`ours` is the trainer's own code from collation to optimizer, without DeepSpeed: packed rows, or with
+`layout="padded"` a padded row per sample. `Padded` is the baseline of :mod:`benchmarks.padded`. All of them train
+LoRA of one rank on all linear layers of the same frozen backbone, and what stands before it, with torch's AdamW.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
     python -m benchmarks.data_path [--samples 16326] [--work DIR] [--out benchmarks/results/data-path.json]
 
-Samples of MOSEI's shapes (:mod:`benchmarks.shapes`) are prepared once by `egmf prepare`'s own code. Then fresh processes measure:
+Samples of MOSEI's shapes (:mod:`benchmarks.shapes`) are prepared once by `egmf prepare`'s own code. Then fresh
+processes measure:
 
-- *open*: seconds from the call to a dataset that answers, and anonymous memory (RssAnon) it takes, median of 5 processes;
+- *open*: seconds from the call to a dataset that answers, and anonymous memory (RssAnon) it takes, median of 5
+  processes;
 - *zero copy*: whether the arrays of every thousandth sample lie inside the memory-mapped files;
-- *collate*: samples/s of making training batches of 32 in the training order, reading included (pages in the cache), on one thread; and
-  samples/s of the same model's whole training steps (collation included, packed rows), in the same process.
+- *collate*: samples/s of making training batches of 32 in the training order, reading included (pages in the cache),
+  and of whole training steps in the same process (collation included, packed rows).
 """
 
 from __future__ import annotations

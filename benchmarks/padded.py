@@ -2,20 +2,21 @@
 
 After the MSE-Adapter (Yang et al. 2025, arXiv 2502.12478; its published configs give the sizes), written anew:
 
-- texts are tokenised once and padded to the length of the published file (65 or 50), audio and video are arrays of the file's
-  fixed number of frames (157 and 32, 500 and 375, 925 and 232);
+- texts are tokenised once and padded to the length of the published file (65 or 50), audio and video are arrays of
+  the file's fixed number of frames (157 and 32, 500 and 375, 925 and 232);
 - every row repeats the instruction: ``instruction <Multimodal> [K pseudo tokens] text </Multimodal> cue answer end``;
-- one-layer LSTMs (64 and 32 or 64 wide) read audio and video up to their true lengths (packed sequences); their last states and the
-  mean of the text's embeddings go through a small network that makes K = 4 pseudo tokens;
+- one-layer LSTMs (64 and 32 or 64 wide) read audio and video up to their true lengths (packed sequences); their last
+  states and the mean of the text's embeddings go through a small network that makes K = 4 pseudo tokens;
 - labels are -100 outside the answer, and the loss is the language model's own, so logits are made at every position;
 - no attention mask is passed; evaluation is `generate`, greedy, until the longest answer and its end;
 - batches of 8, in random order; AdamW.
 
-Nothing is slowed down on purpose: tokenising and padding are done before anything is timed, and attention is PyTorch's
-fused one (sdpa, causal). Micro-batches of 16 or 32 and unpacked LSTMs change its speed by less than 15 % either way. What it leaves out of
-published code (auxiliary losses, multi-scale fusion) would only cost more.
+Nothing is slowed down on purpose: tokenising and padding are done before anything is timed, and attention is
+PyTorch's fused one (sdpa, causal). Micro-batches of 16 or 32 and unpacked LSTMs change its speed by less than 15 %
+either way. What it leaves out of published code (auxiliary losses, multi-scale fusion) would only cost more.
 
-Shapes: B samples, T frames, F features of a frame, S text tokens, K pseudo tokens, H hidden size, L positions, A answer tokens.
+Shapes: B samples, T frames, F features of a frame, S text tokens, K pseudo tokens, H hidden size, L positions, A
+answer tokens.
 """
 
 from __future__ import annotations

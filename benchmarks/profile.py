@@ -2,9 +2,10 @@
 
     python -m benchmarks.profile [--shape meld] [--vocab 32768] [--layout packed] [--evaluate] [--steps 3] [--trace trace.json.gz]
 
-Times are those of torch's profiler, on one process and `--threads` threads; profiling itself slows small operators down. A part is a module (the
-innermost that an operator runs in); its backward is found by the sequence numbers that autograd gives to operators. Time between operators,
-Python's, counts to the part it is spent in. Open the trace in https://ui.perfetto.dev or chrome://tracing.
+Times are those of torch's profiler, on one process and `--threads` threads; profiling itself slows small operators
+down. A part is a module (the innermost that an operator runs in); its backward is found by the sequence numbers that
+autograd gives to operators. Time between operators, Python's, counts to the part it is spent in. Open the trace in
+https://ui.perfetto.dev or chrome://tracing.
 """
 
 from __future__ import annotations

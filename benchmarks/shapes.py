@@ -2,17 +2,18 @@
 
 Where each number comes from:
 
-- MELD: tokens per utterance are counted on the 9,989 published training utterances with a byte-level BPE of 8,192 entries
-  trained on them (mean 11.1); `MELD_TOKENS` is that histogram. Utterances last 3.59 s on average (Poria et al. 2019). The
-  published feature files hold 157 x 64 audio and 32 x 64 video frames, padded; taken here: 15.7 and 3.2 frames a second,
-  so that the files' ends are at 10 s. The instruction is as long as a published predecessor's (72 tokens).
-- MOSEI: 19 words and 7.28 s a clip (Zadeh et al. 2018); `unaligned_50.pkl` holds 500 x 74 audio and 375 x 35 video frames,
-  20 and 15 a second, so that its ends are at 25 s; at most 50 tokens of text. A word counts as one token.
-- SIMS v2: `ch-simsv2s.pkl` holds 925 x 25 audio and 232 x 177 video frames, taken here as 100 and 25 a second, and at most
-  50 tokens. Clips of 3.67 s with 15 tokens on average are those of its predecessor, CH-SIMS (Yu et al. 2020).
+- MELD: tokens per utterance are counted on the 9,989 published training utterances with a byte-level BPE of 8,192
+  entries trained on them (mean 11.1); `MELD_TOKENS` is that histogram. Utterances last 3.59 s on average (Poria et
+  al. 2019). The published feature files hold 157 x 64 audio and 32 x 64 video frames, padded; taken here: 15.7 and
+  3.2 frames a second, so that the files' ends are at 10 s. The instruction is as long as a published predecessor's
+  (72 tokens).
+- MOSEI: 19 words and 7.28 s a clip (Zadeh et al. 2018); `unaligned_50.pkl` holds 500 x 74 audio and 375 x 35 video
+  frames, 20 and 15 a second, so that its ends are at 25 s; at most 50 tokens of text. A word counts as one token.
+- SIMS v2: `ch-simsv2s.pkl` holds 925 x 25 audio and 232 x 177 video frames, taken here as 100 and 25 a second, and at
+  most 50 tokens. Clips of 3.67 s with 15 tokens on average are those of its predecessor, CH-SIMS (Yu et al. 2020).
 
-Durations are log-normal with sigma 0.5 and these means, cut at the ends of the files; so are lengths of text that no histogram gives. Text and
-duration of a clip rise together (correlation 0.8 of their logarithms).
+Durations are log-normal with sigma 0.5 and these means, cut at the ends of the files; so are lengths of text that no
+histogram gives. Text and duration of a clip rise together (correlation 0.8 of their logarithms).
 """
 
 from __future__ import annotations
@@ -124,9 +125,10 @@ def text_pieces(task: Task) -> list[str]:
 
 
 def make_backbone(folder: Path, vocabulary: int) -> Path:
-    """A random Qwen3 of `vocabulary` entries in `folder`: width 256, 4 layers, 4 heads (2 of keys), intermediate 768, head untied.
+    """A random Qwen3 of `vocabulary` entries in `folder`: width 256, 4 layers, 4 heads (2 of keys), intermediate 768.
 
-    English words, of texts and prompts alike, are one token each; Chinese texts have a token per character, prompts about one for two.
+    English words, of texts and prompts alike, are one token each; Chinese texts have a token per character, prompts
+    about one for two. Embedding and head are two matrices.
     """
     texts: list[str] = []
     for shape in SHAPES.values():

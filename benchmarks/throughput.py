@@ -3,18 +3,21 @@
     python -m benchmarks.throughput --out benchmarks/results/throughput.json
     python -m benchmarks.throughput --shapes meld --vocab 32768 --quick
 
-Three columns on the same random, frozen Qwen3 in float32 (width 256, 4 layers, intermediate 768, untied head), all with LoRA of rank 8 on every linear
-layer (dropout 0), 32 samples to an optimizer step, torch's AdamW, the same samples and instruction:
+Three columns on the same random, frozen Qwen3 in float32 (width 256, 4 layers, intermediate 768, untied head), all
+with LoRA of rank 8 on every linear layer (dropout 0), 32 samples to an optimizer step, torch's AdamW, the same
+samples and instruction:
 
 - *ours*: EGMF with its whole fusion network (three experts, gate, width 256, K = 4), packed rows;
 - *ours padded*: the same model and order with `data.layout=padded`;
 - *padded*: the baseline, see :mod:`benchmarks.padded`. Its micro-batch is the published one, 8.
 
-A step is collation, forward, backward and optimizer; what is timed is an epoch of 256 samples (8 steps). Evaluation answers 256 samples: by scoring every answer (ours), by `generate` until the longest
-answer (padded). Every column runs in a fresh process, columns in turn, `--rounds` times; ratios are taken within a round, and their median is
-told with the smallest and largest. Memory is anonymous resident memory (RssAnon) above what the process has with its data
-loaded and no model: its peak in a step, and in an evaluation, sampled every 5 ms outside the timed steps. Positions are counted
-at the decoder's input. CPU seconds are told too: less than wall seconds times threads, they say that the machine was busy elsewhere.
+A step is collation, forward, backward and optimizer; what is timed is an epoch of 256 samples (8 steps). Evaluation
+answers 256 samples: by scoring every answer (ours), by `generate` until the longest answer (padded). Every column
+runs in a fresh process, columns in turn, `--rounds` times; ratios are taken within a round, and their median is told
+with the smallest and largest. Memory is anonymous resident memory (RssAnon) above what the process has with its data
+loaded and no model: its peak in a step, and in an evaluation, sampled every 5 ms outside the timed steps. Positions
+are counted at the decoder's input. CPU seconds are told too: less than wall seconds times threads, they say that the
+machine was busy elsewhere.
 """
 
 from __future__ import annotations

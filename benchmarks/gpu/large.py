@@ -3,13 +3,14 @@
     python -m benchmarks.gpu.large --out large.json
     python -m benchmarks.gpu.large --device cpu --tiny        # that it runs
 
-Qwen3-8B's shape with random weights, made on the device layer by layer, in bf16 and in NF4 (bitsandbytes, double quantisation), LoRA of rank 16 on all
-linear layers, with and without gradient checkpointing. MELD's shapes, optimizer steps of 64 samples; columns as in
-:mod:`benchmarks.throughput`. What does not fit into memory is told and left out.
+Qwen3-8B's shape with random weights, made on the device layer by layer, in bf16 and in NF4 (bitsandbytes, double
+quantisation), LoRA of rank 16 on all linear layers, with and without gradient checkpointing. MELD's shapes, optimizer
+steps of 64 samples; columns as in :mod:`benchmarks.throughput`. What does not fit into memory is told and left out.
 
-Model FLOPs: a position costs 2 N forward and 2 N backward, N the weights of the decoder's linear layers (frozen: gradients of inputs alone; what gradient
-checkpointing computes again, attention's own products, LoRA, head and fusion network are not counted). Utilisation is
-4 N x positions/s over the device's peak in bf16. Positions are all that pass, padding included: samples/s tells what that is worth.
+Model FLOPs: a position costs 2 N forward and 2 N backward, N the weights of the decoder's linear layers (frozen:
+gradients of inputs alone; what gradient checkpointing computes again, attention's own products, LoRA, head and fusion
+network are not counted). Utilisation is 4 N x positions/s over the device's peak in bf16. Positions are all that
+pass, padding included: samples/s tells what that is worth.
 """
 
 from __future__ import annotations
