@@ -8,7 +8,9 @@ Shapes: B samples, T time, K slots, M modalities, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,38 @@ class _Question(nn.Module):
         return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BhKD.shape[-1]]
 
 
+class _Source(nn.Linear):
+    """Multi-head attention of few queries to many frames: keys and values, the two halves of the layer, are never made.
+
+        q . (K x_s) = (K^T q) . x_s,    sum_s a_s (V x_s + b) = V (sum_s a_s x_s) + b
+
+    A bias of keys is the same for all frames and falls out of the softmax. A frame costs 2 h Q D multiplications and not
+    2 D^2. The softmax is computed in float32.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, 2 * width)
+        self.heads = heads
+
+    def forward(  # type: ignore[override]
+        self, query_BQD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, bias_BhQT: Tensor | None
+    ) -> Tensor:
+        """What each query hears [B, Q, D]; 0 for a sample without a valid frame. `bias` is added to the scores."""
+        key_hdD, value_hdD = (half.unflatten(0, (self.heads, -1)) for half in self.weight.chunk(2))
+        query_BQhd = query_BQD.unflatten(-1, (self.heads, -1)) / math.sqrt(key_hdD.shape[1])
+        folded_BhQD = torch.einsum("bqhd,hdn->bhqn", query_BQhd, key_hdD)
+        score_BhQT = (folded_BhQD.flatten(1, 2) @ frames_BTD.transpose(1, 2)).unflatten(1, folded_BhQD.shape[1:3])
+        score_BhQT = score_BhQT.to(torch.promote_types(score_BhQT.dtype, torch.float32))
+        if bias_BhQT is not None:
+            score_BhQT = score_BhQT + bias_BhQT
+        seen_B11T = mask_BT[:, None, None]
+        score_BhQT = score_BhQT.masked_fill(~seen_B11T, torch.finfo(score_BhQT.dtype).min)
+        weight_BhQT = (score_BhQT.softmax(-1) * seen_B11T).to(frames_BTD.dtype)
+        pooled_BhQD = (weight_BhQT.flatten(1, 2) @ frames_BTD).unflatten(1, weight_BhQT.shape[1:3])
+        heard_BQD = torch.einsum("bhqn,hdn->bqhd", pooled_BhQD, value_hdD).flatten(2)
+        return heard_BQD + self.bias.chunk(2)[1] * mask_BT.any(1)[:, None, None]
+
+
 class SemanticExpert(nn.Module):
     """Cross-modal attention only: every slot of each modality queries the frames of every other one.
 
@@ -147,27 +181,38 @@ class SemanticExpert(nn.Module):
         self.heads = config.heads
         self.timed = [m for m in modalities if m != "text"] if {"audio", "video"} <= set(modalities) else []
         self.ask = nn.ModuleDict({modality: _Question(config, modality in self.timed) for modality in modalities})
-        self.source = nn.ModuleDict({modality: nn.Linear(config.width, 2 * config.width) for modality in modalities})
+        self.source = nn.ModuleDict({modality: _Source(config.width, config.heads) for modality in modalities})
         self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> Answer:
         asked = {m: self.ask[m](stream) for m, stream in streams.items()}
-        source = {m: self.source[m](stream.content_BTD).chunk(2, -1) for m, stream in streams.items()}
-        values = []
-        for m in streams:
-            query_BKD, when_BhKD = asked[m]
-            heard = []
-            for o, other in streams.items():
-                if o != m:
-                    near_BhKT = None
-                    if when_BhKD is not None and o in self.timed:
-                        near_BhKT = when_BhKD @ other.position_BTD.transpose(1, 2).unsqueeze(1)
-                    key_BTD, value_BTD = source[o]
-                    heard.append(masked_attention(query_BKD, key_BTD, value_BTD, other.mask_BT, self.heads, near_BhKT))
-            values.append(self.out[m](torch.stack(heard).sum(0)))
+        heard: dict[str, list[Tensor]] = {m: [] for m in streams}
+        for o, stream in streams.items():  # all who ask a modality ask at once
+            askers = [m for m in streams if m != o]
+            query_BQD = torch.cat([asked[m][0] for m in askers], 1)
+            answers = self.source[o](
+                query_BQD, stream.content_BTD, stream.mask_BT, self._near(asked, askers, o, stream)
+            )
+            for m, answer_BKD in zip(askers, answers.chunk(len(askers), 1), strict=True):
+                heard[m].append(answer_BKD)
+        values = [self.out[m](torch.stack(heard[m]).sum(0)) for m in streams]
         present_BM = presence(streams)
         return self.answer(values, present_BM & (present_BM.sum(1, keepdim=True) > 1))
+
+    def _near(
+        self, asked: Mapping[Any, tuple[Tensor, Tensor | None]], askers: Sequence[Any], other: str, stream: Stream
+    ) -> Tensor | None:
+        """How near in time each asker's moment is to the frames of `other`; 0 for one without a clock."""
+        if other not in self.timed or not any(m in self.timed for m in askers):
+            return None
+        parts = []
+        for m in askers:
+            query_BKD, when_BhKD = asked[m]
+            if when_BhKD is None:
+                when_BhKD = query_BKD.new_zeros(query_BKD.shape[0], self.heads, *query_BKD.shape[1:])
+            parts.append(when_BhKD)
+        return torch.cat(parts, 2) @ stream.position_BTD.transpose(1, 2).unsqueeze(1)
 
 
 class _GlobalBlock(nn.Module):
