@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.batch import AnswerTrie, Batch, FusionInput, PackedBatch
 from trainer.models.backbone import Backbone
 from trainer.models.fusion import Fusion, FusionOutput
-from trainer.models.packed import PrefixCache
+from trainer.models.packed import PrefixCache, take
 from trainer.text import end_token
 
 LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
@@ -214,7 +214,7 @@ class EGMF(nn.Module):
     def _loss_packed(self, hidden_TH: Tensor, batch: PackedBatch) -> Tensor:
         if not len(batch.answer_at_n):
             raise ValueError("a batch without answers has no loss: pack it without a trie")
-        logits_nV = self.backbone.logits(hidden_TH.index_select(0, batch.answer_at_n)).float()
+        logits_nV = self.backbone.logits(take(hidden_TH, batch.answer_at_n)).float()
         nll_n = nn.functional.cross_entropy(logits_nV, batch.answer_id_n, reduction="none")
         nll_m = nll_n.new_zeros(len(batch) * batch.longest_answer).index_copy(0, batch.answer_slot_n, nll_n)
         return nll_m.view(len(batch), -1).sum(1)

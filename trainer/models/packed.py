@@ -138,6 +138,27 @@ class PrefixCache(DynamicCache):
         self.filled = True
 
 
+class _Take(torch.autograd.Function):
+    """:func:`take`; PyTorch's own gradient would add where it can copy, which takes long on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.length = values.shape[0]
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.length, *gradient.shape[1:])
+        return whole.index_copy_(0, index, gradient), None
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """The rows `index` of `values`, none of them twice."""
+    return _Take.apply(values, index)
+
+
 class PackedRow:
     """Where everything stands in one packed row, as tensors on its device; no host waits for a device here.
 
@@ -212,12 +233,6 @@ class PackedRow:
     # blocks
 
     @cached_property
-    def _token_BL(self) -> Tensor:
-        """Which of the T tokens stands at each place of the padded samples, flat; any one on padding."""
-        at_BL = self.start_B[:, None] + torch.arange(self.longest, device=self.device)
-        return at_BL.clamp(max=self.total - 1).flatten()
-
-    @cached_property
     def _place_T(self) -> Tensor:
         """Where each of the T tokens stands among the B x L places of the padded samples."""
         return self.sample_T * self.longest + self.offset_T
@@ -243,7 +258,8 @@ class PackedRow:
         h, g = key.shape[1], query.shape[1] // key.shape[1]
 
         def padded(values_T: Tensor) -> Tensor:  # [T, heads, d] -> [B, L, heads, d]
-            return values_T.index_select(0, self._token_BL).unflatten(0, (B, L))
+            nothing = values_T.new_zeros(B * L, *values_T.shape[1:])
+            return nothing.index_copy(0, self._place_T, values_T).unflatten(0, (B, L))
 
         def behind_prefix(values_1hKd: Tensor) -> Tensor:
             values_Khd = values_1hKd[0].transpose(0, 1)
@@ -261,7 +277,7 @@ class PackedRow:
             scale=scale,
         )
         out_BLHd = out_BhQd.unflatten(2, (g, L)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        out_THd = out_BLHd.flatten(0, 1).index_select(0, self._place_T)
+        out_THd = take(out_BLHd.flatten(0, 1), self._place_T)
         if not self.own_prefix:
             return out_THd[None]
         alone = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale=scale, dropout=dropout)
