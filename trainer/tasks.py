@@ -66,11 +66,15 @@ class Grid(BaseModel):
 
 
 class Prompt(BaseModel):
-    """What stands around a sample: `instruction` (with ``{answers}`` for the possible answers) before it, `cue` after it."""
+    """What stands around a sample: `instruction` (with ``{answers}`` for the possible answers) before it, `cue` after it.
+
+    `close` ends the sample, before the cue. It is short since every sample pays for it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     instruction: str
     cue: str
+    close: str = "</>"
 
 
 class Task(BaseModel):
@@ -152,6 +156,9 @@ class Task(BaseModel):
     def cue(self, language: Language | None = None) -> str:
         return self.prompts[language or self.language].cue
 
+    def close(self, language: Language | None = None) -> str:
+        return self.prompts[language or self.language].close
+
 
 def format_number(value: float) -> str:
     """One decimal, a sign only for negatives, no ``-0.0``."""
@@ -187,9 +194,10 @@ def _sentiment_prompts() -> dict[Language, Prompt]:
     }
 
 
+# the long closing tag of the generated tasks: with the short one the tiny random backbone does not learn them in 700 steps
 _SHORT_PROMPTS: dict[Language, Prompt] = {
-    "en": Prompt(instruction="Answer with one of: {answers}.", cue="Answer:"),
-    "zh": Prompt(instruction="从中选择：{answers}。", cue="回答："),
+    "en": Prompt(instruction="Answer with one of: {answers}.", cue="Answer:", close="</Multimodal>"),
+    "zh": Prompt(instruction="从中选择：{answers}。", cue="回答：", close="</Multimodal>"),
 }
 
 BUILT_IN: dict[str, Task] = {

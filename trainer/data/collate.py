@@ -21,14 +21,14 @@ from trainer.data.sampling import MicroBatch, Sizes, hidden_modalities
 from trainer.tasks import Language, Task
 from trainer.text import count_tokens, encode, end_token, start_tokens
 
-OPEN, CLOSE = "<Multimodal>", "</>"  # the prefix holds the first once; every sample pays for the second
+OPEN = "<Multimodal>"
 NOMINAL_SECONDS = 10.0  # a clip's length on the time axis where no frame rate is known
 
 
 def prompt_texts(task: Task, config: DataConfig) -> tuple[str, str]:
     """What stands before the pseudo tokens, and between the sample's text and the answer."""
     language = prompt_language(task, config)
-    return f"{task.instruction(config.answers, language)}\n{OPEN}", f"{CLOSE}\n{task.cue(language)}"
+    return f"{task.instruction(config.answers, language)}\n{OPEN}", f"{task.close(language)}\n{task.cue(language)}"
 
 
 def prompt_language(task: Task, config: DataConfig) -> Language:
