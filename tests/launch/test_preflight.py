@@ -315,7 +315,13 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
 @pytest.mark.distributed
 def test_a_batch_larger_than_memory_is_found_before_the_run(tmp_path: Path) -> None:
     prepare_toy("meld", tmp_path, train=1500)
-    config = asked(tmp_path, "train.global_batch=1500", "train.micro_tokens=20000", "train.precision=fp32")
+    config = asked(
+        tmp_path,
+        "train.global_batch=1500",
+        "train.micro_batch=1500",
+        "train.micro_tokens=20000",
+        "train.precision=fp32",
+    )
     done = egmf(
         "doctor", str(TINY), *config, "--procs", "2", "--json", timeout=500,
         EGMF_TEST_MEMORY="200", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
