@@ -93,7 +93,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
         task = get_task(name)
         found = _needs(config, task, tokenizer, notes)
         needs[task.name] = found if positions is None else _stated(found, positions, notes)
-    limits = Limits(config.train.micro_tokens, config.train.micro_batch, config.data.layout == "packed")
+    limits = Limits.of_training(config)
     order = _order(config, needs)
     steps = [] if order is None else [order.step(i) for i in range(min(order.steps_per_epoch, STEPS_LOOKED_AT))]
     batches: list[tuple[str, Sequence[int]]] = [(step.task, step.indices) for step in steps]

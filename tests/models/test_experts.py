@@ -10,7 +10,7 @@ import torch
 from fusion_cases import config, lengths_mask, stream, streams
 
 from trainer.models.encoders import Stream, sinusoidal_positions
-from trainer.models.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert
+from trainer.models.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert, _Source
 from trainer.models.masked import (
     SlotAttention,
     masked_attention,
@@ -359,14 +359,29 @@ def test_window_means_count_valid_frames_only():
 def test_attention_to_nothing_is_zero_with_finite_gradients(biased):
     q, k, v = (torch.randn(2, n, 8, requires_grad=True) for n in (3, 5, 5))
     bias = torch.randn(2, 2, 3, 5, requires_grad=True) if biased else None
-    mask = lengths_mask([4, 0], 5)
-    out = masked_attention(q, k, v, mask, 2, bias)
-    assert not out[1].any()
-    assert out[0].any()
-    out.square().sum().backward()
-    for t in (q, k, v, *([bias] if biased else [])):
-        assert torch.isfinite(t.grad).all()
-        assert not t.grad[1].any()
+    mask, source = lengths_mask([4, 0], 5), _Source(8, 2)
+    for out, given in ((masked_attention(q, k, v, mask, 2), (q, k, v)), (source(q, k, mask, bias), (q, k, bias))):
+        assert not out[1].any()
+        assert out[0].any()
+        gradients = torch.autograd.grad(out.square().sum(), [t for t in given if t is not None])
+        for gradient in gradients:
+            assert torch.isfinite(gradient).all()
+            assert not gradient[1].any()
+
+
+def test_a_source_is_attention_to_its_keys_and_values():
+    """Folding the layer into queries and sums is the attention that makes its keys and values first."""
+    torch.manual_seed(0)
+    source, mask = _Source(8, 2).double(), lengths_mask([4, 5, 1], 5)
+    query, frames = (torch.randn(3, n, 8, dtype=torch.float64) for n in (3, 5))
+    key, value = torch.nn.functional.linear(frames, source.weight, source.bias).chunk(2, -1)
+    for b in range(3):
+        n, heads = int(mask[b].sum()), []
+        for h in range(2):
+            at = slice(4 * h, 4 * h + 4)
+            score = query[b, :, at] @ key[b, :n, at].T / 2.0
+            heads.append(score.softmax(-1) @ value[b, :n, at])
+        torch.testing.assert_close(source(query, frames, mask, None)[b], torch.cat(heads, -1), rtol=0, atol=1e-12)
 
 
 def test_slot_attention_sums_to_one_over_the_valid():

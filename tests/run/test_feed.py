@@ -55,9 +55,10 @@ def assert_same(one: Any, other: Any) -> None:
 
 def test_workers_make_the_same_batches_and_end(made: tuple[Samples, Any]) -> None:
     samples, plan = made
-    here, ahead = Feed(samples, plan, 0, pin=False, stop=7), Feed(samples, plan, 2, pin=False, stop=7)
+    here, ahead = Feed(samples), Feed(samples)
+    ahead.work_ahead(2, plan, 7)
     for step in (0, 1, 2, 5, 6):  # a jump: a run that is continued
-        expected, got = list(here.step(step)), list(ahead.step(step))
+        expected, got = list(here.step(step, *plan(step))), list(ahead.step(step, *plan(step)))
         assert len(expected) == len(plan(step)[1]) > 0
         assert_same(expected, got)
         if step == 0:

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from trainer.config import RunConfig
+
 BUCKET = 16  # global batches that are sorted by length together
 GROUP_COST = 256  # of one more call of the fusion network, in frames of padding
 MOST_GROUPS = 4  # calls of the fusion network in a micro-batch
@@ -70,6 +72,10 @@ class Limits:
     tokens: int
     samples: int | None = None
     packed: bool = True
+
+    @classmethod
+    def of_training(cls, config: RunConfig) -> Limits:
+        return cls(config.train.micro_tokens, config.train.micro_batch, config.data.layout == "packed")
 
 
 class Order:

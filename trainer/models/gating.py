@@ -141,7 +141,7 @@ class HierarchicalGate(Float32Buffers):
         self.step_weight += weight_B.sum()
 
     @torch.no_grad()
-    def update_usage(self, reduce: Callable[[Tensor], None] | None = None) -> None:
+    def update_usage(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """Once per optimizer step: usage = decay * usage + (1 - decay) * mean weight of this step's samples.
 
         `reduce` sums a tensor over the ranks in place. A step without weight leaves the usage as it was.

@@ -8,8 +8,6 @@ Shapes: B samples, T time, Q queries, D width, h heads, d width of a head, K slo
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,19 +60,15 @@ def masked_window_mean(values_BTD: Tensor, mask_BT: Tensor, stride: int) -> tupl
     return total_BTD / count_BT.clamp_min(1).unsqueeze(-1).to(total_BTD.dtype), count_BT > 0
 
 
-def masked_attention(
-    query_BQD: Tensor, key_BTD: Tensor, value_BTD: Tensor, mask_BT: Tensor, heads: int, bias_BhQT: Tensor | None = None
-) -> Tensor:
+def masked_attention(query_BQD: Tensor, key_BTD: Tensor, value_BTD: Tensor, mask_BT: Tensor, heads: int) -> Tensor:
     """Multi-head scaled dot-product attention to the valid keys; 0 for a sample that has none.
 
     A row without a valid key attends to all of them and is then set to 0: attention kernels disagree on such rows, and
-    some give nan gradients. `bias` is added to the scores.
+    some give nan gradients.
     """
     query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query_BQD, key_BTD, value_BTD))
     some_B1 = mask_BT.any(1, keepdim=True)
     allowed = (mask_BT | ~some_B1)[:, None, None, :]
-    if bias_BhQT is not None:
-        allowed = bias_BhQT.to(query.dtype).masked_fill(~allowed, -math.inf)
     out_BhQd = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     return out_BhQd.transpose(1, 2).flatten(2).masked_fill(~some_B1.unsqueeze(-1), 0.0)
 

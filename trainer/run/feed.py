@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,29 +19,20 @@ AHEAD = 2  # micro-batches that each worker keeps ready
 WORKERS_PER_GPU = 2
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A micro-batch of step `step`."""
-
-    step: int
-    task: str
-    epoch: int
-    micro: MicroBatch
+Wanted = tuple[GlobalBatch, MicroBatch]
+Plan = Callable[[int], tuple[GlobalBatch, list[MicroBatch]]]
 
 
 class Samples(Dataset[Any]):
-    """Collates what is wanted; travels to worker processes by its datasets' paths."""
+    """Collates micro-batches of a global batch; travels to worker processes by its datasets' paths."""
 
     def __init__(self, views: dict[str, SplitView], collators: dict[str, Collator]) -> None:
         self.views, self.collators = views, collators
 
     def __getitem__(self, wanted: Wanted) -> Batch | PackedBatch:
-        view = self.views[wanted.task]
-        samples = [view[i] for i in wanted.micro.indices]
-        return self.collators[wanted.task].training(samples, wanted.micro, wanted.epoch)
-
-
-Plan = Callable[[int], tuple[GlobalBatch, list[MicroBatch]]]
+        batch, micro = wanted
+        view = self.views[batch.task]
+        return self.collators[batch.task].training([view[i] for i in micro.indices], micro, batch.epoch)
 
 
 class Feed:
@@ -50,38 +40,40 @@ class Feed:
 
     Without workers a batch is made when it is asked for. With them, processes make the next ones meanwhile; they are
     started anew when the steps do not follow each other. The batches are the same either way.
-
-    Args:
-        plan: step -> its global batch and this rank's micro-batches.
-        stop: no step from this one on is prepared.
     """
 
-    def __init__(self, samples: Samples, plan: Plan, workers: int, *, pin: bool, stop: int) -> None:
-        self.samples, self.plan, self.workers, self.pin, self.stop = samples, plan, workers, pin, stop
+    def __init__(self, samples: Samples, *, pin: bool = False) -> None:
+        self.samples, self.pin = samples, pin
+        self.workers, self.stop = 0, 0
         self._ahead: Iterator[Any] | None = None
         self._next = -1
 
-    def step(self, step: int) -> Iterator[Batch | PackedBatch]:
+    def work_ahead(self, workers: int, plan: Plan, stop: int) -> None:
+        """Let `workers` processes make the batches; 0 leaves it as it is.
+
+        Args:
+            plan: step -> its global batch and this rank's micro-batches, as :meth:`step` will be given them.
+            stop: no step from this one on is prepared.
+        """
+        self.workers, self.plan, self.stop = workers, plan, stop
+
+    def step(self, step: int, batch: GlobalBatch, micros: Sequence[MicroBatch]) -> Iterator[Batch | PackedBatch]:
         """The batches of `step`; all of them are to be taken."""
         if not self.workers:
-            for wanted in self._wanted(step):
-                batch = self.samples[wanted]
-                yield batch.pin_memory() if self.pin else batch
+            for micro in micros:
+                made = self.samples[batch, micro]
+                yield made.pin_memory() if self.pin else made
             return
         if self._ahead is None or self._next != step:
             self.close()
             self._ahead = iter(self._loader(step))
         self._next = step + 1
-        for _ in self._wanted(step):
+        for _ in micros:
             yield next(self._ahead)
 
     def close(self) -> None:
         """End the workers."""
         self._ahead = None
-
-    def _wanted(self, step: int) -> list[Wanted]:
-        batch, micros = self.plan(step)
-        return [Wanted(step, batch.task, batch.epoch, micro) for micro in micros]
 
     def _loader(self, first: int) -> DataLoader[Any]:
         return DataLoader(
@@ -102,7 +94,8 @@ class _Endless:
 
     def __iter__(self) -> Iterator[Wanted]:
         for step in range(self.first, self.feed.stop):
-            yield from self.feed._wanted(step)
+            batch, micros = self.feed.plan(step)
+            yield from ((batch, micro) for micro in micros)
 
 
 def _deaf(worker: int) -> None:

@@ -23,7 +23,7 @@ from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_st
 from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, named, selection, shown, write_predictions
-from trainer.run.feed import Feed, workers
+from trainer.run.feed import workers
 from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
@@ -202,13 +202,7 @@ class Run:
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
         self.stop = stop
         self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
-        self.training.feed = Feed(
-            self.training.samples,
-            self._planned,
-            workers(config, world.device),
-            pin=world.device.type == "cuda",
-            stop=self.steps,
-        )
+        self.training.feed.work_ahead(workers(config, world.device), self._planned, self.steps)
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
         self.best: str | None = None
@@ -227,7 +221,6 @@ class Run:
             log.warning("stopped at step %d of %d; the same command continues it", self.at, self.steps)
             return "stopped"
         finally:
-            assert self.training.feed is not None
             self.training.feed.close()
         return "done"
 

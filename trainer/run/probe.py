@@ -45,7 +45,7 @@ def probe(
     train = config.train
     for name in parts.tasks:
         view, collate = parts.data[name]["train"], parts.collators[name]
-        limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
+        limits = Limits.of_training(config)
         for micro in largest(collate.sizes(view), limits, train.global_batch):
             samples = [view[i] for i in micro.indices]
             batch = collate.training(samples, micro, None).to(world.device, dtype)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trainer.batch import Batch, PackedBatch
 from trainer.config import RunConfig
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
 from trainer.run.assemble import Parts
 from trainer.run.distributed import World
 from trainer.run.engine import dtype_of
-from trainer.run.feed import Feed, Samples, Wanted
+from trainer.run.feed import Feed, Samples
 from trainer.run.guard import Evidence, Guard
 from trainer.run.random_state import mix
 from trainer.run.signals import StopRequest
@@ -36,16 +35,18 @@ class Training:
     guard: Guard
     stop: StopRequest
     beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
-    feed: Feed | None = None  # of the batches of a run's steps, made ahead; without one they are made in the step
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
     limits: Limits = field(init=False)
-    samples: Samples = field(init=False)
+    feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        train, parts = self.config.train, self.parts
+        parts = self.parts
         self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
-        self.limits = Limits(train.micro_tokens, train.micro_batch, self.config.data.layout == "packed")
-        self.samples = Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators)
+        self.limits = Limits.of_training(self.config)
+        self.feed = Feed(
+            Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators),
+            pin=self.world.device.type == "cuda",
+        )
 
     def micro_batches(self, batch: GlobalBatch) -> list[MicroBatch]:
         """This rank's part of a global batch."""
@@ -54,12 +55,6 @@ class Training:
     def positions(self, task: str, micro: MicroBatch) -> int:
         """That a micro-batch passes through the backbone, padding included."""
         return self.sizes[task].positions(micro.indices, self.limits.packed)
-
-    def batches(self, batch: GlobalBatch, step: int, micros: list[MicroBatch]) -> Iterator[Batch | PackedBatch]:
-        """`micros`, collated."""
-        if self.feed is not None:
-            return self.feed.step(step)
-        return (self.samples[Wanted(step, batch.task, batch.epoch, micro)] for micro in micros)
 
 
 @dataclass
@@ -88,7 +83,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     total, device = len(batch.indices), world.device if world.device.type == "cuda" else None
     told = torch.zeros(2, dtype=torch.float64, device=device)
     positions = 0
-    for place, (micro, rows) in enumerate(zip(micros, training.batches(batch, step, micros), strict=True)):
+    for place, (micro, rows) in enumerate(zip(micros, training.feed.step(step, batch, micros), strict=True)):
         training.beat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         rows = rows.to(world.device, dtype)
         positions += rows.positions if micro.weight else 0
@@ -112,13 +107,9 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         if skipped:
             gate.discard_usage()
         else:
-            gate.update_usage(lambda collected: _put(collected, told[-len(collected) :]))
+            gate.update_usage(lambda collected: collected.copy_(told[-len(collected) :]))
     usage = usage[: len(usage) // 2]
     return StepResult(loss / total, balance / total, total, int(positions), usage, skipped, asked > 0)
-
-
-def _put(place: Tensor, values: Tensor) -> None:
-    place.copy_(values)
 
 
 def _usage(training: Training) -> list[Tensor]:
