@@ -115,7 +115,9 @@ def predict(
     task: Annotated[str | None, typer.Option(help="of lines that name none, where the run has several tasks")] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="add every answer's probability")] = False,
     gates: Annotated[bool, typer.Option("--gates", help="add the weights of experts and modalities")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Answer own samples with a run's best checkpoint.
