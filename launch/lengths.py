@@ -136,8 +136,7 @@ def _order(config: RunConfig, needs: dict[str, _Needs]) -> Order | None:
     if len(data) < len(needs):
         return None
     lengths = {name: opened["train"].lengths() for name, opened in data.items()}
-    train = config.train
-    return Order(lengths, global_batch=train.global_batch, seed=train.seed, weights=config.data.weights)
+    return Order.of_training(config, lengths)
 
 
 def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, most: int) -> list[Rows]:

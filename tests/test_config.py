@@ -96,3 +96,9 @@ def test_bad_files_are_refused_in_words(tmp_path: Path) -> None:
             load_config(tmp_path / name)
     with pytest.raises(ConfigError, match="key=value"):
         load_config(tmp_path / "list.yaml", ["train.zero"])
+
+
+def test_shares_of_steps_are_fixed_once() -> None:
+    with pytest.raises(ConfigError, match="leave one out"):
+        check_config({"task": ["meld", "mosei"], "data": {"weights": {"meld": 2}, "mixing_temperature": 2}})
+    assert check_config({"task": "meld", "data": {"mixing_temperature": float("inf")}}).data.mixing_temperature > 1e9

@@ -58,6 +58,15 @@ class DataConfig(Section):
     )
     modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
     weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
+    mixing_temperature: Annotated[float, Field(ge=1.0, allow_inf_nan=True)] = Field(
+        1.0, description="T: a task of n samples has a share of steps like n^(1/T); .inf: every task the same"
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> DataConfig:
+        if self.weights and self.mixing_temperature != 1.0:
+            raise ValueError("weights fix the tasks' shares of steps, and so does mixing_temperature: leave one out")
+        return self
 
 
 class TinyConfig(Section):

@@ -64,6 +64,14 @@ def test_tasks_share_the_steps_by_weight_and_finish_their_passes() -> None:
     assert all(len({order.step(s).task}) == 1 for s in range(10))
 
 
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, (64, 4)), (2.0, (54.4, 13.6)), (np.inf, (34, 34))])
+def test_the_mixing_temperature_evens_out_the_shares(temperature: float, expected: tuple[float, float]) -> None:
+    """Shares of 68 steps: 1,024 and 64 samples to the power of 1 / T are as 16, 4 and 1 to 1."""
+    order = Order({"a": lengths(1024), "b": lengths(64)}, global_batch=16, seed=0, temperature=temperature)
+    shares = Counter(order.step(s).task for s in range(order.steps_per_epoch))
+    assert (shares["a"], shares["b"]) == pytest.approx(expected, abs=0.5)
+
+
 def sizes(n: int, seed: int = 0, prefix: int = 20) -> Sizes:
     rng = np.random.default_rng(seed)
     return Sizes(prefix, rng.integers(5, 60, n), rng.integers(0, 300, (n, 3)))

@@ -82,13 +82,15 @@ class Order:
     """The training order of one or several tasks.
 
     An epoch has as many steps as the tasks' global batches together. With `weights`, a task's share of these steps is
-    proportional to its weight; a task that runs out begins its next pass, one that does not continues where it stopped.
+    proportional to its weight; without, to its number of samples to the power of 1 / `temperature` (Arivazhagan et al.
+    2019, section 4.2): 1 takes every sample once, infinity gives every task the same share. A task that runs out begins
+    its next pass, one that does not continues where it stopped.
 
     Args:
         lengths: task -> a length per sample (any unit), used to put samples of like length together.
         global_batch: samples of a step; the last batch of a pass may be smaller.
         seed: with the epoch, fixes everything.
-        weights: task -> share of the steps; empty: every task once per epoch.
+        weights: task -> share of the steps; empty: by size, and `temperature`.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Order:
         global_batch: int,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         empty = [task for task, n in lengths.items() if len(n) == 0]
         unknown = sorted(set(weights or {}) - set(lengths))
@@ -111,6 +114,8 @@ class Order:
         self._seed = seed
         self._passes = {task: -(-len(n) // global_batch) for task, n in self._lengths.items()}
         total = sum(self._passes.values())
+        if not weights and temperature != 1.0:
+            weights = {task: len(n) ** (1.0 / temperature) for task, n in self._lengths.items()}
         if weights:
             scale = total / sum(weights.get(task, 1.0) for task in self._lengths)
             self._shares = {task: max(1, round(weights.get(task, 1.0) * scale)) for task in self._lengths}
@@ -119,6 +124,18 @@ class Order:
         self.steps_per_epoch = sum(self._shares.values())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._pass = lru_cache(maxsize=2 * len(self._lengths))(self._make_pass)
+
+    @classmethod
+    def of_training(cls, config: RunConfig, lengths: Mapping[str, np.ndarray]) -> Order:
+        """The order in which a run of this config sees samples of these lengths."""
+        train, data = config.train, config.data
+        return cls(
+            lengths,
+            global_batch=train.global_batch,
+            seed=train.seed,
+            weights=data.weights,
+            temperature=data.mixing_temperature,
+        )
 
     def step(self, step: int) -> GlobalBatch:
         """The global batch of optimizer step `step` (from 0)."""

@@ -74,7 +74,7 @@ class RunFolder:
         lengths = {name: np.zeros(record["splits"]["train"]["n"]) for name, record in self.data.items()}
         if not lengths or len(lengths) < len(self.config.tasks):
             return None
-        order = Order(lengths, global_batch=train.global_batch, seed=train.seed, weights=self.config.data.weights)
+        order = Order.of_training(self.config, lengths)
         return math.ceil(train.epochs * order.steps_per_epoch)
 
     def selected(self) -> dict[str, Series]:

@@ -127,8 +127,8 @@ class Selected:
 def selected_value(run: RunFolder) -> Selected:
     """The selecting metric at the chosen checkpoint, else the newest there is.
 
-    With several tasks it is the mean over them, as the checkpoint is chosen (numbers of which less is better count
-    negative), and undefined while any of them is.
+    With several tasks it is the mean over them, for the eye (numbers of which less is better count negative; the
+    checkpoint is chosen by ranks), and undefined while any of them is.
     """
     names = [task.select for task in run.tasks.values()]
     if not names:

@@ -73,15 +73,9 @@ def score_table(parts: Parts, rows: pd.DataFrame, name: str) -> dict[str, Any]:
     return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
 
 
-def selection(parts: Parts, metrics: dict[str, dict[str, Any]]) -> float | None:
-    """The number that chooses a checkpoint, more is better: the mean over tasks of their selecting metric."""
-    values = []
-    for name, task in parts.tasks.items():
-        value = primary(task, metrics[name])
-        if value is None:
-            return None
-        values.append(value if task.maximise else -value)
-    return sum(values) / len(values)
+def selecting(parts: Parts, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """The metric of each task that chooses a checkpoint."""
+    return {name: primary(task, metrics[name]) for name, task in parts.tasks.items()}
 
 
 def named(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
-from trainer.run.evaluate import evaluate, named, selection, shown, write_predictions
+from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
 from trainer.run.feed import workers
 from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.folder import open_folder, set_aside
@@ -31,6 +31,7 @@ from trainer.run.identity import identity, settings
 from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
+from trainer.run.selection import Selection
 from trainer.run.signals import STOPPED, StopAsked, StopRequest
 from trainer.run.step import StepResult, Training, train_step
 from trainer.run.tracking import Tracker
@@ -194,7 +195,7 @@ class Run:
         self.identity, self.tracker, self.checkpoints = ours, tracker, checkpoints
         train = config.train
         lengths = {name: data["train"].lengths() for name, data in parts.data.items()}
-        self.order = Order(lengths, global_batch=train.global_batch, seed=train.seed, weights=config.data.weights)
+        self.order = Order.of_training(config, lengths)
         self.steps = train.steps or math.ceil(train.epochs * self.order.steps_per_epoch)
         self.dtype = dtype_of(config)
         self.engine: DeepSpeedEngine = build_engine(parts.model, config)
@@ -205,8 +206,7 @@ class Run:
         self.training.feed.work_ahead(workers(config, world.device), self._planned, self.steps)
         self.health = Health(train.spike)
         self.progress = Progress(self.steps, enabled=world.first)
-        self.best: str | None = None
-        self.best_score: float | None = None
+        self.selection = Selection({name: task.maximise for name, task in parts.tasks.items()})
         self.at = 0  # optimizer steps taken
 
     def _planned(self, step: int) -> tuple[GlobalBatch, list[MicroBatch]]:
@@ -258,11 +258,15 @@ class Run:
         if last is None or saved is None:
             return 0
         resume_engine(self.engine, last, self.world)
-        self.best, self.best_score = saved["best"], saved["best_score"]
+        if "selection" not in saved:
+            raise ValueError(
+                f"{last} was written by an earlier version: continue it with that version, or start anew with train.resume=never"
+            )
+        self.selection.restore(saved["selection"])
         self.health.restore(saved["health"])
         with self.world.first_does() as first:
             if first:  # a kill between a checkpoint and its mark
-                self.checkpoints.mark(self.best)
+                self.checkpoints.mark(self.selection.best)
         log.info("continuing from %s", last)
         return int(saved["step"])
 
@@ -314,29 +318,27 @@ class Run:
         self._validate(step)
         with self.world.first_does() as first:
             if first:
-                self.checkpoints.mark(self.best)
+                self.checkpoints.mark(self.selection.best)
 
     def _save(self, step: int, *, validation_due: bool = False) -> None:
         self.watch.beat(f"saving the checkpoint of step {step}", slack=3.0)
         state = {
             **self.identity,
-            "best_score": self.best_score,
+            "selection": self.selection.state(),
             "health": self.health.state(),
             "position": {"step": step, "epoch": step / self.order.steps_per_epoch},
             "mlflow_run": self.tracker.run_id,
             "validation_due": validation_due,
         }
-        path = self.checkpoints.save(self.engine, step, state, self.best)
-        log.info("saved %s%s", path, ", the best so far" if self.best == path.name else "")
+        path = self.checkpoints.save(self.engine, step, state, self.selection.best)
+        log.info("saved %s%s", path, ", the best so far" if self.selection.best == path.name else "")
 
     def _validate(self, step: int) -> None:
-        """Score the validation split; the step is the best if its score is (a value that is undefined never is)."""
+        """Score the validation split, and say whether this step is the best so far."""
         _, metrics = self._evaluate("valid")
-        score = selection(self.parts, metrics)
+        self.selection.add(step_name(step), selecting(self.parts, metrics))
         self.tracker.metrics(named("valid", metrics), step)
         log.info("step %d: %s", step, shown("valid", self.parts, metrics))
-        if score is not None and (self.best_score is None or score > self.best_score):
-            self.best, self.best_score = step_name(step), score
 
     def _finish(self) -> None:
         """Evaluate the best checkpoint on the configured splits and write what it says."""
