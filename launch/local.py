@@ -139,7 +139,7 @@ class Workers:
                     env=env,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                    preexec_fn=lambda: _die_with(parent),
+                    preexec_fn=lambda: die_with(parent),
                 )
             )
         return self
@@ -163,7 +163,7 @@ class Workers:
         if failures:
             place, code = _first_cause(failures, self._faults)
             fault = _fault(self._faults, place)
-            why = fault or (_killed(-code) if code < 0 else "it said nothing; see its log")
+            why = fault or (killed(-code) if code < 0 else "it said nothing; see its log")
             follows = fault is not None and _follows(fault)
             return Outcome(code, self.part.first + place, why, follows)
         return Outcome(STOPPED if any(p.returncode == STOPPED for p in self._processes) else 0)
@@ -188,7 +188,7 @@ def _follows(why: str) -> bool:
     return why.startswith("PeerFault") or " by peer" in why
 
 
-def _killed(number: int) -> str:
+def killed(number: int) -> str:
     if number == signal.SIGKILL:
         return "killed from outside: by the kernel when memory runs out (dmesg says so), by the scheduler, or by hand"
     return "the process crashed or was ended by that signal"
@@ -257,7 +257,7 @@ def passing_signals(send: Callable[[int], None]) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """In the child: be told to stop when the launcher is gone (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:

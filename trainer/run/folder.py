@@ -9,8 +9,10 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.run.distributed import World
+if TYPE_CHECKING:
+    from trainer.run.distributed import World
 
 LOCK = ".lock"
 RESULTS = (
@@ -39,12 +41,13 @@ def open_folder(out: Path, world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with world.first_does() as first:
             if first:
-                stack.enter_context(_lock(out))
+                stack.enter_context(hold(out))
         yield
 
 
 @contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def hold(out: Path) -> Iterator[None]:
+    """Make a folder and hold it for this process alone, on any machine that shares it; see :func:`open_folder`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = (out / LOCK).open("a+", encoding="utf-8")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import RunConfig, flatten
-from trainer.run.assemble import Parts
-from trainer.run.distributed import World
-from trainer.run.engine import zero_stage
+
+if TYPE_CHECKING:
+    from trainer.run.assemble import Parts
+    from trainer.run.distributed import World
 
 # settings that may change when a run is continued: they say where and how often, or how much memory, not what
 FREE = frozenset(
@@ -49,6 +50,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 def identity(config: RunConfig, parts: Parts, world: World) -> dict[str, Any]:
     """Tasks, data, frozen base, world, ZeRO stage and settings of a run."""
+    from trainer.run.engine import zero_stage
+
     return {
         "tasks": list(parts.tasks),
         "data": parts.fingerprints,

@@ -56,6 +56,8 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
+        if isinstance(handler, LogFile):
+            handler.close()
     screen: logging.Handler
     if rank == 0:
         shown = console or Console(stderr=True)

@@ -1,0 +1,92 @@
+"""A process that trains one run after another: torch and DeepSpeed are imported, and the process group made, once.
+
+Reads a JSON line per run on stdin (``{"config": FILE, "out": RUN, "debug": false}``) and answers each with a line on the file
+descriptor that its first argument names (``{"code": 0, "failure": null}``). Ends when stdin does, and after a run that did
+not end well: what that leaves behind concerns no other run. A run here is bit by bit the run of a fresh process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.run.distributed import quiet_deepspeed
+
+if TYPE_CHECKING:
+    from trainer.run.distributed import World
+    from trainer.run.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    quiet_deepspeed()
+    from trainer.run.distributed import start_world, stop_world
+    from trainer.run.logs import set_up_logging
+    from trainer.run.signals import StopRequest
+
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers, StopRequest() as stop:
+        set_up_logging(None, 0)
+        world = start_world()
+        for line in sys.stdin:
+            job = json.loads(line)
+            with _as_at_the_start():
+                code, failure = _train(job, world, stop)
+            answers.write(json.dumps({"code": code, "failure": failure}) + "\n")
+            answers.flush()
+            if code:
+                break
+    stop_world()
+
+
+def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, str | None]:
+    """Exit code of the run, and what made it fail."""
+    from trainer.config import load_config
+    from trainer.results.report import write_report
+    from trainer.run.logs import set_up_logging
+    from trainer.run.loop import fit
+
+    out = Path(job["out"])
+    sys.argv[1:] = ["train", job["config"], "--out", job["out"]]  # for the run's record
+    try:
+        config = load_config(job["config"])
+        set_up_logging(out, world.rank, debug=job["debug"])
+        log.info("run %s", out)
+        return fit(config, out, world, stop=stop, report=write_report if config.track.report else None), None
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's alone
+        traceback.print_exc()
+        return 1, f"{type(error).__name__}: {error}"
+    finally:
+        set_up_logging(None, world.rank)
+
+
+@contextmanager
+def _as_at_the_start() -> Iterator[None]:
+    """Afterwards random numbers, environment and arguments are as before, and what the run held is given back."""
+    import torch
+
+    from trainer.run.random_state import random_state, restore_random_state
+
+    numbers, variables, arguments = random_state(), dict(os.environ), list(sys.argv)
+    try:
+        yield
+    finally:
+        restore_random_state(numbers)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.argv[:] = arguments
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
