@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
     [
         (),
         ("train",),
+        ("sweep",),
         ("evaluate",),
         ("predict",),
         ("prepare",),
