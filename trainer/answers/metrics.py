@@ -13,8 +13,9 @@ Sources: MOSEI and MOSI: thuiar/MMSA, `src/MMSA/utils/metricsTop.py`. SIMS v2: t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import pearsonr
@@ -34,6 +35,65 @@ INVALID = -100  # the class of an invalid prediction: no truth has it
 BINS = 15
 _LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 3
+
+Formula = Literal["accuracy", "weighted F1", "macro F1", "MAE", "Corr", "R2"]
+Rule = Callable[[np.ndarray], np.ndarray]  # float32 numbers to classes, or to whether they count
+
+
+def _cut(*edges: float) -> Rule:
+    """Classes between `edges`, which belong to the class below them."""
+    cuts = np.array(edges, dtype=np.float32)
+    return lambda x: np.digitize(x, cuts, right=True)
+
+
+def _rounded(limit: int) -> Rule:
+    return lambda x: np.round(np.clip(x, -limit, limit))  # np.round: half to even
+
+
+def _nonzero(x: np.ndarray) -> np.ndarray:
+    return x != 0
+
+
+def _positive(x: np.ndarray) -> np.ndarray:
+    return x > 0
+
+
+def _not_negative(x: np.ndarray) -> np.ndarray:
+    return x >= 0
+
+
+def _weak(x: np.ndarray) -> np.ndarray:
+    return np.abs(x) <= np.float32(0.4)
+
+
+# family -> metric -> formula, how numbers become classes, and by which truths a sample counts (None: all)
+_DEFINITIONS: dict[str, dict[str, tuple[Formula, Rule | None, Rule | None]]] = {
+    "emotion": {
+        "acc": ("accuracy", None, None),
+        "wf1": ("weighted F1", None, None),
+        "macro_f1": ("macro F1", None, None),
+    },
+    "mosei": {
+        "has0_acc": ("accuracy", _not_negative, None),
+        "has0_f1": ("weighted F1", _not_negative, None),
+        "non0_acc": ("accuracy", _positive, _nonzero),
+        "non0_f1": ("weighted F1", _positive, _nonzero),
+        "acc7": ("accuracy", _rounded(3), None),
+        "acc5": ("accuracy", _rounded(2), None),
+        "mae": ("MAE", None, None),
+        "corr": ("Corr", None, None),
+    },
+    "sims": {
+        "acc2": ("accuracy", _cut(0.0), None),
+        "acc3": ("accuracy", _cut(-0.1, 0.1), None),
+        "acc5": ("accuracy", _cut(-0.7, -0.1, 0.1, 0.7), None),
+        "f1": ("weighted F1", _cut(0.0), None),
+        "weak_acc2": ("accuracy", _cut(0.0), _weak),
+        "mae": ("MAE", None, None),
+        "corr": ("Corr", None, None),
+        "r2": ("R2", None, None),
+    },
+}
 
 Values = Sequence[float] | Sequence[float | None] | np.ndarray
 
@@ -63,15 +123,47 @@ def compute(
     valid_N: np.ndarray = np.abs(guess_N) <= _LARGEST  # False for nan; more than float32 holds is inf to published code
     _check(task, truth_N, guess_N, valid_N, p_NC)
     out: dict[str, Any] = {"n": len(truth_N), "invalid_rate": float(np.mean(~valid_N)) if len(truth_N) else None}
+    out |= {name: _value(ingredients(task, name, truth_N, guess_N)) for name in task.metrics}
     if task.kind == "classification":
         truth_N = truth_N.astype(int)
         guess_N = np.where(valid_N, guess_N, INVALID).astype(int)
         out |= _emotion(task, truth_N, guess_N)
-    else:
-        out |= (_sims if task.family == "sims" else _mosei)(truth_N, guess_N, valid_N)
     if p_NC is not None:
         out |= _calibration(task, truth_N[valid_N], guess_N[valid_N], p_NC[valid_N])
     return out
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What one metric is computed from: `formula` over truth and prediction of the samples that `counted_N` names.
+
+    Of an accuracy or F1 both are classes, `classes` those that F1 averages over, and an invalid prediction is INVALID.
+    Of MAE, Corr and R2 they are numbers, and invalid predictions are not counted. What is not counted has no meaning.
+    """
+
+    formula: Formula
+    truth_N: np.ndarray
+    guess_N: np.ndarray
+    counted_N: np.ndarray
+    classes: int = 0
+
+
+def ingredients(task: Task, metric: str, truth_N: np.ndarray, guess_N: np.ndarray) -> Ingredients:
+    """The one place that says what each metric of a task is: which samples, which classes, which formula.
+
+    Args:
+        truth_N: label indices, or the unrounded truth.
+        guess_N: label indices or numbers; nan, and what float32 cannot hold, is invalid.
+    """
+    formula, rule, subset = _DEFINITIONS[task.family][metric]
+    valid_N: np.ndarray = np.abs(guess_N) <= _LARGEST
+    if task.family == "sims":
+        truth_N, guess_N = np.clip(truth_N, -1, 1), np.clip(guess_N, -1, 1)
+    counted_N = np.ones(len(truth_N), dtype=bool) if subset is None else subset(truth_N.astype(np.float32))
+    if rule is None and task.kind == "regression":
+        return Ingredients(formula, truth_N, guess_N, counted_N & valid_N)
+    classes = len(task.labels) or 2
+    return Ingredients(formula, *_classes(truth_N, guess_N, valid_N, rule or (lambda x: x)), counted_N, classes)
 
 
 def primary(task: Task, metrics: Mapping[str, Any]) -> float | None:
@@ -124,16 +216,13 @@ def calibration_error(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _emotion(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> dict[str, Any]:
+    """What is told of a classification beside its metrics, by class."""
     classes = list(range(len(task.labels)))
-    out: dict[str, Any] = {
-        "acc": _accuracy(truth_N, guess_N),
-        "wf1": _f1(truth_N, guess_N, classes),
-        "macro_f1": _f1(truth_N, guess_N, classes, average="macro"),
-    }
     if len(truth_N) == 0:
-        return out
+        return {}
     columns = precision_recall_fscore_support(truth_N, guess_N, labels=classes, zero_division=np.nan)
     names = ("precision", "recall", "f1")
+    out: dict[str, Any] = {}
     out["per_class"] = {
         label: {name: _defined(column[c]) for name, column in zip(names, columns, strict=False)}
         | {"support": int(columns[3][c])}
@@ -146,46 +235,6 @@ def _emotion(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> dict[str, 
         "invalid": matrix[:-1, -1].tolist(),
     }
     return out
-
-
-def _mosei(truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.ndarray) -> dict[str, float | None]:
-    def classes(rule: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return _classes(truth_N, guess_N, valid_N, rule)
-
-    has0 = classes(lambda x: x >= 0)
-    nonzero = truth_N.astype(np.float32) != 0
-    truth, guess = classes(lambda x: x > 0)
-    non0 = truth[nonzero], guess[nonzero]
-    return {
-        "has0_acc": _accuracy(*has0),
-        "has0_f1": _f1(*has0, [0, 1]),
-        "non0_acc": _accuracy(*non0),
-        "non0_f1": _f1(*non0, [0, 1]),
-        "acc7": _accuracy(*classes(lambda x: np.round(np.clip(x, -3, 3)))),  # np.round: half to even
-        "acc5": _accuracy(*classes(lambda x: np.round(np.clip(x, -2, 2)))),
-        "mae": _mae(truth_N[valid_N], guess_N[valid_N]),
-        "corr": _corr(truth_N[valid_N], guess_N[valid_N]),
-    }
-
-
-def _sims(truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.ndarray) -> dict[str, float | None]:
-    def classes(*edges: float) -> tuple[np.ndarray, np.ndarray]:
-        cuts = np.array(edges, dtype=np.float32)
-        return _classes(truth_N, guess_N, valid_N, lambda x: np.digitize(x, cuts, right=True))
-
-    truth_N, guess_N = np.clip(truth_N, -1, 1), np.clip(guess_N, -1, 1)
-    two = classes(0.0)
-    weak = np.abs(truth_N.astype(np.float32)) <= np.float32(0.4)
-    return {
-        "acc2": _accuracy(*two),
-        "acc3": _accuracy(*classes(-0.1, 0.1)),
-        "acc5": _accuracy(*classes(-0.7, -0.1, 0.1, 0.7)),
-        "f1": _f1(*two, [0, 1]),
-        "weak_acc2": _accuracy(two[0][weak], two[1][weak]),
-        "mae": _mae(truth_N[valid_N], guess_N[valid_N]),
-        "corr": _corr(truth_N[valid_N], guess_N[valid_N]),
-        "r2": _r2(truth_N[valid_N], guess_N[valid_N]),
-    }
 
 
 def _calibration(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, p_NC: np.ndarray) -> dict[str, float | None]:
@@ -203,6 +252,13 @@ def _calibration(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, p_NC: np.
         "nll": nll,
         "brier": float(((p_NC - hot_NC) ** 2).sum(axis=1).mean()) if len(answer_N) else None,
     }
+
+
+def _value(of: Ingredients) -> float | None:
+    truth, guess = of.truth_N[of.counted_N], of.guess_N[of.counted_N]
+    if of.formula in ("weighted F1", "macro F1"):
+        return _f1(truth, guess, list(range(of.classes)), of.formula.split()[0])
+    return {"accuracy": _accuracy, "MAE": _mae, "Corr": _corr, "R2": _r2}[of.formula](truth, guess)
 
 
 def _classes(
