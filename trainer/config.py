@@ -328,6 +328,11 @@ def dump_config(config: RunConfig) -> str:
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, for tracking and comparison; lists and empty sections stay values."""
+    return dotted(config.model_dump(mode="json"))
+
+
+def dotted(raw: dict[str, Any]) -> dict[str, Any]:
+    """:func:`flatten` of a config that is a plain dictionary."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict) and value:
@@ -336,7 +341,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
         else:
             yield prefix, value
 
-    return dict(walk("", config.model_dump(mode="json")))
+    return dict(walk("", raw))
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.results.analysis import Example, GateGroup, TaskResults
 from trainer.results.folder import SPLITS, RunFolder
 from trainer.results.runs import last_sign, state_of, steps_text
+
+if TYPE_CHECKING:
+    from trainer.results.analysis import Example, GateGroup, TaskResults
 
 ENVIRONMENT = ("device", "world", "zero", "precision", "seed", "platform", "base")
 

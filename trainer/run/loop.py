@@ -406,7 +406,8 @@ def _tags(values: dict[str, Any]) -> dict[str, Any]:
     tags = {f"version.{name}": version for name, version in values["versions"].items()}
     tags.update({f"git.{key}": value for key, value in values["git"].items()})
     tags.update({f"data.{task}": fingerprint for task, fingerprint in values["data"].items()})
-    return {**tags, "world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
+    about = {"world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
+    return {**tags, **about, "device": values["device"]}
 
 
 def _log_layout(run: Run) -> None:

@@ -1,0 +1,217 @@
+"""Comparisons of run folders: groups, numbers against direct computation, and what is refused or said."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import f1_score
+
+from tests.distributed.processes import egmf
+from tests.results.seeded import make_seeded, make_two
+from trainer.answers.metrics import compute
+from trainer.results.compare import EVERY, compare
+from trainer.results.compare_output import as_csv, as_json, as_tex, tables, tex
+from trainer.results.run_sources import ComparedRun, find_runs, run_from_folder
+from trainer.tasks import get_task
+
+FULL, LESS = "experts=[local, semantic, global]", "experts=[semantic, global]"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_two(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def runs(two: Path) -> list[ComparedRun]:
+    return find_runs([str(two)], ["test", "valid"]).runs
+
+
+def truth_and_guess(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    table, labels = pd.read_parquet(run / "predictions" / "test.parquet"), get_task("meld").labels
+    return tuple(np.array([labels.index(cell) for cell in table[c]], float) for c in ("label", "prediction"))  # type: ignore[return-value]
+
+
+def test_groups_scores_and_cost_are_those_of_the_files(two: Path, runs: list[ComparedRun]) -> None:
+    found = compare(runs)
+    assert [g.name for g in found.groups] == [FULL, LESS]
+    assert [g.seeds for g in found.groups] == [[1, 2, 3]] * 2
+    for group, stem in ((FULL, "full"), (LESS, "less")):
+        for metric in ("acc", "wf1", "macro_f1"):
+            held = [compute(get_task("meld"), *truth_and_guess(two / f"{stem}-s{s}"))[metric] for s in (1, 2, 3)]
+            score = found.score("meld", group, metric)
+            assert score.values == pytest.approx(held)
+            assert (score.mean, score.sd) == pytest.approx((np.mean(held), np.std(held, ddof=1)))
+            assert score.n == 200
+    assert found.groups[0].cost() == (4.0, "core-hours")  # 2 hours of 2 processes with a thread each
+    assert found.groups[0].speed() == 102.0
+    assert found.differing == {
+        "model.fusion.experts": {FULL: "['local', 'semantic', 'global']", LESS: "['semantic', 'global']"}
+    }
+
+
+def test_a_difference_is_paired_by_seed_and_sample(two: Path, runs: list[ComparedRun]) -> None:
+    found = compare(runs, metrics=["all"], baseline=FULL, correction="none")
+    assert [(d.group, d.baseline, d.metric) for d in found.differences] == [
+        (LESS, FULL, m) for m in ("acc", "wf1", "macro_f1")
+    ]
+    acc, wf1, _ = found.differences
+    pairs = [[truth_and_guess(two / f"{stem}-s{s}") for stem in ("less", "full")] for s in (1, 2, 3)]
+    scores = np.array([[f1_score(t, g, average="weighted") for t, g in pair] for pair in pairs])
+    change_S = scores[:, 0] - scores[:, 1]
+    assert wf1.value == pytest.approx(change_S.mean())
+    assert wf1.se_seeds == pytest.approx(stats.sem(change_S))
+    rng = np.random.default_rng(9)
+    drawn = []
+    for _ in range(300):  # the same samples for all six runs
+        ids = rng.integers(200, size=200)
+        each = [[f1_score(t[ids], g[ids], average="weighted", zero_division=0) for t, g in pair] for pair in pairs]
+        drawn.append(np.mean([a - b for a, b in each]))
+    assert wf1.se_samples == pytest.approx(np.std(drawn), rel=0.15)
+    assert wf1.p == wf1.p_bootstrap
+    assert wf1.p_mcnemar is None
+    assert wf1.significant
+    assert acc.p == max(acc.p_bootstrap, acc.p_mcnemar)  # type: ignore[type-var]
+    right = np.array([[t == g for t, g in pair] for pair in pairs]).astype(int)
+    assert acc.value == pytest.approx((right[:, 0] - right[:, 1]).mean())
+
+
+def test_kinds_are_their_samples_alone(two: Path, runs: list[ComparedRun]) -> None:
+    found = compare(runs, metrics=["acc"], kinds=True)
+    assert found.kinds["meld"] == [EVERY, "local", "long-range"]
+    truth, guess = truth_and_guess(two / "full-s2")
+    assert found.score("meld", FULL, "acc", "local").values[1] == pytest.approx((truth == guess)[::2].mean())
+    assert found.score("meld", FULL, "acc", "local").n == 100
+    assert {d.kind for d in found.differences} == {EVERY, "local", "long-range"}
+    assert all(p.p_corrected >= p.p for p in found.differences if p.p is not None and p.p_corrected is not None)
+
+
+def test_groups_may_be_asked_for_or_given(two: Path, tmp_path: Path) -> None:
+    make_seeded(tmp_path / "c", 4, 0.7, ["train.lr.fusion=0.01"])
+    runs = find_runs([str(two), str(tmp_path)], ["test"]).runs
+    found = compare(runs, group_by=["model.fusion"])
+    assert {g.name: g.seeds for g in found.groups} == {FULL: [1, 2, 3, 4], LESS: [1, 2, 3]}
+    assert any("differ in more than their seed: train.lr.fusion" in note for note in found.notes)
+    with pytest.raises(ValueError, match=r"did you mean model\.fusion\.experts\?"):
+        compare(runs, group_by=["model.fusion.expert"])
+    for run in runs:
+        run.group = "mine" if run.seed < 3 else "yours"
+    with pytest.raises(ValueError, match="names 0 groups; there are: mine; yours"):
+        compare(runs, baseline="his")
+
+
+def test_a_seed_twice_is_said_and_the_newest_counts(two: Path, tmp_path: Path) -> None:
+    make_seeded(tmp_path / "again", 2, 0.99, started="2026-02-01T00:00:00+00:00")
+    found = compare(find_runs([str(two), str(tmp_path)], ["test"]).runs)
+    assert found.groups[0].seeds == [1, 2, 3]
+    assert any("seed 2 twice" in note and "again is left out" in note for note in found.notes)
+    assert found.groups[0].runs[1].name == "full-s2"
+
+
+def test_unfinished_runs_are_left_out_and_named(two: Path, tmp_path: Path) -> None:
+    make_seeded(tmp_path / "broke", 9, state="failed", failure="no room")
+    found = find_runs([str(two), str(tmp_path)], ["test"])
+    assert len(found.runs) == 6
+    assert any("broke is left out" in note and "no room" in note for note in found.notes)
+    with pytest.raises(ValueError, match="is not finished"):
+        run_from_folder(tmp_path / "broke")
+
+
+def test_runs_that_are_not_comparable_are_refused(two: Path, tmp_path: Path) -> None:
+    other = make_seeded(tmp_path / "other", 1, fingerprint="e" * 64)
+    runs = find_runs([str(two), str(other)], ["test"]).runs
+    with pytest.raises(ValueError, match=r"(?s)not made on the same data.*meld, data f+:.*meld, data e+: .*other"):
+        compare(runs)
+    assert len(compare(runs, force=True).groups) == 2
+    unified = make_seeded(tmp_path / "unified", 1, tasks=("meld", "simsv2"))
+    runs = find_runs([str(two), str(unified)], ["test"]).runs
+    with pytest.raises(ValueError, match=r"different tasks.*--task meld"):
+        compare(runs)
+    assert list(compare(runs, task="meld").tasks) == ["meld"]
+    fewer = make_seeded(tmp_path / "fewer", 1, samples=150)
+    runs = find_runs([str(two), str(fewer)], ["test"]).runs
+    with pytest.raises(ValueError, match=r"other samples.*fewer"):
+        compare(runs)
+    forced = compare(runs, force=True)
+    assert not forced.differences
+    assert any("no differences are tested" in note for note in forced.notes)
+
+
+def test_groups_are_sorted_by_validation_only(runs: list[ComparedRun]) -> None:
+    for refused in ("test/acc", "train/acc"):
+        with pytest.raises(ValueError, match=r"chooses on the .* split.*--sort-by valid/acc"):
+            compare(runs, sort_by=refused)
+    assert [g.name for g in compare(runs[::-1], sort_by="acc").groups] == [FULL, LESS]
+    with pytest.raises(ValueError, match="wf2"):
+        compare(runs, metrics=["wf2"])
+
+
+def test_what_is_undefined_or_unknown_is_missing_everywhere(tmp_path: Path) -> None:
+    make_seeded(tmp_path / "a", 1, tasks=("simsv2",), invalid=0.1)
+    make_seeded(tmp_path / "b", 2, tasks=("simsv2",), overrides=["model.fusion.width=64"])
+    table = pd.read_parquet(tmp_path / "b" / "predictions" / "test.parquet")
+    table["prediction"] = 0.5
+    table.to_parquet(tmp_path / "b" / "predictions" / "test.parquet")
+    found = compare(find_runs([str(tmp_path)], ["test"]).runs, metrics=["corr"])
+    constant = found.score("simsv2", "width=64", "corr")
+    assert (constant.values, constant.mean, constant.sd) == ([None], None, None)
+    assert [d.value for d in found.differences] == [None]
+    assert any("no seed is common" in note for note in found.notes)
+    shown = tables(found)[0]
+    assert shown.rows[1][shown.columns.index("corr")] == "—"
+    left = pd.read_parquet(tmp_path / "a" / "predictions" / "test.parquet")["valid"]
+    assert shown.rows[0][-1] == f"{1 - left.mean():.4f}"
+    assert json.loads(json.dumps(as_json(found), allow_nan=False))["differences"][0]["p"] is None
+    assert "difference,simsv2,corr,all,width=64,width=256,200,,,,,,,," in as_csv(found)
+
+
+def test_json_csv_and_tex_hold_the_numbers(runs: list[ComparedRun]) -> None:
+    found = compare(runs, metrics=["acc"])
+    held = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert held["scores"][0]["values"] == found.scores[0].values
+    assert [run["seed"] for run in held["groups"][0]["runs"]] == [1, 2, 3]
+    rows = pd.read_csv(io.StringIO(as_csv(found)))
+    assert rows["value"].tolist() == [s.mean for s in found.scores] + [d.value for d in found.differences]
+    written = as_tex(found)
+    assert written.count("\\begin{tabular}") == written.count("\\end{tabular}") == 2
+    assert "experts=[local, semantic, global]" in written
+    assert f"{found.scores[0].mean:.4f} $\\pm$ {found.scores[0].sd:.4f}" in written
+    assert (
+        tex("a_b & 5% \\x {y}~^ <")
+        == "a\\_b \\& 5\\% \\textbackslash{}x \\{y\\}\\textasciitilde{}\\textasciicircum{} $<$"
+    )
+
+
+def test_many_groups_need_a_baseline(tmp_path: Path) -> None:
+    for i in range(11):
+        make_seeded(tmp_path / f"r{i}", 0, 0.7, [f"train.steps={i + 1}"], splits=["test"], samples=40)
+    runs = find_runs([str(tmp_path)], ["test"]).runs
+    found = compare(runs)
+    assert not found.differences
+    assert any("--baseline" in note for note in found.notes)
+    assert len(compare(runs, baseline="steps=11").differences) == 10
+
+
+def test_the_command(two: Path, tmp_path: Path) -> None:
+    shown = egmf("compare", str(two), "--kinds")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("meld, test: 200 samples", "Differences", "significant", "core-hours", "model.fusion.experts"):
+        assert text in shown.stdout
+    told = egmf("compare", str(two / "full-s1"), str(two / "less-s1"), "--json")
+    assert len(json.loads(told.stdout)["groups"]) == 2
+    for words, message in (
+        ((str(two), "--sort-by", "test/acc"), "chooses on the test split"),
+        ((str(tmp_path),), "holds none"),
+        (("nothing", "--uri", f"sqlite:///{tmp_path}/no.db"), "there is no MLflow store"),
+        ((str(two), "--split", "train"), "no predictions of train"),
+    ):
+        done = egmf("compare", *words)
+        assert done.returncode == 1, words
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,529 @@
+"""Runs compared honestly: groups of runs that differ by their seed alone, their means, and paired tests between groups.
+
+From run folders, without MLflow::
+
+    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.run_sources
+    comparison = compare(runs, baseline="full", kinds=True)
+
+A run's group is decided by its config, or by `run.group` where it is set (on all runs). `find_runs` reads folders, MLflow
+runs and experiments alike. What the numbers mean is in :mod:`trainer.results.statistics` and in docs/compare.md.
+
+No result here is chosen by a test score: there is no best run, seed or group, and groups are sorted by validation only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from trainer.answers.metrics import Ingredients, ingredients
+from trainer.results.run_sources import Answers, ComparedRun
+from trainer.results.statistics import (
+    Correction,
+    Estimate,
+    columns,
+    corrected,
+    estimate,
+    mcnemar,
+    over_seeds,
+    resample_counts,
+    value,
+)
+from trainer.run.identity import FREE
+from trainer.tasks import Task
+
+# settings that say who, where and how much memory, not what: runs that differ in them alone are one group
+ASIDE = (FREE - {"train.eval_every", "train.max_skipped"}) | {"train.seed", "eval.tokens", "eval.batch"}
+ASIDE_SECTIONS = ("track.",)
+ALL_PAIRS = 10  # groups up to which each is compared with each
+LESS_IS_BETTER = ("mae",)
+EVERY = "all"  # the kind that stands for all samples
+_LONG = 60  # characters of a group's name
+_RNG = 0
+
+
+@dataclass
+class Group:
+    """Runs that are the same but for their seed; `settings` are those that differ between the groups."""
+
+    name: str
+    settings: dict[str, str | None]
+    runs: list[ComparedRun]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
+
+    @property
+    def devices(self) -> list[str]:
+        return sorted({run.cost.device for run in self.runs if run.cost.device})
+
+    def cost(self) -> tuple[float | None, str | None]:
+        """Mean core-hours or GPU-hours of a run, and which; None where a run's are not known or both kinds occur."""
+        amounts, units = [run.cost.amount for run in self.runs], {run.cost.unit for run in self.runs}
+        known = [amount for amount in amounts if amount is not None]
+        if len(known) < len(amounts) or len(units) != 1:
+            return None, None
+        return sum(known) / len(known), units.pop()
+
+    def speed(self) -> float | None:
+        """Mean over runs of their samples per second of training; None where one is not known."""
+        speeds = [run.cost.samples_per_second for run in self.runs]
+        known = [speed for speed in speeds if speed is not None]
+        return sum(known) / len(known) if known and len(known) == len(speeds) else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a group on the samples of a kind: each seed's value, their mean, standard deviation and t interval."""
+
+    task: str
+    group: str
+    metric: str
+    kind: str
+    n: int
+    seeds: list[int]
+    values: list[float | None]
+    mean: float | None
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`group` minus `baseline`, paired by seed and sample.
+
+    `p` is that of the bootstrap over samples and seeds; for an accuracy the larger of it and McNemar's, which takes the
+    trained models as given. `p_corrected` is it, corrected for all differences of the comparison that have one.
+    """
+
+    task: str
+    group: str
+    baseline: str
+    metric: str
+    kind: str
+    n: int
+    seeds: list[int]
+    value: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_bootstrap: float | None
+    p_mcnemar: float | None
+    se_samples: float | None
+    se_seeds: float | None
+    p_corrected: float | None = None
+    significant: bool | None = None
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found. `notes` says in words what a reader must know; `differing` is setting -> group -> value."""
+
+    split: str
+    level: float
+    correction: Correction
+    resamples: int
+    tasks: dict[str, list[str]]  # task -> metrics that are shown
+    tested: dict[str, list[str]]  # task -> metrics whose differences are tested
+    kinds: dict[str, list[str]]
+    groups: list[Group]
+    scores: list[Score] = field(default_factory=list)
+    invalid_rate: dict[tuple[str, str], float] = field(default_factory=dict)  # (task, group) -> mean over seeds
+    validation: dict[str, Score] = field(default_factory=dict)  # group -> the score it is sorted by
+    differences: list[Difference] = field(default_factory=list)
+    differing: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    baseline: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def score(self, task: str, group: str, metric: str, kind: str = EVERY) -> Score:
+        """The one score of these names; KeyError where there is none."""
+        for score in self.scores:
+            if (score.task, score.group, score.metric, score.kind) == (task, group, metric, kind):
+                return score
+        raise KeyError((task, group, metric, kind))
+
+
+def compare(
+    runs: Sequence[ComparedRun],
+    *,
+    split: str = "test",
+    metrics: Sequence[str] = (),
+    task: str | None = None,
+    group_by: Sequence[str] = (),
+    baseline: str | None = None,
+    kinds: bool = False,
+    sort_by: str | None = None,
+    correction: Correction = "holm",
+    level: float = 0.95,
+    resamples: int = 2000,
+    force: bool = False,
+) -> Comparison:
+    """Compare finished runs on the predictions of a split.
+
+    Args:
+        metrics: whose differences are tested; by default each task's selecting metric. "all" stands for every one.
+        task: only this one, of runs that may have others; by default all, and then all runs must have the same.
+        group_by: settings, or sections of them, by whose values the runs are grouped; by default all that make a difference.
+        baseline: the group with which all others are compared; by default each with each, up to ten groups.
+        kinds: also on the samples of each kind of the data.
+        sort_by: a metric *on validation* by which the groups are sorted, best first; the runs need its predictions.
+        correction: of p-values, for all tests of this comparison.
+        level: of intervals; a difference is significant where its corrected p is at most ``1 - level``.
+        resamples: of the samples.
+        force: compare although data or tasks differ.
+
+    Raises:
+        ValueError: nothing to compare, or runs that are not comparable; every reason in one message.
+    """
+    if not runs:
+        raise ValueError("there are no finished runs to compare")
+    if not 0 < level < 1 or resamples < 100:
+        raise ValueError(f"level={level} must lie between 0 and 1, and resamples={resamples} be at least 100")
+    tasks = _common_tasks(runs, task, force=force)
+    _check_data(runs, tasks, force=force)
+    tested = {name: _asked_metrics(one, metrics) for name, one in tasks.items()}
+    _check_metrics(tasks, tested, metrics)
+    groups, notes = group_runs(runs, group_by)
+    out = Comparison(
+        split,
+        level,
+        correction,
+        resamples,
+        {name: list(one.metrics) for name, one in tasks.items()},
+        tested,
+        {},
+        groups,
+    )
+    out.notes += notes
+    out.differing = {key: {g.name: g.settings[key] for g in groups} for key in (groups[0].settings if groups else {})}
+    if sort_by is not None:
+        _sort(out, tasks, sort_by)
+    pairs = _pairs(out, baseline)
+    out.notes += _facts(out)
+    for one in tasks.values():
+        _compare_task(out, one, pairs, kinds=kinds, force=force)
+    _correct(out)
+    return out
+
+
+def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[list[Group], list[str]]:
+    """Groups in the order of their first run, and notes: what else differs inside one, and runs that are left out.
+
+    Raises:
+        ValueError: a setting that no run has, with the nearest name.
+    """
+    known = list(dict.fromkeys(key for run in runs for key in run.config))
+    varying = [k for k in known if len({run.config.get(k) for run in runs}) > 1 and not _aside(k)]
+    keys = _named_settings(by, known) if by else varying
+    named = all(run.group is not None for run in runs)
+    found: dict[Any, list[ComparedRun]] = {}
+    for run in runs:
+        found.setdefault(run.group if named else tuple(run.config.get(k) for k in keys), []).append(run)
+    shown = [k for k in (varying if named else keys) if len({run.config.get(k) for run in runs}) > 1]
+    names = [str(key) for key in found] if named else _group_names(list(found.values()), shown)
+    groups, notes = [], []
+    for name, members in zip(names, found.values(), strict=True):
+        kept, said = _one_run_a_seed(name, members)
+        inside = [k for k in varying if len({run.config.get(k) for run in kept}) > 1]
+        if inside:
+            said.append(f"the runs of {name} differ in more than their seed: {', '.join(inside)}")
+        settings = {k: kept[0].config.get(k) if k not in inside else "(differs)" for k in shown}
+        groups.append(Group(name, settings, kept))
+        notes += said
+    return groups, notes
+
+
+def _aside(key: str) -> bool:
+    return key in ASIDE or key.startswith(ASIDE_SECTIONS)
+
+
+def _named_settings(by: Sequence[str], known: Sequence[str]) -> list[str]:
+    keys, faults = [], []
+    for name in by:
+        some = [key for key in known if key == name or key.startswith(f"{name}.")]
+        if not some:
+            close = difflib.get_close_matches(name, known, n=1)
+            faults.append(f"no run has the setting {name!r}{f'; did you mean {close[0]}?' if close else ''}")
+        keys += some
+    if faults:
+        raise ValueError("\n  ".join(["--group-by:", *faults]))
+    return list(dict.fromkeys(keys))
+
+
+def _group_names(groups: Sequence[Sequence[ComparedRun]], keys: Sequence[str]) -> list[str]:
+    """What differs, in short; where that is nothing or long, the runs' common name, if each group has one of its own."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    short = [
+        end if ends.count(end) == 1 else ".".join(key.split(".")[-2:]) for key, end in zip(keys, ends, strict=True)
+    ]
+    names = [
+        ", ".join(f"{s}={_plain(members[0].config.get(k))}" for s, k in zip(short, keys, strict=True))
+        for members in groups
+    ]
+    if len(keys) and max(map(len, names)) <= _LONG:
+        return names
+    stems = [{re.sub(r"[-_/. ]?(s|seed)[-_]?\d+$", "", run.name) or "runs" for run in members} for members in groups]
+    own = [stem.pop() for stem in stems if len(stem) == 1]
+    return own if len(set(own)) == len(groups) else [f"{i}: {name}" for i, name in enumerate(names, 1)]
+
+
+def _plain(text: str | None) -> str:
+    return "(absent)" if text is None else re.sub(r"['\"]", "", text)
+
+
+def _one_run_a_seed(name: str, members: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
+    """Of runs with one seed the newest, whatever its scores, and what is said about that."""
+    newest: dict[int, ComparedRun] = {}
+    notes = []
+    for run in sorted(members, key=lambda run: run.started):
+        if run.seed in newest:
+            notes.append(
+                f"{name} has seed {run.seed} twice: {newest[run.seed].where} is left out for the newer {run.where}"
+            )
+        newest[run.seed] = run
+    return [newest[seed] for seed in sorted(newest)], notes
+
+
+def _common_tasks(runs: Sequence[ComparedRun], asked: str | None, *, force: bool) -> dict[str, Task]:
+    sets = {tuple(sorted(run.tasks)) for run in runs}
+    if asked is not None:
+        without = [run.where for run in runs if asked not in run.tasks]
+        if without:
+            raise ValueError(f"these runs have no task {asked}: {', '.join(without)}")
+        return {asked: runs[0].tasks[asked]}
+    common = [name for name in runs[0].tasks if all(name in run.tasks for run in runs)]
+    if len(sets) > 1 and not (force and common):
+        told = [
+            f"{', '.join(names)}: {_some([r.where for r in runs if tuple(sorted(r.tasks)) == names])}" for names in sets
+        ]
+        cure = f"--task {common[0]} compares on one, --force on all that they share" if common else "they share none"
+        raise ValueError("\n  ".join([f"the runs have different tasks ({cure})", *told]))
+    return {name: runs[0].tasks[name] for name in common}
+
+
+def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: bool) -> None:
+    faults = []
+    for name, task in tasks.items():
+        if any(run.tasks[name] != task for run in runs):
+            faults.append(f"{name} is not defined alike in all runs: its labels, numbers or prompts differ")
+        prints: dict[str, list[str]] = {}
+        for run in runs:
+            prints.setdefault(run.fingerprints.get(name, "unknown"), []).append(run.where)
+        if len(prints) > 1 or "unknown" in prints:
+            faults += [f"{name}, data {print_[:16]}: {_some(where)}" for print_, where in prints.items()]
+    if faults and not force:
+        raise ValueError(
+            "\n  ".join(["the runs were not made on the same data (--force compares them nevertheless)", *faults])
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _asked_metrics(task: Task, metrics: Sequence[str]) -> list[str]:
+    if not metrics:
+        return [task.select]
+    return [name for name in task.metrics if name in metrics or "all" in metrics]
+
+
+def _check_metrics(tasks: dict[str, Task], tested: dict[str, list[str]], metrics: Sequence[str]) -> None:
+    known = list(dict.fromkeys(name for task in tasks.values() for name in task.metrics))
+    unknown = [name for name in metrics if name != "all" and not any(name in some for some in tested.values())]
+    if unknown:
+        raise ValueError(f"no metric {', '.join(unknown)} of {', '.join(tasks)}: there are {', '.join(known)}")
+
+
+def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
+    """Sort the groups by their mean of a metric on validation, best first, undefined ones last."""
+    split, _, metric = sort_by.rpartition("/")
+    if split not in ("", "valid"):
+        raise ValueError(
+            f"groups are not sorted by {sort_by}: whoever picks the first row then chooses on the {split} split, and its "
+            f"score no longer says what new data would give. Sort by validation: --sort-by valid/{metric}"
+        )
+    task = next(iter(tasks.values()))
+    if len(tasks) > 1 or metric not in task.metrics:
+        raise ValueError(f"--sort-by takes a metric of one task (--task): {', '.join(task.metrics)}; not {metric}")
+    for group in out.groups:
+        values = np.array([_values(task, metric, run.answers["valid"][task.name]) for run in group.runs])
+        out.validation[group.name] = _score(
+            out, task, group, metric, EVERY, len(group.runs[0].answers["valid"][task.name].ids_N), values
+        )
+    sign = 1 if metric in LESS_IS_BETTER else -1
+
+    def place(group: Group) -> tuple[bool, float]:
+        mean = out.validation[group.name].mean
+        return mean is None, 0.0 if mean is None else sign * mean
+
+    out.groups.sort(key=place)
+
+
+def _values(task: Task, metric: str, answers: Answers) -> float:
+    """A metric of one run on all samples; nan where undefined."""
+    of = ingredients(task, metric, answers.truth_N, answers.guess_N)
+    return float(value(of.formula, columns(of).sum(0)))
+
+
+def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
+    """(group, what it is compared with)."""
+    names = [group.name for group in out.groups]
+    if baseline is not None:
+        named = [g for g in out.groups if g.name == baseline] or [g for g in out.groups if baseline in g.name]
+        if len(named) != 1:
+            raise ValueError(f"--baseline {baseline!r} names {len(named)} groups; there are: {'; '.join(names)}")
+        out.baseline = named[0].name
+        return [(group, named[0]) for group in out.groups if group is not named[0]]
+    if len(names) > ALL_PAIRS:
+        out.notes.append(
+            f"no differences are tested: {len(names)} groups make too many pairs; name one with --baseline"
+        )
+        return []
+    return [(b, a) for a, b in itertools.combinations(out.groups, 2)]
+
+
+def _facts(out: Comparison) -> list[str]:
+    notes = []
+    runs = [run for group in out.groups for run in group.runs]
+    commits = {run.commit for run in runs}
+    if len(commits) > 1:
+        notes.append(f"the runs were made by different code: {_some(sorted(str(c)[:12] for c in commits))}")
+    single = [group.name for group in out.groups if len(group.runs) == 1]
+    if single:
+        notes.append(f"one seed only, which says nothing of what others would give: {_some(single)}")
+    return notes
+
+
+@dataclass
+class _Cell:
+    """One metric on the samples of one kind, of one task."""
+
+    metric: str
+    kind: str
+    chosen_N: np.ndarray
+
+
+def _compare_task(
+    out: Comparison, task: Task, pairs: Sequence[tuple[Group, Group]], *, kinds: bool, force: bool
+) -> None:
+    """Add the task's scores and differences."""
+    runs = [run for group in out.groups for run in group.runs]
+    answers = {id(run): run.answers[out.split][task.name] for run in runs}
+    first = answers[id(runs[0])]
+    other = [r.where for r in runs if not _same_samples(first, answers[id(r)])]
+    if other and not force:
+        raise ValueError(
+            f"{task.name}, {out.split}: these runs answered other samples, or samples with other truths, than "
+            f"{runs[0].where}: {_some(other)}"
+        )
+    if other:
+        out.notes.append(f"{task.name}: no differences are tested, since the runs answered different samples")
+    by_kind = kinds and first.kind_N is not None and not other
+    out.kinds[task.name] = [EVERY, *(sorted({str(k) for k in first.kind_N if k is not None}) if by_kind else [])]  # type: ignore[union-attr]
+    values = _add_scores(out, task, answers)
+    if not other and pairs:
+        _add_differences(out, task, pairs, answers, values)
+
+
+def _same_samples(a: Answers, b: Answers) -> bool:
+    return np.array_equal(a.ids_N, b.ids_N) and np.array_equal(a.truth_N, b.truth_N)
+
+
+def _chosen(answers: Answers, kind: str) -> np.ndarray:
+    if kind == EVERY or answers.kind_N is None:
+        return np.ones(len(answers.ids_N), dtype=bool)
+    return np.asarray(answers.kind_N == kind)
+
+
+def _add_scores(out: Comparison, task: Task, answers: dict[int, Answers]) -> dict[tuple[int, str, str], float]:
+    """Scores of every group, metric and kind; returns (run, metric, kind) -> value, nan where undefined."""
+    values: dict[tuple[int, str, str], float] = {}
+    for group in out.groups:
+        for run in group.runs:
+            one = answers[id(run)]
+            for metric in task.metrics:
+                of = ingredients(task, metric, one.truth_N, one.guess_N)
+                parts_NK = columns(of)
+                for kind in out.kinds[task.name]:
+                    values[id(run), metric, kind] = float(value(of.formula, parts_NK[_chosen(one, kind)].sum(0)))
+        invalid = [float(np.isnan(answers[id(run)].guess_N).mean()) for run in group.runs]
+        out.invalid_rate[task.name, group.name] = sum(invalid) / len(invalid)
+        for metric, kind in itertools.product(task.metrics, out.kinds[task.name]):
+            n = int(_chosen(answers[id(group.runs[0])], kind).sum())
+            held_S = np.array([values[id(run), metric, kind] for run in group.runs])
+            out.scores.append(_score(out, task, group, metric, kind, n, held_S))
+    return values
+
+
+def _score(out: Comparison, task: Task, group: Group, metric: str, kind: str, n: int, values_S: np.ndarray) -> Score:
+    mean = over_seeds(values_S, out.level)
+    shown = [None if np.isnan(v) else float(v) for v in values_S]
+    return Score(task.name, group.name, metric, kind, n, group.seeds, shown, mean.mean, mean.sd, mean.low, mean.high)
+
+
+def _add_differences(
+    out: Comparison,
+    task: Task,
+    pairs: Sequence[tuple[Group, Group]],
+    answers: dict[int, Answers],
+    values: dict[tuple[int, str, str], float],
+) -> None:
+    first = answers[id(out.groups[0].runs[0])]
+    samples = len(first.ids_N)
+    counts_BN = resample_counts(samples, out.resamples, np.random.default_rng(_RNG))
+    for metric, kind in itertools.product(out.tested[task.name], out.kinds[task.name]):
+        chosen_N = _chosen(first, kind)
+        made = {key: ingredients(task, metric, one.truth_N, one.guess_N) for key, one in answers.items()}
+        resampled = {key: _resampled(of, chosen_N, counts_BN) for key, of in made.items()}
+        for group, base in pairs:
+            seeds = sorted(set(group.seeds) & set(base.seeds))
+            two = [{run.seed: id(run) for run in one.runs} for one in (group, base)]
+            mine, theirs = ([keys[seed] for seed in seeds] for keys in two)
+            differences_S = np.array(
+                [values[a, metric, kind] - values[b, metric, kind] for a, b in zip(mine, theirs, strict=True)]
+            )
+            found, p_mcnemar = Estimate(None), None
+            if seeds:
+                resampled_B = sum(resampled[a] - resampled[b] for a, b in zip(mine, theirs, strict=True)) / len(seeds)
+                found = estimate(differences_S, np.asarray(resampled_B), int(chosen_N.sum()), out.level)
+                if made[mine[0]].formula == "accuracy":
+                    p_mcnemar = mcnemar(*(_right([made[key] for key in keys], chosen_N) for keys in (mine, theirs)))
+            p = max((q for q in (found.p, p_mcnemar) if q is not None), default=None)
+            out.differences.append(
+                Difference(
+                    task.name, group.name, base.name, metric, kind, int(chosen_N.sum()), seeds, found.value, found.low, found.high,
+                    p if found.p is not None else None, found.p, p_mcnemar, found.se_samples, found.se_seeds,
+                )
+            )  # fmt: skip
+    alone = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
+    if alone:
+        out.notes.append(f"{task.name}: no differences, since no seed is common to {_some(alone)}")
+
+
+def _resampled(of: Ingredients, chosen_N: np.ndarray, counts_BN: np.ndarray) -> np.ndarray:
+    """[B]: the metric on each resample. Counts are exact in float32, other sums are made in float64."""
+    parts_NK = columns(of)[chosen_N]
+    counts_BN = counts_BN if chosen_N.all() else counts_BN[:, chosen_N]
+    exact = of.formula in ("accuracy", "weighted F1", "macro F1")
+    return value(of.formula, counts_BN @ parts_NK.astype(np.float32) if exact else counts_BN.astype(float) @ parts_NK)
+
+
+def _right(made: Sequence[Ingredients], chosen_N: np.ndarray) -> np.ndarray:
+    """[S, N]: the right answers, of the samples that count."""
+    return np.stack([(of.truth_N == of.guess_N)[of.counted_N & chosen_N] for of in made])
+
+
+def _correct(out: Comparison) -> None:
+    corrected_p = corrected([d.p for d in out.differences], out.correction)
+    out.differences = [
+        replace(d, p_corrected=p, significant=None if p is None else p <= 1 - out.level)
+        for d, p in zip(out.differences, corrected_p, strict=True)
+    ]
