@@ -16,12 +16,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from launch.abstract import Rows
+from trainer.answers.scoring import task_trie
 from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
+from trainer.data.imbalance import training_order
 from trainer.data.sampling import Limits, MicroBatch, Order, Sizes, micro_batches
 from trainer.models.loading import BackboneError, load_tokenizer
+from trainer.run.assemble import make_objective
 from trainer.run.probe import largest
 from trainer.tasks import Task, get_task
 from trainer.text import encode, start_tokens
@@ -135,8 +138,7 @@ def _order(config: RunConfig, needs: dict[str, _Needs]) -> Order | None:
     data = {name: need.data for name, need in needs.items() if need.data is not None}
     if len(data) < len(needs):
         return None
-    lengths = {name: opened["train"].lengths() for name, opened in data.items()}
-    return Order.of_training(config, lengths)
+    return training_order(config, {name: opened["train"] for name, opened in data.items()})
 
 
 def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, most: int) -> list[Rows]:
@@ -166,10 +168,17 @@ def _needs(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | N
     if tokenizer is None or data is None:
         return _assumed(config, task, tokenizer, data, notes)
     fusion = config.model.fusion
+    trie = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
     collate = Collator(
         task, tokenizer, config.data, widths=data.widths, rates=data.rates, pseudo_tokens=fusion.pseudo_tokens,
         modalities=fusion.modalities, seed=config.train.seed,
+        objective=make_objective(config, task, trie, data["train"].targets()),
     )  # fmt: skip
+    if collate.objective.riding is not None:
+        notes.append(
+            f"task {task.name}: train.regression_loss puts {len(trie.token_N)} positions of answers behind every sample; their "
+            "positions are counted, the logits at them are not"
+        )
     return _Needs(task.name, max(map(len, collate.answers)), collate.sizes(data["train"]), None, data)
 
 

@@ -1,7 +1,8 @@
 """What travels between the rooms: `data` makes samples, batches and answer tries; `models` reads them.
 
 Shapes: B samples, L positions of a padded row, T frames or tokens of a packed row, P prefix tokens, K pseudo tokens, S text
-tokens, A answer tokens, F features of a frame, n answer tokens of all samples, N nodes of an answer trie, C answers.
+tokens, A answer tokens, F features of a frame, n answer tokens of all samples, W choices at one of them, N nodes of an
+answer trie, C answers.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ class Batch:
     video: Features
     target_B: Tensor
     weight_B: Tensor  # 0: the sample only fills a place
+    choices: Choices | None = None  # of B x A answer tokens, row by row, padding included
+    trie: AnswerTrie | None = None  # of a training batch whose loss needs the probabilities of all answers
+    error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
 
     def __len__(self) -> int:
         return int(self.input_ids_BL.shape[0])
@@ -113,7 +117,8 @@ class PackedBatch:
     """Samples of one task in one row without padding: the task's constant prefix once, then the samples.
 
     A sample's own tokens are `K pseudo-token places, history and text, cue`, then its answer without the end token
-    (training) or the nodes of an answer trie (scoring: `packing.trie`). Every index counts own tokens, the prefix left
+    (training) or the nodes of an answer trie (scoring: `packing.trie`). A training sample whose loss needs the
+    probabilities of all answers carries the trie too: its answer's tokens are then those of the trie. Every index counts own tokens, the prefix left
     out. The n answer tokens of all samples, end tokens included, stand one behind another: the token at `answer_at_n`
     predicts `answer_id_n`, which is entry `answer_slot_n` of a flat `[B, A]`.
     """
@@ -128,10 +133,12 @@ class PackedBatch:
     answer_at_n: Tensor
     answer_id_n: Tensor
     answer_slot_n: Tensor
-    longest_answer: int  # A
+    longest_answer: int  # A; 0 in a row that is to be scored
     inputs: list[FusionInput]  # of the samples in order, in groups of like length
     target_B: Tensor
     weight_B: Tensor  # 0: the sample only fills a place
+    choices: Choices | None = None  # of the n answer tokens
+    error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -154,11 +161,24 @@ class PackedBatch:
 
 
 @dataclass
+class Choices:
+    """The tokens that could stand in the place of each answer token: those that continue, or end, some answer of the task.
+
+    `share` of every target is spread evenly over them.
+    """
+
+    token_nW: Tensor
+    mask_nW: Tensor
+    share: float
+
+
+@dataclass
 class AnswerTrie:
     """All answers of a task as one tree of tokens, shared beginnings stored once, parents before children.
 
     Node n holds `token_N[n]`, at depth `depth_N[n]` (0: follows the cue), under `parent_N[n]` (-1: the cue). Answer c is
     the path to node `leaf_C[c]`, followed by the token `end`. `ancestors_NN[n, m]`: node n sees node m (itself included).
+    `value_C` are the numbers that the answers mean; None where they are labels.
     """
 
     token_N: Tensor
@@ -168,6 +188,7 @@ class AnswerTrie:
     ancestors_NN: Tensor
     end: int
     answers: list[str]
+    value_C: Tensor | None = None
 
     def to(self, device: torch.device | str) -> AnswerTrie:
         return _to(self, device)

@@ -58,6 +58,11 @@ class DataConfig(Section):
     )
     modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
     weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
+    sampling: Literal["natural", "balanced", "sqrt"] = Field(
+        "natural",
+        description="of training samples. natural: each once an epoch; balanced, sqrt: drawn with replacement, classes equally "
+        "often, or by the square roots of their sizes",
+    )
     mixing_temperature: Annotated[float, Field(ge=1.0, allow_inf_nan=True)] = Field(
         1.0, description="T: a task of n samples has a share of steps like n^(1/T); .inf: every task the same"
     )
@@ -213,6 +218,21 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the steps")
+    class_weights: Literal["none", "inverse", "effective"] = Field(
+        "none",
+        description="of samples in the loss, by the size of their class in the training data: 1 / n, or (1 - beta) / (1 - beta^n)",
+    )
+    class_weight_beta: Fraction = Field(0.999, description="beta of class_weights=effective")
+    label_smoothing: Fraction = Field(
+        0.0,
+        description="share of an answer token's target spread over the tokens that continue some answer of the task",
+    )
+    regression_loss: float = Field(
+        0.0,
+        ge=0.0,
+        description="weight of the expected absolute error over the number grid, added to a regression task's loss; "
+        "every sample then carries all answers",
+    )
     clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0 switches clipping off")
     log_every: PositiveInt = 10
     eval_every: int | None = Field(None, ge=1, description="steps between validations; default: once an epoch")

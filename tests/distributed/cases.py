@@ -84,7 +84,17 @@ SUPPORTED = tuple(  # the table in docs/clusters.md; what is left out here is re
     for checkpointing, more in CHECKPOINTING.items()
     if z == 3 or not offload or (offload == "-optimizer" and z > 0)
 )
-SETS = {"cases": CASES, "supported": SUPPORTED}
+WEIGHED = ("train.class_weights=inverse", "train.label_smoothing=0.1", "data.sampling=sqrt")
+OBJECTIVES = (
+    Case("zero2-weighed", WEIGHED, ("train.zero=2",)),
+    Case("zero3-weighed-numbers", ("task=simsv2", *WEIGHED, "train.regression_loss=0.7", *NF4), ("train.zero=3",)),
+    Case(
+        "zero2-weighed-two-tasks",
+        (*TWO, "train.class_weights=effective", "train.regression_loss=0.7"),
+        ("train.zero=2", *CHECKPOINTED),
+    ),
+)
+SETS = {"cases": CASES, "supported": SUPPORTED, "objectives": OBJECTIVES}
 
 
 def config_of(case: Case, data: Path, *, engine: bool) -> RunConfig:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tests.distributed.cases import CASES, PLANTED, STEPS, SUPPORTED, Case, config_of
+from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, STEPS, SUPPORTED, Case, config_of
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
-from trainer.data.sampling import Order
+from trainer.data.imbalance import training_order
 from trainer.run.assemble import Parts, assemble
 from trainer.run.distributed import World
 
@@ -61,19 +61,19 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
         betas=config.train.betas,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.train.warmup * STEPS), STEPS)
-    lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-    order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+    order = training_order(config, {name: opened["train"] for name, opened in parts.data.items()})
     losses, balances = [], []
     for step in range(STEPS):
         batch = order.step(step)
         view, collate = parts.data[batch.task]["train"], parts.collators[batch.task]
         loss = balance = 0.0
-        for i in batch.indices:
+        weights = [float(collate([view[i]]).weight_B) for i in batch.indices]
+        for i, weight in zip(batch.indices, np.array(weights) / sum(weights), strict=True):
             output = model(collate([view[i]], epoch=batch.epoch).to("cpu", dtype))
-            share = (output.loss_B.sum() + output.balance_B.sum()) / len(batch.indices) + output.idle
+            share = float(weight) * (output.loss_B.sum() + output.balance_B.sum()) + output.idle
             share.backward()
-            loss += float(output.loss_B.detach().sum()) / len(batch.indices)
-            balance += float(output.balance_B.detach().sum()) / len(batch.indices)
+            loss += float(output.loss_B.detach().sum()) * weight
+            balance += float(output.balance_B.detach().sum()) * weight
         losses.append(loss)
         balances.append(balance)
         if case.plant and step == PLANTED:  # nothing moves but the schedule
@@ -151,6 +151,18 @@ def test_ranks_agree_and_skip_just_the_steps_that_are_no_numbers(case: Case, ran
     assert told[0]["skipped"] == [bool(case.plant) and step == PLANTED for step in range(STEPS)]
     if case.plant == "loss":
         assert math.isnan(ranks[0][case.name]["losses"][PLANTED])
+
+
+def test_weighed_smoothed_and_regression_aware_losses_do_not_know_the_world(data: Path, tmp_path: Path) -> None:
+    """Weights are shared out over the global batch, whatever rank has which of its samples."""
+    run_ranks("tests.distributed.zero_worker", str(data), str(tmp_path), "objectives", timeout=600)
+    told = json.loads((tmp_path / "results.json").read_text())
+    torch.set_num_threads(1)
+    for case in OBJECTIVES:
+        found, expected = told[case.name], plain_training(case, data, tmp_path)
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=LOSS["fp32"], err_msg=case.name)
+        for name, norm in expected["state"].items():
+            assert math.isclose(found["state"][name], norm, rel_tol=2e-4, abs_tol=2e-6), (case.name, name)
 
 
 @pytest.fixture(scope="module")

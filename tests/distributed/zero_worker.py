@@ -53,7 +53,7 @@ def digest(model: torch.nn.Module) -> str:
 
 def main(data: Path, out: Path, wanted: str) -> None:
     from tests.distributed.cases import PLANTED, SETS, STEPS, config_of
-    from trainer.data.sampling import Order
+    from trainer.data.imbalance import training_order
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
     from trainer.run.evaluate import evaluate
@@ -72,8 +72,7 @@ def main(data: Path, out: Path, wanted: str) -> None:
         engine = build_engine(parts.model, config)
         schedule = Schedule(engine, config.train, STEPS)
         training = Training(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
-        lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-        order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+        order = training_order(config, {name: opened["train"] for name, opened in parts.data.items()})
         steps = []
         for s in range(STEPS):
             schedule.set(s)

@@ -50,7 +50,10 @@ class Predictions:
 
 def task_trie(task: Task, tokenizer: PreTrainedTokenizerBase, style: Style, language: Language) -> AnswerTrie:
     """The tree of a task's answers as they follow the cue in a prompt of `language`; see :func:`build_trie`."""
-    return build_trie(task.answer_texts(style, language), lambda text: encode(tokenizer, text), end_token(tokenizer))
+    trie = build_trie(task.answer_texts(style, language), lambda text: encode(tokenizer, text), end_token(tokenizer))
+    if task.grid is not None:
+        trie.value_C = torch.tensor(task.grid.values)
+    return trie
 
 
 def build_trie(answers: Sequence[str], encode: Callable[[str], list[int]], end: int) -> AnswerTrie:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.batch import AnswerTrie, Batch, Features, FusionInput, PackedBatch, Packing, Sample
 from trainer.config import DataConfig
 from trainer.data.dataset import SplitView
+from trainer.data.objective import Objective
 from trainer.data.sampling import MicroBatch, Sizes, hidden_modalities
 from trainer.tasks import Language, Task
 from trainer.text import count_tokens, encode, end_token, start_tokens
@@ -47,6 +48,7 @@ class Collator:
         pseudo_tokens: K.
         modalities: those the model uses; the text of a model without text is empty.
         seed: of the run, for modality dropout.
+        objective: what the training loss asks of batches with answers.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Collator:
         pseudo_tokens: int,
         modalities: Sequence[str],
         seed: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         self.task, self.tokenizer, self.config = task, tokenizer, config
         self.pseudo_tokens, self.modalities, self.seed = pseudo_tokens, tuple(modalities), seed
         self.widths = {name: widths.get(name) or 0 for name in ("audio", "video")}
         known = all(rates.get(name) for name, width in self.widths.items() if width)
         self.rates = {name: rates.get(name) if known else None for name in self.widths}
+        self.objective = objective or Objective()
         self.end = end_token(tokenizer)
         language = prompt_language(task, config)
         before, after = prompt_texts(task, config)
@@ -80,9 +84,10 @@ class Collator:
         """A batch of `samples`. `epoch` switches modality dropout on (training); `answers` adds the targets."""
         texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
         contexts = [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
-        targets = [self.answers[self.task.answer_index(s.target)] if answers else [] for s in samples]
+        chosen = [self.task.answer_index(s.target) for s in samples] if answers else []
+        targets = [self.answers[c] for c in chosen] if answers else [[] for _ in samples]
         rows = [context + target[:-1] for context, target in zip(contexts, targets, strict=True)]
-        hidden = [self._hidden(sample, epoch) for sample in samples]
+        hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
         return Batch(
             task=self.task.name,
             ids=[sample.id for sample in samples],
@@ -97,7 +102,10 @@ class Collator:
             audio=self._features("audio", samples, hidden),
             video=self._features("video", samples, hidden),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
-            weight_B=torch.full((len(samples),), weight),
+            weight_B=self.objective.weights(self.task, samples, weight),
+            choices=self.objective.choices(chosen, max(map(len, targets))) if answers else None,
+            trie=self.objective.riding if answers else None,
+            error_weight=self.objective.error_weight if answers else 0.0,
         )
 
     def pack(
@@ -109,23 +117,31 @@ class Collator:
         weight: float = 1.0,
         epoch: int | None = None,
     ) -> PackedBatch:
-        """`samples` in one row. With a `trie` they are to be scored and carry its nodes, else they carry their answers.
+        """`samples` in one row. With a `trie` they are to be scored and carry its nodes, else they carry their answers (all
+        answers, where the training loss needs their probabilities).
 
         The fusion network reads them in `groups` of neighbours; 0 stands for a call without use.
         """
         texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
         places, history = [self.end] * self.pseudo_tokens, [self._history(sample) for sample in samples]
         contexts = [places + said + text + self.suffix for said, text in zip(history, texts, strict=True)]
-        answers = [self.answers[self.task.answer_index(s.target)] if trie is None else [] for s in samples]
-        nodes = [] if trie is None else trie.token_N.tolist()
-        own = [c + a[:-1] + nodes for c, a in zip(contexts, answers, strict=True)]
+        chosen = [self.task.answer_index(s.target) for s in samples] if trie is None else []
+        answers = [self.answers[c] for c in chosen] if trie is None else [[] for _ in samples]
+        riding = self.objective.riding if trie is None else trie
+        if riding is not None:
+            own = [c + riding.token_N.tolist() for c in contexts]
+        else:
+            own = [c + a[:-1] for c, a in zip(contexts, answers, strict=True)]
         lengths = [len(row) for row in own]
         starts = np.cumsum([0, *lengths[:-1]])
         cues = starts + [len(c) - 1 for c in contexts]
         longest = max(map(len, answers))
-        at = [cue + i for cue, answer in zip(cues, answers, strict=True) for i in range(len(answer))]
+        tokens_at = [
+            self.objective.places[c] if riding is not None else list(range(len(self.answers[c]))) for c in chosen
+        ]
+        at = [cue + place for cue, held in zip(cues, tokens_at, strict=False) for place in held]
         slots = [b * longest + i for b, answer in enumerate(answers) for i in range(len(answer))]
-        hidden = [self._hidden(sample, epoch) for sample in samples]
+        hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
         return PackedBatch(
             task=self.task.name,
             ids=[sample.id for sample in samples],
@@ -133,14 +149,16 @@ class Collator:
             own_ids_T=torch.tensor([token for row in own for token in row]),
             place_BK=torch.from_numpy(starts[:, None] + np.arange(self.pseudo_tokens)),
             cue_at_B=torch.from_numpy(cues),
-            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), trie),
+            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), riding),
             answer_at_n=torch.tensor(at, dtype=torch.long),
             answer_id_n=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
             answer_slot_n=torch.tensor(slots, dtype=torch.long),
             longest_answer=longest,
             inputs=self._inputs(samples, texts, hidden, [len(samples)] if groups is None else groups),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
-            weight_B=torch.full((len(samples),), weight),
+            weight_B=self.objective.weights(self.task, samples, weight),
+            choices=self.objective.choices(chosen) if trie is None else None,
+            error_weight=self.objective.error_weight if trie is None else 0.0,
         )
 
     def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:
@@ -150,7 +168,7 @@ class Collator:
         return self(samples, weight=micro.weight, epoch=epoch)
 
     def sizes(self, samples: SplitView | Sequence[Sample], *, nodes: int | None = None, cached: bool = False) -> Sizes:
-        """What every sample needs in training, its answer included, or to be scored over a trie of `nodes`.
+        """What every sample needs in training, its answer (or all answers) included, or to be scored over `nodes`.
 
         With the prefix `cached` no row holds it.
         """
@@ -162,6 +180,8 @@ class Collator:
         tokens_N = text_N + self.pseudo_tokens + len(self.suffix)
         if self.config.history:
             tokens_N += [len(self._history(sample)) for sample in samples]
+        if nodes is None and self.objective.riding is not None:
+            nodes = len(self.objective.riding.token_N)
         if nodes is None:
             targets = view.targets() if view is not None else [s.target for s in samples]
             longer = np.array([len(answer) - 1 for answer in self.answers])
@@ -194,10 +214,17 @@ class Collator:
             start += size
         return out
 
-    def _hidden(self, sample: Sample, epoch: int | None) -> set[str]:
+    def _hidden(self, sample: Sample, text: Sequence[int], epoch: int | None) -> set[str]:
+        """The modalities that dropout hides. Where a sample has no text, the longest of its streams stays."""
         if epoch is None:
             return set()
-        return hidden_modalities(self.config.modality_dropout, self.seed, epoch, sample.id)
+        hidden = hidden_modalities(self.config.modality_dropout, self.seed, epoch, sample.id)
+        if hidden and not text:
+            frames = {name: _frames(getattr(sample, f"{name}_TF")) for name in ("audio", "video")}
+            there = [name for name in frames if name in self.modalities and frames[name]]
+            if there and hidden.issuperset(there):
+                hidden = hidden - {max(there, key=lambda name: frames[name])}
+        return hidden
 
     def _text(self, text: str) -> list[int]:
         if text not in self._tokens:

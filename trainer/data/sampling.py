@@ -91,6 +91,8 @@ class Order:
         global_batch: samples of a step; the last batch of a pass may be smaller.
         seed: with the epoch, fixes everything.
         weights: task -> share of the steps; empty: by size, and `temperature`.
+        draws: task -> probability of each sample: a pass then draws as many as there are, with replacement. A task
+            without them has every sample once in a pass.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Order:
         seed: int,
         weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
+        draws: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         empty = [task for task, n in lengths.items() if len(n) == 0]
         unknown = sorted(set(weights or {}) - set(lengths))
@@ -110,6 +113,7 @@ class Order:
             ]
             raise ValueError("; ".join(faults) or "no task to train on")
         self._lengths = {task: np.asarray(n) for task, n in lengths.items()}
+        self._draws = dict(draws or {})
         self._global_batch = global_batch
         self._seed = seed
         self._passes = {task: -(-len(n) // global_batch) for task, n in self._lengths.items()}
@@ -126,7 +130,12 @@ class Order:
         self._pass = lru_cache(maxsize=2 * len(self._lengths))(self._make_pass)
 
     @classmethod
-    def of_training(cls, config: RunConfig, lengths: Mapping[str, np.ndarray]) -> Order:
+    def of_training(
+        cls,
+        config: RunConfig,
+        lengths: Mapping[str, np.ndarray],
+        draws: Mapping[str, np.ndarray] | None = None,
+    ) -> Order:
         """The order in which a run of this config sees samples of these lengths."""
         train, data = config.train, config.data
         return cls(
@@ -135,6 +144,7 @@ class Order:
             seed=train.seed,
             weights=data.weights,
             temperature=data.mixing_temperature,
+            draws=draws,
         )
 
     def step(self, step: int) -> GlobalBatch:
@@ -159,7 +169,8 @@ class Order:
         rng = np.random.default_rng([self._seed, 2, turn, zlib.crc32(task.encode())])
         size = self._global_batch
         classes = np.round(np.log2(np.maximum(self._lengths[task], 1)) / WIDTH)
-        order = rng.permutation(len(classes))
+        drawn = self._draws.get(task)
+        order = rng.permutation(len(classes)) if drawn is None else rng.choice(len(classes), len(classes), p=drawn)
         batches = []
         for start in range(0, len(order), BUCKET * size):
             bucket = order[start : start + BUCKET * size]

@@ -3,7 +3,7 @@
 Source: EGMF, arXiv 2601.07565; the loss and the scores as DESIGN says.
 Shapes: B samples, L positions of a padded row, T own tokens of a packed row, H backbone hidden size, K pseudo tokens, A
 answer tokens, n answer tokens of all samples, V vocabulary, N nodes of the answer trie, C answers, E experts, M modalities,
-P = N + 1 places that predict a token of the trie.
+P = N + 1 places that predict a token of the trie, r some of all places, m tokens of the trie and its end.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.batch import AnswerTrie, Batch, FusionInput, PackedBatch
 from trainer.models.backbone import Backbone
 from trainer.models.fusion import Fusion, FusionOutput
+from trainer.models.losses import expected_error, token_nll
 from trainer.models.packed import PrefixCache, take
 from trainer.text import end_token
 
@@ -23,8 +25,8 @@ LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
 
 
 class LossOutput(NamedTuple):
-    """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included; `balance_B` is
-    already times its weight. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
+    """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included (smoothed, and with
+    an expected error, where the batch asks for it); `balance_B` is already times its weight. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
 
     loss_B: Tensor
     balance_B: Tensor
@@ -55,17 +57,19 @@ class EGMF(nn.Module):
     ) -> LossOutput | ScoreOutput:
         """With a trie the log-probability of each of its answers, else the loss of the batch's own answers.
 
-        A packed batch is scored over the trie it was packed with. `prefix`, of :meth:`prefix`, stands for its prefix.
+        A packed batch without answers is scored over the trie it was packed with. `prefix`, of :meth:`prefix`, stands for its prefix.
         """
         if isinstance(batch, PackedBatch):
             own_TH, fused = self._embed_packed(batch)
-            score = batch.packing.trie is not None
+            score = batch.packing.trie is not None and not batch.longest_answer
             hidden_TH = self._hidden_packed(own_TH, batch, prefix, exact=score)
             out = self._score_packed(hidden_TH, batch) if score else self._loss_packed(hidden_TH, batch)
         else:
             embeds_BLH, fused = self._embed(batch)
             score = trie is not None
-            out = self._score(embeds_BLH, batch, trie) if trie is not None else self._loss(embeds_BLH, batch)
+            held = trie if score else batch.trie
+            hidden_BLH = self._hidden_padded(embeds_BLH, batch, held, exact=score)
+            out = self._score(hidden_BLH, batch, trie) if trie is not None else self._loss(hidden_BLH, batch)
         gates = (None, None) if fused is None else (fused.gate_expert_BKE, fused.gate_modality_BKEM)
         if score:
             return ScoreOutput(out, *gates)
@@ -215,9 +219,12 @@ class EGMF(nn.Module):
         if not len(batch.answer_at_n):
             raise ValueError("a batch without answers has no loss: pack it without a trie")
         logits_nV = self.backbone.logits(take(hidden_TH, batch.answer_at_n)).float()
-        nll_n = nn.functional.cross_entropy(logits_nV, batch.answer_id_n, reduction="none")
+        nll_n = token_nll(logits_nV, batch.answer_id_n, batch.choices)
         nll_m = nll_n.new_zeros(len(batch) * batch.longest_answer).index_copy(0, batch.answer_slot_n, nll_n)
-        return nll_m.view(len(batch), -1).sum(1)
+        loss_B = nll_m.view(len(batch), -1).sum(1)
+        if not batch.error_weight:
+            return loss_B
+        return loss_B + self._error(self._score_packed(hidden_TH, batch), batch, batch.packing.trie)
 
     def _score_packed(self, hidden_TH: Tensor, batch: PackedBatch) -> Tensor:
         trie = batch.packing.trie
@@ -227,39 +234,58 @@ class EGMF(nn.Module):
         hidden_BPH = hidden_TH.index_select(0, at_BP.flatten()).unflatten(0, tuple(at_BP.shape))
         return self._answer_logprobs(hidden_BPH, trie)
 
-    def _loss(self, embeds_BLH: Tensor, batch: Batch) -> Tensor:
+    def _hidden_padded(self, embeds_BLH: Tensor, batch: Batch, trie: AnswerTrie | None, *, exact: bool) -> Tensor:
+        """Hidden states of padded rows, and behind them of the trie; each node sees its row's context and its ancestors."""
         B, L, _ = embeds_BLH.shape
-        A = batch.answer_ids_BA.shape[1]
-        if A == 0:
-            raise ValueError("a batch without answers has no loss: collate it with answers=True, or give a trie")
-        hidden_BLH = self.backbone.hidden(embeds_BLH, _arange(B, L, embeds_BLH.device))
-        at_BA = batch.context_length_B[:, None] - 1 + torch.arange(A, device=embeds_BLH.device)
-        logits_BAV = self.backbone.logits(_gather(hidden_BLH, at_BA.clamp(max=L - 1))).float()
-        nll_BA = nn.functional.cross_entropy(logits_BAV.transpose(1, 2), batch.answer_ids_BA, reduction="none")
-        return torch.where(batch.answer_mask_BA, nll_BA, 0.0).sum(1)
-
-    def _score(self, embeds_BLH: Tensor, batch: Batch, trie: AnswerTrie) -> Tensor:
-        """The trie stands after the padded context; each node sees its row's context and its ancestors."""
-        B, L, _ = embeds_BLH.shape
-        N = trie.token_N.shape[0]
         device = embeds_BLH.device
-        nodes_BNH = self.backbone.embed(trie.token_N)[None].expand(B, N, -1)
+        if trie is None:
+            return self.backbone.hidden(embeds_BLH, _arange(B, L, device))
+        nodes_BNH = self.backbone.embed(trie.token_N)[None].expand(B, trie.token_N.shape[0], -1)
         positions_BL = torch.cat([_arange(B, L, device), batch.context_length_B[:, None] + trie.depth_N], 1)
         mask_B1LL = _trie_mask(batch.context_length_B, L, trie)
-        hidden_BLH = self.backbone.hidden(torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, exact=True)
-        nodes_BN = torch.arange(L, L + N, device=device).expand(B, N)
+        return self.backbone.hidden(torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, exact=exact)
+
+    def _loss(self, hidden_BLH: Tensor, batch: Batch) -> Tensor:
+        B, A = batch.answer_ids_BA.shape
+        if A == 0:
+            raise ValueError("a batch without answers has no loss: collate it with answers=True, or give a trie")
+        at_BA = batch.context_length_B[:, None] - 1 + torch.arange(A, device=hidden_BLH.device)
+        at_BA = at_BA.clamp(max=batch.input_ids_BL.shape[1] - 1)
+        logits_BAV = self.backbone.logits(_gather(hidden_BLH, at_BA)).float()
+        nll_n = token_nll(logits_BAV.flatten(0, 1), batch.answer_ids_BA.flatten(), batch.choices)
+        loss_B = torch.where(batch.answer_mask_BA, nll_n.view(B, A), 0.0).sum(1)
+        if batch.trie is None:
+            return loss_B
+        return loss_B + self._error(self._score(hidden_BLH, batch, batch.trie), batch, batch.trie)
+
+    def _score(self, hidden_BLH: Tensor, batch: Batch, trie: AnswerTrie) -> Tensor:
+        B, N = len(batch), trie.token_N.shape[0]
+        nodes_BN = (batch.input_ids_BL.shape[1] + torch.arange(N, device=hidden_BLH.device)).expand(B, N)
         hidden_BPH = _gather(hidden_BLH, torch.cat([batch.context_length_B[:, None] - 1, nodes_BN], 1))
         return self._answer_logprobs(hidden_BPH, trie)
+
+    def _error(self, logprob_BC: Tensor, batch: Batch | PackedBatch, trie: AnswerTrie | None) -> Tensor:
+        """What the expected absolute error adds to the losses."""
+        assert trie is not None
+        assert trie.value_C is not None
+        return batch.error_weight * expected_error(logprob_BC, trie.value_C, batch.target_B)
 
     def _answer_logprobs(self, hidden_BPH: Tensor, trie: AnswerTrie) -> Tensor:
         """log p of every answer `[B, C]` from the hidden states at the cue's end and at the nodes."""
         B, P, _ = hidden_BPH.shape
         next_m = torch.cat([trie.token_N, trie.token_N.new_tensor([trie.end])])
-        rows = []
-        for hidden_rH in hidden_BPH.flatten(0, 1).tensor_split(self._parts(B * P)):
+
+        def next_logprobs(hidden_rH: Tensor) -> Tensor:
             logits_rV = self.backbone.logits(hidden_rH).float()
             # in float64: sums reach -50 and below
-            rows.append(logits_rV[:, next_m].double() - logits_rV.logsumexp(-1, keepdim=True).double())
+            return logits_rV[:, next_m].double() - logits_rV.logsumexp(-1, keepdim=True).double()
+
+        rows = []
+        for hidden_rH in hidden_BPH.flatten(0, 1).tensor_split(self._parts(B * P)):
+            if torch.is_grad_enabled():  # logits are made again for the gradient: all of them at once would be too many
+                rows.append(checkpoint(next_logprobs, hidden_rH, use_reentrant=False, preserve_rng_state=False))
+            else:
+                rows.append(next_logprobs(hidden_rH))
         logprob_BPm = torch.cat(rows).unflatten(0, (B, P))
         from_N = trie.parent_N + 1  # the place that predicts a node: 0 is the cue's end
         node_BN = logprob_BPm[:, from_N, torch.arange(P - 1, device=from_N.device)]

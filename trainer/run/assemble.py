@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from trainer.answers.scoring import task_trie
@@ -13,6 +14,8 @@ from trainer.batch import AnswerTrie
 from trainer.config import RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
+from trainer.data.imbalance import answer_indices, class_weights
+from trainer.data.objective import Objective
 from trainer.kernels.gate import resolve_kernel
 from trainer.models.backbone import build_backbone, build_tiny, load_tokenizer
 from trainer.models.egmf import EGMF
@@ -67,6 +70,11 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
         tasks[task.name], data[task.name] = task, opened
     if len(data) > 1 and "{task}" not in config.data.path:
         faults.append(f"data.path={config.data.path!r} is one folder for {len(data)} tasks: write {{task}} in it")
+    if config.train.regression_loss and tasks and all(task.kind == "classification" for task in tasks.values()):
+        faults.append(
+            f"train.regression_loss={config.train.regression_loss:g} is for tasks that answer with numbers, and none of "
+            f"{', '.join(tasks)} does: set it to 0"
+        )
     if faults:
         raise ValueError("\n".join(faults))
     return tasks, data
@@ -103,6 +111,7 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
             fusion.compile(dynamic=True)
     collators, tries = {}, {}
     for name, task in tasks.items():
+        tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
         collators[name] = Collator(
             task,
             tokenizer,
@@ -112,9 +121,20 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
             pseudo_tokens=config.model.fusion.pseudo_tokens,
             modalities=config.model.fusion.modalities,
             seed=config.train.seed,
+            objective=make_objective(config, task, tries[name], data[name]["train"].targets()),
         )
-        tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
     return Parts(tasks, data, collators, tries, EGMF(backbone, fusion))
+
+
+def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, target_N: np.ndarray) -> Objective:
+    """The training loss of `task`, whose training samples have these targets."""
+    train = config.train
+    weight_C = None
+    if train.class_weights != "none":
+        class_N = answer_indices(task, target_N)
+        weight_C = class_weights(class_N, len(trie.answers), train.class_weights, train.class_weight_beta)
+    error_weight = train.regression_loss if task.kind == "regression" else 0.0
+    return Objective(weight_C, train.label_smoothing, error_weight, trie)
 
 
 def tiny_texts(config: RunConfig, tasks: dict[str, Task], data: dict[str, PreparedDataset]) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.batch import Batch, Features, FusionInput, PackedBatch, Packing
+from trainer.batch import AnswerTrie, Batch, Choices, Features, FusionInput, PackedBatch, Packing
 from trainer.run.distributed import World
 from trainer.run.files import write_json
 
@@ -173,7 +173,7 @@ def load_batch(path: Path) -> Batch | PackedBatch:
     return _put_together(plain, tensors)
 
 
-_HELD = {kind.__name__: kind for kind in (Batch, PackedBatch, Packing, FusionInput, Features)}
+_HELD = {kind.__name__: kind for kind in (Batch, PackedBatch, Packing, FusionInput, Features, Choices, AnswerTrie)}
 
 
 def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

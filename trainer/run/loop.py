@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.config import RunConfig, dump_config
-from trainer.data.sampling import GlobalBatch, MicroBatch, Order, micro_batches
+from trainer.data.imbalance import training_order
+from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
 from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEPS_LOOKED_AT = 50  # for the positions told at the start
+UNEVEN = 100.0  # between the weights of two classes: worth a warning
 Report = Callable[[Path], list[Path]]  # makes pictures of a run folder and says where they are
 
 
@@ -194,8 +196,7 @@ class Run:
         self.config, self.out, self.world, self.parts = config, out, world, parts
         self.identity, self.tracker, self.checkpoints = ours, tracker, checkpoints
         train = config.train
-        lengths = {name: data["train"].lengths() for name, data in parts.data.items()}
-        self.order = Order.of_training(config, lengths)
+        self.order = training_order(config, {name: data["train"] for name, data in parts.data.items()})
         self.steps = train.steps or math.ceil(train.epochs * self.order.steps_per_epoch)
         self.dtype = dtype_of(config)
         self.engine: DeepSpeedEngine = build_engine(parts.model, config)
@@ -429,8 +430,25 @@ def _log_layout(run: Run) -> None:
         )  # fmt: skip
 
 
+def _log_weights(run: Run) -> None:
+    """Say what classes weigh, and warn where few samples get most of the loss."""
+    for name, collate in run.parts.collators.items():
+        weight_C = collate.objective.weight_C
+        if weight_C is None:
+            continue
+        there = {a: w for a, w in zip(run.parts.tries[name].answers, weight_C.tolist(), strict=True) if w}
+        log.info("class weights of %s: %s", name, ", ".join(f"{answer} {w:.3g}" for answer, w in there.items()))
+        if max(there.values()) > UNEVEN * min(there.values()):
+            log.warning(
+                "a sample of the rarest class of %s weighs %.0f times as much as one of the most frequent: "
+                "train.class_weights=effective with a smaller train.class_weight_beta is more even",
+                name, max(there.values()) / min(there.values()),
+            )  # fmt: skip
+
+
 def _log_start(run: Run, start: int) -> None:
     _log_layout(run)
+    _log_weights(run)
     trainable = sum(
         p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.parts.model.parameters() if p.requires_grad
     )

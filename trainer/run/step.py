@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.config import RunConfig
+from trainer.data.imbalance import answer_indices
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
 from trainer.run.assemble import Parts
 from trainer.run.distributed import World
@@ -36,12 +38,18 @@ class Training:
     stop: StopRequest
     beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
+    weights: dict[str, np.ndarray] = field(init=False)  # of the training samples, by task; none where all weigh 1
     limits: Limits = field(init=False)
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
         parts = self.parts
         self.sizes = {name: parts.collators[name].sizes(data["train"]) for name, data in parts.data.items()}
+        self.weights = {
+            name: collate.objective.weight_C[answer_indices(collate.task, parts.data[name]["train"].targets())]
+            for name, collate in parts.collators.items()
+            if collate.objective.weight_C is not None
+        }
         self.limits = Limits.of_training(self.config)
         self.feed = Feed(
             Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators),
@@ -51,6 +59,12 @@ class Training:
     def micro_batches(self, batch: GlobalBatch) -> list[MicroBatch]:
         """This rank's part of a global batch."""
         return micro_batches(batch.indices, self.sizes[batch.task], self.limits, self.world.rank, self.world.size)
+
+    def weight(self, batch: GlobalBatch) -> float:
+        """Σ_i w_i over the samples of a global batch, of all ranks."""
+        if batch.task not in self.weights:
+            return len(batch.indices)
+        return float(self.weights[batch.task][list(batch.indices)].sum(dtype=np.float64))
 
     def positions(self, task: str, micro: MicroBatch) -> int:
         """That a micro-batch passes through the backbone, padding included."""
@@ -80,7 +94,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     engine, config, world, guard = training.engine, training.config, training.world, training.guard
     micros = training.micro_batches(batch)
     dtype = dtype_of(config)
-    total, device = len(batch.indices), world.device if world.device.type == "cuda" else None
+    total, device = training.weight(batch), world.device if world.device.type == "cuda" else None
     told = torch.zeros(2, dtype=torch.float64, device=device)
     positions = 0
     for place, (micro, rows) in enumerate(zip(micros, training.feed.step(step, batch, micros), strict=True)):
@@ -109,7 +123,8 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         else:
             gate.update_usage(lambda collected: collected.copy_(told[-len(collected) :]))
     usage = usage[: len(usage) // 2]
-    return StepResult(loss / total, balance / total, total, int(positions), usage, skipped, asked > 0)
+    samples = len(batch.indices)
+    return StepResult(loss / total, balance / total, samples, int(positions), usage, skipped, asked > 0)
 
 
 def _usage(training: Training) -> list[Tensor]:

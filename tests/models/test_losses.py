@@ -1,0 +1,140 @@
+"""Smoothed and regression-aware losses against plain passes in float64 sums: every answer of every sample a row of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_egmf_packed import WIDTHS, Logits, make, samples
+from tiny_models import save_family
+from torch import Tensor
+
+from trainer.answers.scoring import task_trie
+from trainer.config import DataConfig
+from trainer.data.collate import Collator
+from trainer.data.objective import Objective
+from trainer.models.egmf import EGMF
+from trainer.tasks import BUILT_IN
+
+OBJECTIVES = [
+    pytest.param("meld", 0.2, 0.0, id="smoothed-classes"),
+    pytest.param("mosei", 0.2, 0.0, id="smoothed-numbers"),
+    pytest.param("mosei", 0.0, 1.5, id="error"),
+    pytest.param("mosei", 0.1, 0.7, id="smoothed-and-error"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
+
+
+def collator(model: EGMF, task: str, smoothing: float = 0.0, error: float = 0.0) -> Collator:
+    trie = task_trie(BUILT_IN[task], model.backbone.tokenizer, "words", "en")
+    return Collator(
+        BUILT_IN[task], model.backbone.tokenizer, DataConfig(), widths=WIDTHS, rates={}, pseudo_tokens=3,
+        modalities=("text", "audio", "video"), objective=Objective(None, smoothing, error, trie),
+    )  # fmt: skip
+
+
+def plain_loss(model: EGMF, collate: Collator, sample: Any, smoothing: float, error: float) -> Tensor:
+    """By the definition: no tree, no packing, one forward pass per answer."""
+    task, answers = collate.task, collate.answers
+    batch = Collator(
+        task, collate.tokenizer, DataConfig(), widths=WIDTHS, rates={}, pseudo_tokens=3, modalities=collate.modalities
+    )([sample], answers=False)
+    context = model._embed(batch)[0][0]
+    scores = []
+    truth = task.answer_index(sample.target)
+    loss = torch.zeros((), dtype=torch.float64)
+    for c, answer in enumerate(answers):
+        if c != truth and not error:
+            continue
+        row = torch.cat([context, model.backbone.embed(torch.tensor(answer[:-1]))])[None]
+        logits = model.backbone.model(inputs_embeds=row, use_cache=False).logits[0]
+        logprob = logits.double().log_softmax(-1)[len(context) - 1 :]
+        scores.append(sum(logprob[i, token] for i, token in enumerate(answer)))
+        if c == truth:
+            for i, token in enumerate(answer):
+                others = {a[i] for a in answers if a[:i] == answer[:i]}
+                even = sum(logprob[i, other] for other in others) / len(others)
+                loss = loss - (1 - smoothing) * logprob[i, token] - smoothing * even
+    if error:
+        probability = torch.stack(scores).softmax(0)
+        distance = torch.tensor([abs(value - sample.target) for value in task.grid.values], dtype=torch.float64)
+        loss = loss + error * (probability * distance).sum()
+    return loss
+
+
+def gradients(model: EGMF, loss_B: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (loss_B.double() @ torch.linspace(0.5, 1.5, len(loss_B), dtype=torch.float64)).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize(("task", "smoothing", "error"), OBJECTIVES)
+def test_packed_padded_and_single_samples_give_the_defined_loss_and_gradients(
+    folder: Path, task: str, smoothing: float, error: float
+) -> None:
+    model = make(folder).train()
+    collate, held = collator(model, task, smoothing, error), samples(task)
+    expected_B = torch.stack([plain_loss(model, collate, sample, smoothing, error) for sample in held])
+    reference = gradients(model, expected_B)
+    ways = {
+        "packed": lambda: model(collate.pack(held, [2, 0, 4])).loss_B,
+        "padded": lambda: model(collate(held)).loss_B,
+        "alone": lambda: torch.cat([model(collate.pack([sample])).loss_B for sample in held]),
+    }
+    largest = max(float(g.abs().max()) for g in reference.values())
+    for way, run in ways.items():
+        loss_B = run()
+        torch.testing.assert_close(loss_B.double(), expected_B, atol=1e-5, rtol=1e-6, msg=lambda m, w=way: f"{w}: {m}")
+        got = gradients(model, loss_B)
+        assert got.keys() == reference.keys()
+        for name, gradient in got.items():
+            scale = max(float(reference[name].abs().max()), 1e-3 * largest)
+            torch.testing.assert_close(gradient / scale, reference[name] / scale, atol=1e-5, rtol=0, msg=name)
+    plain = model(collator(model, task).pack(held)).loss_B
+    assert (plain - expected_B).abs().min() > 1e-3  # the objective does something to every sample
+
+
+def test_smoothing_leaves_tokens_without_a_choice_alone(folder: Path) -> None:
+    """Where only one answer goes on, its tokens have a plain loss: no probability is lost to the vocabulary."""
+    collate = collator(make(folder), "meld", 0.3)
+    choices = collate.pack(samples()).choices
+    assert choices is not None
+    starts = {answer[0] for answer in collate.answers}
+    rows = [row[mask].tolist() for row, mask in zip(choices.token_nW, choices.mask_nW, strict=True)]
+    assert set(rows[0]) == starts
+    logits = torch.randn(len(rows), 320)
+    from trainer.models.losses import token_nll
+
+    ids = collate.pack(samples()).answer_id_n
+    smoothed, plain = token_nll(logits, ids, choices), token_nll(logits, ids, None)
+    alone = torch.tensor([len(row) == 1 for row in rows])
+    assert alone.any()
+    torch.testing.assert_close(smoothed[alone], plain[alone])
+    assert ((smoothed - plain).abs() > 1e-3)[~alone].all()
+
+
+def test_scoring_knows_nothing_of_the_objective(folder: Path) -> None:
+    model = make(folder).eval()
+    trie = task_trie(BUILT_IN["mosei"], model.backbone.tokenizer, "words", "en")
+    with torch.no_grad():
+        scores = [
+            model(collator(model, "mosei", *extra).pack(samples("mosei"), trie=trie)).logprob_BC
+            for extra in ((), (0.2, 1.0))
+        ]
+    assert torch.equal(*scores)
+
+
+def test_logits_of_the_tree_are_made_in_parts_and_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(folder).train()
+    collate, held = collator(model, "mosei", 0.0, 1.0), samples("mosei")
+    monkeypatch.setattr("trainer.models.egmf.LOGITS_AT_ONCE", 40 * model.backbone.vocabulary)
+    batch = collate.pack(held)
+    with Logits(model) as seen:
+        model(batch).loss_B.sum().backward()
+    assert max(shape[0] for shape in seen.shapes) <= 40 < len(batch.own_ids_T)

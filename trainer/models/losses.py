@@ -1,0 +1,33 @@
+"""Losses of answers: of their tokens, and of the number that they mean.
+
+Shapes: n answer tokens, V vocabulary, W choices at a token, B samples, C answers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trainer.batch import Choices
+
+
+def token_nll(logits_nV: Tensor, id_n: Tensor, choices: Choices | None) -> Tensor:
+    """-log p of the tokens `[n]`; with choices smoothed over them:
+
+    ``(1 - s) * -log p(id) + s * mean of -log p over the W_n tokens that continue some answer there``
+
+    A token that nothing else could stand for (W_n = 1) keeps its plain loss. Other than smoothing over the vocabulary
+    this costs no probability where there is no choice, so it does not favour short answers, whose scores are compared.
+    """
+    nll_n = nn.functional.cross_entropy(logits_nV, id_n, reduction="none")
+    if choices is None:
+        return nll_n
+    nll_nW = logits_nV.logsumexp(-1, keepdim=True) - logits_nV.gather(1, choices.token_nW)
+    count_n = choices.mask_nW.sum(1).clamp(min=1)
+    even_n = nll_nW.masked_fill(~choices.mask_nW, 0.0).sum(1) / count_n
+    return (1 - choices.share) * nll_n + choices.share * even_n
+
+
+def expected_error(logprob_BC: Tensor, value_C: Tensor, target_B: Tensor) -> Tensor:
+    """``Σ_c p_c |v_c - t|`` of every sample, p = softmax over the grid's numbers v, t the unrounded truth."""
+    probability_BC = logprob_BC.softmax(1)
+    return (probability_BC * (value_C.to(probability_BC) - target_B[:, None]).abs()).sum(1)
