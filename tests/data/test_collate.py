@@ -209,6 +209,30 @@ def test_modalities_that_the_model_does_not_use_are_not_shown(tokenizer: PreTrai
     assert torch.equal(no_text.input_ids_BL[0, :-3], no_text.input_ids_BL[1, :-3])
 
 
+def test_modality_dropout_never_leaves_a_sample_without_anything(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where there is no text the longest stream stays; where there is, both may go."""
+    config = DataConfig(modality_dropout=0.9)
+    silent = [sample(i, "", video_TF=None if i % 2 else np.ones((2, 2), "f4")) for i in range(40)]
+    both = 0
+    for collate, held, texts in (
+        (collator(tokenizer, config=config), silent, False),
+        (collator(tokenizer, config=config, modalities=("audio", "video")), [sample(i) for i in range(40)], False),
+        (collator(tokenizer, config=config), [sample(i) for i in range(40)], True),
+    ):
+        batch = collate(held, epoch=0)
+        row = collate.pack(held, [20, 20], epoch=0)
+        left = batch.audio.mask_BT.any(1).int() + batch.video.mask_BT.any(1).int()
+        packed = torch.cat([g.audio.mask_BT.any(1).int() + g.video.mask_BT.any(1).int() for g in row.inputs])
+        assert torch.equal(left, packed)
+        assert bool(batch.text_mask_BS.any()) == texts
+        if texts:
+            both += int((left == 0).sum())
+        else:
+            assert left.min() == 1
+            assert left.float().mean() < 1.5  # some are hidden
+    assert both > 20
+
+
 def test_modality_dropout_acts_in_training_only(tokenizer: PreTrainedTokenizerBase) -> None:
     collate = collator(tokenizer, config=DataConfig(modality_dropout=0.5), seed=1)
     samples = [sample(i) for i in range(40)]
