@@ -36,15 +36,16 @@ def prepare(
     ] = "none",
     force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
-    seed: Annotated[int, typer.Option(help="of the generated tasks (diagnostic)")] = 0,
+    stand_in: Annotated[bool, typer.Option("--stand-in", help="generate data of the task's shape, no source")] = False,
+    seed: Annotated[int, typer.Option(help="of generated data")] = 0,
     size: Annotated[
         list[str] | None,
-        typer.Option(help="of the generated tasks: SPLIT=N, such as train=4000"),
+        typer.Option(help="of generated data: SPLIT=N, such as train=4000"),
     ] = None,
 ) -> None:
     """Read published files once, check them, and write a memory-mapped dataset.
 
-    The diagnostic tasks are generated and take no --source.
+    The diagnostic tasks are generated and take no --source; so are stand-ins for benchmarks, to try a training on.
     """
     from trainer.data.prepare import prepare as prepare_files
     from trainer.data.summary import summary_table
@@ -55,11 +56,13 @@ def prepare(
     task = _defined(name, task_file)
     options: dict[str, Any] = {"strict": strict, "drop_bad": drop_bad, "force": force, "workers": workers}
     with _splits_bar() as progress:
-        if task.name.startswith("diagnostic") and get_task(task.name) == task:
-            from trainer.data.diagnostic import generate
+        if stand_in or (task.name.startswith("diagnostic") and get_task(task.name) == task):
+            from trainer.data import diagnostic
+            from trainer.data import stand_in as stand_ins
 
             if source:
                 raise ValueError(f"{task.name} is generated: it takes no --source")
+            generate = stand_ins.generate if stand_in else diagnostic.generate
             summary = generate(task.name, out, seed=seed, sizes=_sizes(size), force=force, progress=progress)
         elif not source:
             raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")

@@ -99,7 +99,7 @@ def _samples(variant: str, seed: int, sizes: dict[str, int], split: str) -> Iter
         kind, k = KINDS[place % 3], int(place // 3) % 4
         audio_TF = rng.normal(0, NOISE, (FRAMES["audio"], WIDTHS["audio"]))
         video_TF = rng.normal(0, NOISE, (FRAMES["video"], WIDTHS["video"]))
-        _PLANT[kind](rng, k, audio_TF, video_TF)
+        plant(kind, rng, k, audio_TF, video_TF)
         language = "en" if rng.random() < 0.5 else "zh"
         said = [rng.choice(SUBJECTS[language]), rng.choice(VERBS[language])]
         yield RawSample(
@@ -112,6 +112,11 @@ def _samples(variant: str, seed: int, sizes: dict[str, int], split: str) -> Iter
             kind=kind,
             language=language,
         )
+
+
+def plant(kind: str, rng: np.random.Generator, k: int, audio_TF: np.ndarray, video_TF: np.ndarray) -> None:
+    """Add the evidence of `kind` for class `k` to the frames, in place."""
+    _PLANT[kind](rng, k, audio_TF, video_TF)
 
 
 def _local(rng: np.random.Generator, k: int, audio_TF: np.ndarray, video_TF: np.ndarray) -> None:
