@@ -13,16 +13,14 @@ No result here is chosen by a test score: there is no best run, seed or group, a
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from trainer.answers.metrics import Ingredients, ingredients
+from trainer.results.grouping import Group, group_runs, some
 from trainer.results.run_sources import Answers, ComparedRun
 from trainer.results.statistics import (
     Correction,
@@ -35,48 +33,12 @@ from trainer.results.statistics import (
     resample_counts,
     value,
 )
-from trainer.run.identity import FREE
 from trainer.tasks import Task
 
-# settings that say who, where and how much memory, not what: runs that differ in them alone are one group
-ASIDE = (FREE - {"train.eval_every", "train.max_skipped"}) | {"train.seed", "eval.tokens", "eval.batch"}
-ASIDE_SECTIONS = ("track.",)
 ALL_PAIRS = 10  # groups up to which each is compared with each
 LESS_IS_BETTER = ("mae",)
 EVERY = "all"  # the kind that stands for all samples
-_LONG = 60  # characters of a group's name
 _RNG = 0
-
-
-@dataclass
-class Group:
-    """Runs that are the same but for their seed; `settings` are those that differ between the groups."""
-
-    name: str
-    settings: dict[str, str | None]
-    runs: list[ComparedRun]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
-
-    @property
-    def devices(self) -> list[str]:
-        return sorted({run.cost.device for run in self.runs if run.cost.device})
-
-    def cost(self) -> tuple[float | None, str | None]:
-        """Mean core-hours or GPU-hours of a run, and which; None where a run's are not known or both kinds occur."""
-        amounts, units = [run.cost.amount for run in self.runs], {run.cost.unit for run in self.runs}
-        known = [amount for amount in amounts if amount is not None]
-        if len(known) < len(amounts) or len(units) != 1:
-            return None, None
-        return sum(known) / len(known), units.pop()
-
-    def speed(self) -> float | None:
-        """Mean over runs of their samples per second of training; None where one is not known."""
-        speeds = [run.cost.samples_per_second for run in self.runs]
-        known = [speed for speed in speeds if speed is not None]
-        return sum(known) / len(known) if known and len(known) == len(speeds) else None
 
 
 @dataclass(frozen=True)
@@ -214,84 +176,6 @@ def compare(
     return out
 
 
-def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[list[Group], list[str]]:
-    """Groups in the order of their first run, and notes: what else differs inside one, and runs that are left out.
-
-    Raises:
-        ValueError: a setting that no run has, with the nearest name.
-    """
-    known = list(dict.fromkeys(key for run in runs for key in run.config))
-    varying = [k for k in known if len({run.config.get(k) for run in runs}) > 1 and not _aside(k)]
-    keys = _named_settings(by, known) if by else varying
-    named = all(run.group is not None for run in runs)
-    found: dict[Any, list[ComparedRun]] = {}
-    for run in runs:
-        found.setdefault(run.group if named else tuple(run.config.get(k) for k in keys), []).append(run)
-    shown = [k for k in (varying if named else keys) if len({run.config.get(k) for run in runs}) > 1]
-    names = [str(key) for key in found] if named else _group_names(list(found.values()), shown)
-    groups, notes = [], []
-    for name, members in zip(names, found.values(), strict=True):
-        kept, said = _one_run_a_seed(name, members)
-        inside = [k for k in varying if len({run.config.get(k) for run in kept}) > 1]
-        if inside:
-            said.append(f"the runs of {name} differ in more than their seed: {', '.join(inside)}")
-        settings = {k: kept[0].config.get(k) if k not in inside else "(differs)" for k in shown}
-        groups.append(Group(name, settings, kept))
-        notes += said
-    return groups, notes
-
-
-def _aside(key: str) -> bool:
-    return key in ASIDE or key.startswith(ASIDE_SECTIONS)
-
-
-def _named_settings(by: Sequence[str], known: Sequence[str]) -> list[str]:
-    keys, faults = [], []
-    for name in by:
-        some = [key for key in known if key == name or key.startswith(f"{name}.")]
-        if not some:
-            close = difflib.get_close_matches(name, known, n=1)
-            faults.append(f"no run has the setting {name!r}{f'; did you mean {close[0]}?' if close else ''}")
-        keys += some
-    if faults:
-        raise ValueError("\n  ".join(["--group-by:", *faults]))
-    return list(dict.fromkeys(keys))
-
-
-def _group_names(groups: Sequence[Sequence[ComparedRun]], keys: Sequence[str]) -> list[str]:
-    """What differs, in short; where that is nothing or long, the runs' common name, if each group has one of its own."""
-    ends = [key.rpartition(".")[2] for key in keys]
-    short = [
-        end if ends.count(end) == 1 else ".".join(key.split(".")[-2:]) for key, end in zip(keys, ends, strict=True)
-    ]
-    names = [
-        ", ".join(f"{s}={_plain(members[0].config.get(k))}" for s, k in zip(short, keys, strict=True))
-        for members in groups
-    ]
-    if len(keys) and max(map(len, names)) <= _LONG:
-        return names
-    stems = [{re.sub(r"[-_/. ]?(s|seed)[-_]?\d+$", "", run.name) or "runs" for run in members} for members in groups]
-    own = [stem.pop() for stem in stems if len(stem) == 1]
-    return own if len(set(own)) == len(groups) else [f"{i}: {name}" for i, name in enumerate(names, 1)]
-
-
-def _plain(text: str | None) -> str:
-    return "(absent)" if text is None else re.sub(r"['\"]", "", text)
-
-
-def _one_run_a_seed(name: str, members: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
-    """Of runs with one seed the newest, whatever its scores, and what is said about that."""
-    newest: dict[int, ComparedRun] = {}
-    notes = []
-    for run in sorted(members, key=lambda run: run.started):
-        if run.seed in newest:
-            notes.append(
-                f"{name} has seed {run.seed} twice: {newest[run.seed].where} is left out for the newer {run.where}"
-            )
-        newest[run.seed] = run
-    return [newest[seed] for seed in sorted(newest)], notes
-
-
 def _common_tasks(runs: Sequence[ComparedRun], asked: str | None, *, force: bool) -> dict[str, Task]:
     sets = {tuple(sorted(run.tasks)) for run in runs}
     if asked is not None:
@@ -302,7 +186,7 @@ def _common_tasks(runs: Sequence[ComparedRun], asked: str | None, *, force: bool
     common = [name for name in runs[0].tasks if all(name in run.tasks for run in runs)]
     if len(sets) > 1 and not (force and common):
         told = [
-            f"{', '.join(names)}: {_some([r.where for r in runs if tuple(sorted(r.tasks)) == names])}" for names in sets
+            f"{', '.join(names)}: {some([r.where for r in runs if tuple(sorted(r.tasks)) == names])}" for names in sets
         ]
         cure = f"--task {common[0]} compares on one, --force on all that they share" if common else "they share none"
         raise ValueError("\n  ".join([f"the runs have different tasks ({cure})", *told]))
@@ -318,15 +202,11 @@ def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: b
         for run in runs:
             prints.setdefault(run.fingerprints.get(name, "unknown"), []).append(run.where)
         if len(prints) > 1 or "unknown" in prints:
-            faults += [f"{name}, data {print_[:16]}: {_some(where)}" for print_, where in prints.items()]
+            faults += [f"{name}, data {print_[:16]}: {some(where)}" for print_, where in prints.items()]
     if faults and not force:
         raise ValueError(
             "\n  ".join(["the runs were not made on the same data (--force compares them nevertheless)", *faults])
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _asked_metrics(task: Task, metrics: Sequence[str]) -> list[str]:
@@ -395,10 +275,10 @@ def _facts(out: Comparison) -> list[str]:
     runs = [run for group in out.groups for run in group.runs]
     commits = {run.commit for run in runs}
     if len(commits) > 1:
-        notes.append(f"the runs were made by different code: {_some(sorted(str(c)[:12] for c in commits))}")
+        notes.append(f"the runs were made by different code: {some(sorted(str(c)[:12] for c in commits))}")
     single = [group.name for group in out.groups if len(group.runs) == 1]
     if single:
-        notes.append(f"one seed only, which says nothing of what others would give: {_some(single)}")
+        notes.append(f"one seed only, which says nothing of what others would give: {some(single)}")
     return notes
 
 
@@ -422,7 +302,7 @@ def _compare_task(
     if other and not force:
         raise ValueError(
             f"{task.name}, {out.split}: these runs answered other samples, or samples with other truths, than "
-            f"{runs[0].where}: {_some(other)}"
+            f"{runs[0].where}: {some(other)}"
         )
     if other:
         out.notes.append(f"{task.name}: no differences are tested, since the runs answered different samples")
@@ -505,7 +385,7 @@ def _add_differences(
             )  # fmt: skip
     alone = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
     if alone:
-        out.notes.append(f"{task.name}: no differences, since no seed is common to {_some(alone)}")
+        out.notes.append(f"{task.name}: no differences, since no seed is common to {some(alone)}")
 
 
 def _resampled(of: Ingredients, chosen_N: np.ndarray, counts_BN: np.ndarray) -> np.ndarray:

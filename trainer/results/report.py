@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from trainer.results import tables
 from trainer.results.analysis import TaskResults, analyse
-from trainer.results.drawing import COLOURS, Picture
+from trainer.results.drawing import Picture
 from trainer.results.folder import SPLITS, RunFolder, read_run
+from trainer.results.pages import render_page
 from trainer.results.pictures import run_pictures, task_pictures
 from trainer.results.runs import selected_value, state_of
 from trainer.run.files import write_text
@@ -69,17 +68,10 @@ def write_report(run: Path) -> list[Path]:
 
 def page(run: RunFolder, general: list[Picture], sections: list[Section]) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("trainer.results"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["picture"] = lambda picture: Markup(picture.svg)  # drawn here, its texts escaped by the writer
     config = None if run.config is None else run.config.model_dump(mode="json")
     stand_ins = {k: v for section in sections for p in section.pictures for k, v in p.stand_ins.items()}
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        TEMPLATE,
         run=run,
         state=state_of(run),
         facts=tables.facts(run)[1:],
@@ -90,7 +82,6 @@ def page(run: RunFolder, general: list[Picture], sections: list[Section]) -> str
         environment=tables.environment(run),
         config=config and yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         stand_ins=stand_ins,
-        colours={name: {"light": light, "dark": dark} for name, (light, dark) in COLOURS.items()},
         example_lines=tables.example_lines,
         folder=PICTURES,
     )
