@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
         ("prepare",),
         ("score",),
         ("report",),
+        ("compare",),
         ("show",),
         ("runs",),
         ("demo",),

@@ -52,14 +52,19 @@ class Browser:
 
     def open(self, path: Path, width: int = 1366, height: int = 768, *, dark: bool = False) -> None:
         """Load a file in a window of that size, and wait until it is there."""
+        self.visit(path.resolve().as_uri(), width, height, dark=dark)
+
+    def visit(self, url: str, width: int = 1366, height: int = 768, *, dark: bool = False) -> None:
+        """Load an address, as :meth:`open` does a file."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        colours = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.ask("Emulation.setEmulatedMedia", features=[colours])
         self.requests.clear()
         self.messages.clear()
-        self.ask("Page.navigate", url=path.resolve().as_uri())
+        self.ask("Page.navigate", url=url)
         until = time.monotonic() + 30
-        while self.evaluate("location.protocol + document.readyState") != "file:complete":
+        scheme = url.partition(":")[0]
+        while self.evaluate("location.protocol + document.readyState") != f"{scheme}:complete":
             assert time.monotonic() < until, "the page did not load"
             time.sleep(0.05)
 

@@ -102,7 +102,7 @@ def test_groups_may_be_asked_for_or_given(two: Path, tmp_path: Path) -> None:
         compare(runs, group_by=["model.fusion.expert"])
     for run in runs:
         run.group = "mine" if run.seed < 3 else "yours"
-    with pytest.raises(ValueError, match="names 0 groups; there are: mine; yours"):
+    with pytest.raises(ValueError, match=r"names 0 groups.*there are: mine; yours"):
         compare(runs, baseline="his")
 
 
@@ -198,20 +198,37 @@ def test_many_groups_need_a_baseline(tmp_path: Path) -> None:
     assert len(compare(runs, baseline="steps=11").differences) == 10
 
 
-def test_the_command(two: Path, tmp_path: Path) -> None:
-    shown = egmf("compare", str(two), "--kinds")
+def test_the_command(two: Path) -> None:
+    shown = egmf("compare", str(two), "--kinds", "--sort-by", "acc", "--baseline", "full")
     assert shown.returncode == 0, shown.stderr
-    for text in ("meld, test: 200 samples", "Differences", "significant", "core-hours", "model.fusion.experts"):
-        assert text in shown.stdout
-    told = egmf("compare", str(two / "full-s1"), str(two / "less-s1"), "--json")
-    assert len(json.loads(told.stdout)["groups"]) == 2
-    for words, message in (
-        ((str(two), "--sort-by", "test/acc"), "chooses on the test split"),
-        ((str(tmp_path),), "holds none"),
-        (("nothing", "--uri", f"sqlite:///{tmp_path}/no.db"), "there is no MLflow store"),
-        ((str(two), "--split", "train"), "no predictions of train"),
+    for text in (
+        "meld, test: 200 samples",
+        "Differences",
+        "significant",
+        "core-hours",
+        "model.fusion.experts",
+        "valid acc",
     ):
-        done = egmf("compare", *words)
-        assert done.returncode == 1, words
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert text in shown.stdout
+    done = egmf("compare", str(two), "--sort-by", "test/acc", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "chooses on the test split" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_found_or_read_is_one_message(two: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    damaged = make_seeded(tmp_path / "runs" / "damaged", 1)
+    (damaged / "predictions" / "test.parquet").write_bytes(b"PAR1 and no more")
+    strange = make_seeded(tmp_path / "runs" / "strange", 2)
+    table = pd.read_parquet(strange / "predictions" / "test.parquet")
+    table.assign(label="bored").to_parquet(strange / "predictions" / "test.parquet")
+    with pytest.raises(
+        ValueError, match=r"4 faults[\s\S]*holds none[\s\S]*is damaged[\s\S]*truths that are not"
+    ) as told:
+        find_runs([str(tmp_path / "empty"), str(tmp_path / "runs"), "gone"], ["test"], f"sqlite:///{tmp_path}/no.db")
+    assert "there is no MLflow store" in str(told.value)
+    with pytest.raises(ValueError, match="no predictions of train"):
+        find_runs([str(two)], ["train"])
+    with pytest.raises(ValueError, match="no finished runs"):
+        compare([])

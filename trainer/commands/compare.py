@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from trainer.commands.shared import Json, print_json, say, wide
+
+if TYPE_CHECKING:
+    from trainer.results.compare import Comparison
 
 app = typer.Typer()
 
@@ -43,6 +47,7 @@ def compare(
         Path | None, typer.Option(help="write compare.csv, .json, .tex and .html there", metavar="DIR")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="compare although data or tasks differ")] = False,
+    log: Annotated[bool, typer.Option("--log/--no-log", help="keep the files in MLflow, beside the runs")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare runs: mean and deviation over seeds, intervals, paired tests, cost, and what differs between the configs."""
@@ -73,3 +78,22 @@ def compare(
         print_json(plain(comparison))
     else:
         wide().print(terminal(comparison))
+    _keep(comparison, out, log=log)
+
+
+def _keep(comparison: Comparison, out: Path | None, *, log: bool) -> None:
+    """Write the files and log them; where MLflow does not take them that is said, for the comparison is made."""
+    from trainer.results.compare_files import NAME, log_comparison, store_of, write_comparison
+
+    store = store_of(comparison) if log else None
+    with tempfile.TemporaryDirectory(prefix="egmf-compare-") as scratch:
+        if out is not None or store is not None:
+            files = write_comparison(comparison, out or Path(scratch))
+        if out is not None:
+            say(f"written: {', '.join(path.name for path in files)} in {out}")
+        if store is not None:
+            try:
+                run_id = log_comparison(comparison, files, *store)
+                say(f"kept in MLflow at {store[0]}: run {run_id} ({NAME}) of the experiment {store[1]}")
+            except ValueError as error:
+                say(f"warning: {error}; --no-log does not try")

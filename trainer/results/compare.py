@@ -257,9 +257,14 @@ def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
     """(group, what it is compared with)."""
     names = [group.name for group in out.groups]
     if baseline is not None:
-        named = [g for g in out.groups if g.name == baseline] or [g for g in out.groups if baseline in g.name]
+        named = [g for g in out.groups if g.name == baseline]
+        named = named or [g for g in out.groups if baseline in g.name]
+        named = named or [g for g in out.groups if any(run.name.startswith(baseline) for run in g.runs)]
         if len(named) != 1:
-            raise ValueError(f"--baseline {baseline!r} names {len(named)} groups; there are: {'; '.join(names)}")
+            raise ValueError(
+                f"--baseline {baseline!r} names {len(named)} groups: write a group's name, a part of it, or how its runs' "
+                f"names begin; there are: {'; '.join(names)}"
+            )
         out.baseline = named[0].name
         return [(group, named[0]) for group in out.groups if group is not named[0]]
     if len(names) > ALL_PAIRS:

@@ -51,7 +51,7 @@ def group_scores(found: Comparison, task: str) -> Table:
         row += [_mean(found.validation[group.name])] if valid else []
         for metric, interval in _columns(metrics, tested):
             score = by_place[group.name, metric]
-            row.append(_interval(score.low, score.high) if interval else _mean(score))
+            row.append(span(score.low, score.high) if interval else _mean(score))
         table.rows.append([*row, *([number(found.invalid_rate[task, group.name])] if invalid else [])])
     table.note = (
         f"Mean ± sample standard deviation over seeds; intervals are those of the mean over seeds (Student's t), on this {found.split} "
@@ -79,16 +79,28 @@ def differences(found: Comparison) -> Table | None:
     heads = [*(["task"] if tasks else []), "metric", *(["kind"] if kinds else []), "seeds", "difference"]
     table = Table(
         "Differences",
-        ["group − baseline", *heads, f"{found.level:.0%} interval", "p", "p corrected", f"at {1 - found.level:.2g}"],
+        [
+            "group − baseline" if found.baseline is None else f"− {found.baseline}",
+            *heads,
+            f"{found.level:.0%} interval",
+            "p",
+            "p corrected",
+            f"at {1 - found.level:.2g}",
+        ],
     )
     for d in found.differences:
-        row = [f"{d.group} − {d.baseline}", *([d.task] if tasks else []), d.metric, *([d.kind] if kinds else [])]
-        row += [str(len(d.seeds)), signed(d.value), _interval(d.low, d.high, sign=True), p_value(d.p)]
+        row = [
+            d.group if found.baseline else f"{d.group} − {d.baseline}",
+            *([d.task] if tasks else []),
+            d.metric,
+            *([d.kind] if kinds else []),
+        ]
+        row += [str(len(d.seeds)), signed(d.value), span(d.low, d.high, sign=True), p_value(d.p)]
         table.rows.append([*row, p_value(d.p_corrected), verdict(d)])
     less = [name for name in LESS_IS_BETTER if any(d.metric == name for d in found.differences)]
     table.note = (
         "Paired by seed and sample. Intervals and p: bootstrap over samples together with the variance over seeds; p of an accuracy: the "
-        f"larger of that and McNemar's exact test. p corrected: {TESTS[found.correction]}."
+        f"larger of that and McNemar's exact test. p corrected: {TESTS[found.correction]}; significant: it is at most {1 - found.level:.2g}."
         + (f" Less is better of {', '.join(less)}." if less else "")
     )
     return table
@@ -219,7 +231,7 @@ def tex(text: str) -> str:
     """`text` escaped for LaTeX's text mode."""
     special = {
         "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
-        "×": "$\\times$", "—": "--", **{c: f"\\{c}" for c in "&%$#_{}"},
+        "×": "$\\times$", "—": "--", "…": "\\ldots{}", **{c: f"\\{c}" for c in "&%$#_{}"},
     }  # fmt: skip
     return "".join(special.get(c, c) for c in printable(text))
 
@@ -233,7 +245,7 @@ def _mean(score: Score) -> str:
     return MISSING if score.mean is None else f"{score.mean:.4f} ± {number(score.sd)}"
 
 
-def _interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
+def span(low: float | None, high: float | None, *, sign: bool = False) -> str:
     show = signed if sign else number
     return MISSING if low is None or high is None else f"{show(low)} … {show(high)}"
 
@@ -251,7 +263,7 @@ def p_value(p: float | None) -> str:
 
 
 def verdict(d: Difference) -> str:
-    return MISSING if d.significant is None else "significant" if d.significant else "not significant"
+    return MISSING if d.significant is None else "yes" if d.significant else "no"
 
 
 def _setting(value: str | None) -> str:

@@ -1,0 +1,146 @@
+"""Comparisons of runs in MLflow: an SQLite file, and a real tracking server over HTTP; the same numbers as from folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.distributed.processes import egmf
+from tests.results.browser import CHROMIUM, Browser
+from tests.results.seeded import make_seeded, make_two, track
+from tests.run.mlflow_server import MlflowServer
+from trainer.results.compare import compare
+from trainer.results.compare_files import log_comparison, store_of, write_comparison
+from trainer.results.run_sources import find_runs
+from trainer.run.files import saved_config
+
+FILES = ("csv", "html", "json", "tex")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    served = MlflowServer(tmp_path_factory.mktemp("server"))
+    served.start()
+    yield served
+    served.stop()
+
+
+def tracked(folder: Path, uri: str | None = None) -> tuple[Path, dict[str, str]]:
+    """Two groups of two seeds, a parent of a sweep's runs, and a run that failed, all in MLflow; run's name -> MLflow id."""
+    make_two(folder, (1, 2))
+    make_seeded(folder / "broken-s3", 3, state="failed")
+    first = track(folder / "full-s1", saved_config(folder / "full-s1"), uri)
+    client = MlflowClient(uri or f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_run(first).info.experiment_id
+    parent = client.create_run(experiment, tags={"egmf.kind": "sweep"}, run_name="sweep").info.run_id
+    client.set_terminated(parent)
+    ids = {"full-s1": first, "sweep": parent}
+    for run in sorted(set(folder.glob("*-s?")) - {folder / "full-s1"}):
+        ids[run.name] = track(run, saved_config(run), uri, **{"mlflow.parentRunId": parent})
+    return folder, ids
+
+
+def check_same(folder: Path, ids: dict[str, str], uri: str) -> None:
+    """By experiment, by sweep and by run ids, the comparison is that of the folders."""
+    by_folder = find_runs([str(folder)], ["test", "valid"])
+    expected = compare(by_folder.runs, metrics=["all"])
+    found = find_runs(["egmf"], ["test", "valid"], uri)
+    assert [note for note in found.notes if "broken-s3" in note and "not finished (failed)" in note]
+    got = compare(found.runs, metrics=["all"])
+    assert [s.values for s in got.scores] == [s.values for s in expected.scores]
+    assert got.differences == expected.differences
+    assert got.differing == expected.differing
+    assert {run.name: run.fingerprints for g in got.groups for run in g.runs} == {
+        run.name: run.fingerprints for g in expected.groups for run in g.runs
+    }
+    assert [g.speed() for g in got.groups] == [102.0, 102.0]
+    assert got.groups[0].devices == ["cpu x 1 threads"]
+    assert got.groups[0].runs[0].commit == "0123abc"
+    assert {run.name for run in find_runs([ids["sweep"]], ["test"], uri).runs} == {"full-s2", "less-s1", "less-s2"}
+    one = find_runs([ids["less-s2"], str(folder / "less-s2")], ["test"], uri)
+    assert len(one.runs) == 1
+    assert any("counts once" in note for note in one.notes)
+    with pytest.raises(ValueError, match="neither a run nor an experiment"):
+        find_runs(["egmff"], ["test"], uri)
+    with pytest.raises(ValueError, match=r"2 faults[\s\S]*full-s1[\s\S]*train"):
+        find_runs([ids["full-s1"], ids["less-s1"]], ["train"], uri)
+
+
+def check_logged(uri: str, run_id: str, folder: Path) -> None:
+    """The comparison is a run of its own, with its files, and no later comparison takes it for a training."""
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    assert (run.info.run_name, run.info.status, run.data.tags["egmf.kind"]) == ("compare", "FINISHED", "compare")
+    assert sorted(a.path for a in client.list_artifacts(run_id, "compare")) == [f"compare/compare.{k}" for k in FILES]
+    held = client.download_artifacts(run_id, "compare/compare.json", str(folder))
+    assert len(json.loads(Path(held).read_text())["groups"]) == 2
+    assert len(find_runs(["egmf"], ["test"], uri).runs) == 4
+
+
+def test_the_sqlite_file(tmp_path: Path) -> None:
+    folder, ids = tracked(tmp_path / "runs")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    check_same(folder, ids, uri)
+    done = egmf("compare", "egmf", "--uri", uri, "--json", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["differences"]) == 1
+    assert "broken-s3" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"compare.{kind}" for kind in FILES]
+    check_logged(uri, done.stderr.partition(": run ")[2].split()[0], tmp_path)
+    again = egmf("compare", str(folder), "--no-log")
+    assert again.returncode == 0, again.stderr
+    assert "kept in MLflow" not in again.stderr
+    check_logged(uri, done.stderr.partition(": run ")[2].split()[0], tmp_path)
+    moved = Path(shutil.move(folder / "mlartifacts", tmp_path / "away"))
+    with pytest.raises(ValueError, match=r"4 faults[\s\S]*no predictions of test"):
+        find_runs(["egmf"], ["test"], uri)
+    moved.rename(folder / "mlartifacts")
+
+
+def test_a_server(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ids = tracked(tmp_path / "runs", server.uri)
+    check_same(folder, ids, server.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    found = compare(find_runs(["egmf"], ["test"]).runs)
+    store = store_of(found)
+    assert store == (server.uri, "egmf")
+    files = write_comparison(found, tmp_path / "out")
+    check_logged(server.uri, log_comparison(found, files, *store), tmp_path)
+    with pytest.raises(ValueError, match="does not answer"):
+        find_runs(["egmf"], ["test"], "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="does not take the comparison"):
+        log_comparison(found, files, "http://127.0.0.1:9", "egmf")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_mlflow_page_shows_runs_and_comparison(server: MlflowServer, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run = make_seeded(tmp_path / f"shown-s{seed}", seed)
+        track(run, saved_config(run), server.uri, "looked-at")
+    found = compare(find_runs(["looked-at"], ["test"], server.uri).runs)
+    run_id = log_comparison(found, write_comparison(found, tmp_path / "out"), server.uri, "looked-at")
+    experiment = MlflowClient(server.uri).get_run(run_id).info.experiment_id
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.visit(f"{server.uri}/#/experiments/{experiment}/runs")
+        wait_for(browser, ["shown-s1", "shown-s2", "compare"])
+        browser.visit(f"{server.uri}/#/experiments/{experiment}/runs/{run_id}/artifacts/compare/compare.html")
+        wait_for(browser, [f"compare.{kind}" for kind in FILES])
+    finally:
+        browser.close()
+
+
+def wait_for(browser: Browser, texts: list[str]) -> None:
+    """Until the page shows all of `texts`, up to a minute: it fetches them after it has loaded."""
+    condition: Any = " && ".join(f"document.body.innerText.includes('{text}')" for text in texts)
+    waiting = f"""new Promise(done => {{ const end = Date.now() + 60000; const look = () =>
+      {condition} ? done(true) : Date.now() > end ? done(false) : setTimeout(look, 200); look(); }})"""
+    answer = browser.ask("Runtime.evaluate", expression=waiting, awaitPromise=True, returnByValue=True)
+    assert answer["result"]["value"], browser.evaluate("document.body.innerText")
