@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.local import run_state
-from trainer.config import ConfigError, RunConfig, dump_config, flatten, load_config
+from trainer.config import RunConfig, dump_config, flatten, load_config
 from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.identity import FREE, settings
 from trainer.run.outbox import tracking_uri
@@ -97,16 +98,42 @@ def expand(path: Path, overrides: Sequence[str], values: Sequence[str]) -> dict[
     found: dict[str, RunConfig] = {}
     for name, chosen in zip(_names(combinations), combinations, strict=True):
         try:
-            found[name] = load_config(path, [*overrides, *(f"{key}={value}" for key, value in chosen.items())])
-            faults += _task_faults(found[name])
-        except ConfigError as error:
+            found[name] = load_variant(path, [*overrides, *(f"{key}={value}" for key, value in chosen.items())])
+        except ValueError as error:
             faults.append(f"{name}: {error}" if name else str(error))
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
-    for (one, first), (two, second) in itertools.combinations(found.items(), 2):
+    check_distinct(found)
+    return found
+
+
+def load_variant(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The config of a variant, its tasks known.
+
+    Raises:
+        ValueError: all its faults.
+    """
+    config = load_config(path, overrides)
+    faults = []
+    for name in config.tasks:
+        try:
+            get_task(name)
+        except TaskError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return config
+
+
+def check_distinct(variants: Mapping[str, RunConfig]) -> None:
+    """Refuse two names for one run.
+
+    Raises:
+        ValueError: with both names.
+    """
+    for (one, first), (two, second) in itertools.combinations(variants.items(), 2):
         if _planned(first) == _planned(second):
             raise ValueError(f"{one} and {two} are the same run: name each value once")
-    return found
 
 
 def parse_seeds(text: str, overrides: Sequence[str], option: str = "--seeds") -> tuple[int, ...]:
@@ -243,20 +270,13 @@ def _plain(value: str) -> str:
     return re.sub(r"[^\w.+-]", "_", "+".join(part.strip(" '\"") for part in inner.split(",")))
 
 
-def _task_faults(config: RunConfig) -> list[str]:
-    faults = []
-    for name in config.tasks:
-        try:
-            get_task(name)
-        except TaskError as error:
-            faults.append(str(error))
-    return faults
-
-
 def _planned(config: RunConfig) -> dict[str, Any]:
     """What a sweep's plan holds of a config: all but the seed, what may change at any time, and where it is recorded."""
     left_out = {*FREE, "train.seed"} - {"data.path"}
-    return {k: v for k, v in flatten(config).items() if k not in left_out and not k.startswith("track.")}
+    flat = {k: v for k, v in flatten(config).items() if k not in left_out and not k.startswith("track.")}
+    return {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()
+    }  # as JSON holds them
 
 
 def _differences(record: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:

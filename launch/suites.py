@@ -1,0 +1,145 @@
+"""Suites: named sets of variants of a run, each over seeds, and what is said of them. Written as YAML (configs/suites)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from launch.sweep import check_distinct, load_variant
+from trainer.config import RunConfig
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs" / "suites"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Generate(Strict):
+    """Data that are generated before the runs."""
+
+    task: str
+    seed: int = 0
+    sizes: dict[str, int] = Field(default_factory=dict)
+
+
+class Evidence(Strict):
+    """Of a kind of samples: the expert it is made for, and the variant that lacks this expert."""
+
+    expert: str
+    without: str
+
+
+class Published(Strict):
+    """A value to be compared with, as a fraction; `as` is what the source calls the metric."""
+
+    metric: str
+    value: float
+    called: str = Field(alias="as")
+
+
+class Suite(Strict):
+    """`variants`: name -> dotted key -> value, over `config` (or the variant's own of `configs`)."""
+
+    title: str
+    config: Path | None = None
+    configs: dict[str, Path] = Field(default_factory=dict)
+    generate: Generate | None = None
+    seeds: tuple[int, ...] = Field(min_length=1)
+    baseline: str | None = None
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    evidence: dict[str, Evidence] = Field(default_factory=dict)
+    published: dict[str, Published] = Field(default_factory=dict)
+    minutes: float | None = Field(None, gt=0, description="of one run, measured; where and when stands beside it")
+
+    @model_validator(mode="after")
+    def _names(self) -> Suite:
+        named = {
+            "baseline": [self.baseline] if self.baseline else [],
+            "configs": self.configs,
+            "published": self.published,
+        }
+        named["evidence"] = [one.without for one in self.evidence.values()]
+        faults = [
+            f"{key}: no variant {name}" for key, names in named.items() for name in names if name not in self.variants
+        ]
+        faults += [
+            f"{name} has no config" for name in self.variants if self.config is None and name not in self.configs
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def configurations(self, overrides: Sequence[str]) -> dict[str, RunConfig]:
+        """Variant -> config; `overrides` come under what makes the variant.
+
+        Raises:
+            ValueError: every fault of every variant, in one message.
+        """
+        found, faults = {}, []
+        for name, values in self.variants.items():
+            path = self.configs.get(name, self.config)
+            assert path is not None
+            own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+            try:
+                found[name] = load_variant(path, [*overrides, *own])
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        check_distinct(found)
+        return found
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by its name in configs/suites, or by its file.
+
+    Raises:
+        ValueError: there is none, or it cannot be used; every fault in one message.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            known = (
+                ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+                or "none: run it from a checkout of the project"
+            )
+            raise ValueError(f"no suite {name}; there are: {known}; or name a YAML file")
+    raw = _read(path)
+    try:
+        return Suite.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError("\n".join([f"{path} is no suite:", *lines])) from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The file over what it extends; paths are those of the file they stand in."""
+    try:
+        node = OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"the suite {path} cannot be read: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise ValueError(f"{path} must hold a mapping, with 'variants' and 'seeds'")
+    base = node.pop("extends", None)
+    own = OmegaConf.to_container(node)
+    assert isinstance(own, dict)
+    if "config" in own:
+        own["config"] = str(path.parent / own["config"])
+    if "configs" in own:
+        own["configs"] = {key: str(path.parent / value) for key, value in own["configs"].items()}
+    if base is None:
+        return {str(key): value for key, value in own.items()}
+    under = _read(path.parent / str(base))
+    together = {
+        key: {**under[key], **own[key]} for key in ("variants", "configs", "published") if key in own and key in under
+    }
+    return {**under, **{str(key): value for key, value in own.items()}, **together}

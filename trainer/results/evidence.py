@@ -1,0 +1,215 @@
+"""The tables of a suite: accuracy by kind of evidence, differences to the full model, gate weights by kind, and values as published.
+
+Everything is on the test split, whose samples the runs' checkpoints were not chosen by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.results.analysis import analyse
+from trainer.results.compare import EVERY, Comparison, Difference, Score, compare
+from trainer.results.folder import read_run
+from trainer.results.run_sources import ComparedRun, run_from_folder
+from trainer.results.tables import Table
+
+Gates = dict[str, dict[str, dict[str, list[float]]]]  # variant -> kind -> expert -> mean weight, one per seed
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is expected, what was found, and whether that meets it (None: it cannot be said)."""
+
+    expected: str
+    found: str
+    met: bool | None
+
+
+@dataclass
+class Tables:
+    """The tables of a suite and what stands behind them (plain, JSON-safe)."""
+
+    tables: list[Table]
+    claims: list[Claim]
+    notes: list[str]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+FULL, COSTS = 0.90, 0.10  # expected: accuracy of the baseline on every kind; what removing an expert costs on its own
+
+
+def evidence_tables(
+    runs: Mapping[str, Sequence[Path]], baseline: str, evidence: Mapping[str, tuple[str, str]], *, level: float = 0.95
+) -> Tables:
+    """The tables of variants on data with kinds of evidence.
+
+    Args:
+        runs: variant -> finished run folders, one per seed.
+        baseline: the variant with which the others are compared, paired by seed and sample.
+        evidence: kind -> (the expert it is made for, the variant without it).
+
+    Raises:
+        ValueError: the runs cannot be compared.
+    """
+    compared = compare(_compared(runs), baseline=baseline, kinds=True, level=level)
+    (task, metrics), *others = compared.tested.items()
+    if others:
+        raise ValueError(f"a suite with a baseline is about one task, not {', '.join(compared.tested)}")
+    metric = metrics[0]
+    kinds = [EVERY, *(kind for kind in evidence if kind in compared.kinds[task])]
+    kinds += [kind for kind in compared.kinds[task] if kind not in kinds]
+    gates = gate_weights(runs)
+    return Tables(
+        [
+            _score_table(compared, task, metric, kinds),
+            _difference_table(compared, task, metric, kinds, baseline),
+            *([_gate_table(gates)] if gates else []),
+        ],
+        _claims(compared, task, metric, gates.get(baseline, {}), baseline, evidence),
+        compared.notes,
+        {
+            "task": task,
+            "metric": metric,
+            "level": level,
+            "scores": [asdict(score) for score in compared.scores if score.metric == metric],
+            "differences": [asdict(difference) for difference in compared.differences],
+            "gates": gates,
+        },
+    )
+
+
+def published_tables(
+    runs: Mapping[str, Sequence[Path]], published: Mapping[str, tuple[str, float, str]], *, level: float = 0.95
+) -> Tables:
+    """Variants, each by itself, beside values as published: variant -> (metric, value, what the source calls it).
+
+    Raises:
+        ValueError: the runs of a variant cannot be read together.
+    """
+    columns = ["benchmark", "metric", "published", "here, mean ± sd", f"{level:.0%} interval of the mean", "seeds"]
+    table = Table("Beside the paper's table", columns)
+    values, notes = [], []
+    for variant, (metric, value, called) in published.items():
+        if not runs.get(variant):
+            table.rows.append([variant, metric, f"{value:.4f}", "not run", "", "0"])
+            continue
+        compared = compare(_compared({variant: runs[variant]}), level=level)
+        score = compared.score(next(iter(compared.tested)), variant, metric)
+        interval = "" if score.low is None or score.high is None else f"{score.low:.4f} to {score.high:.4f}"
+        table.rows.append([variant, metric, f"{value:.4f}", _mean(score), interval, str(len(score.seeds))])
+        values.append({"published": value, "called": called, **asdict(score)})
+        notes += [f"{variant}: {note}" for note in compared.notes]
+    table.note = "The paper's names: " + "; ".join(
+        f"{variant}: {called}" for variant, (_, _, called) in published.items()
+    )
+    return Tables([table], [], notes, {"level": level, "scores": values})
+
+
+def gate_weights(runs: Mapping[str, Sequence[Path]]) -> Gates:
+    """Mean weight of each expert over the samples of each kind, of every run that has a gate."""
+    found: Gates = {}
+    for variant, paths in runs.items():
+        for path in paths:
+            for result in analyse(read_run(path)):
+                for group in result.gates.groups.get("kind", []) if result.gates is not None else []:
+                    for expert, weight in group.expert.items():
+                        found.setdefault(variant, {}).setdefault(group.name, {}).setdefault(expert, []).append(weight)
+    return found
+
+
+def _compared(runs: Mapping[str, Sequence[Path]]) -> list[ComparedRun]:
+    found = []
+    for variant, paths in runs.items():
+        for path in paths:
+            run = run_from_folder(path)
+            run.group = variant
+            found.append(run)
+    return found
+
+
+def _score_table(compared: Comparison, task: str, metric: str, kinds: Sequence[str]) -> Table:
+    table = Table(
+        f"{metric} by kind of evidence, {compared.split}: mean ± standard deviation over seeds", ["", *kinds, "seeds"]
+    )
+    for group in compared.groups:
+        scores = [compared.score(task, group.name, metric, kind) for kind in kinds]
+        table.rows.append([group.name, *map(_mean, scores), str(len(group.runs))])
+    counts = [f"{kind} {compared.score(task, compared.groups[0].name, metric, kind).n}" for kind in kinds]
+    table.note = f"Samples: {', '.join(counts)}."
+    return table
+
+
+def _difference_table(compared: Comparison, task: str, metric: str, kinds: Sequence[str], baseline: str) -> Table:
+    table = Table(f"Difference of {metric} to {baseline}, with {compared.level:.0%} interval", ["", *kinds])
+    held = {(d.group, d.kind): d for d in compared.differences if d.metric == metric and d.task == task}
+    for group in compared.groups:
+        if group.name != baseline:
+            table.rows.append([group.name, *(_difference(held.get((group.name, kind))) for kind in kinds)])
+    table.note = (
+        "Paired by seed and sample; the interval says what new seeds and new samples would show (docs/compare.md). "
+        f"*: p of the difference, corrected for all of this table ({compared.correction}), is at most {1 - compared.level:.2g}."
+    )
+    return table
+
+
+def _gate_table(gates: Gates) -> Table:
+    experts = list(dict.fromkeys(e for kinds in gates.values() for weights in kinds.values() for e in weights))
+    table = Table("Mean weight of each expert at the gate, by kind of evidence", ["", "kind", *experts])
+    for variant, kinds in gates.items():
+        for kind, weights in kinds.items():
+            table.rows.append([variant, kind, *(_weight(weights.get(expert)) for expert in experts)])
+    table.note = "Mean over the samples of the kind, ± standard deviation over seeds."
+    return table
+
+
+def _claims(
+    compared: Comparison, task: str, metric: str, gates: Mapping[str, Mapping[str, list[float]]], baseline: str,
+    evidence: Mapping[str, tuple[str, str]],
+) -> list[Claim]:  # fmt: skip
+    """The three expectations of each kind of evidence."""
+    claims = []
+    for kind, (expert, without) in evidence.items():
+        if kind not in compared.kinds[task]:
+            continue
+        mean = compared.score(task, baseline, metric, kind).mean
+        met = None if mean is None else mean >= FULL
+        claims.append(
+            Claim(f"{baseline} reaches {FULL:.2f} on {kind}", "undefined" if mean is None else f"{mean:.3f}", met)
+        )
+        found = [d for d in compared.differences if (d.group, d.metric, d.kind) == (without, metric, kind)]
+        lost = found[0] if found else None
+        met = None
+        if lost is not None and lost.value is not None and lost.high is not None:
+            met = lost.value <= -COSTS and lost.high < 0
+        claims.append(Claim(f"{without} loses {COSTS:.2f} on {kind}, the interval below 0", _difference(lost), met))
+        weights = {name: float(np.mean(per_seed)) for name, per_seed in gates.get(kind, {}).items()}
+        shown = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+        met = max(weights, key=lambda name: weights[name]) == expert if weights else None
+        claims.append(Claim(f"the gate of {baseline} weighs {expert} most on {kind}", shown or "no gate", met))
+    return claims
+
+
+def _mean(score: Score) -> str:
+    if score.mean is None:
+        return "undefined"
+    return f"{score.mean:.3f}" + (f" ± {score.sd:.3f}" if score.sd is not None else "")
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None or difference.value is None:
+        return "not known"
+    mark = "*" if difference.significant else ""
+    if difference.low is None or difference.high is None:
+        return f"{difference.value:+.3f}"
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{mark}"
+
+
+def _weight(per_seed: list[float] | None) -> str:
+    if not per_seed:
+        return "-"
+    return f"{np.mean(per_seed):.2f}" + (f" ± {np.std(per_seed, ddof=1):.2f}" if len(per_seed) > 1 else "")
