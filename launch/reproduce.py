@@ -16,7 +16,6 @@ from launch.pool import Budget
 from launch.suites import Suite
 from launch.sweep import Sweep, finished
 from launch.sweep_local import run_sweep
-from trainer.config import RunConfig
 from trainer.results.tables import Table
 from trainer.run.files import write_json, write_text
 

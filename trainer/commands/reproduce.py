@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table as Shown
 
-from trainer.commands.launching import DryRun
 from trainer.commands.shared import Debug, Json, Overrides, print_json, say, wide
 
 if TYPE_CHECKING:
