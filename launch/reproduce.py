@@ -65,32 +65,48 @@ def missing(sweep: Sweep, *, generated: bool) -> list[str]:
     return list(faults)
 
 
-def costs(sweep: Sweep, machine: Machine) -> Table:
-    """Memory, steps and hours of a run of each variant on GPUs, as ``egmf plan`` tells them."""
+def costs(sweep: Sweep, machine: Machine) -> tuple[Table | None, list[str]]:
+    """Memory, steps and hours of a run of each variant on GPUs, as ``egmf plan`` tells them, and on what that rests.
+
+    None where all variants have the tiny backbone, which needs no plan.
+    """
     from launch.memory import GIB
-    from launch.plan import Throughput, make_plan
+    from launch.plan import Throughput, backbone_shape, make_plan
 
     columns = ["variant", "backbone", "GiB of a GPU", "fits", "steps", "hours of a run"]
     table = Table(f"One run on {machine.gpus} GPUs of {machine.memory:g} GiB, planned", columns)
-    said: dict[str, None] = {}
+    notes: dict[str, list[str]] = {}
+    shapes: dict[str, str | None] = {}  # backbone -> what is wrong with it
     for name, config in sweep.variants.items():
-        try:
-            plan = make_plan(config, 1, machine.gpus, machine.memory, Throughput(tflops=machine.tflops))
-        except (ValueError, OSError) as error:
-            said[f"{name}: no plan ({str(error).splitlines()[0]})"] = None
-            table.rows.append([name, config.model.backbone.name, *["?"] * 4])
+        backbone = config.model.backbone.name
+        if backbone == "tiny":
             continue
+        if backbone not in shapes:
+            shapes[backbone] = _fault(lambda config=config: backbone_shape(config))
+        if (fault := shapes[backbone]) is not None:
+            notes.setdefault(f"no plan: {fault}", []).append(name)
+            table.rows.append([name, backbone, *["?"] * 4])
+            continue
+        plan = make_plan(config, 1, machine.gpus, machine.memory, Throughput(tflops=machine.tflops))
         chosen = plan.recommended or plan.configured
         fits = "as configured" if chosen is plan.configured else "with " + " ".join(chosen.overrides())
-        told = "?" if plan.hours is None else f"{plan.hours:.2f}"
-        memory = f"{chosen.memory.total / GIB:.1f}"
-        verdict = fits if plan.recommended is not None else "no"
-        table.rows.append([name, config.model.backbone.name, memory, verdict, str(plan.steps or "?"), told])
-        said.update({f"{name}: {note}": None for note in plan.lengths.assumptions})
-    if machine.tflops is None:
-        said["hours: state what a GPU reaches by --tflops"] = None
-    table.note = ". ".join(said)
-    return table
+        hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
+        fits = fits if plan.recommended is not None else "no"
+        table.rows.append([name, backbone, f"{chosen.memory.total / GIB:.1f}", fits, str(plan.steps or "?"), hours])
+        for note in plan.lengths.assumptions:
+            notes.setdefault(note, []).append(name)
+    lines = [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+    if table.rows and machine.tflops is None:
+        lines.append("hours: say what a GPU reaches by --tflops, and have the data prepared")
+    return table if table.rows else None, lines
+
+
+def _fault(work: Callable[[], object]) -> str | None:
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def hours(suite: Suite, sweep: Sweep, budget: Budget) -> str:

@@ -78,7 +78,11 @@ def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
         say(f"  {child.out}")
     if suite.generate is not None:
         say(f"the data ({suite.generate.task}) are generated into {sweep.folder / 'data'}")
-    _print(costs(sweep, machine))
+    table, notes = costs(sweep, machine)
+    if table is not None:
+        _print(table)
+    for note in notes:
+        say(note)
     absent = missing(sweep, generated=suite.generate is not None)
     for what in absent:
         say(f"missing: {what}")
