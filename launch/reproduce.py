@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,7 @@ def costs(sweep: Sweep, machine: Machine) -> tuple[Table | None, list[str]]:
         if backbone == "tiny":
             continue
         if backbone not in shapes:
-            shapes[backbone] = _fault(lambda config=config: backbone_shape(config))
+            shapes[backbone] = _fault(functools.partial(backbone_shape, config))
         if (fault := shapes[backbone]) is not None:
             notes.setdefault(f"no plan: {fault}", []).append(name)
             table.rows.append([name, backbone, *["?"] * 4])

@@ -133,9 +133,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     own = OmegaConf.to_container(node)
     assert isinstance(own, dict)
     if "config" in own:
-        own["config"] = str(path.parent / own["config"])
+        own["config"] = str((path.parent / own["config"]).resolve())
     if "configs" in own:
-        own["configs"] = {key: str(path.parent / value) for key, value in own["configs"].items()}
+        own["configs"] = {key: str((path.parent / value).resolve()) for key, value in own["configs"].items()}
     if base is None:
         return {str(key): value for key, value in own.items()}
     under = _read(path.parent / str(base))

@@ -11,7 +11,7 @@ from launch.pool import Budget
 from launch.reproduce import Machine, costs, hours, make_sweep, missing
 from launch.suites import FOLDER, load_suite
 from tests.distributed.processes import egmf
-from trainer.data.stand_in import stand_in
+from trainer.data.stand_in import generate
 
 SMALL = (
     "train.steps=2", "train.global_batch=8", "train.micro_batch=4", "train.epochs=1", "train.probe=false",
@@ -60,7 +60,7 @@ def test_faults_of_a_suite_come_at_once(tmp_path: Path) -> None:
     path.write_text(
         f"title: x\nconfig: {FOLDER}/../demo.yaml\nseeds: [1]\nvariants: {{a: {{train.zer: 2}}, b: {{train.zero: 9}}}}\n"
     )
-    with pytest.raises(ValueError, match=r"a: .*train.zer: unknown key[\s\S]*b: .*train.zero"):
+    with pytest.raises(ValueError, match=r"a: [\s\S]*train.zer: unknown key[\s\S]*b: [\s\S]*train.zero"):
         make_sweep(load_suite(str(path)), tmp_path, None, (1,), [])
     with pytest.raises(ValueError, match="no suite diagnostics; there are: diagnostic, "):
         load_suite("diagnostics")
@@ -120,7 +120,7 @@ def test_a_small_diagnostic_suite_gives_its_tables(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_paper_suite_runs_on_small_stand_ins(tmp_path: Path) -> None:
     for name in ("meld", "cherma", "mosei", "simsv2"):
-        stand_in(name, tmp_path / "data" / name, sizes={"train": 48, "valid": 24, "test": 24})
+        generate(name, tmp_path / "data" / name, sizes={"train": 48, "valid": 24, "test": 24})
     out = tmp_path / "out"
     words = ("reproduce", "--suite", "paper", "--data", str(tmp_path / "data"), "--seeds", "1,2", "--out", str(out))
     planned = egmf(*words, "--dry-run", *SMALL, *TINY)
