@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         (),
         ("train",),
         ("sweep",),
+        ("reproduce",),
         ("evaluate",),
         ("predict",),
         ("prepare",),
