@@ -14,7 +14,19 @@ import sys
 
 import typer
 
-from trainer.commands import compare, data, doctor, launching, planning, reproduce, runs, slurm, sweep, training
+from trainer.commands import (
+    compare,
+    data,
+    doctor,
+    launching,
+    planning,
+    reproduce,
+    robustness,
+    runs,
+    slurm,
+    sweep,
+    training,
+)
 from trainer.commands.shared import say, stdout_to_stderr
 from trainer.run.launcher import follow_launcher
 
@@ -27,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (data, training, sweep, reproduce, runs, compare, planning, doctor):
+for commands in (data, training, sweep, reproduce, runs, compare, robustness, planning, doctor):
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")
 app.add_typer(runs.config_app, name="config")

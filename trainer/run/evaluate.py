@@ -21,6 +21,8 @@ from trainer.run.assemble import Parts
 from trainer.run.distributed import World
 from trainer.tasks import Task
 
+Change = Callable[[str, Sample], Sample]  # task, sample -> the one that is answered in its place
+
 COLUMNS = (
     "task",
     "id",
@@ -45,15 +47,17 @@ def evaluate(
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda n: None,
     before_batch: Callable[[], None] = lambda: None,
+    change: Change = lambda task, sample: sample,
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """The predictions of `split`, a row per sample sorted by task and id, and task -> metrics.
 
     Every rank calls this and gets the same answer; `forward` is the engine or the model in evaluation mode. All ranks
-    call `before_batch` equally often: it may hold collectives, and break off by an exception on all of them.
+    call `before_batch` equally often: it may hold collectives, and break off by an exception on all of them. `change`
+    gives the sample that stands for one of a task; it may not be longer.
     """
     mine: list[dict[str, Any]] = []
     for name in parts.tasks:
-        mine += _task_rows(forward, parts, config, name, split, world, dtype, advance, before_batch)
+        mine += _task_rows(forward, parts, config, name, split, world, dtype, advance, before_batch, change)
     everyone = world.gather(mine)
     table, metrics = None, None
     if everyone is not None:
@@ -178,13 +182,14 @@ def _task_rows(
     dtype: torch.dtype,
     advance: Callable[[int], None],
     before_batch: Callable[[], None],
+    change: Change,
 ) -> list[dict[str, Any]]:
     view, task = parts.data[name][split], parts.tasks[name]
     scorer = Scorer(forward, parts, config, name, world, dtype)
     rows: list[dict[str, Any]] = []
     for micro in scorer.batches(view, view.lengths()):
         before_batch()
-        samples = [view[i] for i in micro.indices]
+        samples = [change(name, view[i]) for i in micro.indices]
         answers = scorer.answer(samples, micro)
         if micro.weight:
             for sample, given in zip(samples, answers, strict=True):

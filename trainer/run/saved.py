@@ -16,7 +16,7 @@ from trainer.run.assemble import Parts, assemble
 from trainer.run.checkpoint import CheckpointError, Checkpoints, load_weights, read_state
 from trainer.run.distributed import World
 from trainer.run.engine import build_inference_engine, dtype_of, zero_stage
-from trainer.run.evaluate import evaluate
+from trainer.run.evaluate import Change, evaluate
 from trainer.run.files import saved_config
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ class SavedRun:
     forward: Callable[..., Any]
 
     def evaluate(
-        self, split: str, advance: Callable[[int], None] = lambda n: None
+        self, split: str, advance: Callable[[int], None] = lambda n: None, change: Change = lambda task, sample: sample
     ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
         """See :func:`trainer.run.evaluate.evaluate`."""
-        return evaluate(self.forward, self.parts, self.config, split, self.world, self.dtype, advance)
+        return evaluate(self.forward, self.parts, self.config, split, self.world, self.dtype, advance, change=change)
 
 
 def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str | None = None) -> SavedRun:

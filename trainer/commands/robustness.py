@@ -1,0 +1,94 @@
+"""How a run stands missing and corrupted modalities: robustness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from trainer.commands.shared import Debug, Json, Overrides, in_world, number, print_json, say, wide
+
+app = typer.Typer()
+
+
+@app.command()
+def robustness(
+    run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
+    rates: Annotated[str, typer.Option(help="probabilities of damage", metavar="R,R,...")] = "0,0.25,0.5,0.75,1",
+    modes: Annotated[
+        str, typer.Option(help="missing: whole modality; noise: on frames; frames: dropped", metavar="MODE,...")
+    ] = "missing,noise",
+    modalities: Annotated[
+        str | None, typer.Option(help="default: audio and video, where the run reads them", metavar="NAME,...")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of what is damaged, and how")] = 0,
+    reference: Annotated[
+        Path | None, typer.Option(help="a finished run to compare with, such as one of text alone", metavar="RUN")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Score a run's best checkpoint with modalities dropped or corrupted, and put the curves into its report.
+
+    Writes robustness.json and robustness.parquet into the run folder. Works on several processes too.
+    """
+    from trainer.run.files import saved_config
+
+    saved_config(run, overrides or [])
+    try:
+        chances = tuple(float(word) for word in _words(rates))
+    except ValueError:
+        raise ValueError(f"--rates={rates} must be numbers from 0 to 1, separated by commas") from None
+
+    def work(world: Any) -> int:
+        from trainer.results.report import write_report
+        from trainer.results.robustness import Options, check_options, write_robustness
+        from trainer.results.robustness import robustness as measure
+        from trainer.run.logs import set_up_logging
+        from trainer.run.saved import open_run
+
+        set_up_logging(None, world.rank, debug=debug)
+        options = Options(split, chances, _words(modes), _words(modalities or ""), seed)  # type: ignore[arg-type]
+        check_options(options)
+        opened = open_run(run, world, overrides or [])
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (world.first and console.is_terminal)) as bar:
+            task = bar.add_task(split, total=None)
+            result, table = measure(opened, options, reference, lambda n: bar.advance(task, n * world.size))
+        if world.first:
+            write_robustness(run, result, table)
+            if opened.config.track.report:
+                write_report(run)
+            if as_json:
+                print_json(result)
+            else:
+                _print(result)
+                say(f"written: {run / 'robustness.json'}")
+        return 0
+
+    return in_world(work, debug)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _print(result: dict[str, Any]) -> None:
+    for name, held in result["tasks"].items():
+        table = Table(title=f"{name} {held['metric']}, {result['split']}", title_justify="left")
+        for column in ("damage", "modality"):
+            table.add_column(column)
+        for rate in result["rates"]:
+            table.add_column(f"{rate:g}", justify="right")
+        for curve in held["curves"]:
+            cells = [number(point["scores"].get(held["metric"])) for point in curve["points"]]
+            table.add_row(curve["mode"], curve["modality"], *cells)
+        wide().print(table)
+        if result["reference"]:
+            say(f"{result['reference']}: {number(held['reference'])}")

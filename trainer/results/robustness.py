@@ -1,0 +1,242 @@
+"""How a trained run stands missing and corrupted modalities: one load of the model, one pass for each kind of damage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from trainer.answers.metrics import ingredients
+from trainer.config import MODALITIES, Modality
+from trainer.results.run_sources import Answers, run_from_folder
+from trainer.results.statistics import columns, estimate, resample_counts, value
+from trainer.run.damage import Damage, Mode, spread_of
+from trainer.run.files import write_json
+from trainer.run.saved import SavedRun
+from trainer.tasks import Task
+
+log = logging.getLogger(__name__)
+
+RESULT, TABLE = "robustness.json", "robustness.parquet"
+RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
+RESAMPLES, LEVEL = 2000, 0.95
+KEPT = ["mode", "modality", "rate", "task", "id", "label", "prediction", "valid", "answer", "kind"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is tried: every mode on every one of `modalities`, and on all of them together, at every rate."""
+
+    split: str = "test"
+    rates: tuple[float, ...] = RATES
+    modes: tuple[Mode, ...] = ("missing", "noise")
+    modalities: tuple[Modality, ...] = ()  # none named: audio and video, those of them that the run reads
+    seed: int = 0
+
+
+@dataclass
+class Against:
+    """The selecting metric less the reference's, with a paired bootstrap interval over samples; None where undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    worse: bool  # the whole interval lies on the worse side of 0
+
+
+@dataclass
+class Point:
+    """The scores of one pass."""
+
+    rate: float
+    scores: dict[str, float | None]
+    against: Against | None = None
+
+
+@dataclass
+class Curve:
+    """A mode on one modality, or on several joined by a plus sign, by rate."""
+
+    mode: str
+    modality: str
+    points: list[Point] = field(default_factory=list)
+
+
+def check_options(options: Options) -> None:
+    """Refuse what no run can do; every fault in one message.
+
+    Raises:
+        ValueError: see there.
+    """
+    faults = []
+    for name, given, known in (
+        ("modes", options.modes, get_args(Mode)),
+        ("modalities", options.modalities, MODALITIES),
+    ):
+        unknown = [word for word in given if word not in known]
+        if unknown:
+            faults.append(f"{name}: {', '.join(unknown)} is none of {', '.join(known)}")
+    if not options.modes or not options.rates:
+        faults.append("name at least one mode and one rate")
+    if any(not 0 <= rate <= 1 for rate in options.rates):
+        faults.append(f"rates are probabilities from 0 to 1, not {', '.join(f'{r:g}' for r in options.rates)}")
+    if "text" in options.modalities and set(options.modes) - {"missing"}:
+        faults.append("text has no frames to corrupt: with modality text the mode is missing alone")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def robustness(
+    opened: SavedRun,
+    options: Options,
+    reference: Path | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Evaluate under all damages of `options`; every rank calls this, rank 0's result counts.
+
+    Args:
+        reference: the folder of a finished run on the same data, usually one that reads text alone: every point is
+            compared with its predictions.
+
+    Returns:
+        What ``robustness.json`` holds, and every prediction.
+
+    Raises:
+        ValueError: modalities that the run does not read, or a reference that cannot be compared.
+    """
+    check_options(options)
+    modalities = _modalities(opened, options.modalities)
+    expected = {} if reference is None else _reference(opened, reference, options.split)
+    spread = {}
+    if "noise" in options.modes:
+        spread = {name: spread_of(data["train"]) for name, data in opened.parts.data.items()}
+    rates = sorted({0.0, *options.rates})
+    together = [(name,) for name in modalities] + ([modalities] if len(modalities) > 1 else [])
+    clean, clean_scores = opened.evaluate(options.split, advance)
+    tables = [_marked(clean, "none", "", 0.0)]
+    curves: dict[str, list[Curve]] = {name: [] for name in opened.parts.tasks}
+    for mode in options.modes:
+        for chosen in together:
+            made = {name: Curve(mode, "+".join(chosen)) for name in curves}
+            for rate in rates:
+                table, scores = clean, clean_scores
+                if rate:
+                    damage = Damage(mode, chosen, rate, options.seed, spread)
+                    table, scores = opened.evaluate(options.split, advance, damage)
+                    tables.append(_marked(table, mode, "+".join(chosen), rate))
+                for name, curve in made.items():
+                    rows, task = table[table["task"] == name], opened.parts.tasks[name]
+                    against = _against(task, rows, expected[name], options.seed) if expected else None
+                    curve.points.append(Point(rate, _scalars(scores[name]), against))
+            for name, curve in made.items():
+                curves[name].append(curve)
+    _warn(curves, reference)
+    result = {
+        "checkpoint": opened.checkpoint.name,
+        **asdict(options),
+        "modalities": list(modalities),
+        "rates": rates,
+        "reference": None if reference is None else reference.absolute().name,
+        "tasks": {
+            name: {
+                "metric": task.select,
+                "reference": _value(task, expected[name]) if expected else None,
+                "curves": [asdict(curve) for curve in curves[name]],
+            }
+            for name, task in opened.parts.tasks.items()
+        },
+    }
+    return result, pd.concat(tables, ignore_index=True)[KEPT]
+
+
+def write_robustness(run: Path, result: dict[str, Any], table: pd.DataFrame) -> None:
+    """Put the result into the run folder."""
+    temporary = run / f".{TABLE}"
+    for column in ("label", "prediction"):  # words and numbers, where a run has tasks of both kinds
+        if table[column].map(type).nunique() > 1:
+            table[column] = table[column].map(lambda v: v if v is None or isinstance(v, str) else repr(v))
+    table.to_parquet(temporary, index=False)
+    temporary.replace(run / TABLE)
+    write_json(run / RESULT, result)
+
+
+def _modalities(opened: SavedRun, asked: Sequence[Modality]) -> tuple[Modality, ...]:
+    """Those to be damaged: the asked ones, or audio and video; all must be among what the run reads."""
+    fusion = opened.parts.model.fusion
+    read: tuple[Modality, ...] = ("text",) if fusion is None else fusion.modalities
+    chosen = tuple(name for name in MODALITIES if name in (asked or [m for m in read if m != "text"]))
+    unread = [name for name in chosen if name not in read]
+    if unread or not chosen:
+        what = f"{', '.join(unread)} is" if unread else "audio and video are"
+        raise ValueError(f"{what} not read by this run, which reads {', '.join(read)}: name others with --modalities")
+    return chosen
+
+
+def _reference(opened: SavedRun, folder: Path, split: str) -> dict[str, Answers]:
+    """The reference's predictions, checked to be of the same data."""
+    run = run_from_folder(folder, [split])
+    faults = [f"it has no task {name}" for name in opened.parts.tasks if name not in run.tasks]
+    ours = opened.parts.fingerprints
+    faults += [
+        f"its data of {name} have the fingerprint {run.fingerprints[name]}, these {ours[name]}"
+        for name in ours
+        if name in run.fingerprints and run.fingerprints[name] != ours[name]
+    ]
+    if not faults and split not in run.answers:
+        faults.append(f"it has no predictions of {split}: train it with eval.splits that name {split}")
+    if faults:
+        raise ValueError(f"{folder} cannot be the reference: {'; '.join(faults)}")
+    return run.answers[split]
+
+
+def _against(task: Task, rows: pd.DataFrame, reference: Answers, seed: int) -> Against:
+    """The run against the reference, on the same samples."""
+    rows = rows.sort_values("id", kind="stable")
+    ids = rows["id"].to_numpy(object)
+    if len(ids) != len(reference.ids_N) or (ids != reference.ids_N).any():
+        raise ValueError("the reference answered other samples: compare runs of the same data")
+    counts_BN = resample_counts(len(ids), RESAMPLES, np.random.default_rng(seed))
+    ours, theirs = (
+        ingredients(task, task.select, truth_N, guess_N)
+        for truth_N, guess_N in (
+            (rows["target"].to_numpy(float), rows["value"].to_numpy(float)),
+            (reference.truth_N, reference.guess_N),
+        )
+    )
+    whole, resampled = (
+        value(ours.formula, weight @ columns(ours)) - value(theirs.formula, weight @ columns(theirs))
+        for weight in (np.ones((1, len(ids))), counts_BN)
+    )
+    found = estimate(whole, resampled, len(ids), LEVEL)
+    far = found.high if task.maximise else None if found.low is None else -found.low
+    return Against(found.value, found.low, found.high, far is not None and far < 0)
+
+
+def _value(task: Task, answers: Answers) -> float | None:
+    of = ingredients(task, task.select, answers.truth_N, answers.guess_N)
+    found = float(value(of.formula, columns(of).sum(0)))
+    return found if np.isfinite(found) else None
+
+
+def _marked(table: pd.DataFrame, mode: str, modality: str, rate: float) -> pd.DataFrame:
+    return table.assign(mode=mode, modality=modality, rate=rate)
+
+
+def _scalars(scores: dict[str, Any]) -> dict[str, float | None]:
+    return {name: x for name, x in scores.items() if x is None or isinstance(x, (int, float))}
+
+
+def _warn(curves: dict[str, list[Curve]], reference: Path | None) -> None:
+    for name, held in curves.items():
+        for curve in held:
+            bad = [f"{p.rate:g}" for p in curve.points if p.against is not None and p.against.worse]
+            if bad:
+                log.warning(
+                    "%s: with %s %s at rate %s the run is worse than %s by more than noise",
+                    name, curve.modality, curve.mode, ", ".join(bad), reference,
+                )  # fmt: skip
