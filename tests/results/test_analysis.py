@@ -14,6 +14,7 @@ from sklearn.metrics import classification_report
 from trainer.data.dataset import open_dataset
 from trainer.results.analysis import EXAMPLES, TaskResults, analyse, coverage
 from trainer.results.folder import read_run
+from trainer.results.report import write_report
 from trainer.tasks import get_task
 
 
@@ -136,3 +137,46 @@ def test_invalid_answers_are_the_worst_and_have_no_probabilities(meld: Path, cop
     assert results.worst[0].id == table.loc[3, "id"]
     assert not results.worst[0].probabilities
     assert sum(results.scores["test"]["confusion"]["invalid"]) == 1
+
+
+def test_the_load_of_experts_and_a_dead_one(meld: Path, copy: Callable[[Path], Path]) -> None:
+    results = results_of(meld)["meld"]
+    assert results.warnings == []
+    for split in ("valid", "test"):
+        table = pd.read_parquet(meld / "predictions" / f"{split}.parquet")
+        weights = np.stack(table["gate_expert"])
+        held = results.balance[split]
+        assert list(held.mean.values()) == pytest.approx([sum(w[e] for w in weights) / len(table) for e in range(3)])
+        assert list(held.largest.values()) == pytest.approx([max(w[e] for w in weights) for e in range(3)])
+        mean = np.array(list(held.mean.values()))
+        assert held.variation == pytest.approx(np.sqrt(((mean - 1 / 3) ** 2).mean()) * 3)
+        assert held.n == len(table)
+    run = copy(meld)
+    path = run / "predictions" / "test.parquet"
+    table = pd.read_parquet(path)
+    table["gate_expert"] = [np.array([0.6, 0.08, 0.32])] * len(table)  # small on every sample, though above 0.02
+    table.to_parquet(path)
+    assert results_of(run)["meld"].balance["test"].dead == ["semantic"]
+    weights = [np.array([0.0, 0.1, 0.9])] * (len(table) - 1) + [np.array([0.15, 0.1, 0.75])]
+    table["gate_expert"] = weights  # large on one sample, but next to nothing on the mean
+    table.to_parquet(path)
+    results = results_of(run)["meld"]
+    assert results.balance["test"].dead == ["local"]
+    assert results.warnings
+    assert "local (mean weight 0.0" in results.warnings[0]
+    write_report(run)
+    assert "dead expert of meld on test: local" in (run / "report.html").read_text()
+
+
+def test_the_temperature_is_that_of_the_validation_predictions(meld: Path, copy: Callable[[Path], Path]) -> None:
+    told = results_of(meld)["meld"].calibration
+    assert told is not None
+    assert set(told.splits) == {"valid", "test"}
+    run = copy(meld)
+    (run / "predictions" / "test.parquet").unlink()
+    alone = results_of(run)["meld"].calibration
+    assert alone is not None
+    assert alone.temperature == told.temperature
+    (run / "predictions" / "test.parquet").write_bytes((meld / "predictions" / "test.parquet").read_bytes())
+    (run / "predictions" / "valid.parquet").unlink()
+    assert results_of(run)["meld"].calibration is None

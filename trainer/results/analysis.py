@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from trainer.answers.calibration import Calibration, Scored, calibrate
 from trainer.answers.metrics import MetricError, compute, reliability
 from trainer.config import EXPERTS, MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.summary import SIGNS
 from trainer.results.folder import SPLITS, RunFolder, dataset_path
+from trainer.run.balance import LoadBalance, load_balance, warning
 from trainer.tasks import Task
 
 EXAMPLES = 6  # best and as many worst
@@ -75,6 +77,10 @@ class TaskResults:
     reliability: list[dict[str, Any]] | None = None
     coverage: list[tuple[float, float]] | None = None
     gates: Gates | None = None
+    calibration: Calibration | None = None  # None too where validation has no probabilities
+    balance: dict[str, LoadBalance] = field(default_factory=dict)  # split -> how the gate shares its weight
+    robustness: dict[str, Any] | None = None  # the task's part of robustness.json; run: the reference's name
+    warnings: list[str] = field(default_factory=list)
     best: list[Example] = field(default_factory=list)
     worst: list[Example] = field(default_factory=list)
 
@@ -92,6 +98,8 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
         if split not in scores:
             scores[split] = _score(task, rows)
     out = TaskResults(task, scores)
+    if measured := run.robustness.get("tasks", {}).get(task.name):
+        out.robustness = {**measured, "run": run.robustness.get("reference"), "split": run.robustness.get("split")}
     if not tables:
         return out
     out.split, rows = next(iter(tables.items()))
@@ -105,6 +113,13 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
         elif len(told):
             out.coverage = coverage(task, told["target"].to_numpy(), _stack(told))
     out.gates = _gates(run, task, rows)
+    out.calibration = calibrate(task, {s: scored for s, t in tables.items() if (scored := _scored(t)) is not None})
+    for split, table in tables.items():
+        gates = out.gates if split == out.split else _gates(run, task, table)
+        if gates is not None:
+            out.balance[split] = load_balance(list(gates.all.expert), gates.expert_NE)
+    if out.split in out.balance and (dead := warning(task.name, out.split, out.balance[out.split])):
+        out.warnings.append(dead)
     out.best, out.worst = _examples(task, rows, out.gates)
     _add_texts(run, task, out.split, [*out.best, *out.worst])
     return out
@@ -152,6 +167,14 @@ def _number(task: Task, cell: Any) -> float:
 
 def _stack(rows: pd.DataFrame) -> np.ndarray:
     return np.stack([np.asarray(p, dtype=float) for p in rows["probabilities"]])
+
+
+def _scored(rows: pd.DataFrame) -> Scored | None:
+    """The valid rows that have probabilities, None where none has."""
+    if "probabilities" not in rows:
+        return None
+    rows = rows[rows["valid"] & rows["probabilities"].notna()]
+    return Scored(rows["target"].to_numpy(), rows["value"].to_numpy(), _stack(rows)) if len(rows) else None
 
 
 def _score(task: Task, rows: pd.DataFrame) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class RunFolder:
     checkpoint: str | None = None  # the name of the one that validation chose
     journal: dict[str, Series] = field(default_factory=dict)
     predictions: dict[str, pd.DataFrame] = field(default_factory=dict)
+    robustness: dict[str, Any] = field(
+        default_factory=dict
+    )  # robustness.json, where the chosen checkpoint was measured
     tasks: dict[str, Task] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(
         default_factory=dict
@@ -100,6 +103,7 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
     run.journal = _journal(run)
     run.data = _datasets(run)
     run.tasks = _tasks(run)
+    run.robustness = _robustness(run)
     if predictions:
         run.predictions = _predictions(run)
     return run
@@ -149,6 +153,18 @@ def _results(run: RunFolder) -> tuple[dict[str, dict[str, dict[str, Any]]], str 
         if isinstance(tasks, dict)
     }
     return results, str(checkpoint) if checkpoint else None
+
+
+def _robustness(run: RunFolder) -> dict[str, Any]:
+    """What egmf robustness measured; nobody need have asked for it."""
+    name = "robustness.json"
+    if not (run.path / name).is_file():
+        return {}
+    held = _json(run, name, "missing and corrupted modalities") or {}
+    if held and held.get("checkpoint") != run.checkpoint:
+        run.notes.append(f"{name} is of {held.get('checkpoint')}, not of the chosen checkpoint: measure again")
+        return {}
+    return held
 
 
 def _journal(run: RunFolder) -> dict[str, Series]:

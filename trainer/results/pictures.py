@@ -32,6 +32,7 @@ from trainer.results.drawing import (
 )
 from trainer.results.folder import RunFolder, Series
 from trainer.results.printable import printable
+from trainer.results.tables import number
 
 POINTS = 1200  # drawn of a curve; a longer one is drawn as means of as many steps
 SMOOTHED = 60  # points from which on a curve is also shown smoothed
@@ -54,6 +55,7 @@ def task_pictures(results: TaskResults, several: bool) -> list[Picture]:
         made += [scatter(results, end), residuals(results, end), coverage(results, end)]
     made += [gate_experts(results, end), gate_modalities(results, end)]
     made += [gate_groups(results, end, by) for by in ("class", "kind")]
+    made.append(robustness(results, end))
     return [p for p in made if p]
 
 
@@ -223,6 +225,8 @@ def reliability(results: TaskResults, end: str) -> Picture | None:
     if not rows:
         return None
     ece = _scores(results).get("ece")
+    fitted = results.calibration
+    after = fitted.bins.get(results.split or "", []) if fitted else []
 
     def draw(figure: Figure, names: Names) -> None:
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -231,17 +235,60 @@ def reliability(results: TaskResults, end: str) -> Picture | None:
             box = {"width": row["high"] - row["low"], "align": "edge", "color": BLUE, "edgecolor": "none"}
             top.bar(row["low"], row["accuracy"], alpha=0.35, **box)
             below.bar(row["low"], row["n"], alpha=0.6, **box)
-        top.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], "o", color=BLUE, markersize=4)
+        points = [(row["confidence"], row["accuracy"]) for row in rows]
+        top.plot(*zip(*points, strict=True), "o", color=BLUE, markersize=4, label="as given")
+        if fitted and (points := [(row["confidence"], row["accuracy"]) for row in after if row["n"]]):
+            tempered = f"at temperature {fitted.temperature:.2f}"
+            top.plot(*zip(*points, strict=True), "x", color=ORANGE, markersize=5, label=tempered)
         top.set(xlim=(0, 1), ylim=(0, 1.03), ylabel="accuracy")
         below.set(xlabel="probability of the answer", ylabel="samples")
         top.legend(loc="upper left")
 
     told = "; ".join(f"at {row['confidence']:.2f} {row['accuracy']:.2f} ({row['n']})" for row in rows)
-    said = "" if ece is None else f" Expected calibration error (ECE) {ece:.4f}."
+    said = "" if ece is None else f" Expected calibration error (ECE) {ece:.4f}"
+    if fitted and said and results.split in fitted.splits:
+        ece = fitted.splits[results.split]["ece_calibrated"]
+        said += f", {number(ece)} at the temperature {fitted.temperature:.3f} that was fitted on {fitted.fitted_on}"
+    said += "." if said else ""
     return render(
         f"calibration{end}", "Calibration", draw,
         alt=f"How often answers are right, by the probability given to them (samples): {told}.{said}",
         caption=f"A calibrated model lies on the dashed line.{said}",
+    )  # fmt: skip
+
+
+def robustness(results: TaskResults, end: str) -> Picture | None:
+    """The selecting metric by the rate of damage, a panel for each mode."""
+    held = results.robustness
+    if not held:
+        return None
+    metric, level = held["metric"], held["reference"]
+    modes = list(dict.fromkeys(curve["mode"] for curve in held["curves"]))
+
+    def draw(figure: Figure, names: Names) -> None:
+        for ax, mode in zip(np.atleast_1d(figure.subplots(1, len(modes), sharey=True)), modes, strict=True):
+            of_mode = [curve for curve in held["curves"] if curve["mode"] == mode]
+            for curve, colour, mark in zip(of_mode, SERIES, "os^DvP", strict=False):
+                points = [(p["rate"], p["scores"].get(metric)) for p in curve["points"]]
+                points = [(rate, score) for rate, score in points if score is not None]
+                ax.plot(*zip(*points, strict=True), color=colour, marker=mark, markersize=3.5, label=curve["modality"])
+            if level is not None:
+                ax.axhline(level, color=MUTED, linestyle="--", linewidth=1, label=printable(str(held["run"])))
+            ax.set(title=mode, xlabel="rate")
+        figure.axes[0].set_ylabel(metric)
+        lines = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=4)
+
+    told = "; ".join(
+        f"{c['modality']} {c['mode']}: "
+        + ", ".join(f"{number(p['scores'].get(metric))} at {p['rate']:g}" for p in c["points"])
+        for c in held["curves"]
+    )
+    said = "" if level is None else f" Dashed: {held['run']}, {level:.4f}."
+    return render(
+        f"robustness{end}", "Missing and corrupted modalities", draw, alt=f"{metric} by rate of damage on {held['split']}: {told}.{said}",
+        caption="Rate: of samples that lack the modality (missing), of frames with noise (noise) or dropped (frames)." + said,
+        size=(max(SIZE[0], 2.6 * len(modes)), SIZE[1]),
     )  # fmt: skip
 
 

@@ -89,7 +89,13 @@ def page(run: RunFolder, general: list[Picture], sections: list[Section]) -> str
 
 def _section(results: TaskResults, *, several: bool) -> Section:
     seen = [tables.scores(results), tables.per_class(results)]
-    folded = [tables.confusion(results), tables.calibration(results), *tables.gates(results)]
+    folded = [
+        tables.confusion(results),
+        tables.calibration(results),
+        tables.temperature(results),
+        *tables.gates(results),
+    ]
+    folded += [tables.balance(results), tables.robustness(results)]
     return Section(
         results,
         task_pictures(results, several),

@@ -69,6 +69,10 @@ def _task_json(results: TaskResults) -> dict[str, Any]:
         "constant": {"answer": results.constant, "scores": results.constant_scores},
         "reliability": results.reliability,
         "coverage": results.coverage,
+        "calibration": results.calibration,
+        "balance": results.balance,
+        "robustness": results.robustness,
+        "warnings": results.warnings,
         "gates": gates and {"all": gates.all, "inside": gates.inside, **gates.groups},
         "best": results.best,
         "worst": results.worst,
@@ -94,9 +98,10 @@ def _parts(run: RunFolder, results: list[TaskResults]) -> Iterator[RenderableTyp
     for one in (tables.training(run), tables.validation(run)):
         yield from _table(one)
     for task in results:
+        yield from (Text.assemble(("  warning    ", "dim"), (printable(told), "yellow")) for told in task.warnings)
         for one in (tables.scores(task), tables.per_class(task), tables.confusion(task), tables.calibration(task)):
             yield from _table(one)
-        for one in tables.gates(task):
+        for one in (tables.temperature(task), *tables.gates(task), tables.balance(task), tables.robustness(task)):
             yield from _table(one)
         yield from _examples(task)
     yield from _table(tables.environment(run))

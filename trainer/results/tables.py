@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.results.folder import SPLITS, RunFolder
 from trainer.results.runs import last_sign, state_of, steps_text
+from trainer.run.balance import DEAD
 
 if TYPE_CHECKING:
     from trainer.results.analysis import Example, GateGroup, TaskResults
@@ -111,6 +112,69 @@ def calibration(results: TaskResults) -> Table | None:
         table.rows = [[f"{q:.2f}", number(share)] for q, share in results.coverage]
         return table
     return None
+
+
+def temperature(results: TaskResults) -> Table | None:
+    """What the temperature fitted on validation does on every split."""
+    held = results.calibration
+    if held is None:
+        return None
+    names = ["n", "nll", "nll_calibrated", *(["ece", "ece_calibrated"] if held.edges else [])]
+    table = Table(
+        f"Temperature of {results.task.name}", ["split", *(n.replace("_calibrated", ", tempered") for n in names)]
+    )
+    table.rows = [[split, *(number(values[n]) for n in names)] for split, values in held.splits.items()]
+    limit = ", the end of the range that was searched" if held.at_limit else ""
+    edges = f" ECE over {len(held.edges) - 1} bins of equal width between 0 and 1." if held.edges else ""
+    kept = "no predicted label changes" if held.edges else "predicted numbers are expectations at temperature 1"
+    table.note = (
+        f"T = {held.temperature:.3f}{limit}: probabilities in proportion to p^(1/T), T fitted on the {held.n} samples of "
+        f"{held.fitted_on} by nll, on no other split; {kept}.{edges}"
+    )
+    return table
+
+
+def balance(results: TaskResults) -> Table | None:
+    """How the gate shares its weight among the experts, by split."""
+    if not results.balance:
+        return None
+    experts = list(next(iter(results.balance.values())).mean)
+    table = Table(
+        f"Load of the experts of {results.task.name}",
+        ["split", *experts, *(f"{e}, largest" for e in experts), "coefficient of variation"],
+    )
+    for split, held in results.balance.items():
+        cells = (*held.mean.values(), *held.largest.values(), held.variation)
+        table.rows.append([split, *(number(x) for x in cells)])
+    table.note = (
+        f"Mean weights. An expert counts as dead if its mean is below {DEAD:g}, or no sample gives it more than "
+        f"1 / (4 x experts) = {1 / (4 * len(experts)):.3f}."
+    )
+    return table
+
+
+def robustness(results: TaskResults) -> Table | None:
+    """The selecting metric with modalities missing or corrupted, by rate."""
+    held = results.robustness
+    if not held:
+        return None
+    rates = [point["rate"] for point in held["curves"][0]["points"]]
+    table = Table(
+        f"Missing and corrupted modalities, {results.task.name} {held['metric']}, {held['split']}",
+        ["damage", *(f"rate {rate:g}" for rate in rates)],
+    )
+    for curve in held["curves"]:
+        cells = []
+        for point in curve["points"]:
+            worse = point["against"] is not None and point["against"]["worse"]
+            cells.append(number(point["scores"].get(held["metric"])) + (" *" if worse else ""))
+        table.rows.append([f"{curve['modality']} {curve['mode']}", *cells])
+    if held["reference"] is not None:
+        table.note = (
+            f"{held['run']} scores {number(held['reference'])}. *: worse than it by more than noise (the 95 % interval "
+            "of the difference, by bootstrap over samples, lies on the worse side of 0)."
+        )
+    return table
 
 
 def gates(results: TaskResults) -> list[Table]:

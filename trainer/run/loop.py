@@ -20,6 +20,8 @@ from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
 from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
+from trainer.run.balance import warn_of_dead
+from trainer.run.calibrating import write_calibration
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
@@ -350,8 +352,10 @@ class Run:
         assert chosen is not None
         load_weights(self.parts.model, chosen, self.world)
         results: dict[str, Any] = {"checkpoint": chosen.name}
+        tables: dict[str, Any] = {}
         for split in self.config.eval.splits:
             table, results[split] = self._evaluate(split)
+            tables[split] = table
             self.tracker.metrics(named(f"best/{split}", results[split]), self.steps)
             log.info("%s: %s", chosen.name, shown(split, self.parts, results[split]))
             with self.world.first_does() as first:
@@ -363,6 +367,10 @@ class Run:
             if first:
                 write_json(self.out / "metrics.json", results)
                 self.tracker.artifact(self.out / "metrics.json")
+                write_calibration(self.parts, tables, self.out, chosen.name, self.tracker, self.steps)
+                if self.parts.model.fusion is not None and "test" in tables:
+                    experts = self.parts.model.fusion.experts_built
+                    warn_of_dead(list(self.parts.tasks), experts, "test", tables["test"])
 
     def _evaluate(self, split: str) -> Any:
         self.engine.eval()

@@ -1,0 +1,59 @@
+"""The temperature of a finished run: fitted on its validation predictions, written into its folder, told to MLflow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from trainer.answers.calibration import Calibration, Scored, calibrate
+from trainer.run.assemble import Parts
+from trainer.run.evaluate import named
+from trainer.run.files import write_json
+from trainer.run.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+CALIBRATION = "calibration.json"
+
+
+def calibrated(parts: Parts, tables: Mapping[str, pd.DataFrame]) -> dict[str, Calibration | None]:
+    """Task -> what its temperature does; None without validation predictions that have probabilities.
+
+    Args:
+        tables: split -> a table that :func:`trainer.run.evaluate.evaluate` makes.
+    """
+    out = {}
+    for name, task in parts.tasks.items():
+        splits = {}
+        for split, table in tables.items():
+            rows = table[(table["task"] == name) & table["probabilities"].notna()]
+            if len(rows):
+                target_N, value_N = (rows[column].to_numpy(float) for column in ("target", "value"))
+                splits[split] = Scored(target_N, value_N, np.array(rows["probabilities"].tolist(), dtype=float))
+        out[name] = calibrate(task, splits)
+    return out
+
+
+def write_calibration(
+    parts: Parts, tables: Mapping[str, pd.DataFrame], out: Path, checkpoint: str, tracker: Tracker, step: int
+) -> None:
+    """Write ``calibration.json``; predictions and metrics stay as they are."""
+    held = calibrated(parts, tables)
+    write_json(out / CALIBRATION, {"checkpoint": checkpoint, "tasks": {n: c and asdict(c) for n, c in held.items()}})
+    tracker.artifact(out / CALIBRATION)
+    for name, calibration in held.items():
+        if calibration is None:
+            log.warning(
+                "no temperature for %s: no validation predictions with probabilities (eval.splits, eval.mode)", name
+            )
+        else:
+            log.info("temperature of %s, fitted on %s: %.3f", name, calibration.fitted_on, calibration.temperature)
+    for split in tables:
+        told = {name: c.splits.get(split, {}) if c is not None else {} for name, c in held.items()}
+        values = {n: {k: v for k, v in s.items() if k.endswith("_calibrated")} for n, s in told.items()}
+        tracker.metrics(named(f"best/{split}", values), step)
