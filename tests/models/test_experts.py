@@ -81,7 +81,7 @@ def pooled(weight, x, heads):
 def local_reference(expert, given, modalities, b, slots, pooling="max"):
     out = {}
     for m in modalities:
-        mask, x = given[m].mask_BT[b].numpy(), given[m].values_BTD[b].numpy()
+        mask, x = given[m].mask_BT[b].numpy(), given[m].content_BTD[b].numpy()
         if not mask.any():
             continue
         part, found = expert.streams[m], []

@@ -74,7 +74,7 @@ class _LocalStream(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, stream: Stream) -> Tensor:
-        stream_BDT = stream.values_BTD.transpose(1, 2).contiguous()
+        stream_BDT = stream.content_BTD.transpose(1, 2).contiguous()
         scales_BnT = torch.cat([convolve(stream_BDT) for convolve in self.depthwise], 1)
         found_BTD = self.detect(gelu(self.pointwise(scales_BnT.transpose(1, 2))))
         if self.pooling == "max":
@@ -87,10 +87,13 @@ class _LocalStream(nn.Module):
 class LocalExpert(nn.Module):
     """Narrow receptive field, fine time resolution, one modality at a time.
 
-    Of a stream x, for every kernel k of the config: c_k = depthwise_k(x); h = V GELU(W [c_3; c_5; c_7]); and per slot
+    Of a stream's contents x, for every kernel k of the config: c_k = depthwise_k(x); h = V GELU(W [c_3; c_5; c_7]); and per slot
     y = U GELU(pool_t(s_slot * h_t)), with the maximum or log-sum-exp over the valid frames as pool: peaks survive, where
     a mean would drown a burst of few frames. s scales each channel per slot, and its sign chooses between peak and
     trough. Masked frames are 0 and act like the zero padding at the ends.
+
+    Positions are left out: with them the peaks also say when something was, which is the global expert's to know. Measured
+    (docs/reproducing.md): with them this expert takes over the long-range evidence, and all is learned later.
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
