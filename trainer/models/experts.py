@@ -92,8 +92,8 @@ class LocalExpert(nn.Module):
     a mean would drown a burst of few frames. s scales each channel per slot, and its sign chooses between peak and
     trough. Masked frames are 0 and act like the zero padding at the ends.
 
-    Positions are left out: with them the peaks also say when something was, which is the global expert's to know. Measured
-    (docs/reproducing.md): with them this expert takes over the long-range evidence, and all is learned later.
+    Positions are left out: with them the peaks also say when something was, which is the global expert's to know; this
+    expert then takes over the long-range evidence, and all is learned later (measured, docs/method.md).
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
