@@ -89,8 +89,8 @@ def _groups(found: Comparison, scores: Sequence[Score]) -> Picture:
         draw,
         alt=f"Mean and {found.level:.0%} interval by group: {'; '.join(told)}.",
         caption=f"Filled: the mean over seeds with its {found.level:.0%} interval; rings: the seeds. Undefined values are not drawn.",
-        labels=[s.group for s in scores],
         size=(WIDTH, ROW * len(scores) + REST),
+        as_png=False,
     )
 
 
@@ -122,8 +122,8 @@ def _differences(found: Comparison, rows: Sequence[Difference]) -> Picture | Non
         draw,
         alt=f"Differences with {found.level:.0%} intervals: {'; '.join(told)}.",
         caption=f"{found.level:.0%} intervals, each by itself. Blue: significant after correction for all tests.",
-        labels=labels,
         size=(WIDTH, ROW * len(known) + REST),
+        as_png=False,
     )
 
 

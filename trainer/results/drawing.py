@@ -108,11 +108,19 @@ def render(
     caption: str = "",
     labels: Sequence[str] = (),
     size: tuple[float, float] = SIZE,
+    as_png: bool = True,
 ) -> Picture:
-    """The picture that `draw` draws. It gets an empty figure, and the names under which to write the `labels`."""
+    """The picture that `draw` draws. It gets an empty figure, and the names under which to write the `labels`.
+
+    With `as_png` false there is no PNG, which takes as long again.
+    """
     stand_ins = {label: other for label, other in _stand_ins(labels).items() if other != label}
     svg = _themed(_save(draw, printable, "svg", size), name, title, alt)
-    png = _save(draw, lambda label: stand_ins.get(label, printable(label)), "png", size, title)
+
+    def written(label: str) -> str:
+        return stand_ins.get(label, printable(label))
+
+    png = _save(draw, written, "png", size, title) if as_png else b""
     return Picture(name, title, alt, caption, svg, png, stand_ins)
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import yaml
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from trainer.config import dotted
 from trainer.data.folder import read_record as read_dataset_record
@@ -263,30 +264,36 @@ def read_answers(path: Path, tasks: dict[str, Task]) -> dict[str, Answers]:
         ValueError: it is damaged, or does not fit the tasks.
     """
     try:
-        there = set(parquet.read_schema(path).names)
-        table = pd.read_parquet(path, columns=[c for c in ANSWERS if c in there])
+        file = parquet.ParquetFile(path)
+        table = file.read(columns=[c for c in ANSWERS if c in file.schema_arrow.names])
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these
         raise ValueError(f"{path} is damaged: {error}") from error
-    if missing := set(ANSWERS) - {"kind", "prediction"} - set(table):
+    if missing := set(ANSWERS) - {"kind", "prediction"} - set(table.column_names):
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}: it is no run's predictions")
     found = {}
     for name, task in tasks.items():
-        rows = table[table["task"] == name].sort_values("id", kind="stable")
+        rows = table.filter(compute.equal(table["task"], name)).sort_by("id")
         truth_N = _numbers(task, rows["label"])
-        guess_N = _numbers(task, rows["prediction"]) if "prediction" in rows else np.full(len(rows), np.nan)
-        guess_N = np.where(rows["valid"].to_numpy(bool), guess_N, np.nan)
-        if not len(rows) or not np.isfinite(truth_N).all() or rows["id"].duplicated().any():
+        guess_N = (
+            _numbers(task, rows["prediction"]) if "prediction" in rows.column_names else np.full(len(rows), np.nan)
+        )
+        guess_N = np.where(rows["valid"].to_numpy(), guess_N, np.nan)
+        if not len(rows) or not np.isfinite(truth_N).all() or compute.count_distinct(rows["id"]).as_py() < len(rows):
             raise ValueError(f"{path} has no rows of {name}, truths that are not the task's, or an id twice")
-        kind_N = rows["kind"].to_numpy(object) if "kind" in rows and rows["kind"].notna().any() else None
-        found[name] = Answers(rows["id"].to_numpy(object), truth_N, guess_N, kind_N)
+        has_kinds = "kind" in rows.column_names and rows["kind"].null_count < len(rows)
+        kind_N = np.array(rows["kind"].to_pylist(), dtype=object) if has_kinds else None
+        found[name] = Answers(np.array(rows["id"].to_pylist(), dtype=object), truth_N, guess_N, kind_N)
     return found
 
 
-def _numbers(task: Task, cells: pd.Series) -> np.ndarray:
+def _numbers(task: Task, cells: pa.ChunkedArray) -> np.ndarray:
     """Label indices, or numbers, which a file of tasks of both kinds has as text; nan for anything else."""
     if task.kind == "classification":
-        cells = cells.map({label: float(i) for i, label in enumerate(task.labels)})
-    return pd.to_numeric(cells, errors="coerce").to_numpy(float)
+        if pa.types.is_null(cells.type):  # no prediction at all
+            return np.full(len(cells), np.nan)
+        found = compute.index_in(cells, value_set=pa.array(task.labels, cells.type)).combine_chunks()
+        return np.asarray(compute.fill_null(found.cast(pa.float64()), np.nan))
+    return pd.to_numeric(pd.Series(cells.to_pylist(), dtype=object), errors="coerce").to_numpy(float)
 
 
 def _default_uri(words: Sequence[str], folders: Sequence[Path]) -> str:
