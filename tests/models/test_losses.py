@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_egmf_packed import WIDTHS, Logits, make, samples
+from test_egmf_packed import WIDTHS, Logits, Waits, make, samples
 from tiny_models import save_family
 from torch import Tensor
 
@@ -117,6 +117,14 @@ def test_smoothing_leaves_tokens_without_a_choice_alone(folder: Path) -> None:
     assert alone.any()
     torch.testing.assert_close(smoothed[alone], plain[alone])
     assert ((smoothed - plain).abs() > 1e-3)[~alone].all()
+
+
+def test_smoothing_never_waits_for_the_device(folder: Path) -> None:
+    model = make(folder).train()
+    for batch in (collator(model, "meld", 0.2).pack(samples()), collator(model, "meld", 0.2)(samples())):
+        with Waits() as seen:
+            model(batch).loss_B.sum().backward()
+        assert seen.found == []
 
 
 def test_scoring_knows_nothing_of_the_objective(folder: Path) -> None:
