@@ -63,13 +63,68 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run, or with `seeds` an array of runs that differ in their seed, in folders ``base-s<seed>``."""
+class Member:
+    """A run of a job, and its index in the array where the job is one."""
 
+    index: int
     config: RunConfig
-    base: Path
+    out: Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a job runs, and where its files are. `log` is Slurm's pattern: %a is the index, %A or %j the job's id."""
+
+    name: str
+    members: tuple[Member, ...]
+    array: bool
+    folder: Path  # its folder `slurm` holds the script
+    log: str
+    limit: int | None = None  # runs of the array at once
+
+    @property
+    def indices(self) -> list[int]:
+        return [member.index for member in self.members]
+
+    def log_of(self, member: Member, job_id: str) -> str:
+        """Where the job with this id writes for `member`."""
+        stand_for = {"a": str(member.index), "A": job_id, "j": job_id, "%": "%"}
+        return re.sub("%(.)", lambda found: stand_for[found[1]], self.log)
+
+
+def one_run(config: RunConfig, out: Path) -> Layout:
+    """A job of one run."""
+    out = out.absolute()
+    return Layout(out.name, (Member(config.train.seed, config, out),), False, out, f"{_escaped(out)}/{FOLDER}/%j.log")
+
+
+def over_seeds(config: RunConfig, base: Path, seeds: Sequence[int]) -> Layout:
+    """An array of runs that differ in their seed, which is also the index, in folders ``base-s<seed>``."""
+    base, members = base.absolute(), []
+    for seed in seeds:
+        own = config.model_copy(deep=True)
+        own.train.seed = seed
+        members.append(Member(seed, own, base.with_name(f"{base.name}-s{seed}")))
+    return Layout(base.name, tuple(members), True, members[0].out, f"{_escaped(base)}-s%a/{FOLDER}/%A_%a.log")
+
+
+def of_members(folder: Path, members: Sequence[Member], limit: int | None = None) -> Layout:
+    """An array of any runs, its script and logs in `folder`."""
+    folder = folder.absolute()
+    absolute = tuple(Member(member.index, member.config, member.out.absolute()) for member in members)
+    return Layout(folder.name, absolute, True, folder, f"{_escaped(folder)}/{FOLDER}/%A_%a.log", limit)
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("%", "%%")  # Slurm replaces %a, %j and others
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted: one run, or an array of runs."""
+
+    layout: Layout
     resources: Resources
-    seeds: tuple[int, ...] = ()
     signal_seconds: int = 120
     requeue: bool = True
     setup: tuple[str, ...] = ()
@@ -78,17 +133,13 @@ class Job:
     flags: tuple[str, ...] = ()  # of `egmf train`
 
     @property
-    def runs(self) -> dict[int, Path]:
-        """Seed -> run folder."""
-        base = self.base.absolute()
-        if not self.seeds:
-            return {self.config.train.seed: base}
-        return {seed: base.with_name(f"{base.name}-s{seed}") for seed in self.seeds}
+    def config(self) -> RunConfig:
+        """Of the first run; what is read of it, all have in common."""
+        return self.layout.members[0].config
 
     @property
     def script(self) -> Path:
-        """Where the script is kept; of an array, in the first run's folder."""
-        return next(iter(self.runs.values())) / FOLDER / "job.sbatch"
+        return self.layout.folder / FOLDER / "job.sbatch"
 
     @property
     def signal(self) -> str:
@@ -112,8 +163,9 @@ def check(job: Job) -> None:
         faults.append(
             f"--procs-per-node {asked.procs_per_node}: with GPUs there is one process for each, so {asked.gpus_per_node}"
         )
-    if len(set(job.seeds)) < len(job.seeds):
-        faults.append(f"--array-seeds {','.join(map(str, job.seeds))}: names a seed twice")
+    indices = job.layout.indices
+    if len(set(indices)) < len(indices):
+        faults.append(f"--array-seeds {','.join(map(str, indices))}: names a seed twice")
     seconds = None if asked.time is None else limit_seconds(asked.time)
     if job.requeue and seconds is not None and seconds <= job.signal_seconds + EARLY:
         faults.append(
@@ -122,7 +174,7 @@ def check(job: Job) -> None:
         )
     lines = {
         "--setup": job.setup,
-        "--out": [str(job.base)],
+        "--out": [str(member.out) for member in job.layout.members],
         "--sbatch": job.sbatch_options,
         "--srun": job.srun_options,
     }
@@ -152,18 +204,17 @@ def limit_seconds(time: str) -> float:
 
 def render(job: Job) -> str:
     """The sbatch script."""
-    base = job.base.absolute()
-    pattern = str(base).replace("%", "%%")  # Slurm replaces %a, %j and others
-    log = f"{pattern}-s%a/{FOLDER}/%A_%a.log" if job.seeds else f"{pattern}/{FOLDER}/%j.log"
+    layout = job.layout
+    limit = "" if layout.limit is None else f"%{layout.limit}"
     directives = [
-        f"--job-name={shlex.quote('egmf-' + base.name)}",
+        f"--job-name={shlex.quote('egmf-' + layout.name)}",
         *job.resources.directives(),
         f"--chdir={shlex.quote(str(Path.cwd()))}",
-        f"--output={shlex.quote(log)}",
+        f"--output={shlex.quote(layout.log)}",
         "--open-mode=append",
         f"--signal=B:{job.signal}@{job.signal_seconds}",
         "--requeue" if job.requeue else "--no-requeue",
-        *([f"--array={','.join(map(str, job.seeds))}"] if job.seeds else []),
+        *([f"--array={','.join(map(str, layout.indices))}{limit}"] if layout.array else []),
         *job.sbatch_options,
     ]
     environment = Environment(
@@ -176,11 +227,11 @@ def render(job: Job) -> str:
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
     return environment.get_template("train.sbatch.j2").render(
-        title=f"{', '.join(job.config.tasks)}: {base.name}",
+        title=f"{', '.join(job.config.tasks)}: {layout.name}",
         script=job.script,
         directives=directives,
-        array=bool(job.seeds),
-        base=base,
+        array=layout.array,
+        members=layout.members,
         procs_per_node=job.resources.procs_per_node,
         python=sys.executable,
         flags=job.flags,
@@ -201,26 +252,42 @@ def submit(job: Job) -> str:
         SlurmError: Slurm is not here, or refuses the job.
         ValueError: the run folder cannot be written.
     """
-    if shutil.which("sbatch") is None:
-        raise SlurmError(
-            "there is no sbatch on PATH: run this on a login node of the cluster, or look at it with --dry-run"
-        )
     script = render(job)
     _sbatch(["--test-only"], script)
     try:
-        for seed, run in job.runs.items():
-            (run / FOLDER).mkdir(parents=True, exist_ok=True)
-            config = job.config.model_copy(deep=True)
-            config.train.seed = seed
-            write_text(run / FOLDER / "config.yaml", dump_config(config))
+        for member in job.layout.members:
+            (member.out / FOLDER).mkdir(parents=True, exist_ok=True)
+            write_text(member.out / FOLDER / "config.yaml", dump_config(member.config))
+        job.script.parent.mkdir(parents=True, exist_ok=True)
         write_text(job.script, script)
     except OSError as error:
         raise ValueError(f"the run folder cannot be written: {error}; choose another with --out") from error
     return _sbatch(["--parsable", str(job.script)], None).partition(";")[0].strip()
 
 
+def rehearse(job: Job) -> None:
+    """Have Slurm say whether it would take the job.
+
+    Raises:
+        SlurmError: Slurm is not here, or refuses the job.
+    """
+    _sbatch(["--test-only"], render(job))
+
+
+def queued(job_id: str) -> bool:
+    """Whether Slurm still has the job, or a part of the array, waiting or running."""
+    done = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
+    )
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
 def _sbatch(arguments: Sequence[str], script: str | None) -> str:
     """What sbatch says on stdout."""
+    if shutil.which("sbatch") is None:
+        raise SlurmError(
+            "there is no sbatch on PATH: run this on a login node of the cluster, or look at it with --dry-run"
+        )
     done = subprocess.run(["sbatch", *arguments], input=script, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
@@ -247,13 +314,12 @@ def _what_there_is(reason: str) -> str:
 
 def follow(job: Job, job_id: str) -> list[tuple[str, str]]:
     """What can be done with a submitted job: (words, command)."""
-    logs = [
-        str(run / FOLDER / (f"{job_id}_{seed}.log" if job.seeds else f"{job_id}.log")) for seed, run in job.runs.items()
-    ]
+    logs = [job.layout.log_of(member, job_id) for member in job.layout.members]
+    shows = [shlex.join(["egmf", "show", str(member.out)]) for member in job.layout.members]
     return [
         ("script", str(job.script)),
         ("follow", shlex.join(["tail", "-F", *logs])),
         ("state", f"squeue --job {job_id}"),
-        ("results", "; ".join(shlex.join(["egmf", "show", str(run)]) for run in job.runs.values())),
+        ("results", "; ".join(shows)),
         ("cancel", f"scancel {job_id}"),
     ]

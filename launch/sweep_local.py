@@ -57,7 +57,7 @@ def run_sweep(sweep: Sweep, budget: Budget, say: Say, *, debug: bool = False) ->
         done = finished(sweep.children())
         record.update(sweep.plan())
         write_record(sweep, record)
-        parent = _parent(sweep, record)
+        parent = begin_parent(sweep, record)
         children = sweep.children(parent.run_id)
         todo = [child for child in children if child.name not in done]
         write_configs(todo)
@@ -156,7 +156,7 @@ def _code(stopping: bool, children: Sequence[Child], failures: dict[str, str]) -
     return STOPPED if stopping or not failures else 1
 
 
-def _parent(sweep: Sweep, record: dict[str, Any]) -> ParentRun:
+def begin_parent(sweep: Sweep, record: dict[str, Any]) -> ParentRun:
     """The sweep's own MLflow run, its id noted in the record."""
     config = next(iter(sweep.variants.values()))
     known = (record["mlflow"] or {}).get("run_id")

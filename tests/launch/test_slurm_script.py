@@ -56,6 +56,45 @@ def test_without_requeue_nothing_is_put_back(tmp_path: Path) -> None:
     assert "scontrol requeue" not in done.stdout
 
 
+def test_a_sweep_is_one_array_of_what_is_not_done(tmp_path: Path) -> None:
+    out = tmp_path / "it's 5% so"
+    words = (
+        "sweep",
+        CONFIG,
+        "--seeds",
+        "1,2",
+        "--set",
+        "model.fusion.experts=[local,global],[local]",
+        "--out",
+        str(out),
+    )
+    done = egmf(*words, "--slurm", "--gpus-per-node", "4", "--partition", "gpu", "--parallel", "3", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert not out.exists()
+    asked = directives(done.stdout)
+    assert (asked["array"], asked["gpus-per-node"], asked["partition"]) == ("1,2,3,4%3", "4", "gpu")
+    assert asked["output"].endswith("5%% so/slurm/%A_%a.log'")
+    checked = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    lines = done.stdout.splitlines()
+    first = lines.index("declare -A runs=(")
+    table = "\n".join(lines[first : lines.index("run=${runs[$SLURM_ARRAY_TASK_ID]}") + 1])
+    shown = subprocess.run(
+        ["bash", "-c", f'SLURM_ARRAY_TASK_ID=4; {table}; printf %s "$run"'], capture_output=True, text=True
+    )
+    assert shown.stdout == str(out / "experts=local-s2")
+    refused = {
+        ("--partition", "gpu"): "belong to --slurm",
+        ("--slurm", "--procs", "2", "--procs-per-node", "2"): "not --procs",
+        ("--slurm",): "--gpus-per-node G, or on CPUs",
+        ("--slurm", "--procs-per-node", "1", "--time", "soon"): "must be minutes",
+    }
+    for arguments, words_said in refused.items():
+        told = egmf(*words, *arguments, "--dry-run")
+        assert told.returncode == 1, arguments
+        assert words_said in told.stderr
+
+
 def test_what_cannot_work_is_refused_all_at_once(tmp_path: Path) -> None:
     faults = {
         ("--nodes", "4-2", "--gpus-per-node", "8", "--procs-per-node", "4", "--time", "3", "--array-seeds", "1,1"): (

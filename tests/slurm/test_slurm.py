@@ -120,6 +120,47 @@ def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
         assert "Traceback" not in said(run)
 
 
+def test_a_sweep_is_an_array_that_is_not_submitted_twice_and_goes_on_where_it_failed(lab: Lab, work: Path) -> None:
+    out = work / "sweep"
+    plan = ("sweep", str(work / "toy.yaml"), "--seeds", "3", "--set", "train.zero=1,2", "--out", str(out), "--slurm")
+    words = (*plan, "--nodes", "1", "--procs-per-node", "1")
+    runs = {1: out / "zero=1-s3", 2: out / "zero=2-s3"}
+    (out / "zero=1-s3").mkdir(parents=True)
+    (out / "zero=1-s3" / "checkpoints").write_text("in the way")
+
+    def submitted() -> str:
+        done = egmf(*words, **lab.environment, **SLOW)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"submitted as job (\d+)", done.stderr)
+        assert found, done.stderr
+        return found[1]
+
+    def logs() -> str:
+        return "\n".join(path.read_text() for path in sorted((out / "slurm").glob("*.log")))
+
+    def state(job: str, index: int) -> str:
+        wait_for(lambda: lab.job(f"{job}_{index}")["JobState"] in ENDED, PATIENCE, logs)
+        return lab.job(f"{job}_{index}")["JobState"]
+
+    job = submitted()
+    again = egmf(*words, **lab.environment)
+    assert again.returncode == 1
+    assert f"in the queue as job {job}" in again.stderr
+    assert [state(job, index) for index in runs] == ["FAILED", "COMPLETED"], logs()
+    (out / "zero=1-s3" / "checkpoints").unlink()
+    job = submitted()
+    assert state(job, 1) == "COMPLETED", logs()
+    assert "not found" in lab.run("scontrol", "show", "job", f"{job}_2")  # it is done: it was not submitted again
+    assert [record(run)["state"] for run in runs.values()] == ["done", "done"]
+    done = egmf(*words, **lab.environment)
+    assert "all 2 runs are done" in done.stderr
+    with sqlite3.connect(work / "mlflow.db") as store:
+        parents = store.execute("select run_uuid, status from runs where name = 'sweep'").fetchall()
+        tags = store.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
+    assert [status for _, status in parents] == ["FINISHED"]
+    assert set(tags) == {(parents[0][0],)}
+
+
 def test_a_rank_that_fails_ends_the_job_in_seconds_and_for_good(lab: Lab, work: Path) -> None:
     for plant, cause in (("EGMF_TEST_FAIL_RANK", "planted on rank 1"), ("EGMF_TEST_KILL_RANK", "Killed")):
         out = work / plant

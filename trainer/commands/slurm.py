@@ -4,53 +4,71 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainer.commands.launching import DryRun
 from trainer.commands.shared import ConfigFile, Debug, Force, Overrides, check_tasks, default_out, say
 
+if TYPE_CHECKING:
+    from launch.slurm import Resources
+
+Nodes = Annotated[str, typer.Option(help="how many, or MIN-MAX", metavar="N")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process each")]
+ProcsPerNode = Annotated[int | None, typer.Option(min=1, help="processes on each node, without GPUs")]
+Partition = Annotated[str | None, typer.Option(help="Slurm's, as all that follow up to cpus-per-task")]
+Time = Annotated[str | None, typer.Option(help="time limit: minutes, H:M:S or D-H:M:S")]
+Account = Annotated[str | None, typer.Option()]
+Qos = Annotated[str | None, typer.Option()]
+Constraint = Annotated[str | None, typer.Option()]
+Mem = Annotated[str | None, typer.Option(help="memory of each node, such as 200G")]
+CpusPerTask = Annotated[int | None, typer.Option(min=1, help="CPU cores of each process")]
+SignalSeconds = Annotated[int, typer.Option(min=10, help="stop so long before the time limit")]
+Requeue = Annotated[bool, typer.Option(help="go back into the queue when stopped, or when a node is lost")]
+Setup = Annotated[list[str] | None, typer.Option(help="a line of shell before the run; repeatable")]
+Sbatch = Annotated[list[str] | None, typer.Option(help="another option of sbatch; repeatable")]
+Srun = Annotated[list[str] | None, typer.Option(help="another option of srun; repeatable")]
+
 
 def launch_slurm(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[str, typer.Option(help="how many, or MIN-MAX", metavar="N")] = "1",
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process each")] = None,
-    procs_per_node: Annotated[int | None, typer.Option(min=1, help="processes on each node, without GPUs")] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's, as all that follow up to cpus-per-task")] = None,
-    time: Annotated[str | None, typer.Option(help="time limit: minutes, H:M:S or D-H:M:S")] = None,
-    account: Annotated[str | None, typer.Option()] = None,
-    qos: Annotated[str | None, typer.Option()] = None,
-    constraint: Annotated[str | None, typer.Option()] = None,
-    mem: Annotated[str | None, typer.Option(help="memory of each node, such as 200G")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPU cores of each process")] = None,
+    nodes: Nodes = "1",
+    gpus_per_node: GpusPerNode = None,
+    procs_per_node: ProcsPerNode = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    mem: Mem = None,
+    cpus_per_task: CpusPerTask = None,
     array_seeds: Annotated[str | None, typer.Option(help="one run for each of these, such as 1,2,3")] = None,
-    signal_seconds: Annotated[int, typer.Option(min=10, help="stop so long before the time limit")] = 120,
-    requeue: Annotated[bool, typer.Option(help="go back into the queue when stopped, or when a node is lost")] = True,
-    setup: Annotated[list[str] | None, typer.Option(help="a line of shell before the run; repeatable")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="another option of sbatch; repeatable")] = None,
-    srun: Annotated[list[str] | None, typer.Option(help="another option of srun; repeatable")] = None,
+    signal_seconds: SignalSeconds = 120,
+    requeue: Requeue = True,
+    setup: Setup = None,
+    sbatch: Sbatch = None,
+    srun: Srun = None,
     out: Annotated[Path | None, typer.Option(help="run folder; with seeds, RUN-s<seed>", metavar="RUN")] = None,
     force: Force = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> int:
     """Submit a training to Slurm. It stops before its time is over, goes back into the queue, and continues."""
-    from launch.slurm import Job, Resources, check, follow, render, submit
+    from launch.slurm import Job, check, follow, one_run, over_seeds, render, submit
     from trainer.config import load_config
 
     loaded = load_config(config, overrides or [])
     check_tasks(loaded.tasks)
     seeds = parse_seeds(array_seeds, overrides or [])
-    procs = procs_per_node or gpus_per_node
-    if procs is None:
-        raise ValueError("say how many processes a node runs: --gpus-per-node G, or on CPUs --procs-per-node P")
+    if seeds:
+        layout = over_seeds(loaded, out or Path("runs") / config.stem, seeds)
+    else:
+        layout = one_run(loaded, out or default_out(config, loaded.train.seed))
     job = Job(
-        config=loaded,
-        base=out or (Path("runs") / config.stem if seeds else default_out(config, loaded.train.seed)),
-        resources=Resources(nodes, procs, gpus_per_node, partition, time, account, qos, constraint, mem, cpus_per_task),
-        seeds=seeds,
+        layout,
+        resources(nodes, procs_per_node, gpus_per_node, partition, time, account, qos, constraint, mem, cpus_per_task),
         signal_seconds=signal_seconds,
         requeue=requeue,
         setup=tuple(setup or ()),
@@ -65,10 +83,24 @@ def launch_slurm(
         say(f"sbatch --test-only {shlex.quote(str(job.script))}\nsbatch {shlex.quote(str(job.script))}")
         return 0
     number = submit(job)
-    say(f"submitted as job {number}: {', '.join(map(str, job.runs.values()))}")
+    say(f"submitted as job {number}: {', '.join(str(member.out) for member in job.layout.members)}")
     for what, command in follow(job, number):
         say(f"{what:8} {command}")
     return 0
+
+
+def resources(nodes: str, procs_per_node: int | None, gpus_per_node: int | None, *rest: Any) -> Resources:
+    """What is asked of Slurm, with the number of processes that the options say.
+
+    Raises:
+        ValueError: they do not say it.
+    """
+    from launch.slurm import Resources
+
+    procs = procs_per_node or gpus_per_node
+    if procs is None:
+        raise ValueError("say how many processes a node runs: --gpus-per-node G, or on CPUs --procs-per-node P")
+    return Resources(nodes, procs, gpus_per_node, *rest)
 
 
 def parse_seeds(text: str | None, overrides: list[str]) -> tuple[int, ...]:

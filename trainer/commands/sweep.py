@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,27 @@ from rich.table import Table
 
 from trainer.commands.launching import DryRun
 from trainer.commands.shared import ConfigFile, Debug, Json, Overrides, print_json, say, wide
+from trainer.commands.slurm import (
+    Account,
+    Constraint,
+    CpusPerTask,
+    GpusPerNode,
+    Mem,
+    Nodes,
+    Partition,
+    ProcsPerNode,
+    Qos,
+    Requeue,
+    Sbatch,
+    Setup,
+    SignalSeconds,
+    Srun,
+    Time,
+    resources,
+)
 
 if TYPE_CHECKING:
+    from launch.slurm import Job, Member
     from launch.sweep import Sweep
 
 app = typer.Typer()
@@ -28,11 +48,29 @@ def sweep(
             "--set", help="a run for each of these, such as model.fusion.width=128,256; repeatable", metavar="KEY=V1,V2"
         ),
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="runs at once; they share cores and GPUs")] = 1,
-    procs: Annotated[int, typer.Option(min=1, help="processes of each run")] = 1,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="runs at once, which share cores and GPUs; default 1, on Slurm all")
+    ] = None,
+    procs: Annotated[int | None, typer.Option(min=1, help="processes of each run; on Slurm see below")] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the sweep; default runs/<config>-sweep", metavar="DIR")
     ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="submit the runs as one array, with what follows")] = False,
+    nodes: Nodes = "1",
+    gpus_per_node: GpusPerNode = None,
+    procs_per_node: ProcsPerNode = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    mem: Mem = None,
+    cpus_per_task: CpusPerTask = None,
+    signal_seconds: SignalSeconds = 120,
+    requeue: Requeue = True,
+    setup: Setup = None,
+    sbatch: Sbatch = None,
+    srun: Srun = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -46,7 +84,49 @@ def sweep(
 
     chosen = parse_seeds(seeds, overrides or [])
     plan = Sweep(out or Path("runs") / f"{config.stem}-sweep", expand(config, overrides or [], values or []), chosen)
-    return start(plan, parallel, procs, dry_run=dry_run, as_json=as_json, debug=debug)
+    asked = (partition, time, account, qos, constraint, mem, cpus_per_task)
+    others = (gpus_per_node, procs_per_node, setup, sbatch, srun)
+    if not slurm:
+        if any(value is not None for value in (*asked, *others)) or nodes != "1" or not requeue:
+            raise ValueError("--nodes, --partition and the like belong to --slurm: add it, or leave them out")
+        return start(plan, parallel or 1, procs or 1, dry_run=dry_run, as_json=as_json, debug=debug)
+    if procs is not None or as_json:
+        raise ValueError("--slurm takes --procs-per-node or --gpus-per-node, not --procs, and prints no JSON")
+    from launch.slurm import Job, of_members
+
+    wanted = resources(nodes, procs_per_node, gpus_per_node, *asked)
+
+    def make_job(members: list[Member]) -> Job:
+        return Job(
+            of_members(plan.folder, members, parallel),
+            wanted,
+            signal_seconds=signal_seconds,
+            requeue=requeue,
+            setup=tuple(setup or ()),
+            sbatch_options=tuple(sbatch or ()),
+            srun_options=tuple(srun or ()),
+            flags=("--debug",) if debug else (),
+        )
+
+    return _on_slurm(plan, make_job, dry_run=dry_run)
+
+
+def _on_slurm(plan: Sweep, make_job: Callable[[list[Member]], Job], *, dry_run: bool) -> int:
+    from launch.sweep_slurm import planned_script, submit_sweep
+    from trainer.run.logs import set_up_logging
+
+    if not dry_run:
+        set_up_logging(None, 0)
+        submit_sweep(plan, make_job, say)
+        return 0
+    planned = planned_script(plan, make_job)
+    if planned is None:
+        say("all runs are done")
+        return 0
+    script, place = planned
+    typer.echo(script)
+    say(f"this would be written to {place}, checked and submitted")
+    return 0
 
 
 def start(plan: Sweep, parallel: int, procs: int, *, dry_run: bool, as_json: bool, debug: bool) -> int:
