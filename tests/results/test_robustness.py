@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.distributed.processes import egmf
+from tests.distributed.processes import egmf, run_ranks
 from tests.toy import prepare_toy
 from trainer.answers.metrics import compute
 from trainer.answers.scoring import predict
@@ -166,6 +166,19 @@ def test_scores_are_those_of_damaged_samples_one_at_a_time(run: Path, opened: Sa
         one, other = (r["tasks"][name]["curves"] for r in (again, result))
         same = next(c for c in other if (c["mode"], c["modality"]) == ("noise", "audio+video"))
         assert one[2]["points"][1]["scores"]["nll"] == pytest.approx(same["points"][1]["scores"]["nll"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_processes_damage_alike(run: Path, opened: SavedRun) -> None:
+    run_ranks("trainer", "robustness", str(run), "--rates", "0.5", "--modes", "noise,frames", "--seed", "5")
+    both = json.loads((run / "robustness.json").read_text())
+    alone, _ = robustness(opened, Options(rates=(0.5,), modes=("noise", "frames"), seed=5))
+    for name in TASKS:
+        one, other = (
+            [p["scores"]["nll"] for c in r["tasks"][name]["curves"] for p in c["points"]] for r in (both, alone)
+        )
+        assert one == pytest.approx(other, rel=1e-5)
+        assert len(set(np.round(one, 6))) > 3
 
 
 def replace_config(opened: SavedRun, **changes: Any) -> SavedRun:
