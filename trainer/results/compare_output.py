@@ -20,9 +20,9 @@ from trainer.results.tables import Table
 MISSING = "—"
 SMALLEST_P = 1e-4  # shown
 TESTS = {
-    "holm": "corrected by Holm's method for all differences shown",
-    "bh": "corrected by Benjamini and Hochberg's method for all differences shown",
-    "none": "not corrected for the number of differences",
+    "holm": "by Holm's method for all differences shown",
+    "bh": "by Benjamini and Hochberg's method for all differences shown",
+    "none": "not corrected for their number",
 }
 
 
@@ -78,14 +78,14 @@ def differences(found: Comparison) -> Table | None:
     tasks, kinds = len(found.tasks) > 1, any(d.kind != EVERY for d in found.differences)
     heads = [*(["task"] if tasks else []), "metric", *(["kind"] if kinds else []), "seeds", "difference"]
     table = Table(
-        "Differences",
+        f"Differences{f' from {found.baseline}' if found.baseline else ' between groups'}",
         [
-            "group − baseline" if found.baseline is None else f"− {found.baseline}",
+            "group − baseline" if found.baseline is None else "group",
             *heads,
             f"{found.level:.0%} interval",
             "p",
             "p corrected",
-            f"at {1 - found.level:.2g}",
+            "significant",
         ],
     )
     for d in found.differences:
@@ -111,7 +111,7 @@ def settings(found: Comparison) -> Table | None:
     if not found.differing:
         return None
     table = Table("What differs", ["setting", *(group.name for group in found.groups)], words=True)
-    if len(found.groups) > 8:  # groups as rows
+    if len(found.groups) > len(found.differing):
         table.columns = ["group", *found.differing]
         table.rows = [[g.name, *(_setting(v[g.name]) for v in found.differing.values())] for g in found.groups]
     else:
@@ -242,7 +242,7 @@ def _columns(metrics: list[str], tested: list[str]) -> list[tuple[str, bool]]:
 
 
 def _mean(score: Score) -> str:
-    return MISSING if score.mean is None else f"{score.mean:.4f} ± {number(score.sd)}"
+    return MISSING if score.mean is None else f"{number(score.mean)} ± {number(score.sd)}"
 
 
 def span(low: float | None, high: float | None, *, sign: bool = False) -> str:
@@ -251,7 +251,7 @@ def span(low: float | None, high: float | None, *, sign: bool = False) -> str:
 
 
 def number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.4f}"
+    return MISSING if value is None else f"{value:.4f}".replace("-", "−")
 
 
 def signed(value: float | None) -> str:

@@ -39,7 +39,12 @@ def page(found: Comparison) -> str:
         ("runs", str(runs)),
         ("baseline", found.baseline or "each with each"),
         ("intervals", f"{found.level:.0%}"),
-        ("tests", f"{tests}, {output.TESTS[found.correction].removesuffix(' for all differences shown')}"),
+        (
+            "tests",
+            f"{tests}, corrected {output.TESTS[found.correction].partition(' for ')[0]}"
+            if found.correction != "none"
+            else f"{tests}, not corrected",
+        ),
         ("resamples", str(found.resamples)),
     ]
     shown: dict[tuple[str, str, str], list[Difference]] = {}
