@@ -17,6 +17,7 @@ from trainer.batch import Sample
 from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator, prompt_texts
 from trainer.data.dataset import open_dataset
+from trainer.data.objective import Objective
 from trainer.models.backbone import build_tiny, load_tokenizer
 from trainer.tasks import BUILT_IN
 from trainer.text import count_tokens, encode
@@ -207,6 +208,19 @@ def test_modalities_that_the_model_does_not_use_are_not_shown(tokenizer: PreTrai
     no_text = collator(tokenizer, modalities=("audio", "video"))([sample(0), sample(1, "other words entirely")])
     assert not no_text.text_mask_BS.any()
     assert torch.equal(no_text.input_ids_BL[0, :-3], no_text.input_ids_BL[1, :-3])
+
+
+def test_samples_without_a_truth_are_scored_whatever_the_objective(tokenizer: PreTrainedTokenizerBase) -> None:
+    trie = task_trie(BUILT_IN["meld"], tokenizer, "words", "en")
+    collate = collator(tokenizer, objective=Objective(np.arange(7, dtype=np.float32), 0.1, 0.0, trie))
+    held = [sample(0), sample(3)]
+    assert collate.pack(held).weight_B.tolist() == collate(held).weight_B.tolist() == [0.0, 3.0]
+    assert collate.pack(held, weight=0.0).weight_B.tolist() == [0.0, 0.0]
+    for one in held:
+        one.target = float("nan")
+    for batch in (collate.pack(held, trie=trie), collate(held, answers=False)):
+        assert batch.weight_B.tolist() == [1.0, 1.0]
+        assert batch.choices is None
 
 
 def test_modality_dropout_never_leaves_a_sample_without_anything(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -86,6 +86,7 @@ class Collator:
         contexts = [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
         chosen = [self.task.answer_index(s.target) for s in samples] if answers else []
         targets = [self.answers[c] for c in chosen] if answers else [[] for _ in samples]
+        objective = self.objective if answers else Objective()  # what is scored may have no truth
         rows = [context + target[:-1] for context, target in zip(contexts, targets, strict=True)]
         hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
         return Batch(
@@ -102,10 +103,10 @@ class Collator:
             audio=self._features("audio", samples, hidden),
             video=self._features("video", samples, hidden),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
-            weight_B=self.objective.weights(self.task, samples, weight),
-            choices=self.objective.choices(chosen, max(map(len, targets))) if answers else None,
-            trie=self.objective.riding if answers else None,
-            error_weight=self.objective.error_weight if answers else 0.0,
+            weight_B=objective.weights(self.task, samples, weight),
+            choices=objective.choices(chosen, max(map(len, targets))),
+            trie=objective.riding,
+            error_weight=objective.error_weight,
         )
 
     def pack(
@@ -127,7 +128,8 @@ class Collator:
         contexts = [places + said + text + self.suffix for said, text in zip(history, texts, strict=True)]
         chosen = [self.task.answer_index(s.target) for s in samples] if trie is None else []
         answers = [self.answers[c] for c in chosen] if trie is None else [[] for _ in samples]
-        riding = self.objective.riding if trie is None else trie
+        objective = self.objective if trie is None else Objective()  # what is scored may have no truth
+        riding = objective.riding if trie is None else trie
         if riding is not None:
             own = [c + riding.token_N.tolist() for c in contexts]
         else:
@@ -136,9 +138,7 @@ class Collator:
         starts = np.cumsum([0, *lengths[:-1]])
         cues = starts + [len(c) - 1 for c in contexts]
         longest = max(map(len, answers))
-        tokens_at = [
-            self.objective.places[c] if riding is not None else list(range(len(self.answers[c]))) for c in chosen
-        ]
+        tokens_at = [objective.places[c] if riding is not None else list(range(len(self.answers[c]))) for c in chosen]
         at = [cue + place for cue, held in zip(cues, tokens_at, strict=False) for place in held]
         slots = [b * longest + i for b, answer in enumerate(answers) for i in range(len(answer))]
         hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
@@ -156,9 +156,9 @@ class Collator:
             longest_answer=longest,
             inputs=self._inputs(samples, texts, hidden, [len(samples)] if groups is None else groups),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
-            weight_B=self.objective.weights(self.task, samples, weight),
-            choices=self.objective.choices(chosen) if trie is None else None,
-            error_weight=self.objective.error_weight if trie is None else 0.0,
+            weight_B=objective.weights(self.task, samples, weight),
+            choices=objective.choices(chosen),
+            error_weight=objective.error_weight,
         )
 
     def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:
