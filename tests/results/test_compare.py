@@ -101,7 +101,7 @@ def test_groups_may_be_asked_for_or_given(two: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"did you mean model\.fusion\.experts\?"):
         compare(runs, group_by=["model.fusion.expert"])
     for run in runs:
-        run.group = "mine" if run.seed < 3 else "yours"
+        run.group = "yours" if run.name.startswith("less") else "mine"
     with pytest.raises(ValueError, match=r"names 0 groups.*there are: mine; yours"):
         compare(runs, baseline="his")
 
@@ -112,6 +112,14 @@ def test_a_seed_twice_is_said_and_the_newest_counts(two: Path, tmp_path: Path) -
     assert found.groups[0].seeds == [1, 2, 3]
     assert any("seed 2 twice" in note and "again is left out" in note for note in found.notes)
     assert found.groups[0].runs[1].name == "full-s2"
+
+
+def test_a_group_with_two_configs_for_one_seed_is_refused(two: Path, tmp_path: Path) -> None:
+    make_seeded(tmp_path / "slow", 2, 0.9, ["train.lr.fusion=0.0001"])
+    runs = find_runs([str(two), str(tmp_path)], ["test"]).runs
+    assert len(compare(runs).groups) == 3
+    with pytest.raises(ValueError, match=r"--group-by too\n.*seed 2: .*(slow|full-s2).* differ in train\.lr\.fusion"):
+        compare(runs, group_by=["model.fusion.experts"])
 
 
 def test_unfinished_runs_are_left_out_and_named(two: Path, tmp_path: Path) -> None:

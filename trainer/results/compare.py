@@ -367,7 +367,7 @@ def _add_differences(
     for metric, kind in itertools.product(out.tested[task.name], out.kinds[task.name]):
         chosen_N = _chosen(first, kind)
         made = {key: ingredients(task, metric, one.truth_N, one.guess_N) for key, one in answers.items()}
-        resampled = {key: _resampled(of, chosen_N, counts_BN) for key, of in made.items()}
+        resampled = _resampled(made, chosen_N, counts_BN)
         for group, base in pairs:
             seeds = sorted(set(group.seeds) & set(base.seeds))
             two = [{run.seed: id(run) for run in one.runs} for one in (group, base)]
@@ -393,12 +393,12 @@ def _add_differences(
         out.notes.append(f"{task.name}: no differences, since no seed is common to {some(alone)}")
 
 
-def _resampled(of: Ingredients, chosen_N: np.ndarray, counts_BN: np.ndarray) -> np.ndarray:
-    """[B]: the metric on each resample. Counts are exact in float32, other sums are made in float64."""
-    parts_NK = columns(of)[chosen_N]
-    counts_BN = counts_BN if chosen_N.all() else counts_BN[:, chosen_N]
-    exact = of.formula in ("accuracy", "weighted F1", "macro F1")
-    return value(of.formula, counts_BN @ parts_NK.astype(np.float32) if exact else counts_BN.astype(float) @ parts_NK)
+def _resampled(made: dict[int, Ingredients], chosen_N: np.ndarray, counts_BN: np.ndarray) -> dict[int, np.ndarray]:
+    """[B] of each run: the metric on each resample. Counts are exact in float32, other sums are made in float64."""
+    formula = next(iter(made.values())).formula
+    exact = np.float32 if formula in ("accuracy", "weighted F1", "macro F1") else np.float64
+    counts_BN = (counts_BN if chosen_N.all() else counts_BN[:, chosen_N]).astype(exact, copy=False)
+    return {key: value(formula, counts_BN @ columns(of)[chosen_N].astype(exact)) for key, of in made.items()}
 
 
 def _right(made: Sequence[Ingredients], chosen_N: np.ndarray) -> np.ndarray:

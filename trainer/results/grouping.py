@@ -53,7 +53,7 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
     """Groups in the order of their first run, and notes: what else differs inside one, and runs that are left out.
 
     Raises:
-        ValueError: a setting that no run has, with the nearest name.
+        ValueError: a setting that no run has, with the nearest name; a group with two configs for one seed.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.config))
     varying = [k for k in known if len({run.config.get(k) for run in runs}) > 1 and not _aside(k)]
@@ -64,15 +64,21 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
         found.setdefault(run.group if named else tuple(run.config.get(k) for k in keys), []).append(run)
     shown = [k for k in (varying if named else keys) if len({run.config.get(k) for run in runs}) > 1]
     names = [str(key) for key in found] if named else _group_names(list(found.values()), shown)
-    groups, notes = [], []
+    groups, notes, faults = [], [], []
     for name, members in zip(names, found.values(), strict=True):
-        kept, said = _one_run_a_seed(name, members)
+        kept, said, wrong = _one_run_a_seed(name, members, varying)
+        faults += wrong
         inside = [k for k in varying if len({run.config.get(k) for run in kept}) > 1]
         if inside:
             said.append(f"the runs of {name} differ in more than their seed: {', '.join(inside)}")
         settings = {k: kept[0].config.get(k) if k not in inside else "(differs)" for k in shown}
         groups.append(Group(name, settings, kept))
         notes += said
+    if faults:
+        cure = "give such runs groups of their own" if named else "name these settings in --group-by too"
+        raise ValueError(
+            "\n  ".join([f"a group has several runs of one seed with different settings: {cure}", *faults])
+        )
     return groups, notes
 
 
@@ -114,17 +120,23 @@ def _plain(text: str | None) -> str:
     return "(absent)" if text is None else re.sub(r"['\"]", "", text)
 
 
-def _one_run_a_seed(name: str, members: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
-    """Of runs with one seed the newest, whatever its scores, and what is said about that."""
+def _one_run_a_seed(
+    name: str, members: Sequence[ComparedRun], varying: Sequence[str]
+) -> tuple[list[ComparedRun], list[str], list[str]]:
+    """Of runs with one seed and one config the newest, whatever its scores; notes about it, and faults: configs that differ."""
     newest: dict[int, ComparedRun] = {}
-    notes = []
+    notes, faults = [], []
     for run in sorted(members, key=lambda run: run.started):
-        if run.seed in newest:
-            notes.append(
-                f"{name} has seed {run.seed} twice: {newest[run.seed].where} is left out for the newer {run.where}"
-            )
+        other = newest.get(run.seed)
         newest[run.seed] = run
-    return [newest[seed] for seed in sorted(newest)], notes
+        if other is None:
+            continue
+        differing = [key for key in varying if run.config.get(key) != other.config.get(key)]
+        if differing:
+            faults.append(f"{name}, seed {run.seed}: {other.where} and {run.where} differ in {', '.join(differing)}")
+        else:
+            notes.append(f"{name} has seed {run.seed} twice: {other.where} is left out for the newer {run.where}")
+    return [newest[seed] for seed in sorted(newest)], notes, faults
 
 
 def some(names: Sequence[str]) -> str:
