@@ -175,11 +175,15 @@ def _needs(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | N
         objective=make_objective(config, task, trie, data["train"].targets()),
     )  # fmt: skip
     if collate.objective.riding is not None:
-        notes.append(
-            f"task {task.name}: train.regression_loss puts {len(trie.token_N)} positions of answers behind every sample; their "
-            "positions are counted, the logits at them are not"
-        )
+        notes.append(_riding(task, len(trie.token_N)))
     return _Needs(task.name, max(map(len, collate.answers)), collate.sizes(data["train"]), None, data)
+
+
+def _riding(task: Task, nodes: int, about: str = "") -> str:
+    return (
+        f"task {task.name}: train.regression_loss puts {about}{nodes} positions of answers behind every sample; they are "
+        "counted, the logits at them are not"
+    )
 
 
 def _assumed(
@@ -198,9 +202,14 @@ def _assumed(
 
     before, after = prompt_texts(task, config.data)
     prefix = tokens(before) + (1 if tokenizer is None else len(start_tokens(tokenizer)))
-    answer = 1 + max(tokens(text) for text in task.answer_texts(config.data.answers, language))
+    answers = [tokens(text) for text in task.answer_texts(config.data.answers, language)]
+    answer = 1 + max(answers)
     most, history, modalities = config.data.max_text_tokens, config.data.history, config.model.fusion.modalities
-    beside = tokens(after) + config.model.fusion.pseudo_tokens + answer - 1
+    carried = answer - 1
+    if config.train.regression_loss and task.kind == "regression":
+        carried = sum(answers)
+        notes.append(_riding(task, carried, "at most "))
+    beside = tokens(after) + config.model.fusion.pseudo_tokens + carried
     if history:
         notes.append(f"task {task.name}: {history} utterances of history, each as long as the mean of the texts")
 

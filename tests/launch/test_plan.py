@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,6 +287,16 @@ def test_packed_rows_hold_the_instruction_once(tmp_path):
     assert stated.positions_per_sample == prefix + 40
     with pytest.raises(ValueError, match=rf"--positions={prefix} .* alone has {prefix}"):
         run_lengths(config, 2, positions=prefix)
+
+
+def test_samples_that_carry_all_answers_have_more_positions(tmp_path: Path) -> None:
+    about: dict[str, Any] = {"task": "simsv2", "data": {"path": str(tmp_path)}, "model": {"backbone": {"name": "tiny"}}}
+    plain = run_lengths(check_config(about), 1)
+    held = run_lengths(check_config({**about, "train": {"regression_loss": 1.0}}), 1)
+    most, least = (min(min(rows.own) for rows in lengths.largest) for lengths in (held, plain))
+    answers = most - least + plain.largest[0].answer - 1
+    assert 21 <= answers <= 60  # the numbers from -1.0 to 1.0, each a token or two
+    assert any(f"at most {answers} positions of answers" in note for note in held.assumptions)
 
 
 def test_command(tmp_path):
