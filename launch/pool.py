@@ -38,10 +38,11 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run's process ended: exit code (negative: a signal), and what made it fail where that is known."""
+    """How a run ended: exit code (negative: a signal), what made it fail where that is known, and whether its process leaves."""
 
     code: int
     failure: str | None = None
+    leaves: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class _Place(Generic[AnyJob]):
             ended = Ended(code or 0)
             if self._procs == 1 and ended.code == 0:
                 ended = Ended(1, "its process left without a word")
-        if code is not None or ended.code:  # a worker leaves after a run that did not end well
+        if code is not None or ended.leaves:
             self._close(events)
         self.job = None
         return job, ended

@@ -1,8 +1,9 @@
 """A process that trains one run after another: torch and DeepSpeed are imported, and the process group made, once.
 
 Reads a JSON line per run on stdin (``{"config": FILE, "out": RUN, "debug": false}``) and answers each with a line on the file
-descriptor that its first argument names (``{"code": 0, "failure": null}``). Ends when stdin does, and after a run that did
-not end well: what that leaves behind concerns no other run. A run here is bit by bit the run of a fresh process.
+descriptor that its first argument names (``{"code": 0, "failure": null, "leaves": false}``). Ends when stdin does, after a run that
+did not end well, since what that leaves behind concerns no other run, and after one with ZeRO-3, whose model DeepSpeed (0.19) keeps
+in memory. A run here is bit by bit the run of a fresh process.
 """
 
 from __future__ import annotations
@@ -39,18 +40,19 @@ def main() -> None:
         for line in sys.stdin:
             job = json.loads(line)
             with _as_at_the_start():
-                code, failure = _train(job, world, stop)
-            answers.write(json.dumps({"code": code, "failure": failure}) + "\n")
+                code, failure, leaves = _train(job, world, stop)
+            answers.write(json.dumps({"code": code, "failure": failure, "leaves": leaves}) + "\n")
             answers.flush()
-            if code:
+            if leaves:
                 break
     stop_world()
 
 
-def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, str | None]:
-    """Exit code of the run, and what made it fail."""
+def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, str | None, bool]:
+    """Exit code of the run, what made it fail, and whether this process is to be left."""
     from trainer.config import load_config
     from trainer.results.report import write_report
+    from trainer.run.engine import zero_stage
     from trainer.run.logs import set_up_logging
     from trainer.run.loop import fit
 
@@ -60,10 +62,11 @@ def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, s
         config = load_config(job["config"])
         set_up_logging(out, world.rank, debug=job["debug"])
         log.info("run %s", out)
-        return fit(config, out, world, stop=stop, report=write_report if config.track.report else None), None
+        code = fit(config, out, world, stop=stop, report=write_report if config.track.report else None)
+        return code, None, code != 0 or zero_stage(config) == 3
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's alone
         traceback.print_exc()
-        return 1, f"{type(error).__name__}: {error}"
+        return 1, f"{type(error).__name__}: {error}", True
     finally:
         set_up_logging(None, world.rank)
 

@@ -174,7 +174,7 @@ def assert_same(one: Path, two: Path) -> None:
 def test_a_worker_that_has_trained_others_trains_as_a_fresh_process_does(toy: Path, tmp_path: Path) -> None:
     """Here after a run with another ZeRO stage. What is finished is not made again."""
     out = tmp_path / "sweep"
-    plan = ["sweep", str(toy), "--seeds", "5", "--set", "train.zero=3,2", "--out", str(out)]
+    plan = ["sweep", str(toy), "--seeds", "5", "--set", "train.zero=1,2", "--out", str(out)]
     done = egmf(*plan)
     assert done.returncode == 0, done.stderr
     pids = {json.loads(path.read_text())["pid"] for path in out.glob("*/run.json")}
@@ -197,7 +197,7 @@ def test_a_worker_that_has_trained_others_trains_as_a_fresh_process_does(toy: Pa
     assert "2 of 2 runs are done already" in again.stderr
     assert (out / "zero=2-s5" / "run.json").read_bytes() == before
     prepare_toy("meld", tmp_path, seed=1)
-    other = Sweep(out, expand(toy, [f"data.path={tmp_path}/meld"], ["train.zero=3,2"]), (5,))
+    other = Sweep(out, expand(toy, [f"data.path={tmp_path}/meld"], ["train.zero=1,2"]), (5,))
     with pytest.raises(ValueError, match="differs in the data of meld") as told:
         finished(other.children())
     assert len(str(told.value).splitlines()) == 2
@@ -271,3 +271,29 @@ def test_runs_of_several_processes(toy: Path, tmp_path: Path) -> None:
     assert "name=_none-s1: failed" in done.stderr
     assert state(out / "name=tiny-s1") == "done"
     assert json.loads((out / "name=tiny-s1" / "run.json").read_text())["world"] == 2
+
+
+KEPT = """
+import gc, sys
+from pathlib import Path
+from trainer.run.distributed import quiet_deepspeed, start_world
+quiet_deepspeed()
+from trainer.config import load_config
+from trainer.models.egmf import EGMF
+from trainer.run.loop import fit
+from trainer.run.signals import StopRequest
+world = start_world()
+for stage in (0, 2):
+    config = load_config(sys.argv[1], ["train.steps=1", "track.mlflow=false", f"train.zero={stage}"])
+    assert fit(config, Path(sys.argv[2]) / str(stage), world, stop=StopRequest()) == 0
+    gc.collect()
+    assert not [True for thing in gc.get_objects() if type(thing) is EGMF], f"ZeRO-{stage}"
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_leaves_no_model_in_memory(toy: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", KEPT, str(toy), str(tmp_path)]
+    done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr

@@ -218,14 +218,16 @@ class Run:
 
     def train(self, last: Path | None, saved: dict[str, Any] | None) -> str:
         """Train to the last step and evaluate, or until asked to stop; returns the run's state."""
+        state = "done"
         try:
             self._train(last, saved)
         except StopAsked:
             log.warning("stopped at step %d of %d; the same command continues it", self.at, self.steps)
-            return "stopped"
+            state = "stopped"
         finally:
             self.training.feed.close()
-        return "done"
+        self.engine.destroy()  # its hooks would keep the model in memory, and this process may train another
+        return state
 
     def _train(self, last: Path | None, saved: dict[str, Any] | None) -> None:
         train = self.config.train
