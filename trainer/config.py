@@ -144,6 +144,11 @@ class GateConfig(Section):
     modality: Literal["learned", "mean"] = "learned"
     expert: Literal["learned", "mean"] = "learned"
     temperature: PositiveFloat = 1.0
+    noise: float = Field(
+        0.0,
+        ge=0.0,
+        description="on the mixed slots in training, grown with the answers' probability: makes the gate decide",
+    )
     balance_weight: float = Field(0.0, ge=0.0)
     usage_decay: Fraction = 0.9
     kernel: Literal["auto", "triton", "reference"] = Field(

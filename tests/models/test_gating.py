@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.kernels.gate import gate_mix
 from trainer.models.experts import presence
-from trainer.models.gating import PACE, Context, Float32Buffers, HierarchicalGate
+from trainer.models.gating import Context, Float32Buffers, HierarchicalGate
 
 ALL = ("text", "audio", "video")
 NAMES = ("local", "semantic", "global")
@@ -52,8 +52,8 @@ def test_equals_the_formula():
     c = net.context(given, 1)
     for k in range(3):
         z = nn.functional.gelu(net.hidden(c + net.slot_KD[k]))
-        logits1 = PACE * net.modality(z).view(4, 3, 3)
-        logits2 = PACE * net.expert(z)
+        logits1 = net.modality(z).view(4, 3, 3)
+        logits2 = net.expert(z)
         for b in range(4):
             total = net.slot_KD[k] + net.residual(c[b])
             some = valid[b].any(-1)
@@ -118,7 +118,7 @@ def test_context_equals_numpy():
         for i, (m, s) in enumerate(given.items()):
             length = LENGTHS[b][ALL.index(m)]
             parts.append(
-                s.values_BTD[b, :length].mean(0).numpy() if length else net.missing_MD[i].detach().double().numpy()
+                s.content_BTD[b, :length].mean(0).numpy() if length else net.missing_MD[i].detach().double().numpy()
             )
         raw = weight @ np.concatenate([*parts, net.task.weight[1].detach().numpy()]) + bias
         np.testing.assert_allclose(c[b].detach().numpy(), (raw - raw.mean()) / np.sqrt(raw.var() + 1e-5), atol=1e-10)
@@ -173,50 +173,71 @@ def random_gate(B, K=3, E=3, seed=0):
 
 def test_usage_is_the_exponential_average_of_weighted_means():
     net = build(gate={"usage_decay": 0.8})
-    expected = np.full(3, 1 / 3)
+    expected, confidence = np.full(3, 1 / 3), 0.0
     np.testing.assert_allclose(net.usage_E, expected, atol=1e-7)
     for step in range(4):
-        gate, weight = random_gate(5, seed=step), torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5])
-        net.accumulate(gate, weight)
+        gate, weight, chance = random_gate(5, seed=step), torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5]), torch.rand(5)
+        net.accumulate(gate, weight, chance)
         net.update_usage()
         mean = (gate.mean(1) * weight[:, None]).sum(0).numpy() / 4.5
         expected = 0.8 * expected + 0.2 * mean
         np.testing.assert_allclose(net.usage_E, expected, atol=1e-6)
+        confidence = 0.8 * confidence + 0.2 * float((chance * weight).sum()) / 4.5
+        assert float(net.confidence) == pytest.approx(confidence, abs=1e-6)
 
 
 def test_usage_does_not_know_micro_batches_or_ranks():
-    gate, weight = random_gate(12), torch.rand(12)
+    gate, weight, chance = random_gate(12), torch.rand(12), torch.rand(12)
     whole = build()
-    whole.accumulate(gate, weight)
+    whole.accumulate(gate, weight, chance)
     whole.update_usage()
 
     cut = build()
     for part in (slice(0, 1), slice(1, 7), slice(7, 12)):
-        cut.accumulate(gate[part], weight[part])
+        cut.accumulate(gate[part], weight[part], chance[part])
     cut.update_usage()
     torch.testing.assert_close(whole.usage_E, cut.usage_E, atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole.confidence, cut.confidence, atol=1e-6, rtol=0)
 
     ranks = [build(), build()]
     for rank, part in zip(ranks, (slice(0, 4), slice(4, 12)), strict=True):
-        rank.accumulate(gate[part], weight[part])
-    total = sum(torch.cat([r.step_usage_E, r.step_weight[None]]) for r in ranks)
+        rank.accumulate(gate[part], weight[part], chance[part])
+    total = sum(r.collected() for r in ranks)
     calls = []
     for rank in ranks:
         rank.update_usage(lambda t: (calls.append(t.shape), t.copy_(total)))
-    assert calls == [torch.Size([4])] * 2  # once a step, sums and weight together
+    assert calls == [torch.Size([5])] * 2  # once a step, sums and weight together
     for rank in ranks:
         torch.testing.assert_close(whole.usage_E, rank.usage_E, atol=1e-6, rtol=0)
+        torch.testing.assert_close(whole.confidence, rank.confidence, atol=1e-6, rtol=0)
 
 
 def test_a_step_without_weight_changes_nothing_and_steps_do_not_add_up():
     net = build()
-    net.accumulate(random_gate(3), torch.ones(3))
+    net.accumulate(random_gate(3), torch.ones(3), torch.rand(3))
     net.update_usage()
-    before = net.usage_E.clone()
+    before = net.usage_E.clone(), net.confidence.clone()
     net.update_usage()
-    net.accumulate(random_gate(3, seed=4), torch.zeros(3))
+    net.accumulate(random_gate(3, seed=4), torch.zeros(3), torch.ones(3))
     net.update_usage()
-    assert torch.equal(before, net.usage_E)
+    assert all(map(torch.equal, before, (net.usage_E, net.confidence)))
+
+
+def test_noise_has_its_size_in_training_and_is_absent_otherwise():
+    """`noise` times the square of the confidence, alike in every channel, on the mix alone."""
+    net = build(gate={"noise": 3.0})
+    args = inputs()
+    clean, *weights = net.eval()(*args, 0)
+    quiet = net.train()(*args, 0)
+    assert torch.equal(quiet[0], clean)  # nothing is certain yet
+    net.confidence.fill_(0.5)
+    torch.manual_seed(0)
+    drawn = [net(*args, 0) for _ in range(300)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0][1:], weights, strict=True))
+    noise = torch.stack([y for y, *_ in drawn]) - clean
+    assert abs(float(noise.detach().mean())) < 0.02
+    torch.testing.assert_close(noise.std((0, 1, 2)), torch.full((8,), 3.0 * 0.25), rtol=0.06, atol=0)
+    assert torch.equal(net.eval()(*args, 0)[0], clean)
 
 
 def test_balance_loss():
@@ -238,7 +259,7 @@ def test_usage_may_move_before_the_backward_pass():
     net = build()
     gate = random_gate(4).requires_grad_()
     loss = net.balance_loss(gate).sum()
-    net.accumulate(gate, torch.ones(4))
+    net.accumulate(gate, torch.ones(4), torch.ones(4))
     net.update_usage()
     loss.backward()
     torch.testing.assert_close(gate.grad, torch.full((4, 3, 3), 1 / 3))

@@ -78,7 +78,7 @@ class EGMF(nn.Module):
         gate = self.fusion.gate
         balance_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
         if self.training:
-            gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B)
+            gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B, torch.exp(-out.detach()))
         return LossOutput(out, balance_B, fused.idle.float(), *gates)
 
     @torch.no_grad()

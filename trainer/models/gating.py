@@ -15,8 +15,6 @@ from trainer.kernels.gate import gate_mix
 from trainer.models.experts import Streams, presence
 from trainer.models.masked import masked_mean
 
-PACE = 0.25  # of the gate's logits: see HierarchicalGate
-
 
 class Float32Buffers(nn.Module):
     """A module whose own floating buffers stay float32 whatever its parameters are cast to.
@@ -36,9 +34,9 @@ class Float32Buffers(nn.Module):
 
 
 class Context(nn.Module):
-    """The context c [B, D]: LayerNorm(W [mean of every stream; task's embedding]).
+    """The context c [B, D]: LayerNorm(W [mean of every stream's contents; task's embedding]).
 
-    A learned vector stands for the mean of a modality that a sample does not have, so that the gate knows.
+    Positions are left out: their mean is large and nearly the same for all samples, and drowns what differs. A learned vector stands for the mean of a modality that a sample does not have, so that the gate knows.
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality], tasks: int) -> None:
@@ -50,7 +48,7 @@ class Context(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, streams: Streams, task: int) -> Tensor:
-        mean_BMD = torch.stack([masked_mean(s.values_BTD, s.mask_BT) for s in streams.values()], 1)
+        mean_BMD = torch.stack([masked_mean(s.content_BTD, s.mask_BT) for s in streams.values()], 1)
         mean_BMD = torch.where(presence(streams).unsqueeze(-1), mean_BMD, self.missing_MD)
         task_BD = self.task(torch.full(mean_BMD.shape[:1], task, device=mean_BMD.device))
         return self.norm(self.project(torch.cat([mean_BMD.flatten(1), task_BD], -1)))
@@ -59,18 +57,23 @@ class Context(nn.Module):
 class HierarchicalGate(Float32Buffers):
     """Weighs modalities inside each expert, then experts, per slot, and mixes them.
 
-    With z_BK = GELU(W (c_B + slot_K)): modality logits 0.25 V_1 z, expert logits 0.25 V_2 z, residual
-    r_BK = slot_K + W_c c_B; the mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the
-    same at first; and the factor lets the gate move slower than the experts. Measured without it: in the first hundred
-    steps the gate gives everything to the expert that learns first, and the others, without gradient, never learn.
-    A level that the config replaces by the mean has no logits and no parameters.
+    With z_BK = GELU(W (c_B + slot_K)): modality logits V_1 z, expert logits V_2 z, residual r_BK = slot_K + W_c c_B; the
+    mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the same at first. A level that
+    the config replaces by the mean has no logits and no parameters.
 
-    Balance: `usage_E` (float32, in the state dict) is the exponential average of the experts' mean weight over earlier
-    steps, 1/E at first. Samples of this step are collected by `accumulate` and enter it by `update_usage`.
+    Noise: in training, `noise` * a² * N(0, 1) is added to every channel of the mix, with a the running `confidence`. An
+    answer that can be read from a third of the right expert gives the gate nothing to learn; noise does, and more of the
+    right expert is the remedy. It grows as answers become certain, so that it does not keep them from being learned.
+
+    Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; and `confidence`, the mean
+    probability of the right answer, 0 at first. Both are exponential averages over earlier steps, float32, in the state
+    dict. Samples of this step are collected by `accumulate` and enter them by `update_usage`.
     """
 
     usage_E: Tensor
+    confidence: Tensor
     step_usage_E: Tensor
+    step_confidence: Tensor
     step_weight: Tensor
 
     def __init__(
@@ -91,7 +94,9 @@ class HierarchicalGate(Float32Buffers):
         if config.gate.expert == "learned":
             self.expert = _from_zero(nn.Linear(width, self.experts))
         self.register_buffer("usage_E", torch.full((self.experts,), 1.0 / self.experts))
+        self.register_buffer("confidence", torch.zeros(()))
         self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
+        self.register_buffer("step_confidence", torch.zeros(()), persistent=False)
         self.register_buffer("step_weight", torch.zeros(()), persistent=False)
 
     def forward(
@@ -106,13 +111,13 @@ class HierarchicalGate(Float32Buffers):
         expert_BKE = modality_BKn = None
         if self.config.modality == "learned" or self.config.expert == "learned":
             hidden_BKD = nn.functional.gelu(self.hidden(context_B1D + self.slot_KD))
-            modality_BKn = PACE * self.modality(hidden_BKD) if self.config.modality == "learned" else None
-            expert_BKE = PACE * self.expert(hidden_BKD) if self.config.expert == "learned" else None
+            modality_BKn = self.modality(hidden_BKD) if self.config.modality == "learned" else None
+            expert_BKE = self.expert(hidden_BKD) if self.config.expert == "learned" else None
         if modality_BKn is None:
             modality_BKn = values[0].new_zeros(*shape_BKE[:2], self.experts * self.modalities)
         if expert_BKE is None:
             expert_BKE = values[0].new_zeros(shape_BKE)
-        return gate_mix(
+        mixed_BKD, expert_BKE, modality_BKEM = gate_mix(
             values,
             modality_BKn.unflatten(-1, (self.experts, self.modalities)),
             expert_BKE,
@@ -124,6 +129,10 @@ class HierarchicalGate(Float32Buffers):
             mean_expert=self.config.expert == "mean",
             kernel=self.config.kernel,
         )
+        if self.training and self.config.noise:
+            scale = self.config.noise * self.confidence.square()
+            mixed_BKD = mixed_BKD + scale.to(mixed_BKD.dtype) * torch.randn_like(mixed_BKD)
+        return mixed_BKD, expert_BKE, modality_BKEM
 
     def balance_loss(self, gate_expert_BKE: Tensor) -> Tensor:
         """E sum_e u_e mean_k g2_bke, per sample [B], not yet times the weight of the config.
@@ -134,29 +143,36 @@ class HierarchicalGate(Float32Buffers):
         return self.experts * (gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True))
 
     @torch.no_grad()
-    def accumulate(self, gate_expert_BKE: Tensor, weight_B: Tensor) -> None:
-        """Collect the expert weights of one micro-batch, each sample times its weight."""
+    def accumulate(self, gate_expert_BKE: Tensor, weight_B: Tensor, probability_B: Tensor) -> None:
+        """Collect the expert weights and the answers' probabilities of one micro-batch, each sample times its weight."""
         weight_B = weight_B.to(self.step_usage_E)
         self.step_usage_E += weight_B @ gate_expert_BKE.mean(1).to(self.step_usage_E)
+        self.step_confidence += weight_B @ probability_B.to(self.step_confidence)
         self.step_weight += weight_B.sum()
+
+    def collected(self) -> Tensor:
+        """What a step has collected, to be summed over ranks: usage, confidence, weight [E + 2]."""
+        return torch.cat([self.step_usage_E, torch.stack([self.step_confidence, self.step_weight])])
 
     @torch.no_grad()
     def update_usage(self, reduce: Callable[[Tensor], object] | None = None) -> None:
-        """Once per optimizer step: usage = decay * usage + (1 - decay) * mean weight of this step's samples.
+        """Once per optimizer step: average = decay * average + (1 - decay) * mean over this step's samples.
 
-        `reduce` sums a tensor over the ranks in place. A step without weight leaves the usage as it was.
+        `reduce` sums a tensor over the ranks in place. A step without weight leaves the averages as they were.
         """
-        total = torch.cat([self.step_usage_E, self.step_weight[None]])
+        total = self.collected()
         if reduce is not None:
             reduce(total)
-        mean_E = total[:-1] / total[-1].clamp_min(torch.finfo(total.dtype).tiny)
+        mean = total[:-1] / total[-1].clamp_min(torch.finfo(total.dtype).tiny)
         decay = torch.where(total[-1] > 0, self.config.usage_decay, 1.0)
-        self.usage_E.mul_(decay).add_(mean_E * (1.0 - decay))
+        self.usage_E.mul_(decay).add_(mean[:-1] * (1.0 - decay))
+        self.confidence.mul_(decay).add_(mean[-1] * (1.0 - decay))
         self.discard_usage()
 
     def discard_usage(self) -> None:
-        """Forget this step's weights: the step is not taken."""
+        """Forget what this step collected: the step is not taken."""
         self.step_usage_E.zero_()
+        self.step_confidence.zero_()
         self.step_weight.zero_()
 
 

@@ -122,7 +122,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
             gate.discard_usage()
         else:
             gate.update_usage(lambda collected: collected.copy_(told[-len(collected) :]))
-    usage = usage[: len(usage) // 2]
+        usage = usage[: gate.experts]
     samples = len(batch.indices)
     return StepResult(loss / total, balance / total, samples, int(positions), usage, skipped, asked > 0)
 
@@ -132,4 +132,4 @@ def _usage(training: Training) -> list[Tensor]:
     if training.parts.model.fusion is None:
         return []
     gate = training.parts.model.fusion.gate
-    return [gate.usage_E.double() / training.world.size, gate.step_usage_E.double(), gate.step_weight.double()[None]]
+    return [gate.usage_E.double() / training.world.size, gate.collected().double()]
