@@ -51,4 +51,4 @@ def test_the_demo_from_a_clean_clone_and_once_more(tmp_path: Path) -> None:
     again = make_demo(clone)
     assert again.returncode == 0, again.stderr[-3000:]
     assert re.search(r"full model\s*│\s*([\d.]+)", again.stdout)[1] == row[1]  # type: ignore[index]
-    assert not os.path.exists(clone / "runs" / "demo" / "checkpoints" / ".writing-step-00000700")
+    assert not os.path.exists(clone / "runs" / "demo" / "checkpoints" / ".writing-step-00001000")
