@@ -147,7 +147,7 @@ class GateConfig(Section):
     noise: float = Field(
         0.0,
         ge=0.0,
-        description="on the mixed slots in training, grown with the answers' probability: makes the gate decide",
+        description="on the mixed slots in training, once answers are certain: makes the gate decide",
     )
     balance_weight: float = Field(0.0, ge=0.0)
     usage_decay: Fraction = 0.9

@@ -224,19 +224,19 @@ def test_a_step_without_weight_changes_nothing_and_steps_do_not_add_up():
 
 
 def test_noise_has_its_size_in_training_and_is_absent_otherwise():
-    """`noise` times the square of the confidence, alike in every channel, on the mix alone."""
+    """`noise` times confidence⁸ times the channel's own scale, on the mix alone."""
     net = build(gate={"noise": 3.0})
     args = inputs()
     clean, *weights = net.eval()(*args, 0)
     quiet = net.train()(*args, 0)
     assert torch.equal(quiet[0], clean)  # nothing is certain yet
-    net.confidence.fill_(0.5)
+    net.confidence.fill_(0.9)
     torch.manual_seed(0)
     drawn = [net(*args, 0) for _ in range(300)]
     assert all(torch.equal(a, b) for a, b in zip(drawn[0][1:], weights, strict=True))
     noise = torch.stack([y for y, *_ in drawn]) - clean
     assert abs(float(noise.detach().mean())) < 0.02
-    torch.testing.assert_close(noise.std((0, 1, 2)), torch.full((8,), 3.0 * 0.25), rtol=0.06, atol=0)
+    torch.testing.assert_close(noise.std((0, 1, 2)), 3.0 * 0.9**8 * net.weight_D.abs(), rtol=0.06, atol=0)
     assert torch.equal(net.eval()(*args, 0)[0], clean)
 
 

@@ -61,9 +61,10 @@ class HierarchicalGate(Float32Buffers):
     mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the same at first. A level that
     the config replaces by the mean has no logits and no parameters.
 
-    Noise: in training, `noise` * a² * N(0, 1) is added to every channel of the mix, with a the running `confidence`. An
-    answer that can be read from a third of the right expert gives the gate nothing to learn; noise does, and more of the
-    right expert is the remedy. It grows as answers become certain, so that it does not keep them from being learned.
+    Noise: in training, `noise` * a⁸ * w_D * N(0, 1) is added to every channel of the mix, with a the running `confidence`
+    and w_D the mix's own scale. An answer that can be read from a third of the right expert gives the gate nothing to
+    learn; noise does, and more of the right expert is the remedy. It comes when answers are nearly certain, so that it
+    does not keep them from being learned, and goes where it makes them uncertain.
 
     Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; and `confidence`, the mean
     probability of the right answer, 0 at first. Both are exponential averages over earlier steps, float32, in the state
@@ -130,7 +131,7 @@ class HierarchicalGate(Float32Buffers):
             kernel=self.config.kernel,
         )
         if self.training and self.config.noise:
-            scale = self.config.noise * self.confidence.square()
+            scale = self.config.noise * self.confidence**8 * self.weight_D
             mixed_BKD = mixed_BKD + scale.to(mixed_BKD.dtype) * torch.randn_like(mixed_BKD)
         return mixed_BKD, expert_BKE, modality_BKEM
 
