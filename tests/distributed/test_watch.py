@@ -117,14 +117,14 @@ def test_ranks_at_the_same_place_are_shown_once() -> None:
     assert "ranks 0-1, 3-999: in the collective broadcast" in told
 
 
-@pytest.mark.slow  # a whole training that hangs in its third step
+@pytest.mark.slow  # a whole training that hangs in its fifth step
 def test_a_training_that_hangs_is_ended_and_our_launcher_says_why(tmp_path: Path) -> None:
     prepare_toy("meld", tmp_path)
     out = tmp_path / "run"
     done = egmf(
         "launch", "local", "--procs", "2", f"{ROOT}/configs/tiny.yaml", "--out", str(out), "task=meld",
         f"data.path={tmp_path}/{{task}}", "train.steps=9", "train.global_batch=8", "train.micro_batch=4",
-        "train.stuck_seconds=10", "track.mlflow=false", "model.backbone.tiny.vocab_size=400",
+        "train.stuck_seconds=10", "train.probe=false", "track.mlflow=false", "model.backbone.tiny.vocab_size=400",
         EGMF_TEST_SLEEP_RANK="1", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -135,4 +135,4 @@ def test_a_training_that_hangs_is_ended_and_our_launcher_says_why(tmp_path: Path
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == "failed"
     assert "rank 1 is not in the collective" in record["failure"]
-    assert "step 3, micro-batch 1 of 1" in (out / "log.txt").read_text()
+    assert "step 5, micro-batch 1 of 1" in (out / "log.txt").read_text()
