@@ -89,6 +89,7 @@ class Lab:
     def __enter__(self) -> Lab:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_alone())
+            self._clear()  # an interrupted use leaves its network behind
             stack.callback(self._close)
             self._write()
             self._network()
@@ -171,7 +172,9 @@ class Lab:
                 f"-n {name} link set lo up",
             ]
         for command in commands:
-            subprocess.run(["ip", *command.split()], check=True)
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"ip {command}: {done.stderr.strip()}")
 
     def _munge(self) -> None:
         folder = self.folder / "munge"
@@ -186,10 +189,7 @@ class Lab:
     def _close(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.run("scancel", "--full", "--user=root")
-        for node in self.nodes:
-            for pid in _inside(node):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        self._end_nodes()
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
@@ -197,6 +197,17 @@ class Lab:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        self._clear()
+
+    def _end_nodes(self) -> None:
+        for node in self.nodes:
+            for pid in _inside(node):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _clear(self) -> None:
+        """Remove the network, with all that runs on the nodes; an interrupted lab's too: the names are ours alone."""
+        self._end_nodes()
         for node in self.nodes:
             subprocess.run(["ip", "netns", "del", _namespace(node)], capture_output=True)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
