@@ -108,7 +108,7 @@ class Ours:
         total = len(self.order.step(index).indices)
         for rows in self.rows(index):
             out = self.model(rows)
-            (((out.loss_B + out.balance_B) * rows.weight_B).sum() / total + out.idle).backward()
+            (((out.loss_B + out.gate_B) * rows.weight_B).sum() / total + out.idle).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         assert self.model.fusion is not None

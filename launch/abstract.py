@@ -258,7 +258,7 @@ def record_pass(model: EGMF, rows: Rows, dtype: torch.dtype) -> Pass:
     with watch:
         output = model(batch)
         assert isinstance(output, LossOutput)
-        (output.loss_B.sum() + output.balance_B.sum() + output.idle).backward()
+        (output.loss_B.sum() + output.gate_B.sum() + output.idle).backward()
     for hook in hooks:
         hook.remove()
     return Pass(watch.peak, watch.peak_with_gradients, watch.flops)

@@ -144,10 +144,9 @@ class GateConfig(Section):
     modality: Literal["learned", "mean"] = "learned"
     expert: Literal["learned", "mean"] = "learned"
     temperature: PositiveFloat = 1.0
-    noise: float = Field(
+    exploration: Fraction = Field(
         0.0,
-        ge=0.0,
-        description="on the mixed slots in training, once answers are certain: makes the gate decide",
+        description="share of the training samples left with one expert, drawn by its weight, once answers are known: teaches the gate which expert to trust",
     )
     balance_weight: float = Field(0.0, ge=0.0)
     usage_decay: Fraction = 0.9

@@ -65,7 +65,7 @@ def gradients(model: EGMF, outputs: Sequence[LossOutput]) -> tuple[Tensor, dict[
     weights = torch.linspace(0.5, 1.5, len(TEXTS))
     loss_B = torch.cat([out.loss_B for out in outputs])
     model.zero_grad()
-    ((loss_B + torch.cat([out.balance_B for out in outputs])) @ weights + sum(out.idle for out in outputs)).backward()
+    ((loss_B + torch.cat([out.gate_B for out in outputs])) @ weights + sum(out.idle for out in outputs)).backward()
     return loss_B.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -224,7 +224,7 @@ def test_a_micro_step_never_waits_for_the_device(folder: Path, layout: str, atte
     batch = collate.pack(held, [2, 0, 4]) if layout == "packed" else collate(held)
     with Waits() as seen:
         out = model(batch)
-        (out.loss_B.sum() + out.balance_B.sum() + out.idle).backward()
+        (out.loss_B.sum() + out.gate_B.sum() + out.idle).backward()
     assert seen.found == []
     with Waits() as seen:
         assert bool(torch.ones(3)[torch.tensor([True, False, True])].sum() > 1)

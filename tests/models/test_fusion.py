@@ -229,7 +229,7 @@ def test_names_are_stable():
         "experts.semantic.ask",
         "experts.semantic.source",
         "experts.global.blocks",
-        "gate.context.missing_MD",
+        "gate.context.missing_MS",
         "gate.slot_KD",
         "gate.usage_E",
         "gate.weight_D",

@@ -27,6 +27,19 @@ def test_one_task_takes_the_better_value_and_the_earlier_of_equal_ones() -> None
     assert chosen(Selection({"d": False}), [{"d": v} for v in [0.9, 0.4, 0.5]]) == ["step-0", "step-1", "step-1"]
 
 
+def test_of_equal_values_the_smaller_nll_is_taken() -> None:
+    selection = Selection({"a": True, "b": False})
+    for step, (a, b, nll) in enumerate(
+        [(1.0, 0.5, (0.9, 9.0)), (1.0, 0.5, (0.8, 7.0)), (0.9, 0.5, (0.1, 1.0)), (1.0, 0.5, (0.8, 7.0))]
+    ):
+        selection.add(f"step-{step}", {"a": a, "b": b}, {"a": nll[0], "b": nll[1]})
+    assert selection.best == "step-1"
+    restored = Selection({"a": True, "b": False})
+    restored.restore(json.loads(json.dumps(selection.state())))
+    assert restored.add("step-4", {"a": 1.0, "b": 0.5}, {"a": 0.7, "b": 6.0})
+    assert not restored.add("step-5", {"a": 1.0, "b": 0.5}, {"a": None})  # not known: worse than any
+
+
 def brute(validations: list[dict[str, float]], signs: dict[str, float], a: int, b: int) -> int:
     """The one of a < b with the smaller mean rank, ranks by counting."""
 

@@ -26,10 +26,10 @@ LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
 
 class LossOutput(NamedTuple):
     """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included (smoothed, and with
-    an expected error, where the batch asks for it); `balance_B` is already times its weight. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
+    an expected error, where the batch asks for it); `gate_B` are the gate's own terms, of balance (already times its weight) and of exploration. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
 
     loss_B: Tensor
-    balance_B: Tensor
+    gate_B: Tensor
     idle: Tensor
     gate_expert_BKE: Tensor | None
     gate_modality_BKEM: Tensor | None
@@ -76,10 +76,13 @@ class EGMF(nn.Module):
         if fused is None or self.fusion is None:
             return LossOutput(out, torch.zeros_like(out), out.new_zeros(()), *gates)
         gate = self.fusion.gate
-        balance_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
+        gate_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
         if self.training:
-            gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B, torch.exp(-out.detach()))
-        return LossOutput(out, balance_B, fused.idle.float(), *gates)
+            probability_B = torch.exp(-out.detach())
+            if gate.config.exploration:
+                gate_B = gate_B + gate.policy_loss(fused.gate_expert_BKE, fused.drawn_BE, probability_B).float()
+            gate.accumulate(fused.gate_expert_BKE.detach(), fused.drawn_BE, batch.weight_B, probability_B)
+        return LossOutput(out, gate_B, fused.idle.float(), *gates)
 
     @torch.no_grad()
     def prefix(self, ids_P: Tensor) -> PrefixCache:
@@ -201,8 +204,9 @@ class EGMF(nn.Module):
             raise ValueError(f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes {built}")
         if len(used) == 1:
             return used[0]._replace(idle=idle)
-        pseudo_BKH, expert_BKE, modality_BKEM = (torch.cat(parts) for parts in zip(*(o[:3] for o in used), strict=True))
-        return FusionOutput(pseudo_BKH, expert_BKE, modality_BKEM, idle)
+        per_sample = (torch.cat(parts) for parts in zip(*((*o[:3], o.drawn_BE) for o in used), strict=True))
+        pseudo_BKH, expert_BKE, modality_BKEM, drawn_BE = per_sample
+        return FusionOutput(pseudo_BKH, expert_BKE, modality_BKEM, idle, drawn_BE)
 
     def _fuse_group(self, fusion: Fusion, task: str, group: FusionInput) -> FusionOutput:
         text_BSH = self.backbone.embed(group.text_ids_BS).detach()

@@ -32,13 +32,14 @@ class FusionOutput(NamedTuple):
     """Pseudo tokens and what the gate decided; `idle` is a scalar 0 to be added to the loss (see :class:`Encoders`).
 
     Experts and modalities stand in the order of `Fusion.experts_built` and `Fusion.modalities`: an ablated one has no
-    place.
+    place. `drawn_BE`: see :class:`GateOutput`.
     """
 
     pseudo_BKH: Tensor
     gate_expert_BKE: Tensor
     gate_modality_BKEM: Tensor
     idle: Tensor
+    drawn_BE: Tensor
 
 
 class PseudoProjection(Float32Buffers):
@@ -105,8 +106,8 @@ class Fusion(nn.Module):
         answers = [expert(streams) for expert in self.experts.values()]
         values = [value for values, _ in answers for value in values]
         valid_BEM = torch.stack([valid for _, valid in answers], 1)
-        mixed_BKD, expert_BKE, modality_BKEM = self.gate(values, valid_BEM, streams, self.tasks[task])
-        return FusionOutput(self.pseudo(mixed_BKD), expert_BKE, modality_BKEM, idle)
+        gated = self.gate(values, valid_BEM, streams, self.tasks[task])
+        return FusionOutput(self.pseudo(gated.mixed_BKD), gated.expert_BKE, gated.modality_BKEM, idle, gated.drawn_BE)
 
 
 def _modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:

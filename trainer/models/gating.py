@@ -1,17 +1,19 @@
 """The hierarchical gate: how much of each modality inside each expert, and of each expert, per slot.
 
-Shapes: B samples, T time, K slots, E experts, M modalities, D width.
+Shapes: B samples, T time, K slots, E experts, M modalities, D width, S = 2 D statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import FusionConfig, Modality
-from trainer.kernels.gate import gate_mix
+from trainer.kernels.gate import gate_mix, gate_weights
+from trainer.models.encoders import Stream
 from trainer.models.experts import Streams, presence
 from trainer.models.masked import masked_mean
 
@@ -34,24 +36,37 @@ class Float32Buffers(nn.Module):
 
 
 class Context(nn.Module):
-    """The context c [B, D]: LayerNorm(W [mean of every stream's contents; task's embedding]).
+    """The context c [B, D]: LayerNorm(W [mean and logarithm of the standard deviation of every stream's contents; task]).
 
-    Positions are left out: their mean is large and nearly the same for all samples, and drowns what differs. A learned vector stands for the mean of a modality that a sample does not have, so that the gate knows.
+    The deviation over time tells what the mean does not: that something short happened. All of it is near 0, and the
+    task's embedding starts small, since what is large and the same for all samples drowns what differs; positions are
+    left out for that reason. Learned statistics stand for a modality that a sample does not have, so that the gate knows.
     """
 
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality], tasks: int) -> None:
         super().__init__()
         width = config.width
-        self.missing_MD = nn.Parameter(torch.randn(len(modalities), width) * 0.5)
+        self.missing_MS = nn.Parameter(torch.randn(len(modalities), 2 * width) * 0.5)
         self.task = nn.Embedding(tasks, width)
-        self.project = nn.Linear((len(modalities) + 1) * width, width)
+        nn.init.normal_(self.task.weight, std=0.02)
+        self.project = nn.Linear((2 * len(modalities) + 1) * width, width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, streams: Streams, task: int) -> Tensor:
-        mean_BMD = torch.stack([masked_mean(s.content_BTD, s.mask_BT) for s in streams.values()], 1)
-        mean_BMD = torch.where(presence(streams).unsqueeze(-1), mean_BMD, self.missing_MD)
-        task_BD = self.task(torch.full(mean_BMD.shape[:1], task, device=mean_BMD.device))
-        return self.norm(self.project(torch.cat([mean_BMD.flatten(1), task_BD], -1)))
+        told_BMS = torch.stack([_statistics(s) for s in streams.values()], 1)
+        told_BMS = torch.where(presence(streams).unsqueeze(-1), told_BMS, self.missing_MS)
+        task_BD = self.task(torch.full(told_BMS.shape[:1], task, device=told_BMS.device))
+        return self.norm(self.project(torch.cat([told_BMS.flatten(1), task_BD], -1)))
+
+
+class GateOutput(NamedTuple):
+    """`mixed_BKD`: the slots; weights of experts and modalities; `drawn_BE`: the one expert that an exploring sample
+    keeps, False everywhere for the others. Weights of experts are the gate's, drawn or not."""
+
+    mixed_BKD: Tensor
+    expert_BKE: Tensor
+    modality_BKEM: Tensor
+    drawn_BE: Tensor
 
 
 class HierarchicalGate(Float32Buffers):
@@ -61,21 +76,23 @@ class HierarchicalGate(Float32Buffers):
     mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the same at first. A level that
     the config replaces by the mean has no logits and no parameters.
 
-    Noise: in training, `noise` * a⁸ * w_D * N(0, 1) is added to every channel of the mix, with a the running `confidence`
-    and w_D the mix's own scale. An answer that can be read from a third of the right expert gives the gate nothing to
-    learn; noise does, and more of the right expert is the remedy. It comes when answers are nearly certain, so that it
-    does not keep them from being learned, and goes where it makes them uncertain.
+    Exploration: in training a share `exploration` * a⁸ of the samples, a the running `confidence`, keeps one expert alone,
+    drawn by the mean of its weights over the slots; :meth:`policy_loss` rewards the draw by how likely the right answer
+    then is. The mix alone teaches the gate little: an answer that can be read from a third of the right expert is no
+    more likely with all of it. Exploration waits until answers are known, since one expert cannot tell what none has learned.
 
-    Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; and `confidence`, the mean
-    probability of the right answer, 0 at first. Both are exponential averages over earlier steps, float32, in the state
-    dict. Samples of this step are collected by `accumulate` and enter them by `update_usage`.
+    Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; `confidence`, the mean
+    probability of the right answer where all experts are mixed, 0 at first; `baseline`, the same where one was drawn.
+    All are exponential averages over earlier steps, float32, in the state dict. Samples of this step are collected by
+    `accumulate` and enter them by `update_usage`.
     """
 
     usage_E: Tensor
     confidence: Tensor
     step_usage_E: Tensor
-    step_confidence: Tensor
-    step_weight: Tensor
+    baseline: Tensor
+    step_chance_2: Tensor
+    step_weight_2: Tensor
 
     def __init__(
         self, config: FusionConfig, experts: Sequence[str], modalities: Sequence[Modality], tasks: int
@@ -96,17 +113,13 @@ class HierarchicalGate(Float32Buffers):
             self.expert = _from_zero(nn.Linear(width, self.experts))
         self.register_buffer("usage_E", torch.full((self.experts,), 1.0 / self.experts))
         self.register_buffer("confidence", torch.zeros(()))
+        self.register_buffer("baseline", torch.zeros(()))
         self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
-        self.register_buffer("step_confidence", torch.zeros(()), persistent=False)
-        self.register_buffer("step_weight", torch.zeros(()), persistent=False)
+        self.register_buffer("step_chance_2", torch.zeros(2), persistent=False)
+        self.register_buffer("step_weight_2", torch.zeros(2), persistent=False)
 
-    def forward(
-        self, values: Sequence[Tensor], valid_BEM: Tensor, streams: Streams, task: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixed slots y [B, K, D], expert weights [B, K, E] and modality weights [B, K, E, M].
-
-        `values` are E M tensors [B, K, D], those of the first expert first.
-        """
+    def forward(self, values: Sequence[Tensor], valid_BEM: Tensor, streams: Streams, task: int) -> GateOutput:
+        """`values` are E M tensors [B, K, D], those of the first expert first."""
         context_B1D = self.context(streams, task).unsqueeze(1)
         shape_BKE = (*values[0].shape[:2], self.experts)
         expert_BKE = modality_BKn = None
@@ -114,6 +127,11 @@ class HierarchicalGate(Float32Buffers):
             hidden_BKD = nn.functional.gelu(self.hidden(context_B1D + self.slot_KD))
             modality_BKn = self.modality(hidden_BKD) if self.config.modality == "learned" else None
             expert_BKE = self.expert(hidden_BKD) if self.config.expert == "learned" else None
+        policy_BKE, drawn_BE = None, torch.zeros_like(valid_BEM[..., 0])
+        if self.training and self.config.exploration and expert_BKE is not None and self.experts > 1:
+            policy_BKE = gate_weights(expert_BKE, valid_BEM, self.config.temperature)
+            drawn_BE = self._draw(policy_BKE)
+            valid_BEM = valid_BEM & (drawn_BE | ~drawn_BE.any(-1, keepdim=True)).unsqueeze(-1)
         if modality_BKn is None:
             modality_BKn = values[0].new_zeros(*shape_BKE[:2], self.experts * self.modalities)
         if expert_BKE is None:
@@ -130,10 +148,26 @@ class HierarchicalGate(Float32Buffers):
             mean_expert=self.config.expert == "mean",
             kernel=self.config.kernel,
         )
-        if self.training and self.config.noise:
-            scale = self.config.noise * self.confidence**8 * self.weight_D
-            mixed_BKD = mixed_BKD + scale.to(mixed_BKD.dtype) * torch.randn_like(mixed_BKD)
-        return mixed_BKD, expert_BKE, modality_BKEM
+        return GateOutput(mixed_BKD, expert_BKE if policy_BKE is None else policy_BKE, modality_BKEM, drawn_BE)
+
+    @torch.no_grad()
+    def _draw(self, policy_BKE: Tensor) -> Tensor:
+        """Of each sample the expert that it keeps [B, E], one-hot; False everywhere for samples that keep all."""
+        policy_BE = policy_BKE.mean(1)
+        gumbel_BE = -torch.empty_like(policy_BE).exponential_().log()
+        one_BE = nn.functional.one_hot((policy_BE.log() + gumbel_BE).argmax(-1), self.experts).bool()
+        rate = self.config.exploration * self.confidence**8
+        explores_B = (torch.rand(len(policy_BE), device=policy_BE.device) < rate) & (policy_BE.sum(-1) > 0)
+        return one_BE & explores_B.unsqueeze(-1)
+
+    def policy_loss(self, gate_expert_BKE: Tensor, drawn_BE: Tensor, probability_B: Tensor) -> Tensor:
+        """-(p - baseline) log mean_k g2[drawn], per sample [B], 0 where none was drawn; p has no gradient.
+
+        Its expected gradient is that of minus the mean probability of the right answer over the experts, each drawn by
+        its weight (REINFORCE, Williams 1992).
+        """
+        drawn_B = torch.where(drawn_BE.any(-1), (gate_expert_BKE.mean(1) * drawn_BE).sum(-1), 1.0)
+        return (self.baseline - probability_B.detach()) * drawn_B.log()
 
     def balance_loss(self, gate_expert_BKE: Tensor) -> Tensor:
         """E sum_e u_e mean_k g2_bke, per sample [B], not yet times the weight of the config.
@@ -144,37 +178,50 @@ class HierarchicalGate(Float32Buffers):
         return self.experts * (gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True))
 
     @torch.no_grad()
-    def accumulate(self, gate_expert_BKE: Tensor, weight_B: Tensor, probability_B: Tensor) -> None:
+    def accumulate(self, gate_expert_BKE: Tensor, drawn_BE: Tensor, weight_B: Tensor, probability_B: Tensor) -> None:
         """Collect the expert weights and the answers' probabilities of one micro-batch, each sample times its weight."""
         weight_B = weight_B.to(self.step_usage_E)
+        explores_B = drawn_BE.any(-1).to(weight_B)
+        weight_2B = weight_B * torch.stack([1 - explores_B, explores_B])
         self.step_usage_E += weight_B @ gate_expert_BKE.mean(1).to(self.step_usage_E)
-        self.step_confidence += weight_B @ probability_B.to(self.step_confidence)
-        self.step_weight += weight_B.sum()
+        self.step_chance_2 += weight_2B @ probability_B.to(self.step_chance_2)
+        self.step_weight_2 += weight_2B.sum(1)
 
     def collected(self) -> Tensor:
-        """What a step has collected, to be summed over ranks: usage, confidence, weight [E + 2]."""
-        return torch.cat([self.step_usage_E, torch.stack([self.step_confidence, self.step_weight])])
+        """What a step has collected, to be summed over ranks [E + 4]: usage; probabilities, then weights, of mixed and of exploring samples."""
+        return torch.cat([self.step_usage_E, self.step_chance_2, self.step_weight_2])
 
     @torch.no_grad()
     def update_usage(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """Once per optimizer step: average = decay * average + (1 - decay) * mean over this step's samples.
 
-        `reduce` sums a tensor over the ranks in place. A step without weight leaves the averages as they were.
+        `reduce` sums a tensor over the ranks in place. What a step has no weight for stays as it was.
         """
         total = self.collected()
         if reduce is not None:
             reduce(total)
-        mean = total[:-1] / total[-1].clamp_min(torch.finfo(total.dtype).tiny)
-        decay = torch.where(total[-1] > 0, self.config.usage_decay, 1.0)
-        self.usage_E.mul_(decay).add_(mean[:-1] * (1.0 - decay))
-        self.confidence.mul_(decay).add_(mean[-1] * (1.0 - decay))
+        usage_E, chance_2, weight_2 = total.split([self.experts, 2, 2])
+        self._average(self.usage_E, usage_E, weight_2.sum())
+        self._average(self.confidence, chance_2[0], weight_2[0])
+        self._average(self.baseline, chance_2[1], weight_2[1])
         self.discard_usage()
+
+    def _average(self, average: Tensor, total: Tensor, weight: Tensor) -> None:
+        decay = torch.where(weight > 0, self.config.usage_decay, 1.0)
+        average.mul_(decay).add_(total / weight.clamp_min(torch.finfo(weight.dtype).tiny) * (1.0 - decay))
 
     def discard_usage(self) -> None:
         """Forget what this step collected: the step is not taken."""
         self.step_usage_E.zero_()
-        self.step_confidence.zero_()
-        self.step_weight.zero_()
+        self.step_chance_2.zero_()
+        self.step_weight_2.zero_()
+
+
+def _statistics(stream: Stream) -> Tensor:
+    """Mean and log of the standard deviation over time [B, 2 D]."""
+    mean_BD = masked_mean(stream.content_BTD, stream.mask_BT)
+    variance_BD = masked_mean((stream.content_BTD - mean_BD.unsqueeze(1)).square(), stream.mask_BT)
+    return torch.cat([mean_BD, 0.5 * (variance_BD + 1e-5).log()], -1)
 
 
 def _from_zero(layer: nn.Linear) -> nn.Linear:

@@ -81,9 +81,10 @@ class Health:
     """How the steps have gone: skipped ones, and losses that stand far above the recent ones. Part of a checkpoint.
 
     A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
+    The deviation counts as `FLOOR` at least: what happens among losses near 0 is no news.
     """
 
-    WINDOW, LEAST = 64, 16
+    WINDOW, LEAST, FLOOR = 64, 16, 0.01
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -102,7 +103,7 @@ class Health:
             recent = torch.tensor(list(self._recent), dtype=torch.float64)
             median = recent.quantile(0.5)
             spread = 1.4826 * (recent - median).abs().quantile(0.5)
-            spike = loss > float(median + self.factor * spread.clamp_min(1e-3 * median.abs()))
+            spike = loss > float(median + self.factor * spread.clamp_min(self.FLOOR))
         self.spikes += spike
         self._recent.append(loss)
         return spike

@@ -263,7 +263,7 @@ class Run:
         if last is None or saved is None:
             return 0
         resume_engine(self.engine, last, self.world)
-        if "selection" not in saved:
+        if "nll" not in saved.get("selection", {}):
             raise ValueError(
                 f"{last} was written by an earlier version: continue it with that version, or start anew with train.resume=never"
             )
@@ -341,7 +341,8 @@ class Run:
     def _validate(self, step: int) -> None:
         """Score the validation split, and say whether this step is the best so far."""
         _, metrics = self._evaluate("valid")
-        self.selection.add(step_name(step), selecting(self.parts, metrics))
+        nll = {name: values.get("nll") for name, values in metrics.items()}
+        self.selection.add(step_name(step), selecting(self.parts, metrics), nll)
         self.tracker.metrics(named("valid", metrics), step)
         log.info("step %d: %s", step, shown("valid", self.parts, metrics))
 
@@ -389,7 +390,7 @@ class Run:
     def _tell(self, step: int, result: StepResult, spike: bool, rates: list[float], seconds: float) -> None:
         values = {
             "train/loss": result.loss,
-            "train/balance": result.balance,
+            "train/gate_loss": result.gate_loss,
             "train/lr_fusion": rates[0],
             "train/lr_backbone": rates[-1],
             "train/samples_per_second": result.samples / seconds,

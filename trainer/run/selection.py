@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,10 @@ from scipy.stats import rankdata
 class Selection:
     """Chooses between the best so far and each new validation; what was not chosen is not looked at again.
 
-    With one task the better value is chosen, the earlier one where they are equal. With several, tasks whose numbers have
-    other units and ranges cannot be averaged: all validations so far are ranked in each task (1 is the best, equal values
-    share the mean of their ranks), and the smaller mean rank over tasks is chosen, the earlier one where they are equal.
-    A validation with a value that is undefined is never chosen and enters no ranking.
+    With one task the better value is chosen. With several, tasks whose numbers have other units and ranges cannot be
+    averaged: all validations so far are ranked in each task (1 is the best, equal values share the mean of their ranks),
+    and the smaller mean rank over tasks is chosen. Where that is equal (accuracies often are) the smaller mean rank of the
+    negative log-likelihoods decides, and then the earlier validation. A validation with a value that is undefined is never chosen and enters no ranking.
 
     Args:
         maximise: task -> whether more of its metric is better.
@@ -24,28 +25,38 @@ class Selection:
     def __init__(self, maximise: Mapping[str, bool]) -> None:
         self._sign = {task: 1.0 if more else -1.0 for task, more in maximise.items()}
         self._validations: dict[str, dict[str, float]] = {}
+        self._nll: dict[str, dict[str, float]] = {}
         self.best: str | None = None
 
-    def add(self, name: str, values: Mapping[str, float | None]) -> bool:
-        """Take in the validation of checkpoint `name`; whether it is the best so far now."""
+    def add(self, name: str, values: Mapping[str, float | None], nll: Mapping[str, float | None] | None = None) -> bool:
+        """Take in the validation of checkpoint `name`; whether it is the best so far now.
+
+        `nll` says of each task its mean negative log-likelihood; one that is not known counts as infinite.
+        """
         known = {task: value for task, value in values.items() if value is not None}
         if len(known) < len(self._sign):
             return False
         self._validations[name] = known
-        if self.best is None or self._mean_rank(name) < self._mean_rank(self.best):
+        told = {task: (nll or {}).get(task) for task in self._sign}
+        self._nll[name] = {task: math.inf if value is None else value for task, value in told.items()}
+        if self.best is None or self._ranks(name) < self._ranks(self.best):
             self.best = name
         return self.best == name
 
-    def _mean_rank(self, name: str) -> float:
+    def _ranks(self, name: str) -> tuple[float, float]:
+        """Mean ranks over the tasks, by the metric and by the negative log-likelihood."""
         place = list(self._validations).index(name)
-        return float(np.mean([
+        by_metric = [
             rankdata([-sign * values[task] for values in self._validations.values()])[place]
             for task, sign in self._sign.items()
-        ]))  # fmt: skip
+        ]
+        by_nll = [rankdata([values[task] for values in self._nll.values()])[place] for task in self._sign]
+        return float(np.mean(by_metric)), float(np.mean(by_nll))
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "validations": self._validations}
+        return {"best": self.best, "validations": self._validations, "nll": self._nll}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.best = state["best"]
         self._validations = {name: dict(values) for name, values in state["validations"].items()}
+        self._nll = {name: dict(values) for name, values in state["nll"].items()}

@@ -75,8 +75,8 @@ class Training:
 class StepResult:
     """What a step tells, the same on every rank."""
 
-    loss: float  # weighted mean over the global batch, balance term not included
-    balance: float
+    loss: float  # weighted mean over the global batch, the gate's own terms not included
+    gate_loss: float
     samples: int
     positions: int  # that all ranks passed through the backbone, those of empty micro-batches left out
     usage: list[float]  # of the experts in earlier steps, by the gate; empty without one
@@ -87,7 +87,7 @@ class StepResult:
 def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evidence) -> StepResult:
     """One optimizer step over a global batch; a step whose loss or gradient is no number on any rank moves nothing.
 
-    loss = Σ_i w_i (loss_i + balance_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
+    loss = Σ_i w_i (loss_i + gate_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
     each rank's sum is multiplied by their number. Module dropout is reseeded at every micro-step from
     (seed, step, micro-step, rank).
     """
@@ -104,16 +104,16 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         torch.manual_seed(mix(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
-        loss_B, balance_B = output.loss_B * rows.weight_B, output.balance_B * rows.weight_B
-        engine.backward((loss_B.sum() + balance_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
+        loss_B, gate_B = output.loss_B * rows.weight_B, output.gate_B * rows.weight_B
+        engine.backward((loss_B.sum() + gate_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
         told[0] += loss_B.detach().sum().double()
-        told[1] += balance_B.detach().sum().double()
+        told[1] += gate_B.detach().sum().double()
         evidence.add(rows, loss_B.detach())
     counted = [told.new_full((1,), float(training.stop.asked)), told.new_full((1,), float(positions))]
     told = torch.cat([told, guard.found().to(told)[None], *counted, *_usage(training)])
     world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
-    loss, balance, bad, asked, positions, *usage = told.tolist()
-    skipped = bad > 0 or not math.isfinite(loss + balance)
+    loss, gate_loss, bad, asked, positions, *usage = told.tolist()
+    skipped = bad > 0 or not math.isfinite(loss + gate_loss)
     with guard.still(skipped):
         engine.step()
     if training.parts.model.fusion is not None:
@@ -124,7 +124,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
             gate.update_usage(lambda collected: collected.copy_(told[-len(collected) :]))
         usage = usage[: gate.experts]
     samples = len(batch.indices)
-    return StepResult(loss / total, balance / total, samples, int(positions), usage, skipped, asked > 0)
+    return StepResult(loss / total, gate_loss / total, samples, int(positions), usage, skipped, asked > 0)
 
 
 def _usage(training: Training) -> list[Tensor]:
