@@ -17,6 +17,7 @@ from launch.pool import Budget
 from launch.suites import Suite
 from launch.sweep import Sweep, finished
 from launch.sweep_local import run_sweep
+from trainer.data import diagnostic, stand_in
 from trainer.results.tables import Table
 from trainer.run.files import write_json, write_text
 
@@ -37,14 +38,15 @@ class Machine:
 
 
 def make_sweep(suite: Suite, folder: Path, data: Path | None, seeds: Sequence[int], overrides: Sequence[str]) -> Sweep:
-    """The runs of a suite, in `folder`. `data` holds a prepared dataset per task; generated data are in ``folder/data``.
+    """The runs of a suite, in `folder`. `data` holds a prepared dataset per task; what is generated lies in ``folder/data``.
 
     Raises:
         ValueError: every fault of every variant; or data for a suite that generates its own.
     """
-    if data is not None and suite.generate is not None:
-        raise ValueError(f"this suite generates its data ({suite.generate.task}): leave --data out")
-    place = folder / "data" if suite.generate is not None else None if data is None else data / "{task}"
+    if data is not None and suite.generate:
+        made = ", ".join(one.task for one in suite.generate)
+        raise ValueError(f"this suite generates its data ({made}): leave --data out")
+    place = folder / "data" / "{task}" if suite.generate else None if data is None else data / "{task}"
     here = [f"data.path={place}"] if place is not None else []
     return Sweep(folder, suite.configurations([*here, *overrides]), tuple(seeds))
 
@@ -135,10 +137,9 @@ def reproduce(
     Raises:
         ValueError: data or folder are of something else; nothing finished can be compared.
     """
-    if suite.generate is not None:
-        from trainer.data.diagnostic import generate
-
-        generate(suite.generate.task, sweep.folder / "data", seed=suite.generate.seed, sizes=suite.generate.sizes)
+    for one in suite.generate:
+        make = stand_in.generate if one.task in stand_in.SHAPES else diagnostic.generate
+        make(one.task, sweep.folder / "data" / one.task, seed=one.seed, sizes=one.sizes)
     say(hours(suite, sweep, budget))
     result = run_sweep(sweep, budget, say, debug=debug)
     return result.code, tell(suite, sweep)
@@ -146,7 +147,7 @@ def reproduce(
 
 def tell(suite: Suite, sweep: Sweep) -> Tables | None:
     """The tables of the finished runs, also written into the suite's folder; None where there are none yet."""
-    from trainer.results.evidence import evidence_tables, published_tables
+    from trainer.results.evidence import evidence_tables, published_tables, together_tables
 
     children = sweep.children()
     done = {
@@ -156,7 +157,10 @@ def tell(suite: Suite, sweep: Sweep) -> Tables | None:
     done = {name: paths for name, paths in done.items() if paths}
     if not done or (suite.baseline is not None and suite.baseline not in done):
         return None
-    if suite.baseline is not None:
+    if suite.together is not None:
+        alone = {task: (one.variant, one.metric) for task, one in suite.together.alone.items()}
+        tables = together_tables(done, suite.together.variant, alone, loses=suite.together.loses)
+    elif suite.baseline is not None:
         pairs = {kind: (one.expert, one.without) for kind, one in suite.evidence.items()}
         tables = evidence_tables(done, suite.baseline, pairs)
     else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from launch.sweep import check_distinct, load_variant
@@ -23,9 +23,9 @@ class Strict(BaseModel):
 
 
 class Generate(Strict):
-    """Data that are generated before the runs."""
+    """Data that are generated before the runs: a diagnostic task, or the stand-in of a benchmark's."""
 
-    task: str
+    task: Literal["diagnostic", "diagnostic-regression", "meld", "cherma", "mosei", "mosi", "simsv2"]
     seed: int = 0
     sizes: dict[str, int] = Field(default_factory=dict)
 
@@ -45,19 +45,40 @@ class Published(Strict):
     called: str = Field(alias="as")
 
 
+class Alone(Strict):
+    """Of a task: the variant that trains it alone, and the metric to compare."""
+
+    variant: str
+    metric: str
+
+
+class Together(Strict):
+    """The variant that trains all tasks at once, and by how much it may be worse than each task alone."""
+
+    variant: str
+    alone: dict[str, Alone] = Field(min_length=1)
+    loses: float = Field(ge=0)
+
+
 class Suite(Strict):
     """`variants`: name -> dotted key -> value, over `config` (or the variant's own of `configs`)."""
 
     title: str
     config: Path | None = None
     configs: dict[str, Path] = Field(default_factory=dict)
-    generate: Generate | None = None
+    generate: tuple[Generate, ...] = ()
     seeds: tuple[int, ...] = Field(min_length=1)
     baseline: str | None = None
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     evidence: dict[str, Evidence] = Field(default_factory=dict)
     published: dict[str, Published] = Field(default_factory=dict)
+    together: Together | None = None
     minutes: float | None = Field(None, gt=0, description="of one run, measured; where and when stands beside it")
+
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _names(self) -> Suite:
@@ -66,6 +87,8 @@ class Suite(Strict):
             "configs": self.configs,
             "published": self.published,
         }
+        if self.together is not None:
+            named["together"] = [self.together.variant, *(one.variant for one in self.together.alone.values())]
         named["evidence"] = [one.without for one in self.evidence.values()]
         faults = [
             f"{key}: no variant {name}" for key, names in named.items() for name in names if name not in self.variants

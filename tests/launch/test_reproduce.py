@@ -12,6 +12,7 @@ from launch.reproduce import Machine, costs, hours, make_sweep, missing
 from launch.suites import FOLDER, load_suite
 from tests.distributed.processes import egmf
 from trainer.data.stand_in import generate
+from trainer.tasks import get_task
 
 SMALL = (
     "train.steps=2", "train.global_batch=8", "train.micro_batch=4", "train.epochs=1", "train.probe=false",
@@ -32,9 +33,12 @@ def test_every_suite_is_sound(name: str, tmp_path: Path) -> None:
     for one in suite.evidence.values():
         without = sweep.variants[one.without].model.fusion.experts
         assert set(sweep.variants[str(suite.baseline)].model.fusion.experts) - set(without) == {one.expert}
+    if suite.together is not None:
+        assert set(sweep.variants[suite.together.variant].tasks) == set(suite.together.alone)
+    for task, one in (suite.together.alone if suite.together else {}).items():
+        assert sweep.variants[one.variant].tasks == [task]
+        assert one.metric in get_task(task).metrics
     for variant, published in suite.published.items():
-        from trainer.tasks import get_task
-
         assert published.metric in get_task(sweep.variants[variant].tasks[0]).metrics
 
 
@@ -43,7 +47,7 @@ def test_the_words_on_the_command_line_come_under_what_makes_a_variant(tmp_path:
     sweep = make_sweep(suite, tmp_path, None, (1,), ["model.fusion.experts=[local]", "train.steps=3"])
     assert sweep.variants["no-local"].model.fusion.experts == ["semantic", "global"]
     assert sweep.variants["full"].train.steps == 3
-    assert sweep.variants["full"].data.path == str(tmp_path / "data")
+    assert sweep.variants["full"].data.path == str(tmp_path / "data" / "{task}")
 
 
 def test_faults_of_a_suite_come_at_once(tmp_path: Path) -> None:
@@ -136,3 +140,33 @@ def test_the_paper_suite_runs_on_small_stand_ins(tmp_path: Path) -> None:
         runs = [json.loads((out / f"{score['group']}-s{seed}" / "metrics.json").read_text()) for seed in (1, 2)]
         own = [run["test"][score["group"]][score["metric"]] for run in runs]
         assert score["values"] == pytest.approx(own, abs=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_one_model_of_two_tasks_stands_beside_a_model_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "both.yaml"
+    sizes = "sizes: {train: 48, valid: 24, test: 24}"
+    path.write_text(
+        f"title: both\nconfig: {FOLDER}/../demo.yaml\nseeds: [1, 2]\n"
+        f"generate: [{{task: meld, {sizes}}}, {{task: simsv2, {sizes}}}]\n"
+        "variants: {meld: {task: meld}, numbers: {task: simsv2}, both: {task: [meld, simsv2]}}\n"
+        "together:\n  variant: both\n  loses: 0.5\n"
+        "  alone: {meld: {variant: meld, metric: wf1}, simsv2: {variant: numbers, metric: acc2}}\n"
+    )
+    out = tmp_path / "out"
+    done = egmf("reproduce", "--suite", str(path), "--out", str(out), "--parallel", "2", *SMALL, timeout=900)
+    assert done.returncode == 0, done.stderr
+
+    def measured(variant: str, task: str, metric: str) -> float:
+        runs = [json.loads((out / f"{variant}-s{seed}" / "metrics.json").read_text()) for seed in (1, 2)]
+        return sum(run["test"][task][metric] for run in runs) / 2
+
+    held = json.loads((out / "reproduce.json").read_text())
+    for found, (task, alone, metric) in zip(
+        held["tasks"], [("meld", "meld", "wf1"), ("simsv2", "numbers", "acc2")], strict=True
+    ):
+        expected = measured("both", task, metric) - measured(alone, task, metric)
+        assert found["difference"]["value"] == pytest.approx(expected, abs=1e-6)
+    for claim, found in zip(held["claims"], held["tasks"], strict=True):
+        assert claim["met"] == (found["difference"]["value"] >= -0.5)

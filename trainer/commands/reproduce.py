@@ -76,14 +76,15 @@ def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
     say(f"{suite.title}: {hours(suite, sweep, budget)}")
     for child in sweep.children():
         say(f"  {child.out}")
-    if suite.generate is not None:
-        say(f"the data ({suite.generate.task}) are generated into {sweep.folder / 'data'}")
+    if suite.generate:
+        made = ", ".join(one.task for one in suite.generate)
+        say(f"the data ({made}) are generated into {sweep.folder / 'data'}")
     table, notes = costs(sweep, machine)
     if table is not None:
         _print(table)
     for note in notes:
         say(note)
-    absent = missing(sweep, generated=suite.generate is not None)
+    absent = missing(sweep, generated=bool(suite.generate))
     for what in absent:
         say(f"missing: {what}")
     say("every config is sound" + ("" if absent else ", and nothing is missing"))

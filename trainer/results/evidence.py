@@ -110,6 +110,48 @@ def published_tables(
     return Tables([table], [], notes, {"level": level, "scores": values})
 
 
+def together_tables(
+    runs: Mapping[str, Sequence[Path]],
+    together: str,
+    alone: Mapping[str, tuple[str, str]],
+    *,
+    loses: float,
+    level: float = 0.95,
+) -> Tables:
+    """One model of several tasks beside a model of each task.
+
+    Args:
+        runs: variant -> finished run folders, one per seed.
+        together: the variant of all tasks.
+        alone: task -> (the variant that trains it alone, the metric; more is better).
+        loses: by how much the mean over seeds may be lower.
+
+    Raises:
+        ValueError: the runs of a task cannot be compared.
+    """
+    table = Table(
+        "One model of all tasks, and a model of each", ["task", "metric", "alone", "together", "difference", "seeds"]
+    )
+    claims, notes, values = [], [], []
+    for task, (variant, metric) in alone.items():
+        if not runs.get(variant) or not runs.get(together):
+            table.rows.append([task, metric, *["not run"] * 3, "0"])
+            claims.append(Claim(f"{together} loses at most {loses:.2f} on {task}", "not run", None))
+            continue
+        both = _compared({variant: runs[variant], together: runs[together]})
+        compared = compare(both, task=task, metrics=[metric], baseline=variant, level=level)
+        scores = [compared.score(task, name, metric) for name in (variant, together)]
+        (difference,) = (d for d in compared.differences if d.kind == EVERY)
+        shown = _difference(difference)
+        table.rows.append([task, metric, *map(_mean, scores), shown, str(len(difference.seeds))])
+        met = None if difference.value is None else difference.value >= -loses
+        claims.append(Claim(f"{together} loses at most {loses:.2f} on {task}", shown, met))
+        notes += [f"{task}: {note}" for note in compared.notes]
+        values.append({"scores": [asdict(score) for score in scores], "difference": asdict(difference)})
+    table.note = f"Mean ± standard deviation over seeds; the difference with its {level:.0%} interval, paired by seed and sample."
+    return Tables([table], claims, notes, {"level": level, "tasks": values})
+
+
 def gate_weights(runs: Mapping[str, Sequence[Path]]) -> Gates:
     """Mean weight of each expert over the samples of each kind, of every run that has a gate."""
     found: Gates = {}
