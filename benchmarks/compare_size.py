@@ -31,6 +31,7 @@ from tests.run.mlflow_server import MlflowServer
 from trainer.config import check_config, dump_config, flatten
 from trainer.run.evaluate import write_predictions
 from trainer.run.files import write_json
+from trainer.run.journal import MEDIAN_SPEED, SPEED
 
 RESULTS = Path(__file__).parent / "results"
 EXPERIMENT = "size"
@@ -66,7 +67,7 @@ def make_folders(folder: Path, groups: int, seeds: int, samples: int) -> list[Pa
                 "device": "cpu x 2 threads", "tasks": ["meld"], "data": {"meld": "f" * 64}, "git": {"commit": "0123abc"},
             }  # fmt: skip
             write_json(run / "run.json", record)
-            lines = [{"step": s, "time": 0.0, "metrics": {"train/samples_per_second": 100.0 + s}} for s in range(STEPS)]
+            lines = [{"step": s, "time": 0.0, "metrics": {SPEED: 100.0 + s}} for s in range(STEPS)]
             (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             made.append(run)
     return made
@@ -90,7 +91,8 @@ def put_into_mlflow(runs: list[Path], uri: str, artifacts: str | None) -> None:
             "device": record["device"],
             "git.commit": "0123abc",
         }
-        speeds = [Metric("train/samples_per_second", 100.0 + s, STARTED, s) for s in range(STEPS)]
+        speeds = [Metric(SPEED, 100.0 + s, STARTED, s) for s in range(STEPS)]
+        speeds.append(Metric(MEDIAN_SPEED, 100.0 + (STEPS - 1) / 2, STARTED, STEPS))
         others = [Metric(f"valid/number_{i}", 0.5, STARTED, STEPS) for i in range(METRICS)]
         client.log_batch(
             made, params=params[:100], tags=[RunTag(*tag) for tag in tags.items()], metrics=speeds + others

@@ -27,7 +27,7 @@ from trainer.config import dotted
 from trainer.data.folder import read_record as read_dataset_record
 from trainer.results.folder import PREDICTIONS, RunFolder, is_run
 from trainer.results.runs import state_of
-from trainer.run.journal import JOURNAL, read_journal
+from trainer.run.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.run.mlflow_run import ENVIRONMENT
 from trainer.tasks import Task, TaskError, define_task, get_task
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 KIND_TAG = "egmf.kind"  # of MLflow runs that are no trainings: sweep, compare
 PARENT_TAG = "mlflow.parentRunId"
-SPEED = "train/samples_per_second"
 ANSWERS = ("task", "id", "label", "prediction", "valid", "kind")  # columns of predictions that are read
 DEPTH = 4  # folders below a given one in which runs are looked for
 WORKERS = 8  # requests to a server at once
@@ -444,7 +443,11 @@ def _artifacts(client: MlflowClient, entity: MlflowEntity, splits: Sequence[str]
 
 
 def _speed(client: MlflowClient, entity: MlflowEntity) -> float | None:
-    if SPEED not in entity.data.metrics:
+    """The median over the run's steps; runs of earlier versions do not state it themselves."""
+    metrics = entity.data.metrics
+    if MEDIAN_SPEED in metrics:
+        return float(metrics[MEDIAN_SPEED])
+    if SPEED not in metrics:
         return None
     return statistics.median(metric.value for metric in client.get_metric_history(entity.info.run_id, SPEED))
 

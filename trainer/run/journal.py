@@ -25,6 +25,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
+SPEED, MEDIAN_SPEED = "train/samples_per_second", "train/median_samples_per_second"
 TIMED = ("_per_second",)  # endings of metrics that depend on time: training a step again gives another value
 SYSTEM = "system/"  # beginning of those that describe the machine
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
 from trainer.run.identity import identity, settings
+from trainer.run.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
@@ -353,6 +355,9 @@ class Run:
             chosen = self.checkpoints.newest()
             log.warning("validation chose no checkpoint (its metric was undefined): the last one is evaluated")
         assert chosen is not None
+        if self.world.first:
+            speeds = [speed for _, speed in read_journal(self.out / JOURNAL).get(SPEED, [])]
+            self.tracker.metrics({MEDIAN_SPEED: statistics.median(speeds) if speeds else None}, self.steps)
         load_weights(self.parts.model, chosen, self.world)
         results: dict[str, Any] = {"checkpoint": chosen.name}
         tables: dict[str, Any] = {}
@@ -393,7 +398,7 @@ class Run:
             "train/gate_loss": result.gate_loss,
             "train/lr_fusion": rates[0],
             "train/lr_backbone": rates[-1],
-            "train/samples_per_second": result.samples / seconds,
+            SPEED: result.samples / seconds,
             "train/positions_per_sample": result.positions / result.samples,
         }
         marks = {"train/skipped": result.skipped, "train/spike": spike}
