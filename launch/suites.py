@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from launch.sweep import check_distinct, load_variant
@@ -74,11 +74,6 @@ class Suite(Strict):
     published: dict[str, Published] = Field(default_factory=dict)
     together: Together | None = None
     minutes: float | None = Field(None, gt=0, description="of one run, measured; where and when stands beside it")
-
-    @field_validator("generate", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _names(self) -> Suite:

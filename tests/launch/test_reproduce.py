@@ -91,7 +91,7 @@ def test_what_the_paper_needs_and_is_not_here_is_said(tmp_path: Path, monkeypatc
 def test_a_small_diagnostic_suite_gives_its_tables(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(
-        f"extends: {FOLDER}/diagnostic.yaml\ngenerate: {{task: diagnostic, sizes: {{train: 48, valid: 24, test: 36}}}}\nseeds: [1, 2]\n"
+        f"extends: {FOLDER}/diagnostic.yaml\ngenerate: [{{task: diagnostic, sizes: {{train: 48, valid: 24, test: 36}}}}]\nseeds: [1, 2]\n"
     )
     out = tmp_path / "out"
     words = ("reproduce", "--suite", str(path), "--out", str(out), *SMALL)

@@ -17,6 +17,7 @@ from trainer.data.dataset import open_dataset
 from trainer.run.assemble import assemble
 from trainer.run.distributed import World
 from trainer.run.guard import Health, load_batch, save_batch
+from trainer.run.probe import MemoryFault, memory_explained
 
 TINY = f"{ROOT}/configs/tiny.yaml"
 SMALL = ("task=meld", "train.global_batch=8", "train.micro_batch=4", "train.log_every=1", "model.backbone.tiny.vocab_size=400",
@@ -37,13 +38,43 @@ def test_spikes_stand_far_above_the_recent_median() -> None:
         before = losses[max(0, i - Health.WINDOW) : i]
         median = np.median(before) if len(before) else np.nan
         spread = 1.4826 * np.median(np.abs(before - median)) if len(before) else np.nan
-        expected = len(before) >= Health.LEAST and loss > median + 8.0 * max(spread, 1e-3 * abs(median))
+        expected = len(before) >= Health.LEAST and loss > median + 8.0 * max(spread, Health.FLOOR)
         assert health.step(float(loss), False) == expected
         marked += [i] * int(expected)
     assert marked == [60]
     again = Health(8.0)
     again.restore(json.loads(json.dumps(health.state())))
     assert again.state() == health.state()
+
+
+def test_among_losses_near_zero_small_ones_are_no_spikes() -> None:
+    health = Health(8.0)
+    assert not any(health.step(1e-4 * (1 + i % 3), False) for i in range(32))
+    assert not health.step(0.05, False)  # 500 times the others, and still a good answer
+    assert health.step(0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("could not create a primitive"), True),  # oneDNN
+        (RuntimeError("std::bad_alloc"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to fill"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("alloc"), False),
+    ],
+)
+def test_only_what_memory_caused_is_explained_by_it(error: Exception, memory: bool) -> None:
+    with pytest.raises(Exception) as raised, memory_explained("the batch", "train.micro_tokens", 64, 20):
+        raise error
+    assert isinstance(raised.value, MemoryFault) == memory
+    assert memory or raised.value is error
+    if memory:
+        said = str(raised.value)
+        assert said.startswith("the batch does not fit into memory: " + (str(error) or "MemoryError"))
+        assert "train.micro_tokens=10 (now 64)" in said
 
 
 def test_a_saved_batch_is_the_batch(tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ def test_of_equal_values_the_smaller_nll_is_taken() -> None:
     restored.restore(json.loads(json.dumps(selection.state())))
     assert restored.add("step-4", {"a": 1.0, "b": 0.5}, {"a": 0.7, "b": 6.0})
     assert not restored.add("step-5", {"a": 1.0, "b": 0.5}, {"a": None})  # not known: worse than any
+    again = Selection({"a": True, "b": False})
+    again.restore(json.loads(json.dumps(restored.state(), allow_nan=False)))  # as a checkpoint keeps it
+    assert again.state() == restored.state()
 
 
 def brute(validations: list[dict[str, float]], signs: dict[str, float], a: int, b: int) -> int:

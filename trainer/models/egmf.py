@@ -26,7 +26,8 @@ LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
 
 class LossOutput(NamedTuple):
     """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included (smoothed, and with
-    an expected error, where the batch asks for it); `gate_B` are the gate's own terms, of balance (already times its weight) and of exploration. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
+    an expected error, where the batch asks for it); `gate_B` are the gate's own terms, of balance (already times its weight)
+    and of exploration. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
 
     loss_B: Tensor
     gate_B: Tensor

@@ -91,7 +91,7 @@ class HierarchicalGate(Float32Buffers):
     confidence: Tensor
     step_usage_E: Tensor
     baseline: Tensor
-    step_chance_2: Tensor
+    step_probability_2: Tensor
     step_weight_2: Tensor
 
     def __init__(
@@ -115,7 +115,7 @@ class HierarchicalGate(Float32Buffers):
         self.register_buffer("confidence", torch.zeros(()))
         self.register_buffer("baseline", torch.zeros(()))
         self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
-        self.register_buffer("step_chance_2", torch.zeros(2), persistent=False)
+        self.register_buffer("step_probability_2", torch.zeros(2), persistent=False)
         self.register_buffer("step_weight_2", torch.zeros(2), persistent=False)
 
     def forward(self, values: Sequence[Tensor], valid_BEM: Tensor, streams: Streams, task: int) -> GateOutput:
@@ -184,12 +184,13 @@ class HierarchicalGate(Float32Buffers):
         explores_B = drawn_BE.any(-1).to(weight_B)
         weight_2B = weight_B * torch.stack([1 - explores_B, explores_B])
         self.step_usage_E += weight_B @ gate_expert_BKE.mean(1).to(self.step_usage_E)
-        self.step_chance_2 += weight_2B @ probability_B.to(self.step_chance_2)
+        self.step_probability_2 += weight_2B @ probability_B.to(self.step_probability_2)
         self.step_weight_2 += weight_2B.sum(1)
 
     def collected(self) -> Tensor:
-        """What a step has collected, to be summed over ranks [E + 4]: usage; probabilities, then weights, of mixed and of exploring samples."""
-        return torch.cat([self.step_usage_E, self.step_chance_2, self.step_weight_2])
+        """What a step has collected, to be summed over ranks [E + 4]: usage; probabilities of samples that mix and that
+        explore; their weights."""
+        return torch.cat([self.step_usage_E, self.step_probability_2, self.step_weight_2])
 
     @torch.no_grad()
     def update_usage(self, reduce: Callable[[Tensor], object] | None = None) -> None:
@@ -200,10 +201,10 @@ class HierarchicalGate(Float32Buffers):
         total = self.collected()
         if reduce is not None:
             reduce(total)
-        usage_E, chance_2, weight_2 = total.split([self.experts, 2, 2])
+        usage_E, probability_2, weight_2 = total.split([self.experts, 2, 2])
         self._average(self.usage_E, usage_E, weight_2.sum())
-        self._average(self.confidence, chance_2[0], weight_2[0])
-        self._average(self.baseline, chance_2[1], weight_2[1])
+        self._average(self.confidence, probability_2[0], weight_2[0])
+        self._average(self.baseline, probability_2[1], weight_2[1])
         self.discard_usage()
 
     def _average(self, average: Tensor, total: Tensor, weight: Tensor) -> None:
@@ -213,7 +214,7 @@ class HierarchicalGate(Float32Buffers):
     def discard_usage(self) -> None:
         """Forget what this step collected: the step is not taken."""
         self.step_usage_E.zero_()
-        self.step_chance_2.zero_()
+        self.step_probability_2.zero_()
         self.step_weight_2.zero_()
 
 

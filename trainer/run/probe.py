@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+NO_MEMORY = ("alloc", "not enough memory", "could not create a primitive")
+"""What bare RuntimeErrors say where memory ran out: the CPU allocator, std::bad_alloc, and oneDNN, which says no more."""
+
+
 class MemoryFault(ValueError):
     """A batch needs more memory than the device has."""
 
@@ -118,9 +122,9 @@ def memory_explained(what: str, key: str, value: int, held: int | None = None) -
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
-        text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in text and "not enough memory" not in text:
+    except (RuntimeError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in text for s in NO_MEMORY):
             raise
         smaller = f"{key}={max(1, min(value, held or value) // 2)} (now {value}), " if value > 1 else ""
         checkpointing = "" if key == "eval.tokens" else "model.backbone.gradient_checkpointing=true, "

@@ -16,7 +16,8 @@ class Selection:
     With one task the better value is chosen. With several, tasks whose numbers have other units and ranges cannot be
     averaged: all validations so far are ranked in each task (1 is the best, equal values share the mean of their ranks),
     and the smaller mean rank over tasks is chosen. Where that is equal (accuracies often are) the smaller mean rank of the
-    negative log-likelihoods decides, and then the earlier validation. A validation with a value that is undefined is never chosen and enters no ranking.
+    negative log-likelihoods decides, and then the earlier validation. A validation with a value that is undefined is
+    never chosen and enters no ranking.
 
     Args:
         maximise: task -> whether more of its metric is better.
@@ -25,7 +26,7 @@ class Selection:
     def __init__(self, maximise: Mapping[str, bool]) -> None:
         self._sign = {task: 1.0 if more else -1.0 for task, more in maximise.items()}
         self._validations: dict[str, dict[str, float]] = {}
-        self._nll: dict[str, dict[str, float]] = {}
+        self._nll: dict[str, dict[str, float | None]] = {}
         self.best: str | None = None
 
     def add(self, name: str, values: Mapping[str, float | None], nll: Mapping[str, float | None] | None = None) -> bool:
@@ -37,8 +38,7 @@ class Selection:
         if len(known) < len(self._sign):
             return False
         self._validations[name] = known
-        told = {task: (nll or {}).get(task) for task in self._sign}
-        self._nll[name] = {task: math.inf if value is None else value for task, value in told.items()}
+        self._nll[name] = {task: (nll or {}).get(task) for task in self._sign}
         if self.best is None or self._ranks(name) < self._ranks(self.best):
             self.best = name
         return self.best == name
@@ -50,7 +50,10 @@ class Selection:
             rankdata([-sign * values[task] for values in self._validations.values()])[place]
             for task, sign in self._sign.items()
         ]
-        by_nll = [rankdata([values[task] for values in self._nll.values()])[place] for task in self._sign]
+        by_nll = [
+            rankdata([math.inf if (value := values[task]) is None else value for values in self._nll.values()])[place]
+            for task in self._sign
+        ]
         return float(np.mean(by_metric)), float(np.mean(by_nll))
 
     def state(self) -> dict[str, Any]:
