@@ -67,7 +67,10 @@ def test_among_losses_near_zero_small_ones_are_no_spikes() -> None:
     ],
 )
 def test_only_what_memory_caused_is_explained_by_it(error: Exception, memory: bool) -> None:
-    with pytest.raises((MemoryFault, type(error))) as raised, memory_explained("the batch", "train.micro_tokens", 64, 20):
+    with (
+        pytest.raises((MemoryFault, type(error))) as raised,
+        memory_explained("the batch", "train.micro_tokens", 64, 20),
+    ):
         raise error
     assert isinstance(raised.value, MemoryFault) == memory
     assert memory or raised.value is error
