@@ -4,6 +4,7 @@
 #
 # TORCH="torch==2.13.0"   the torch to install; on a GPU machine name the build that fits its driver, with pip's options
 #                         if it needs any: make demo TORCH="torch==2.13.0 --index-url URL"
+# JOBS=2                  tests of one process that run side by side
 # PYTHON=python3          the interpreter the environment is made from (3.10 or later)
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs
+JOBS ?= 2
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export MLFLOW_DISABLE_TELEMETRY ?= true
@@ -19,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: demo test test-all lint types install ops clean
+.PHONY: demo test-single test test-all lint types install ops clean
 
 install:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash launch/setup_env.sh
@@ -37,11 +39,16 @@ types: install
 ops: install
 	$(BIN)/python -m trainer.run.distributed
 
-test: lint types ops
-	$(BIN)/python -m pytest -m "not slow and not browser and not slurm and not multinode" --durations=15
+# Tests of one process run side by side, those of several one after the other.
+SINGLE = not distributed and not slow and not browser and not slurm and not multinode and not gpu
+test-single: lint types ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(SINGLE)" -n $(JOBS) --dist loadfile --durations=15
 
-test-all: lint types ops
-	$(BIN)/python -m pytest --durations=25
+test: test-single
+	$(BIN)/python -m pytest -m "(distributed or gpu) and not slow and not browser and not slurm and not multinode" --durations=15
+
+test-all: test-single
+	$(BIN)/python -m pytest -m "not ($(SINGLE))" --durations=25
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -54,6 +54,7 @@ setup(
             "mypy>=1.10",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "triton>=3.3,<3.10; platform_system == 'Linux'",
             "types-PyYAML>=6.0",

@@ -94,6 +94,7 @@ def test_the_run_folder_holds_what_the_plan_says(whole: Path) -> None:
     assert "ERROR" not in (whole / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: Path, whole: Path) -> None:
     bin_folder = Path(sys.executable).parent
     train = ["train", str(work / "toy.yaml")]

@@ -170,6 +170,7 @@ def assert_same(one: Path, two: Path) -> None:
         pd.testing.assert_frame_equal(*tables)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_worker_that_has_trained_others_trains_as_a_fresh_process_does(toy: Path, tmp_path: Path) -> None:
     """Here after a run with another ZeRO stage. What is finished is not made again."""
