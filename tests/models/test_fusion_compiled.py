@@ -42,7 +42,7 @@ def test_compiles_as_one_graph():
 
 def test_compiles_as_one_graph_while_samples_explore():
     net = fusion(gate={"exploration": 0.5, "temperature": 8.0}).train()
-    net.gate.confidence.fill_(1.0)
+    net.gate.confidence_T.fill_(1.0)
     torch.manual_seed(0)
     expected, gradients = backward(net, inputs())
     assert 0 < expected.drawn_BE.any(1).sum() < 3

@@ -79,10 +79,10 @@ class EGMF(nn.Module):
         gate = self.fusion.gate
         gate_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
         if self.training:
-            probability_B = torch.exp(-out.detach())
+            task, probability_B = self.fusion.tasks[batch.task], torch.exp(-out.detach())
             if gate.config.exploration:
-                gate_B = gate_B + gate.policy_loss(fused.gate_expert_BKE, fused.drawn_BE, probability_B).float()
-            gate.accumulate(fused.gate_expert_BKE.detach(), fused.drawn_BE, batch.weight_B, probability_B)
+                gate_B = gate_B + gate.policy_loss(fused.gate_expert_BKE, fused.drawn_BE, probability_B, task).float()
+            gate.accumulate(fused.gate_expert_BKE.detach(), fused.drawn_BE, batch.weight_B, probability_B, task)
         return LossOutput(out, gate_B, fused.idle.float(), *gates)
 
     @torch.no_grad()

@@ -76,23 +76,23 @@ class HierarchicalGate(Float32Buffers):
     mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the same at first. A level that
     the config replaces by the mean has no logits and no parameters.
 
-    Exploration: in training a share `exploration` * a⁸ of the samples, a the running `confidence`, keeps one expert alone,
+    Exploration: in training a share `exploration` * a⁸ of the samples, a the task's running `confidence`, keeps one expert alone,
     drawn by the mean of its weights over the slots; :meth:`policy_loss` rewards the draw by how likely the right answer
     then is. The mix alone teaches the gate little: an answer that can be read from a third of the right expert is no
     more likely with all of it. Exploration waits until answers are known, since one expert cannot tell what none has learned.
 
-    Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; `confidence`, the mean
-    probability of the right answer where all experts are mixed, 0 at first; `baseline`, the same where one was drawn.
-    All are exponential averages over earlier steps, float32, in the state dict. Samples of this step are collected by
+    Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; `confidence_T`, of each task
+    the mean probability of the right answer where all experts are mixed, 0 at first; `baseline_T`, the same where one was
+    drawn. All are exponential averages over earlier steps, float32, in the state dict. Samples of this step are collected by
     `accumulate` and enter them by `update_usage`.
     """
 
     usage_E: Tensor
-    confidence: Tensor
+    confidence_T: Tensor
+    baseline_T: Tensor
     step_usage_E: Tensor
-    baseline: Tensor
-    step_probability_2: Tensor
-    step_weight_2: Tensor
+    step_probability_2T: Tensor
+    step_weight_2T: Tensor
 
     def __init__(
         self, config: FusionConfig, experts: Sequence[str], modalities: Sequence[Modality], tasks: int
@@ -112,11 +112,11 @@ class HierarchicalGate(Float32Buffers):
         if config.gate.expert == "learned":
             self.expert = _from_zero(nn.Linear(width, self.experts))
         self.register_buffer("usage_E", torch.full((self.experts,), 1.0 / self.experts))
-        self.register_buffer("confidence", torch.zeros(()))
-        self.register_buffer("baseline", torch.zeros(()))
+        self.register_buffer("confidence_T", torch.zeros(tasks))
+        self.register_buffer("baseline_T", torch.zeros(tasks))
         self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
-        self.register_buffer("step_probability_2", torch.zeros(2), persistent=False)
-        self.register_buffer("step_weight_2", torch.zeros(2), persistent=False)
+        self.register_buffer("step_probability_2T", torch.zeros(2, tasks), persistent=False)
+        self.register_buffer("step_weight_2T", torch.zeros(2, tasks), persistent=False)
 
     def forward(self, values: Sequence[Tensor], valid_BEM: Tensor, streams: Streams, task: int) -> GateOutput:
         """`values` are E M tensors [B, K, D], those of the first expert first."""
@@ -130,7 +130,7 @@ class HierarchicalGate(Float32Buffers):
         policy_BKE, drawn_BE = None, torch.zeros_like(valid_BEM[..., 0])
         if self.training and self.config.exploration and expert_BKE is not None and self.experts > 1:
             policy_BKE = gate_weights(expert_BKE, valid_BEM, self.config.temperature)
-            drawn_BE = self._draw(policy_BKE)
+            drawn_BE = self._draw(policy_BKE, task)
             valid_BEM = valid_BEM & (drawn_BE | ~drawn_BE.any(-1, keepdim=True)).unsqueeze(-1)
         if modality_BKn is None:
             modality_BKn = values[0].new_zeros(*shape_BKE[:2], self.experts * self.modalities)
@@ -151,23 +151,23 @@ class HierarchicalGate(Float32Buffers):
         return GateOutput(mixed_BKD, expert_BKE if policy_BKE is None else policy_BKE, modality_BKEM, drawn_BE)
 
     @torch.no_grad()
-    def _draw(self, policy_BKE: Tensor) -> Tensor:
+    def _draw(self, policy_BKE: Tensor, task: int) -> Tensor:
         """Of each sample the expert that it keeps [B, E], one-hot; False everywhere for samples that keep all."""
         policy_BE = policy_BKE.mean(1)
         gumbel_BE = -torch.empty_like(policy_BE).exponential_().log()
         one_BE = nn.functional.one_hot((policy_BE.log() + gumbel_BE).argmax(-1), self.experts).bool()
-        rate = self.config.exploration * self.confidence**8
+        rate = self.config.exploration * self.confidence_T[task] ** 8
         explores_B = (torch.rand(len(policy_BE), device=policy_BE.device) < rate) & (policy_BE.sum(-1) > 0)
         return one_BE & explores_B.unsqueeze(-1)
 
-    def policy_loss(self, gate_expert_BKE: Tensor, drawn_BE: Tensor, probability_B: Tensor) -> Tensor:
+    def policy_loss(self, gate_expert_BKE: Tensor, drawn_BE: Tensor, probability_B: Tensor, task: int) -> Tensor:
         """-(p - baseline) log mean_k g2[drawn], per sample [B], 0 where none was drawn; p has no gradient.
 
         Its expected gradient is that of minus the mean probability of the right answer over the experts, each drawn by
         its weight (REINFORCE, Williams 1992).
         """
         drawn_B = torch.where(drawn_BE.any(-1), (gate_expert_BKE.mean(1) * drawn_BE).sum(-1), 1.0)
-        return (self.baseline - probability_B.detach()) * drawn_B.log()
+        return (self.baseline_T[task] - probability_B.detach()) * drawn_B.log()
 
     def balance_loss(self, gate_expert_BKE: Tensor) -> Tensor:
         """E sum_e u_e mean_k g2_bke, per sample [B], not yet times the weight of the config.
@@ -178,19 +178,21 @@ class HierarchicalGate(Float32Buffers):
         return self.experts * (gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True))
 
     @torch.no_grad()
-    def accumulate(self, gate_expert_BKE: Tensor, drawn_BE: Tensor, weight_B: Tensor, probability_B: Tensor) -> None:
+    def accumulate(
+        self, gate_expert_BKE: Tensor, drawn_BE: Tensor, weight_B: Tensor, probability_B: Tensor, task: int
+    ) -> None:
         """Collect the expert weights and the answers' probabilities of one micro-batch, each sample times its weight."""
         weight_B = weight_B.to(self.step_usage_E)
         explores_B = drawn_BE.any(-1).to(weight_B)
         weight_2B = weight_B * torch.stack([1 - explores_B, explores_B])
         self.step_usage_E += weight_B @ gate_expert_BKE.mean(1).to(self.step_usage_E)
-        self.step_probability_2 += weight_2B @ probability_B.to(self.step_probability_2)
-        self.step_weight_2 += weight_2B.sum(1)
+        self.step_probability_2T[:, task] += weight_2B @ probability_B.to(self.step_probability_2T)
+        self.step_weight_2T[:, task] += weight_2B.sum(1)
 
     def collected(self) -> Tensor:
-        """What a step has collected, to be summed over ranks [E + 4]: usage; probabilities of samples that mix and that
-        explore; their weights."""
-        return torch.cat([self.step_usage_E, self.step_probability_2, self.step_weight_2])
+        """What a step has collected, to be summed over ranks [E + 4 T]: usage; by task the probabilities of samples that mix,
+        and of those that explore; their weights."""
+        return torch.cat([self.step_usage_E, self.step_probability_2T.flatten(), self.step_weight_2T.flatten()])
 
     @torch.no_grad()
     def update_usage(self, reduce: Callable[[Tensor], object] | None = None) -> None:
@@ -201,10 +203,11 @@ class HierarchicalGate(Float32Buffers):
         total = self.collected()
         if reduce is not None:
             reduce(total)
-        usage_E, probability_2, weight_2 = total.split([self.experts, 2, 2])
-        self._average(self.usage_E, usage_E, weight_2.sum())
-        self._average(self.confidence, probability_2[0], weight_2[0])
-        self._average(self.baseline, probability_2[1], weight_2[1])
+        usage_E = total[: self.experts]
+        (mixed_T, drawn_T), (mixed_weight_T, drawn_weight_T) = total[self.experts :].view(2, 2, -1)
+        self._average(self.usage_E, usage_E, (mixed_weight_T + drawn_weight_T).sum())
+        self._average(self.confidence_T, mixed_T, mixed_weight_T)
+        self._average(self.baseline_T, drawn_T, drawn_weight_T)
         self.discard_usage()
 
     def _average(self, average: Tensor, total: Tensor, weight: Tensor) -> None:
@@ -214,8 +217,8 @@ class HierarchicalGate(Float32Buffers):
     def discard_usage(self) -> None:
         """Forget what this step collected: the step is not taken."""
         self.step_usage_E.zero_()
-        self.step_probability_2.zero_()
-        self.step_weight_2.zero_()
+        self.step_probability_2T.zero_()
+        self.step_weight_2T.zero_()
 
 
 def _statistics(stream: Stream) -> Tensor:
