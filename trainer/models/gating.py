@@ -76,10 +76,11 @@ class HierarchicalGate(Float32Buffers):
     mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the same at first. A level that
     the config replaces by the mean has no logits and no parameters.
 
-    Exploration: in training a share `exploration` * a⁸ of the samples, a the task's running `confidence`, keeps one expert alone,
-    drawn by the mean of its weights over the slots; :meth:`policy_loss` rewards the draw by how likely the right answer
-    then is. The mix alone teaches the gate little: an answer that can be read from a third of the right expert is no
-    more likely with all of it. Exploration waits until answers are known, since one expert cannot tell what none has learned.
+    Exploration: in training a share `exploration` * a⁸ of the samples, a the task's running confidence, keeps one expert
+    alone, drawn by the mean of its weights over the slots; :meth:`policy_loss` rewards the draw by how likely the right
+    answer then is. The mix alone teaches the gate little: an answer that can be read from a third of the right expert is
+    no more likely with all of it. Exploration waits until answers are known, since one expert cannot tell what none has
+    learned.
 
     Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; `confidence_T`, of each task
     the mean probability of the right answer where all experts are mixed, 0 at first; `baseline_T`, the same where one was
