@@ -73,7 +73,8 @@ class Ours:
         widths = {name: stream[0] for name, stream in shape.streams.items()}
         rates = {name: stream[1] for name, stream in shape.streams.items()}
         H, fusion_config = backbone.hidden_size, config.model.fusion
-        fusion = Fusion(fusion_config, {self.task.name: widths}, H, H, backbone.embedding_norm)
+        answers = {self.task.name: len(self.task.answers(config.data.answers))}
+        fusion = Fusion(fusion_config, {self.task.name: widths}, H, H, backbone.embedding_norm, answers)
         self.model = EGMF(backbone, fusion.to(device=self.world.device, dtype=self.dtype))
         tokenizer = backbone.tokenizer
         self.collate = Collator(
@@ -108,7 +109,7 @@ class Ours:
         total = len(self.order.step(index).indices)
         for rows in self.rows(index):
             out = self.model(rows)
-            (((out.loss_B + out.gate_B) * rows.weight_B).sum() / total + out.idle).backward()
+            (((out.loss_B + out.auxiliary_B) * rows.weight_B).sum() / total + out.idle).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         assert self.model.fusion is not None

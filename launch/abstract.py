@@ -143,6 +143,7 @@ def build(
     widths: Mapping[str, Mapping[str, int]],
     dtype: torch.dtype,
     *,
+    answers: Mapping[str, int] | None = None,
     layers: int | None = None,
     checkpointing: bool = False,
 ) -> EGMF:
@@ -151,6 +152,7 @@ def build(
     Args:
         shape: the backbone's configuration.
         widths: task -> features per frame of audio and video.
+        answers: task -> number of its answers; needed where the config asks for expert heads.
         layers: of the backbone; default all.
     """
     shape = copy.deepcopy(shape) if layers is None else _cut(shape, layers)
@@ -170,7 +172,8 @@ def build(
             enable({"use_reentrant": False})
         fusion = None
         if fusion_config.pseudo_tokens:
-            fusion = Fusion(fusion_config, widths, backbone.hidden_size, backbone.hidden_size, 1.0).to(dtype)
+            H = backbone.hidden_size
+            fusion = Fusion(fusion_config, widths, H, H, 1.0, answers).to(dtype)
         model = EGMF(backbone, fusion)
     _fake(model)
     model.train()
@@ -258,7 +261,7 @@ def record_pass(model: EGMF, rows: Rows, dtype: torch.dtype) -> Pass:
     with watch:
         output = model(batch)
         assert isinstance(output, LossOutput)
-        (output.loss_B.sum() + output.gate_B.sum() + output.idle).backward()
+        (output.loss_B.sum() + output.auxiliary_B.sum() + output.idle).backward()
     for hook in hooks:
         hook.remove()
     return Pass(watch.peak, watch.peak_with_gradients, watch.flops)
@@ -346,6 +349,7 @@ def _packed(model: EGMF, rows: Rows, dtype: torch.dtype) -> PackedBatch:
         inputs=_inputs(model, rows, dtype),
         target_B=torch.zeros(B),
         weight_B=torch.ones(B),
+        answer_B=torch.zeros(B, dtype=torch.long),
     )
 
 
@@ -368,6 +372,7 @@ def _padded(model: EGMF, rows: Rows, dtype: torch.dtype) -> Batch:
         video=read.video,
         target_B=torch.zeros(B),
         weight_B=torch.ones(B),
+        answer_B=torch.zeros(B, dtype=torch.long),
     )
 
 

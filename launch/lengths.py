@@ -47,6 +47,7 @@ class Lengths:
 
     largest: list[Rows]
     widths: dict[str, dict[str, int]]
+    answers: dict[str, int]
     positions_per_sample: float
     step_positions: float
     micro_batches: float
@@ -119,6 +120,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
     return Lengths(
         largest=_largest([rows for step in planned for rows in step], needs, limits, config.train.global_batch),
         widths={name: _widths(need.data) for name, need in needs.items()},
+        answers={task.name: len(task.answers(config.data.answers)) for task in map(get_task, config.tasks)},
         positions_per_sample=step_positions / float(np.mean([len(indices) for _, indices in batches])),
         step_positions=step_positions,
         micro_batches=float(np.mean([len(step) for step in planned])),

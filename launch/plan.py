@@ -222,14 +222,22 @@ def look_at(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Mod
     zero = deepspeed_config(config)["zero_optimization"]
     with abstract():
         weights = weigh(
-            build(config, shape, lengths.widths, dtype),
+            build(config, shape, lengths.widths, dtype, answers=lengths.answers),
             int(float(zero.get("stage3_param_persistence_threshold", PERSISTENCE))),
         )
         passes = {}
         for checkpointing in (False, True):
             sampled = []
             for few in SAMPLE_LAYERS if layers > max(SAMPLE_LAYERS) else (layers,):
-                model = build(config, shape, lengths.widths, dtype, layers=few, checkpointing=checkpointing)
+                model = build(
+                    config,
+                    shape,
+                    lengths.widths,
+                    dtype,
+                    answers=lengths.answers,
+                    layers=few,
+                    checkpointing=checkpointing,
+                )
                 sampled.append([record_pass(model, rows, dtype) for rows in lengths.largest])
             first, last = sampled[0], sampled[-1]
             grown = [grow(*pair, layers) for pair in zip(first, last, strict=True)] if len(sampled) > 1 else first

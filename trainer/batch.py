@@ -91,6 +91,7 @@ class Batch:
     choices: Choices | None = None  # of B x A answer tokens, row by row, padding included
     trie: AnswerTrie | None = None  # of a training batch whose loss needs the probabilities of all answers
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
+    answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
 
     def __len__(self) -> int:
         return int(self.input_ids_BL.shape[0])
@@ -139,6 +140,7 @@ class PackedBatch:
     weight_B: Tensor  # 0: the sample only fills a place
     choices: Choices | None = None  # of the n answer tokens
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
+    answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
 
     def __len__(self) -> int:
         return len(self.ids)

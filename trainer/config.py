@@ -144,10 +144,6 @@ class GateConfig(Section):
     modality: Literal["learned", "mean"] = "learned"
     expert: Literal["learned", "mean"] = "learned"
     temperature: PositiveFloat = 1.0
-    exploration: Fraction = Field(
-        0.0,
-        description="share of the training samples left with one expert, drawn by its weight, once answers are known: teaches the gate which expert to trust",
-    )
     balance_weight: float = Field(0.0, ge=0.0)
     usage_decay: Fraction = 0.9
     kernel: Literal["auto", "triton", "reference"] = Field(
@@ -168,6 +164,11 @@ class FusionConfig(Section):
     local_pooling: Literal["max", "logsumexp"] = "max"
     global_stride: PositiveInt = 4
     global_layers: PositiveInt = 2
+    expert_loss_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="of the answers that each expert alone gives, by a linear head of its own, and of the gate's trust in them; 0: no heads",
+    )
     compile: bool = Field(False, description="torch.compile for the fusion network; minutes at the start of a run")
     gate: GateConfig = Field(default_factory=GateConfig)
 

@@ -39,6 +39,7 @@ COMMON = (
     "train.clip=0.5",
     "train.weight_decay=0.1",
     "model.fusion.gate.balance_weight=0.1",
+    "model.fusion.expert_loss_weight=0.3",
     "model.backbone.tiny.vocab_size=400",
     "data.modality_dropout=0.3",
     "eval.batch=4",

@@ -62,20 +62,20 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.train.warmup * STEPS), STEPS)
     order = training_order(config, {name: opened["train"] for name, opened in parts.data.items()})
-    losses, gate_losses = [], []
+    losses, auxiliary_losses = [], []
     for step in range(STEPS):
         batch = order.step(step)
         view, collate = parts.data[batch.task]["train"], parts.collators[batch.task]
-        loss = gate_loss = 0.0
+        loss = auxiliary_loss = 0.0
         weights = [float(collate([view[i]]).weight_B) for i in batch.indices]
         for i, weight in zip(batch.indices, np.array(weights) / sum(weights), strict=True):
             output = model(collate([view[i]], epoch=batch.epoch).to("cpu", dtype))
-            share = float(weight) * (output.loss_B.sum() + output.gate_B.sum()) + output.idle
+            share = float(weight) * (output.loss_B.sum() + output.auxiliary_B.sum()) + output.idle
             share.backward()
             loss += float(output.loss_B.detach().sum()) * weight
-            gate_loss += float(output.gate_B.detach().sum()) * weight
+            auxiliary_loss += float(output.auxiliary_B.detach().sum()) * weight
         losses.append(loss)
-        gate_losses.append(gate_loss)
+        auxiliary_losses.append(auxiliary_loss)
         if case.plant and step == PLANTED:  # nothing moves but the schedule
             for p in trained.values():
                 p.grad = None
@@ -95,7 +95,12 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
             for name, p in trained.items():
                 p.copy_(master[name])
     state = {name: float(t.double().square().sum().sqrt()) for name, t in model.trainable_state().items()}
-    return {"losses": losses, "gate_loss": gate_losses, "state": state, "probabilities": _probabilities(parts, dtype)}
+    return {
+        "losses": losses,
+        "auxiliary_loss": auxiliary_losses,
+        "state": state,
+        "probabilities": _probabilities(parts, dtype),
+    }
 
 
 @torch.no_grad()
@@ -123,7 +128,7 @@ def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any, plain
     found, expected = ranks[0][case.name], plain[case.computed]
     kind = "bf16" if "bf16" in case.name else "fp32"
     seen = [step for step in range(STEPS) if case.plant != "loss" or step != PLANTED]
-    for name, atol in (("losses", 0.0), ("gate_loss", 1e-7)):
+    for name, atol in (("losses", 0.0), ("auxiliary_loss", 1e-7)):
         one, other = (np.array(run[name])[seen] for run in (found, expected))
         np.testing.assert_allclose(one, other, rtol=LOSS[kind], atol=atol)
     assert len({round(found["losses"][step], 6) for step in seen}) == len(seen)  # it trains

@@ -85,7 +85,7 @@ def main(data: Path, out: Path, wanted: str) -> None:
         results[case.name] = {
             "ranks": world.gather(ours),
             "losses": [step.loss for step in steps],
-            "gate_loss": [step.gate_loss for step in steps],
+            "auxiliary_loss": [step.auxiliary_loss for step in steps],
             "probabilities": dict(zip(table["id"] + table["task"], table["probabilities"].tolist(), strict=True)),
             "n": {name: values["n"] for name, values in metrics.items()},
             "state": {name: float(t.double().square().sum().sqrt()) for name, t in state.items()},

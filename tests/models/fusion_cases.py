@@ -11,24 +11,36 @@ from trainer.batch import Features
 from trainer.config import FusionConfig
 from trainer.models.encoders import Stream, sinusoidal_positions
 from trainer.models.fusion import Fusion
+from trainer.models.heads import expert_losses
 
 INPUTS = {"meld": {"audio": 5, "video": 3}, "mosi": {"audio": 4, "video": 0}}
+ANSWERS = {"meld": 7, "mosi": 61}
 H = 12
 PATTERNS = list(itertools.product([True, False], repeat=3))  # text, audio, video present
 
 
 def config(**changes):
-    return FusionConfig(**{"width": 8, "heads": 2, "pseudo_tokens": 3, "dropout": 0.0, "global_layers": 1, **changes})
+    return FusionConfig(
+        **{
+            "width": 8,
+            "heads": 2,
+            "pseudo_tokens": 3,
+            "dropout": 0.0,
+            "global_layers": 1,
+            "expert_loss_weight": 0.5,
+            **changes,
+        }
+    )
 
 
 def fusion(seed=0, inputs=INPUTS, norm=2.5, awake=True, **changes):
-    """A network whose gate, which starts even, has been moved, so that its gradients reach everything."""
+    """A network whose gate and expert heads, which start even, have been moved, so that their gradients reach everything."""
     torch.manual_seed(seed)
-    net = Fusion(config(**changes), inputs, H, H, norm)
+    net = Fusion(config(**changes), inputs, H, H, norm, {task: ANSWERS.get(task, 4) for task in inputs})
     if awake:
         with torch.no_grad():
             for name, parameter in net.named_parameters():
-                if name.startswith(("gate.modality", "gate.expert")):
+                if name.startswith(("gate.modality", "gate.expert", "heads.")):
                     parameter.normal_()
     return net
 
@@ -89,11 +101,21 @@ def widen(batch, more=(5, 3, 9)):
     )
 
 
+def total(out):
+    """A loss that every output of a fusion network is in."""
+    loss = out.pseudo_BKH.float().square().sum() + out.gate_expert_BKE.square().sum() + out.idle
+    if out.expert_logprob_BEC is not None:
+        answer_B = torch.arange(len(out.pseudo_BKH)) % out.expert_logprob_BEC.shape[2]
+        terms = expert_losses(out.expert_logprob_BEC, answer_B, out.gate_expert_BKE, out.expert_valid_BE)
+        loss = loss + sum(term.sum() for term in terms)
+    return loss
+
+
 def backward(net, batch):
     """Outputs and the gradients of every parameter of one pass."""
     net.zero_grad()
     out = net(*batch)
-    (out.pseudo_BKH.float().square().sum() + out.gate_expert_BKE.square().sum() + out.idle).backward()
+    total(out).backward()
     return out, {name: p.grad for name, p in net.named_parameters()}
 
 

@@ -110,7 +110,7 @@ def test_the_loss_is_minus_the_score_of_the_answer(folders):
     assert out.loss_B.dtype == torch.float32
     torch.testing.assert_close(out.loss_B, -table.diag().detach(), atol=1e-5, rtol=0)
     assert out.idle == 0
-    assert out.gate_B.tolist() == [0.0] * 4
+    assert out.auxiliary_B.tolist() == [0.0] * 4
 
 
 def test_gradients_equal_a_plain_forward_over_all_positions(folders):
@@ -289,7 +289,7 @@ def test_balance_is_weighted_and_usage_is_collected_in_training_only(folders):
     fusion.gate.usage_E.copy_(torch.tensor([0.5, 0.3, 0.2]))
     out = model(batch)
     want = 0.5 * 3 * (out.gate_expert_BKE.mean(1) * torch.tensor([0.5, 0.3, 0.2])).sum(1)
-    torch.testing.assert_close(out.gate_B, want)
+    torch.testing.assert_close(out.auxiliary_B, want)
     share = (batch.weight_B[:, None] * out.gate_expert_BKE.mean(1)).sum(0) / 4
     model.eval()(batch)
     fusion.gate.update_usage()

@@ -35,7 +35,8 @@ def make(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> EG
     backbone = load(folder, dtype, **changes)
     torch.manual_seed(5)
     config = FusionConfig(width=32, heads=2, dropout=0.0, pseudo_tokens=3)
-    fusion = Fusion(config, {"meld": WIDTHS, "mosei": WIDTHS}, backbone.hidden_size, backbone.hidden_size, 1.0)
+    H, answers = backbone.hidden_size, {"meld": 7, "mosei": 61}
+    fusion = Fusion(config, {"meld": WIDTHS, "mosei": WIDTHS}, H, H, 1.0, answers)
     for parameter in fusion.gate.parameters():  # the gate's logits start at 0: an even gate hides faults
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -65,7 +66,7 @@ def gradients(model: EGMF, outputs: Sequence[LossOutput]) -> tuple[Tensor, dict[
     weights = torch.linspace(0.5, 1.5, len(TEXTS))
     loss_B = torch.cat([out.loss_B for out in outputs])
     model.zero_grad()
-    ((loss_B + torch.cat([out.gate_B for out in outputs])) @ weights + sum(out.idle for out in outputs)).backward()
+    ((loss_B + torch.cat([out.auxiliary_B for out in outputs])) @ weights + sum(out.idle for out in outputs)).backward()
     return loss_B.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -103,7 +104,7 @@ def test_loss_and_every_gradient_equal_the_samples_one_at_a_time(
     collate, held = collator(model), samples()
     alone, reference = gradients(model, [model(collate([sample])) for sample in held])
     weighted = zip(torch.linspace(0.5, 1.5, len(TEXTS)), (model(collate([sample])) for sample in held), strict=True)
-    scale = magnitudes(model, [w * (out.loss_B + out.gate_B).sum() + out.idle for w, out in weighted])
+    scale = magnitudes(model, [w * (out.loss_B + out.auxiliary_B).sum() + out.idle for w, out in weighted])
     for groups in ([6], [2, 1, 3], [1, 0, 5, 0]):
         packed, got = gradients(model, [model(collate.pack(held, groups))])
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
@@ -247,7 +248,7 @@ def test_a_micro_step_never_waits_for_the_device(folder: Path, layout: str, atte
     batch = collate.pack(held, [2, 0, 4]) if layout == "packed" else collate(held)
     with Waits() as seen:
         out = model(batch)
-        (out.loss_B.sum() + out.gate_B.sum() + out.idle).backward()
+        (out.loss_B.sum() + out.auxiliary_B.sum() + out.idle).backward()
     assert seen.found == []
     with Waits() as seen:
         assert bool(torch.ones(3)[torch.tensor([True, False, True])].sum() > 1)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, widen
+from fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, total, widen
 
 from trainer.batch import Features
 from trainer.config import FusionConfig
@@ -85,7 +85,7 @@ def test_every_parameter_has_a_gradient_whatever_is_missing(task, present):
     net = fusion()
     net.zero_grad()
     out = net(*inputs(task, present))
-    (out.pseudo_BKH.sum() + out.idle).backward()
+    total(out).backward()
     without = [name for name, p in net.named_parameters() if p.grad is None]
     assert not without
 

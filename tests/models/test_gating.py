@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from fusion_cases import config, streams
-from scipy import stats
 from torch import nn
 
 from trainer.kernels.gate import gate_mix
@@ -37,7 +36,7 @@ def inputs(lengths=LENGTHS, K=3, seed=0):
 
 
 def test_starts_even_over_what_is_valid():
-    _, expert_BKE, modality_BKEM, _ = build(awake=False)(*inputs(), 0)
+    _, expert_BKE, modality_BKEM = build(awake=False)(*inputs(), 0)
     torch.testing.assert_close(expert_BKE[0], torch.full((3, 3), 1 / 3))
     torch.testing.assert_close(modality_BKEM[0], torch.full((3, 3, 3), 1 / 3))
     torch.testing.assert_close(modality_BKEM[1, 0, 0], torch.tensor([0.5, 0.5, 0.0]))
@@ -49,7 +48,7 @@ def test_equals_the_formula():
     """y = RMSNorm(sum g2 g1 x + slot + W_c c), logits from GELU(W (c + slot))."""
     net = build()
     values, valid, given = inputs()
-    y, expert_BKE, modality_BKEM, _ = net(values, valid, given, 1)
+    y, expert_BKE, modality_BKEM = net(values, valid, given, 1)
     c = net.context(given, 1)
     for k in range(3):
         z = nn.functional.gelu(net.hidden(c + net.slot_KD[k]))
@@ -79,7 +78,7 @@ def test_temperature_flattens():
 def test_a_level_replaced_by_the_mean(level):
     net = build(gate={level: "mean"})
     assert not hasattr(net, level)
-    _, expert_BKE, modality_BKEM, _ = net(*inputs(), 0)
+    _, expert_BKE, modality_BKEM = net(*inputs(), 0)
     got = modality_BKEM[1, :, 0] if level == "modality" else expert_BKE[2]
     expected = torch.tensor([0.5, 0.5, 0.0] if level == "modality" else [0.5, 0.0, 0.5])
     torch.testing.assert_close(got, expected.expand(3, 3))
@@ -137,7 +136,7 @@ def test_usage_stays_float32(cast):
     for name, buffer in net.named_buffers():
         assert buffer.dtype == torch.float32, name
     assert torch.equal(net[0].usage_E, before)  # and did not lose digits on the way
-    y, expert_BKE, _, _ = net[0](
+    y, expert_BKE, _ = net[0](
         [x.to(net[0].slot_KD.dtype) for x in inputs()[0]], *_half(inputs(), net[0].slot_KD.dtype), 0
     )
     assert torch.isfinite(y).all()
@@ -170,184 +169,56 @@ def test_usage_is_saved_and_the_steps_own_sums_are_not():
     assert torch.equal(other.usage_E, net.usage_E)
 
 
-def mixed(gate_BKE):
-    """No sample explores."""
-    return torch.zeros(gate_BKE.shape[0], gate_BKE.shape[2], dtype=torch.bool)
-
-
 def random_gate(B, K=3, E=3, seed=0):
     return torch.rand(B, K, E, generator=torch.Generator().manual_seed(seed)).softmax(-1)
 
 
 def test_usage_is_the_exponential_average_of_weighted_means():
     net = build(gate={"usage_decay": 0.8})
-    expected, confidence = np.full(3, 1 / 3), 0.0
+    expected = np.full(3, 1 / 3)
     np.testing.assert_allclose(net.usage_E, expected, atol=1e-7)
     for step in range(4):
-        gate, weight, chance = random_gate(5, seed=step), torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5]), torch.rand(5)
-        net.accumulate(gate, mixed(gate), weight, chance, 0)
+        gate, weight = random_gate(5, seed=step), torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5])
+        net.accumulate(gate, weight)
         net.update_usage()
         mean = (gate.mean(1) * weight[:, None]).sum(0).numpy() / 4.5
         expected = 0.8 * expected + 0.2 * mean
         np.testing.assert_allclose(net.usage_E, expected, atol=1e-6)
-        confidence = 0.8 * confidence + 0.2 * float((chance * weight).sum()) / 4.5
-        assert float(net.confidence_T[0]) == pytest.approx(confidence, abs=1e-6)
 
 
 def test_usage_does_not_know_micro_batches_or_ranks():
-    gate, weight, chance = random_gate(12), torch.rand(12), torch.rand(12)
-    drawn = nn.functional.one_hot(torch.arange(12) % 3).bool() & (torch.arange(12) % 2 == 0).unsqueeze(1)
+    gate, weight = random_gate(12), torch.rand(12)
     whole = build()
-    whole.accumulate(gate, drawn, weight, chance, 0)
+    whole.accumulate(gate, weight)
     whole.update_usage()
 
     cut = build()
     for part in (slice(0, 1), slice(1, 7), slice(7, 12)):
-        cut.accumulate(gate[part], drawn[part], weight[part], chance[part], 0)
+        cut.accumulate(gate[part], weight[part])
     cut.update_usage()
     torch.testing.assert_close(whole.usage_E, cut.usage_E, atol=1e-6, rtol=0)
-    torch.testing.assert_close(whole.confidence_T, cut.confidence_T, atol=1e-6, rtol=0)
-    torch.testing.assert_close(whole.baseline_T, cut.baseline_T, atol=1e-6, rtol=0)
-    assert float(whole.baseline_T[0]) > 0
 
     ranks = [build(), build()]
     for rank, part in zip(ranks, (slice(0, 4), slice(4, 12)), strict=True):
-        rank.accumulate(gate[part], drawn[part], weight[part], chance[part], 0)
+        rank.accumulate(gate[part], weight[part])
     total = sum(r.collected() for r in ranks)
     calls = []
     for rank in ranks:
         rank.update_usage(lambda t: (calls.append(t.shape), t.copy_(total)))
-    assert calls == [torch.Size([11])] * 2  # once a step, sums and weight together
+    assert calls == [torch.Size([4])] * 2  # once a step, sums and weight together
     for rank in ranks:
         torch.testing.assert_close(whole.usage_E, rank.usage_E, atol=1e-6, rtol=0)
-        torch.testing.assert_close(whole.confidence_T, rank.confidence_T, atol=1e-6, rtol=0)
-        torch.testing.assert_close(whole.baseline_T, rank.baseline_T, atol=1e-6, rtol=0)
 
 
 def test_a_step_without_weight_changes_nothing_and_steps_do_not_add_up():
     net = build()
-    net.accumulate(random_gate(3), mixed(random_gate(3)), torch.ones(3), torch.rand(3), 0)
+    net.accumulate(random_gate(3), torch.ones(3))
     net.update_usage()
-    before = net.usage_E.clone(), net.confidence_T.clone()
+    before = net.usage_E.clone()
     net.update_usage()
-    net.accumulate(random_gate(3, seed=4), mixed(random_gate(3)), torch.zeros(3), torch.ones(3), 0)
+    net.accumulate(random_gate(3, seed=4), torch.zeros(3))
     net.update_usage()
-    assert all(map(torch.equal, before, (net.usage_E, net.confidence_T)))
-
-
-def explore(net, rate=0.99):
-    """In training, with all answers known, so that `rate` of the samples explore."""
-    net.confidence_T.fill_(1.0)
-    net.config = net.config.model_copy(update={"exploration": rate})
-    return net.train()
-
-
-def test_an_exploring_sample_keeps_the_drawn_expert_alone():
-    flat = {"temperature": 8.0}  # so that every expert is drawn
-    net = explore(build(gate=flat), 0.5)
-    values, valid, given = inputs()
-    plain = build(gate=flat)(values, valid, given, 0)
-    torch.manual_seed(0)
-    seen = set()
-    for _ in range(60):
-        y, expert_BKE, _, drawn_BE = net(values, valid, given, 0)
-        assert drawn_BE.sum(1).max() <= 1
-        assert not (drawn_BE & ~valid.any(-1)).any()
-        torch.testing.assert_close(expert_BKE, plain.expert_BKE)  # the gate's weights, drawn or not
-        only = valid & drawn_BE.unsqueeze(-1)
-        context = net.context(given, 0).unsqueeze(1)
-        hidden = nn.functional.gelu(net.hidden(context + net.slot_KD))
-        logits = net.modality(hidden).unflatten(-1, (3, 3))
-        alone, *_ = gate_mix(
-            values, logits, net.expert(hidden), only, net.slot_KD + net.residual(context), net.weight_D, temperature=8.0
-        )
-        explores = drawn_BE.any(-1)
-        torch.testing.assert_close(y[explores], alone[explores])
-        assert torch.equal(y[~explores], plain.mixed_BKD[~explores])
-        seen |= {(b, e) for b, e in drawn_BE.nonzero().tolist()}
-    # every valid expert was tried and the mix too; nothing is drawn for the sample that has no expert
-    assert seen == {(b, e) for b, e in valid.any(-1).nonzero().tolist()}
-
-
-def test_draws_follow_the_weights_and_the_rate():
-    net = explore(build(), 0.5)
-    net.confidence_T.fill_(0.9)
-    policy = torch.tensor([[[0.5, 0.3, 0.2], [0.7, 0.3, 0.0]]])
-    torch.manual_seed(0)
-    drawn = net._draw(policy.expand(20_000, -1, -1), 0)
-    counts = drawn.sum(0).numpy()
-    rate = 0.5 * 0.9**8
-    assert stats.binomtest(int(counts.sum()), 20_000, rate).pvalue > 1e-3
-    assert stats.chisquare(counts, np.array([0.6, 0.3, 0.1]) * counts.sum()).pvalue > 1e-3
-    assert not net._draw(torch.zeros(50, 2, 3), 0).any()
-
-
-def test_nothing_is_explored_before_answers_are_known_nor_outside_training():
-    net = explore(build())
-    args = inputs()
-    clean = net.eval()(*args, 0)
-    assert not clean.drawn_BE.any()
-    net.train().confidence_T.zero_()
-    early = net(*args, 0)
-    assert not early.drawn_BE.any()
-    assert torch.equal(early.mixed_BKD, clean.mixed_BKD)
-    for gate, names in (({"expert": "mean"}, NAMES), ({}, NAMES[:1])):  # nothing to choose
-        values, valid, given = args
-        other = explore(build(experts=names, gate=gate))
-        assert not other(values[: 3 * len(names)], valid[:, : len(names)], given, 0).drawn_BE.any()
-
-
-def test_policy_loss_has_the_gradient_of_the_expected_probability():
-    """Over all draws by their weights: the gradient of -sum_e mean_k g2[e] p_e, for any baseline."""
-    net = build()
-    chance_BE = torch.rand(2, 3, dtype=torch.float64)
-    logits = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    for baseline in (0.0, 0.7):
-        net.baseline_T.fill_(baseline)
-        gate = logits.softmax(-1)
-        total = 0.0
-        for expert in range(3):
-            drawn = nn.functional.one_hot(torch.full((2,), expert), 3).bool()
-            loss_B = net.policy_loss(gate, drawn, chance_BE[:, expert], 0)
-            total = total + (gate.mean(1)[:, expert].detach() * loss_B).sum()
-        (found,) = torch.autograd.grad(total, logits)
-        (expected,) = torch.autograd.grad(-(logits.softmax(-1).mean(1) * chance_BE).sum(), logits)
-        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
-    none = net.policy_loss(gate, torch.zeros(2, 3, dtype=torch.bool), chance_BE[:, 0], 0)
-    assert not none.any()
-
-
-def test_exploring_samples_make_the_baseline_and_the_others_the_confidence():
-    net = build(gate={"usage_decay": 0.5})
-    drawn = torch.tensor([[True, False, False], [False] * 3, [False, False, True]])
-    gate, weight, chance = random_gate(3), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.2, 0.9, 0.6])
-    net.accumulate(gate, drawn, weight, chance, 0)
-    net.update_usage()
-    assert float(net.confidence_T[0]) == pytest.approx(0.45)
-    assert float(net.baseline_T[0]) == pytest.approx(0.5 * (0.2 * 1 + 0.6 * 3) / 4)
-    expected = 0.5 / 3 + 0.5 * (gate.mean(1) * weight[:, None]).sum(0) / 6
-    torch.testing.assert_close(net.usage_E, expected)
-    net.accumulate(gate[1:2], drawn[1:2], weight[1:2], chance[1:2], 0)
-    net.update_usage()
-    assert float(net.baseline_T[0]) == pytest.approx(0.25)  # nothing was explored: as it was
-
-
-def test_a_task_explores_by_its_own_answers():
-    net = build(gate={"usage_decay": 0.5})
-    drawn = torch.tensor([[True, False, False], [False] * 3])
-    for task, chance in ((1, [0.4, 0.8]), (0, [0.1, 0.2])):
-        net.accumulate(random_gate(2), drawn, torch.ones(2), torch.tensor(chance), task)
-        net.update_usage()
-    torch.testing.assert_close(net.confidence_T, torch.tensor([0.1, 0.4]))
-    torch.testing.assert_close(net.baseline_T, torch.tensor([0.05, 0.2]))
-    net = explore(net)
-    net.confidence_T.copy_(torch.tensor([0.0, 1.0]))
-    policy = torch.full((200, 2, 3), 1 / 3)
-    assert not net._draw(policy, 0).any()
-    assert net._draw(policy, 1).any(-1).float().mean() > 0.9
-    gate, probability = random_gate(2), torch.tensor([0.4, 0.8])
-    first, second = (net.policy_loss(gate, drawn, probability, task) for task in (0, 1))
-    torch.testing.assert_close(first / second, torch.tensor([(0.05 - 0.4) / (0.2 - 0.4), float("nan")]), equal_nan=True)
+    assert torch.equal(before, net.usage_E)
 
 
 def test_balance_loss():
@@ -369,7 +240,7 @@ def test_usage_may_move_before_the_backward_pass():
     net = build()
     gate = random_gate(4).requires_grad_()
     loss = net.balance_loss(gate).sum()
-    net.accumulate(gate, mixed(gate), torch.ones(4), torch.ones(4), 0)
+    net.accumulate(gate, torch.ones(4))
     net.update_usage()
     loss.backward()
     torch.testing.assert_close(gate.grad, torch.full((4, 3, 3), 1 / 3))
@@ -379,7 +250,7 @@ def test_removed_experts_and_modalities_have_no_place():
     net = build(experts=("local", "global"), modalities=("text", "audio"))
     values, valid, given = inputs()
     given.pop("video")
-    _, expert_BKE, modality_BKEM, _ = net([values[i] for i in (0, 1, 6, 7)], valid[:, [0, 2], :2], given, 0)
+    _, expert_BKE, modality_BKEM = net([values[i] for i in (0, 1, 6, 7)], valid[:, [0, 2], :2], given, 0)
     assert expert_BKE.shape == (4, 3, 2)
     assert modality_BKEM.shape == (4, 3, 2, 2)
     assert net.usage_E.tolist() == [0.5, 0.5]

@@ -65,11 +65,15 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, adapter: AdapterConfi
     return backbone
 
 
+ANSWERS = {"one": 3, "two": 5}
+
+
 def make_fusion(backbone: Backbone, dtype: torch.dtype = torch.float32, **changes) -> Fusion:
     torch.manual_seed(5)
     config = FusionConfig(width=32, heads=2, dropout=0.0, pseudo_tokens=3, **changes)
     widths = {"one": {"audio": 6, "video": 5}, "two": {"audio": 4, "video": 0}}
-    return Fusion(config, widths, backbone.hidden_size, backbone.hidden_size, backbone.embedding_norm).to(dtype)
+    H = backbone.hidden_size
+    return Fusion(config, widths, H, H, backbone.embedding_norm, ANSWERS).to(dtype)
 
 
 def make_model(folder: Path, dtype: torch.dtype = torch.float32, fusion: bool = True, **changes) -> EGMF:
@@ -110,6 +114,7 @@ def make_batch(
         video=features(5),
         target_B=torch.zeros(rows),
         weight_B=torch.ones(rows),
+        answer_B=torch.arange(rows) % 3,
     )
 
 
@@ -136,6 +141,7 @@ def rows_of(batch: Batch, keep: Sequence[int]) -> Batch:
         video=pick(batch.video),
         target_B=batch.target_B[keep],
         weight_B=batch.weight_B[keep],
+        answer_B=batch.answer_B[keep],
     )
 
 

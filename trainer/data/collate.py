@@ -107,6 +107,7 @@ class Collator:
             choices=objective.choices(chosen, max(map(len, targets))),
             trie=objective.riding,
             error_weight=objective.error_weight,
+            answer_B=torch.tensor(chosen) if chosen else None,
         )
 
     def pack(
@@ -159,6 +160,7 @@ class Collator:
             weight_B=objective.weights(self.task, samples, weight),
             choices=objective.choices(chosen),
             error_weight=objective.error_weight,
+            answer_B=torch.tensor(chosen) if chosen else None,
         )
 
     def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:

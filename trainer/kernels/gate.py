@@ -112,12 +112,6 @@ def gate_mix_reference(
     return (sum_BKD * rstd_BK1 * weight_D.to(accumulate)).to(dtype), expert_BKE, modality_BKEM
 
 
-def gate_weights(expert_logits_BKE: Tensor, valid_BEM: Tensor, temperature: float = 1.0) -> Tensor:
-    """g2 of :func:`gate_mix` alone [B, K, E], with gradients."""
-    logits = expert_logits_BKE.to(_accumulate(expert_logits_BKE.dtype))
-    return _weights(logits, valid_BEM.unsqueeze(1).any(-1), temperature, mean=False)
-
-
 def _weights(logits: Tensor, valid: Tensor, temperature: float, mean: bool) -> Tensor:
     """Weights over the last dimension: exactly 0 where not valid, all 0 where nothing is."""
     valid = valid.expand(logits.shape)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer.batch import AnswerTrie, Batch, FusionInput, PackedBatch
 from trainer.models.backbone import Backbone
 from trainer.models.fusion import Fusion, FusionOutput
+from trainer.models.heads import expert_losses
 from trainer.models.losses import expected_error, token_nll
 from trainer.models.packed import PrefixCache, take
 from trainer.text import end_token
@@ -26,11 +27,11 @@ LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
 
 class LossOutput(NamedTuple):
     """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included (smoothed, and with
-    an expected error, where the batch asks for it); `gate_B` are the gate's own terms, of balance (already times its weight)
-    and of exploration. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
+    an expected error, where the batch asks for it); `auxiliary_B` are the fusion network's own terms, already times their
+    weights: the gate's balance, the experts' answers, the gate's trust in them. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
 
     loss_B: Tensor
-    gate_B: Tensor
+    auxiliary_B: Tensor
     idle: Tensor
     gate_expert_BKE: Tensor | None
     gate_modality_BKEM: Tensor | None
@@ -77,13 +78,16 @@ class EGMF(nn.Module):
         if fused is None or self.fusion is None:
             return LossOutput(out, torch.zeros_like(out), out.new_zeros(()), *gates)
         gate = self.fusion.gate
-        gate_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
+        auxiliary_B = gate.config.balance_weight * gate.balance_loss(fused.gate_expert_BKE).float()
+        if fused.expert_logprob_BEC is not None:
+            assert batch.answer_B is not None
+            terms = expert_losses(
+                fused.expert_logprob_BEC, batch.answer_B, fused.gate_expert_BKE, fused.expert_valid_BE
+            )
+            auxiliary_B = auxiliary_B + self.fusion.config.expert_loss_weight * (terms[0] + terms[1])
         if self.training:
-            task, probability_B = self.fusion.tasks[batch.task], torch.exp(-out.detach())
-            if gate.config.exploration:
-                gate_B = gate_B + gate.policy_loss(fused.gate_expert_BKE, fused.drawn_BE, probability_B, task).float()
-            gate.accumulate(fused.gate_expert_BKE.detach(), fused.drawn_BE, batch.weight_B, probability_B, task)
-        return LossOutput(out, gate_B, fused.idle.float(), *gates)
+            gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B)
+        return LossOutput(out, auxiliary_B, fused.idle.float(), *gates)
 
     @torch.no_grad()
     def prefix(self, ids_P: Tensor) -> PrefixCache:
@@ -200,14 +204,22 @@ class EGMF(nn.Module):
         for out, group in zip(made, batch.inputs, strict=True):
             if group.filler:
                 idle = idle + 0.0 * (out.pseudo_BKH.float().sum() + out.idle.float())
+                if out.expert_logprob_BEC is not None:
+                    idle = idle + 0.0 * out.expert_logprob_BEC.sum()
         built = used[0].pseudo_BKH.shape[1]
         if built != batch.pseudo_tokens:
             raise ValueError(f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes {built}")
         if len(used) == 1:
             return used[0]._replace(idle=idle)
-        per_sample = (torch.cat(parts) for parts in zip(*((*o[:3], o.drawn_BE) for o in used), strict=True))
-        pseudo_BKH, expert_BKE, modality_BKEM, drawn_BE = per_sample
-        return FusionOutput(pseudo_BKH, expert_BKE, modality_BKEM, idle, drawn_BE)
+        told = [out.expert_logprob_BEC for out in used if out.expert_logprob_BEC is not None]
+        return FusionOutput(
+            torch.cat([out.pseudo_BKH for out in used]),
+            torch.cat([out.gate_expert_BKE for out in used]),
+            torch.cat([out.gate_modality_BKEM for out in used]),
+            idle,
+            torch.cat([out.expert_valid_BE for out in used]),
+            torch.cat(told) if told else None,
+        )
 
     def _fuse_group(self, fusion: Fusion, task: str, group: FusionInput) -> FusionOutput:
         text_BSH = self.backbone.embed(group.text_ids_BS).detach()

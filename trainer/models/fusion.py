@@ -18,6 +18,7 @@ from trainer.config import EXPERTS, MODALITIES, Expert, FusionConfig, Modality
 from trainer.models.encoders import Encoders
 from trainer.models.experts import GlobalExpert, LocalExpert, SemanticExpert
 from trainer.models.gating import Float32Buffers, HierarchicalGate
+from trainer.models.heads import ExpertHeads
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,16 @@ class FusionOutput(NamedTuple):
     """Pseudo tokens and what the gate decided; `idle` is a scalar 0 to be added to the loss (see :class:`Encoders`).
 
     Experts and modalities stand in the order of `Fusion.experts_built` and `Fusion.modalities`: an ablated one has no
-    place. `drawn_BE`: see :class:`GateOutput`.
+    place. `expert_logprob_BEC` is what each expert alone says of the task's answers, None without expert heads; an
+    expert that is not valid says nothing (`expert_valid_BE`).
     """
 
     pseudo_BKH: Tensor
     gate_expert_BKE: Tensor
     gate_modality_BKEM: Tensor
     idle: Tensor
-    drawn_BE: Tensor
+    expert_valid_BE: Tensor
+    expert_logprob_BEC: Tensor | None
 
 
 class PseudoProjection(Float32Buffers):
@@ -71,6 +74,7 @@ class Fusion(nn.Module):
         inputs: task -> {"audio": features per frame, "video": features per frame}; 0: the task has none of it.
         text_width: H of the embeddings that come in. output_width: H of the pseudo tokens.
         output_norm: mean length of the backbone's input embeddings.
+        answers: task -> how many answers it has, for the expert heads; needed where `config.expert_loss_weight` is not 0.
 
     A modality that the config removes, or that no task has, is built nowhere, and neither is an ablated expert.
 
@@ -85,16 +89,26 @@ class Fusion(nn.Module):
         text_width: int,
         output_width: int,
         output_norm: float,
+        answers: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         if config.pseudo_tokens < 1:
             raise ValueError("fusion.pseudo_tokens=0 switches fusion off: build no fusion network")
+        self.config = config
         self.modalities = _modalities(config, inputs)
         self.experts_built = _experts(config, self.modalities)
         self.tasks = {task: index for index, task in enumerate(inputs)}
         self.encoders = Encoders(inputs, self.modalities, text_width, config.width)
         self.experts = nn.ModuleDict({name: _BUILD[name](config, self.modalities) for name in self.experts_built})
         self.gate = HierarchicalGate(config, self.experts_built, self.modalities, len(self.tasks))
+        self.heads = None
+        if config.expert_loss_weight:
+            if answers is None or set(answers) != set(inputs):
+                raise ValueError(
+                    "expert_loss_weight asks for expert heads, which need the number of answers of every task"
+                )
+            answers = {task: answers[task] for task in inputs}
+            self.heads = ExpertHeads(self.experts_built, config.pseudo_tokens, config.width, answers)
         self.pseudo = PseudoProjection(config.width, output_width, output_norm)
 
     def forward(
@@ -107,7 +121,9 @@ class Fusion(nn.Module):
         values = [value for values, _ in answers for value in values]
         valid_BEM = torch.stack([valid for _, valid in answers], 1)
         gated = self.gate(values, valid_BEM, streams, self.tasks[task])
-        return FusionOutput(self.pseudo(gated.mixed_BKD), gated.expert_BKE, gated.modality_BKEM, idle, gated.drawn_BE)
+        told_BEC = None if self.heads is None else self.heads(values, gated.modality_BKEM, valid_BEM, task)
+        pseudo_BKH = self.pseudo(gated.mixed_BKD)
+        return FusionOutput(pseudo_BKH, gated.expert_BKE, gated.modality_BKEM, idle, valid_BEM.any(-1), told_BEC)
 
 
 def _modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:

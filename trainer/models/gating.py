@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import FusionConfig, Modality
-from trainer.kernels.gate import gate_mix, gate_weights
+from trainer.kernels.gate import gate_mix
 from trainer.models.encoders import Stream
 from trainer.models.experts import Streams, presence
 from trainer.models.masked import masked_mean
@@ -60,13 +60,11 @@ class Context(nn.Module):
 
 
 class GateOutput(NamedTuple):
-    """`mixed_BKD`: the slots; weights of experts and modalities; `drawn_BE`: the one expert that an exploring sample
-    keeps, False everywhere for the others. Weights of experts are the gate's, drawn or not."""
+    """`mixed_BKD`: the slots; weights of experts and modalities."""
 
     mixed_BKD: Tensor
     expert_BKE: Tensor
     modality_BKEM: Tensor
-    drawn_BE: Tensor
 
 
 class HierarchicalGate(Float32Buffers):
@@ -76,24 +74,13 @@ class HierarchicalGate(Float32Buffers):
     mix is :func:`trainer.kernels.gate.gate_mix`. V starts at 0: all that is valid weighs the same at first. A level that
     the config replaces by the mean has no logits and no parameters.
 
-    Exploration: in training a share `exploration` * a⁸ of the samples, a the task's running confidence, keeps one expert
-    alone, drawn by the mean of its weights over the slots; :meth:`policy_loss` rewards the draw by how likely the right
-    answer then is. The mix alone teaches the gate little: an answer that can be read from a third of the right expert is
-    no more likely with all of it. Exploration waits until answers are known, since one expert cannot tell what none has
-    learned.
-
-    Running averages: `usage_E`, the experts' mean weight, 1/E at first, for the balance term; `confidence_T`, of each task
-    the mean probability of the right answer where all experts are mixed, 0 at first; `baseline_T`, the same where one was
-    drawn. All are exponential averages over earlier steps, float32, in the state dict. Samples of this step are collected by
-    `accumulate` and enter them by `update_usage`.
+    `usage_E` is the running mean weight of the experts, 1/E at first, for the balance term: an exponential average over
+    earlier steps, float32, in the state dict. Samples of this step are collected by `accumulate` and enter it by `update_usage`.
     """
 
     usage_E: Tensor
-    confidence_T: Tensor
-    baseline_T: Tensor
     step_usage_E: Tensor
-    step_probability_2T: Tensor
-    step_weight_2T: Tensor
+    step_weight: Tensor
 
     def __init__(
         self, config: FusionConfig, experts: Sequence[str], modalities: Sequence[Modality], tasks: int
@@ -109,15 +96,12 @@ class HierarchicalGate(Float32Buffers):
         if "learned" in (config.gate.modality, config.gate.expert):
             self.hidden = nn.Linear(width, width)
         if config.gate.modality == "learned":
-            self.modality = _from_zero(nn.Linear(width, self.experts * self.modalities))
+            self.modality = from_zero(nn.Linear(width, self.experts * self.modalities))
         if config.gate.expert == "learned":
-            self.expert = _from_zero(nn.Linear(width, self.experts))
+            self.expert = from_zero(nn.Linear(width, self.experts))
         self.register_buffer("usage_E", torch.full((self.experts,), 1.0 / self.experts))
-        self.register_buffer("confidence_T", torch.zeros(tasks))
-        self.register_buffer("baseline_T", torch.zeros(tasks))
         self.register_buffer("step_usage_E", torch.zeros(self.experts), persistent=False)
-        self.register_buffer("step_probability_2T", torch.zeros(2, tasks), persistent=False)
-        self.register_buffer("step_weight_2T", torch.zeros(2, tasks), persistent=False)
+        self.register_buffer("step_weight", torch.zeros(()), persistent=False)
 
     def forward(self, values: Sequence[Tensor], valid_BEM: Tensor, streams: Streams, task: int) -> GateOutput:
         """`values` are E M tensors [B, K, D], those of the first expert first."""
@@ -128,16 +112,11 @@ class HierarchicalGate(Float32Buffers):
             hidden_BKD = nn.functional.gelu(self.hidden(context_B1D + self.slot_KD))
             modality_BKn = self.modality(hidden_BKD) if self.config.modality == "learned" else None
             expert_BKE = self.expert(hidden_BKD) if self.config.expert == "learned" else None
-        policy_BKE, drawn_BE = None, torch.zeros_like(valid_BEM[..., 0])
-        if self.training and self.config.exploration and expert_BKE is not None and self.experts > 1:
-            policy_BKE = gate_weights(expert_BKE, valid_BEM, self.config.temperature)
-            drawn_BE = self._draw(policy_BKE, task)
-            valid_BEM = valid_BEM & (drawn_BE | ~drawn_BE.any(-1, keepdim=True)).unsqueeze(-1)
         if modality_BKn is None:
             modality_BKn = values[0].new_zeros(*shape_BKE[:2], self.experts * self.modalities)
         if expert_BKE is None:
             expert_BKE = values[0].new_zeros(shape_BKE)
-        mixed_BKD, expert_BKE, modality_BKEM = gate_mix(
+        mixed = gate_mix(
             values,
             modality_BKn.unflatten(-1, (self.experts, self.modalities)),
             expert_BKE,
@@ -149,26 +128,7 @@ class HierarchicalGate(Float32Buffers):
             mean_expert=self.config.expert == "mean",
             kernel=self.config.kernel,
         )
-        return GateOutput(mixed_BKD, expert_BKE if policy_BKE is None else policy_BKE, modality_BKEM, drawn_BE)
-
-    @torch.no_grad()
-    def _draw(self, policy_BKE: Tensor, task: int) -> Tensor:
-        """Of each sample the expert that it keeps [B, E], one-hot; False everywhere for samples that keep all."""
-        policy_BE = policy_BKE.mean(1)
-        gumbel_BE = -torch.empty_like(policy_BE).exponential_().log()
-        one_BE = nn.functional.one_hot((policy_BE.log() + gumbel_BE).argmax(-1), self.experts).bool()
-        rate = self.config.exploration * self.confidence_T[task] ** 8
-        explores_B = (torch.rand(len(policy_BE), device=policy_BE.device) < rate) & (policy_BE.sum(-1) > 0)
-        return one_BE & explores_B.unsqueeze(-1)
-
-    def policy_loss(self, gate_expert_BKE: Tensor, drawn_BE: Tensor, probability_B: Tensor, task: int) -> Tensor:
-        """-(p - baseline) log mean_k g2[drawn], per sample [B], 0 where none was drawn; p has no gradient.
-
-        Its expected gradient is that of minus the mean probability of the right answer over the experts, each drawn by
-        its weight (REINFORCE, Williams 1992).
-        """
-        drawn_B = torch.where(drawn_BE.any(-1), (gate_expert_BKE.mean(1) * drawn_BE).sum(-1), 1.0)
-        return (self.baseline_T[task] - probability_B.detach()) * drawn_B.log()
+        return GateOutput(*mixed)
 
     def balance_loss(self, gate_expert_BKE: Tensor) -> Tensor:
         """E sum_e u_e mean_k g2_bke, per sample [B], not yet times the weight of the config.
@@ -179,47 +139,34 @@ class HierarchicalGate(Float32Buffers):
         return self.experts * (gate_expert_BKE.mean(1) @ self.usage_E.to(gate_expert_BKE.dtype, copy=True))
 
     @torch.no_grad()
-    def accumulate(
-        self, gate_expert_BKE: Tensor, drawn_BE: Tensor, weight_B: Tensor, probability_B: Tensor, task: int
-    ) -> None:
-        """Collect the expert weights and the answers' probabilities of one micro-batch, each sample times its weight."""
+    def accumulate(self, gate_expert_BKE: Tensor, weight_B: Tensor) -> None:
+        """Collect the expert weights of one micro-batch, each sample times its weight."""
         weight_B = weight_B.to(self.step_usage_E)
-        explores_B = drawn_BE.any(-1).to(weight_B)
-        weight_2B = weight_B * torch.stack([1 - explores_B, explores_B])
         self.step_usage_E += weight_B @ gate_expert_BKE.mean(1).to(self.step_usage_E)
-        self.step_probability_2T[:, task] += weight_2B @ probability_B.to(self.step_probability_2T)
-        self.step_weight_2T[:, task] += weight_2B.sum(1)
+        self.step_weight += weight_B.sum()
 
     def collected(self) -> Tensor:
-        """What a step has collected, to be summed over ranks [E + 4 T]: usage; by task the probabilities of samples that mix,
-        and of those that explore; their weights."""
-        return torch.cat([self.step_usage_E, self.step_probability_2T.flatten(), self.step_weight_2T.flatten()])
+        """What a step has collected, to be summed over ranks [E + 1]: usage, weight."""
+        return torch.cat([self.step_usage_E, self.step_weight[None]])
 
     @torch.no_grad()
     def update_usage(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """Once per optimizer step: average = decay * average + (1 - decay) * mean over this step's samples.
 
-        `reduce` sums a tensor over the ranks in place. What a step has no weight for stays as it was.
+        `reduce` sums a tensor over the ranks in place. A step without weight leaves the average as it was.
         """
         total = self.collected()
         if reduce is not None:
             reduce(total)
-        usage_E = total[: self.experts]
-        (mixed_T, drawn_T), (mixed_weight_T, drawn_weight_T) = total[self.experts :].view(2, 2, -1)
-        self._average(self.usage_E, usage_E, (mixed_weight_T + drawn_weight_T).sum())
-        self._average(self.confidence_T, mixed_T, mixed_weight_T)
-        self._average(self.baseline_T, drawn_T, drawn_weight_T)
-        self.discard_usage()
-
-    def _average(self, average: Tensor, total: Tensor, weight: Tensor) -> None:
+        usage_E, weight = total[:-1], total[-1]
         decay = torch.where(weight > 0, self.config.usage_decay, 1.0)
-        average.mul_(decay).add_(total / weight.clamp_min(torch.finfo(weight.dtype).tiny) * (1.0 - decay))
+        self.usage_E.mul_(decay).add_(usage_E / weight.clamp_min(torch.finfo(weight.dtype).tiny) * (1.0 - decay))
+        self.discard_usage()
 
     def discard_usage(self) -> None:
         """Forget what this step collected: the step is not taken."""
         self.step_usage_E.zero_()
-        self.step_probability_2T.zero_()
-        self.step_weight_2T.zero_()
+        self.step_weight.zero_()
 
 
 def _statistics(stream: Stream) -> Tensor:
@@ -229,7 +176,7 @@ def _statistics(stream: Stream) -> Tensor:
     return torch.cat([mean_BD, 0.5 * (variance_BD + 1e-5).log()], -1)
 
 
-def _from_zero(layer: nn.Linear) -> nn.Linear:
+def from_zero(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

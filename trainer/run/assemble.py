@@ -104,7 +104,12 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
     if config.model.fusion.pseudo_tokens:
         inputs = {name: opened.widths for name, opened in data.items()}
         fusion = Fusion(
-            config.model.fusion, inputs, backbone.hidden_size, backbone.hidden_size, backbone.embedding_norm
+            config.model.fusion,
+            inputs,
+            backbone.hidden_size,
+            backbone.hidden_size,
+            backbone.embedding_norm,
+            {name: len(task.answers(config.data.answers)) for name, task in tasks.items()},
         )
         fusion.to(device=world.device, dtype=dtype)
         if config.model.fusion.compile:

@@ -395,7 +395,7 @@ class Run:
     def _tell(self, step: int, result: StepResult, spike: bool, rates: list[float], seconds: float) -> None:
         values = {
             "train/loss": result.loss,
-            "train/gate_loss": result.gate_loss,
+            "train/auxiliary_loss": result.auxiliary_loss,
             "train/lr_fusion": rates[0],
             "train/lr_backbone": rates[-1],
             SPEED: result.samples / seconds,

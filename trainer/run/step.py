@@ -76,7 +76,7 @@ class StepResult:
     """What a step tells, the same on every rank."""
 
     loss: float  # weighted mean over the global batch, the gate's own terms not included
-    gate_loss: float
+    auxiliary_loss: float
     samples: int
     positions: int  # that all ranks passed through the backbone, those of empty micro-batches left out
     usage: list[float]  # of the experts in earlier steps, by the gate; empty without one
@@ -104,16 +104,16 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
         torch.manual_seed(mix(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
-        loss_B, gate_B = output.loss_B * rows.weight_B, output.gate_B * rows.weight_B
-        engine.backward((loss_B.sum() + gate_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
+        loss_B, auxiliary_B = output.loss_B * rows.weight_B, output.auxiliary_B * rows.weight_B
+        engine.backward((loss_B.sum() + auxiliary_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
         told[0] += loss_B.detach().sum().double()
-        told[1] += gate_B.detach().sum().double()
+        told[1] += auxiliary_B.detach().sum().double()
         evidence.add(rows, loss_B.detach())
     counted = [told.new_full((1,), float(training.stop.asked)), told.new_full((1,), float(positions))]
     told = torch.cat([told, guard.found().to(told)[None], *counted, *_usage(training)])
     world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
-    loss, gate_loss, bad, asked, positions, *usage = told.tolist()
-    skipped = bad > 0 or not math.isfinite(loss + gate_loss)
+    loss, auxiliary_loss, bad, asked, positions, *usage = told.tolist()
+    skipped = bad > 0 or not math.isfinite(loss + auxiliary_loss)
     with guard.still(skipped):
         engine.step()
     if training.parts.model.fusion is not None:
@@ -124,7 +124,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
             gate.update_usage(lambda collected: collected.copy_(told[-len(collected) :]))
         usage = usage[: gate.experts]
     samples = len(batch.indices)
-    return StepResult(loss / total, gate_loss / total, samples, int(positions), usage, skipped, asked > 0)
+    return StepResult(loss / total, auxiliary_loss / total, samples, int(positions), usage, skipped, asked > 0)
 
 
 def _usage(training: Training) -> list[Tensor]:
