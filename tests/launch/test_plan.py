@@ -19,7 +19,7 @@ from launch.memory import GIB, Setting, rank_memory, wire_bytes
 from launch.plan import RESERVED, Throughput, look_at, make_plan
 from launch.plan_tables import render
 from tests.distributed.processes import egmf
-from tests.models.tiny_models import make_model, save_family
+from tests.models.tiny_models import ANSWERS, make_model, save_family
 from tests.toy import prepare_toy
 from trainer.batch import Batch, PackedBatch
 from trainer.config import AdapterConfig, RunConfig, check_config
@@ -68,7 +68,7 @@ def config_of(**changes: object) -> RunConfig:
 
 def small(folder: Path, **changes: object) -> RunConfig:
     """A run like the models of `tests/models/tiny_models.py`."""
-    fusion = {"width": 32, "heads": 2, "dropout": 0.0, "pseudo_tokens": 3}
+    fusion = {"width": 32, "heads": 2, "dropout": 0.0, "pseudo_tokens": 3, "expert_loss_weight": 0.5}
     return config_of(
         model__backbone__name=str(folder),
         model__adapter__dropout=0.0,
@@ -83,10 +83,10 @@ def small(folder: Path, **changes: object) -> RunConfig:
 def test_weighs_what_is_loaded(tmp_path, family, tied, quantization, double, kind):
     folder = save_family(family, tmp_path, tied=tied)
     options = {"quantization": quantization, "double_quantization": double}
-    real = make_model(folder, adapter=AdapterConfig(kind=kind, dropout=0.0), **options)
+    real = make_model(folder, expert_loss_weight=0.5, adapter=AdapterConfig(kind=kind, dropout=0.0), **options)
     config = small(folder, **{f"model__backbone__{k}": v for k, v in options.items()}, model__adapter__kind=kind)
     with abstract():
-        weights = weigh(build(config, AutoConfig.from_pretrained(folder), WIDTHS, torch.float32), 100)
+        weights = weigh(build(config, AutoConfig.from_pretrained(folder), WIDTHS, torch.float32, answers=ANSWERS), 100)
     trained = [p for p in real.parameters() if p.requires_grad]
     frozen = [p for p in real.parameters() if not p.requires_grad]
     states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
@@ -122,12 +122,12 @@ def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, packed, quantizati
     rows = Rows("one", packed, 14, (34, 25), 3, ((1, 7, 9, 6), (1, 2, 0, 4)) if packed else ((2, 7, 9, 6),))
     with abstract():
         few = [
-            record_pass(build(config, shape, WIDTHS, torch.float32, layers=n, checkpointing=checkpointing), rows, torch.float32)
+            record_pass(build(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows, torch.float32)
             for n in (*SAMPLE_LAYERS, 8)
         ]  # fmt: skip
     grown = grow(few[0], few[1], 8)
     assert grown == few[2]
-    real = make_model(folder, quantization=quantization, gradient_checkpointing=checkpointing)
+    real = make_model(folder, expert_loss_weight=0.5, quantization=quantization, gradient_checkpointing=checkpointing)
     recorded = record_pass(real.train(), rows, torch.float32)
     assert grown.flops == recorded.flops
     assert grown.peak == pytest.approx(recorded.peak, rel=0.03)

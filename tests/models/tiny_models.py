@@ -76,9 +76,11 @@ def make_fusion(backbone: Backbone, dtype: torch.dtype = torch.float32, **change
     return Fusion(config, widths, H, H, backbone.embedding_norm, ANSWERS).to(dtype)
 
 
-def make_model(folder: Path, dtype: torch.dtype = torch.float32, fusion: bool = True, **changes) -> EGMF:
+def make_model(
+    folder: Path, dtype: torch.dtype = torch.float32, fusion: bool = True, expert_loss_weight: float = 0.0, **changes
+) -> EGMF:
     backbone = load(folder, dtype, **changes)
-    return EGMF(backbone, make_fusion(backbone, dtype) if fusion else None)
+    return EGMF(backbone, make_fusion(backbone, dtype, expert_loss_weight=expert_loss_weight) if fusion else None)
 
 
 def make_batch(

@@ -5,6 +5,7 @@ Shapes: B samples, K slots, E experts, M modalities, D width, C answers of the t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,7 +27,7 @@ class ExpertHeads(nn.Module):
 
     def __init__(self, experts: Sequence[Expert], slots: int, width: int, answers: Mapping[str, int]) -> None:
         super().__init__()
-        ends = torch.tensor(list(answers.values())).cumsum(0).tolist()
+        ends = list(itertools.accumulate(answers.values()))
         self.place = {task: (end - count, end) for (task, count), end in zip(answers.items(), ends, strict=True)}
         self.linear = nn.ModuleDict({name: from_zero(nn.Linear(slots * width, ends[-1])) for name in experts})
 
