@@ -20,9 +20,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from parts import broken_part, killed_part, read_part
 from rich.console import Console
 
+from tests.data.parts import broken_part, killed_part, read_part
 from tests.distributed.processes import heed_interrupts
 from trainer.data import rows
 from trainer.data.dataset import open_dataset

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import BOMBS, LOOPS, RECONSTRUCT, array_of, zoo
 
+from tests.data.hostile import BOMBS, LOOPS, RECONSTRUCT, array_of, zoo
 from trainer.data import pickle_machine
 from trainer.data.unpickle import ALLOWED, UnsafePickle, load_pickle, loads
 

@@ -13,8 +13,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from gate_cases import TRIALS, failures
-
+from tests.kernels.gate_cases import TRIALS, failures
 from trainer.kernels import gate_triton
 
 SOURCE = Path(gate_triton.__file__)

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from gate_cases import TOLERANCE, case, copied, leaves, spoiled
 
+from tests.kernels.gate_cases import TOLERANCE, case, copied, leaves, spoiled
 from trainer.kernels.gate import gate_mix, gate_mix_reference, resolve_kernel
 
 MIXES = pytest.mark.parametrize("mix", [gate_mix, gate_mix_reference])

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from gate_cases import TRIALS
+
+from tests.kernels.gate_cases import TRIALS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 HERE = Path(__file__).parent

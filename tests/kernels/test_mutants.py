@@ -6,7 +6,8 @@ import importlib.util
 import json
 
 import pytest
-from test_interpreter import interpret
+
+from tests.kernels.test_interpreter import interpret
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_cases import case, copied, leaves
 
+from tests.kernels.gate_cases import case, copied, leaves
 from trainer.kernels.gate import gate_mix
 
 OPTIONS = (0.7, 1e-6, False, False, "auto")

@@ -9,9 +9,9 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, TEXTS, brute_force, load, make_batch, make_model, make_trie, save_family
 from transformers import AutoModelForCausalLM
 
+from tests.models.tiny_models import FAMILIES, TEXTS, brute_force, load, make_batch, make_model, make_trie, save_family
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone import base_fingerprint, build_backbone, build_tiny, load_tokenizer
 from trainer.models.loading import BackboneError, load_shape, resolve_attention

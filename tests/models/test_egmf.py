@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from tiny_models import (
+
+from tests.models.tiny_models import (
     FAMILIES,
     brute_force,
     load,
@@ -17,7 +18,6 @@ from tiny_models import (
     rows_of,
     save_family,
 )
-
 from trainer.batch import Features
 from trainer.config import AdapterConfig
 from trainer.models import packed

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import load, save_family
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.tiny_models import load, save_family
 from trainer.answers.scoring import task_trie
 from trainer.batch import Sample
 from trainer.config import AdapterConfig, DataConfig, FusionConfig

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from fusion_cases import INPUTS, H, backward, features, fusion, lengths_mask
 
+from tests.models.fusion_cases import INPUTS, H, backward, features, fusion, lengths_mask
 from trainer.batch import Features
 from trainer.models.encoders import SECONDS_PER_TOKEN, Encoders, FeatureEncoder, sinusoidal_positions
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from fusion_cases import config, lengths_mask, stream, streams
 
+from tests.models.fusion_cases import config, lengths_mask, stream, streams
 from trainer.models.encoders import Stream, sinusoidal_positions
 from trainer.models.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert, _Source
 from trainer.models.masked import (

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, total, widen
 
+from tests.models.fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, total, widen
 from trainer.batch import Features
 from trainer.config import FusionConfig
 from trainer.models.fusion import Fusion

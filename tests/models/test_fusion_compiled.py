@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fusion_cases import backward, fusion, inputs
 from torch import nn
+
+from tests.models.fusion_cases import backward, fusion, inputs
 
 
 class Tensors(nn.Module):

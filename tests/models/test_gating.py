@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fusion_cases import config, streams
 from torch import nn
 
+from tests.models.fusion_cases import config, streams
 from trainer.kernels.gate import gate_mix
 from trainer.models.experts import presence
 from trainer.models.gating import Context, Float32Buffers, HierarchicalGate

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusion_cases import ANSWERS, INPUTS, H, backward, config, fusion, inputs, spoil
 
+from tests.models.fusion_cases import ANSWERS, INPUTS, H, backward, config, fusion, inputs, spoil
 from trainer.models.fusion import Fusion
 from trainer.models.heads import ExpertHeads, expert_losses
 

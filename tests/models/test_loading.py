@@ -11,9 +11,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from tiny_models import load, save_family
 from transformers import AutoModelForCausalLM
 
+from tests.models.tiny_models import load, save_family
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone import base_fingerprint, build_backbone
 from trainer.models.fingerprint import fingerprint, measure

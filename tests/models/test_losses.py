@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_egmf_packed import WIDTHS, Logits, Waits, magnitudes, make, samples
-from tiny_models import save_family
 from torch import Tensor
 
+from tests.models.test_egmf_packed import WIDTHS, Logits, Waits, magnitudes, make, samples
+from tests.models.tiny_models import save_family
 from trainer.answers.scoring import task_trie
 from trainer.config import DataConfig
 from trainer.data.collate import Collator

@@ -8,9 +8,9 @@ from functools import cache
 
 import pytest
 import torch
-from tiny_models import FAMILIES, load, make_trie, save_family
 from torch.nn.functional import cross_entropy
 
+from tests.models.tiny_models import FAMILIES, load, make_trie, save_family
 from trainer.batch import Packing
 from trainer.models.backbone import Backbone
 from trainer.models.loading import BackboneError

@@ -6,9 +6,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
-from tiny_models import load, make_batch, make_model, make_trie, save_family
 from torch import nn
 
+from tests.models.tiny_models import load, make_batch, make_model, make_trie, save_family
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone import build_backbone
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import TEXTS, make_trie
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.models.tiny_models import TEXTS, make_trie
 from trainer.batch import Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone import build_backbone, build_tiny
