@@ -29,8 +29,8 @@ from benchmarks.machine import describe, today
 from tests.results.seeded import predictions
 from tests.run.mlflow_server import MlflowServer
 from trainer.config import check_config, dump_config, flatten
+from trainer.files import write_json
 from trainer.run.evaluate import write_predictions
-from trainer.run.files import write_json
 from trainer.run.journal import MEDIAN_SPEED, SPEED
 
 RESULTS = Path(__file__).parent / "results"

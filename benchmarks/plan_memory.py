@@ -170,8 +170,8 @@ def work_of_rank(place: Path) -> None:
     import bitsandbytes  # noqa: F401  # before anything is measured
     import peft  # noqa: F401
 
+    from trainer.files import write_json
     from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
-    from trainer.run.files import write_json
 
     quiet_deepspeed()
     world = start_world()

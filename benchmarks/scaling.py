@@ -151,8 +151,8 @@ def work_of_rank(place: Path, own_network: bool) -> None:
     """Every case in turn, as one rank; rank 0 writes the results."""
     calls = Calls()
     calls.install()
+    from trainer.files import write_json
     from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
-    from trainer.run.files import write_json
 
     quiet_deepspeed()
     world = start_world()

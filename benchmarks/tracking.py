@@ -34,7 +34,7 @@ import torch
 
 from tests.run.mlflow_server import MlflowServer, Proxy, histories
 from trainer.config import RunConfig, check_config, dump_config
-from trainer.run.files import write_json
+from trainer.files import write_json
 from trainer.run.journal import read_journal
 from trainer.run.outbox import Synced, sync
 from trainer.run.tracking import Tracker

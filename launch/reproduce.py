@@ -18,8 +18,8 @@ from launch.suites import Suite
 from launch.sweep import Sweep, finished
 from launch.sweep_local import run_sweep
 from trainer.data import diagnostic, stand_in
+from trainer.files import write_json, write_text
 from trainer.results.tables import Table
-from trainer.run.files import write_json, write_text
 
 if TYPE_CHECKING:
     from trainer.results.evidence import Tables

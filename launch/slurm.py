@@ -19,7 +19,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trainer.config import RunConfig, dump_config
-from trainer.run.files import write_text
+from trainer.files import write_text
 
 FOLDER = "slurm"  # inside a run folder: script, config and logs of its jobs
 EARLY = 60  # seconds that Slurm may send the signal before it was asked to (man sbatch, --signal)

@@ -95,7 +95,7 @@ def batch(config: Any, folder: Path, world: Any) -> dict[str, Any]:
 def run(path: Path | None, overrides: Sequence[str], folder: Path, world: Any) -> None:
     """Both trials, on every rank; what rank 0 finds is in FOLDER/trial.json as soon as it is found."""
     from trainer.config import load_config
-    from trainer.run.files import write_json
+    from trainer.files import write_json
     from trainer.run.watch import Watch
 
     with Watch(folder, world, STUCK) as watch:
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str]) -> int:
     from trainer.run.distributed import quiet_deepspeed
 
     quiet_deepspeed()
+    from trainer.logs import set_up_logging
     from trainer.run.distributed import start_world, stop_world, tell_launcher
-    from trainer.run.logs import set_up_logging
 
     set_up_logging(None, int(os.environ.get("RANK", "0")))
     folder, *rest = arguments

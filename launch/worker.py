@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     quiet_deepspeed()
+    from trainer.logs import set_up_logging
     from trainer.run.distributed import start_world, stop_world
-    from trainer.run.logs import set_up_logging
     from trainer.run.signals import StopRequest
 
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers, StopRequest() as stop:
@@ -51,9 +51,9 @@ def main() -> None:
 def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, str | None, bool]:
     """Exit code of the run, what made it fail, and whether this process is to be left."""
     from trainer.config import load_config
+    from trainer.logs import set_up_logging
     from trainer.results.report import write_report
     from trainer.run.engine import zero_stage
-    from trainer.run.logs import set_up_logging
     from trainer.run.loop import fit
 
     out = Path(job["out"])

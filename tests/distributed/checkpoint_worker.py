@@ -49,10 +49,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 def main(data: Path, out: Path) -> None:
     from tests.distributed.cases import NF4, Case, config_of
+    from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
     from trainer.run.checkpoint import Checkpoints, load_weights, resume_engine
     from trainer.run.engine import build_engine, trainable_state
-    from trainer.run.logs import set_up_logging
 
     world = start_world()
     set_up_logging(None, world.rank)
@@ -135,10 +135,10 @@ def main(data: Path, out: Path) -> None:
 def full_disk(data: Path, out: Path) -> None:
     """On a file system with room for one checkpoint the second fails, and leaves the first."""
     from tests.distributed.cases import Case, config_of
+    from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
     from trainer.run.checkpoint import Checkpoints
     from trainer.run.engine import build_engine
-    from trainer.run.logs import set_up_logging
 
     world = start_world()
     set_up_logging(None, world.rank)

@@ -178,7 +178,7 @@ def whole_run(data: Path, out: Path, world: World) -> dict[str, Any]:
 
 
 def main(work: Path, data: Path, out: Path, wanted: list[str]) -> None:
-    from trainer.run.logs import set_up_logging
+    from trainer.logs import set_up_logging
 
     world = start_world()
     set_up_logging(None, world.rank)

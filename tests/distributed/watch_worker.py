@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.processes import free_port
+from trainer.files import write_json
+from trainer.logs import set_up_logging
 from trainer.run.distributed import World
-from trainer.run.files import write_json
-from trainer.run.logs import set_up_logging
 from trainer.run.watch import Watch
 
 SECONDS, PATIENCE, STEPS, PLANTED = 4.0, 4.0, 4, 2

@@ -54,11 +54,11 @@ def digest(model: torch.nn.Module) -> str:
 def main(data: Path, out: Path, wanted: str) -> None:
     from tests.distributed.cases import PLANTED, SETS, STEPS, config_of
     from trainer.data.imbalance import training_order
+    from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
     from trainer.run.evaluate import evaluate
     from trainer.run.guard import Evidence, Guard
-    from trainer.run.logs import set_up_logging
     from trainer.run.signals import StopRequest
     from trainer.run.step import Training, train_step
 

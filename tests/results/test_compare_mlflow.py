@@ -15,10 +15,10 @@ from tests.distributed.processes import egmf
 from tests.results.browser import CHROMIUM, Browser
 from tests.results.seeded import make_seeded, make_two, track
 from tests.run.mlflow_server import MlflowServer
+from trainer.files import saved_config
 from trainer.results.compare import compare
 from trainer.results.compare_files import log_comparison, store_of, write_comparison
 from trainer.results.run_sources import find_runs
-from trainer.run.files import saved_config
 
 FILES = ("csv", "html", "json", "tex")
 

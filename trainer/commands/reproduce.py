@@ -42,7 +42,7 @@ def reproduce(
     from launch.reproduce import Machine, make_sweep, reproduce, verdict
     from launch.suites import load_suite
     from launch.sweep import parse_seeds
-    from trainer.run.logs import set_up_logging
+    from trainer.logs import set_up_logging
 
     loaded = load_suite(suite)
     chosen = loaded.seeds if seeds is None else parse_seeds(seeds, overrides or [])

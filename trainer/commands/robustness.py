@@ -38,7 +38,7 @@ def robustness(
 
     Writes robustness.json and robustness.parquet into the run folder. Works on several processes too.
     """
-    from trainer.run.files import saved_config
+    from trainer.files import saved_config
 
     saved_config(run, overrides or [])
     try:
@@ -47,10 +47,10 @@ def robustness(
         raise ValueError(f"--rates={rates} must be numbers from 0 to 1, separated by commas") from None
 
     def work(world: Any) -> int:
+        from trainer.logs import set_up_logging
         from trainer.results.report import write_report
         from trainer.results.robustness import Options, check_options, write_robustness
         from trainer.results.robustness import robustness as measure
-        from trainer.run.logs import set_up_logging
         from trainer.run.saved import open_run
 
         set_up_logging(None, world.rank, debug=debug)

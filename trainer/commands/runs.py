@@ -63,7 +63,7 @@ def track_sync(
     uri: Annotated[str | None, typer.Option(help="another MLflow server or store than the config's track.uri")] = None,
 ) -> int:
     """Send MLflow what it missed of runs: while it was down, after their process was killed, or with track.mlflow=false."""
-    from trainer.run.logs import set_up_logging
+    from trainer.logs import set_up_logging
     from trainer.run.outbox import sync
 
     set_up_logging(None, 0)

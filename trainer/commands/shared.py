@@ -40,8 +40,8 @@ def in_world(work: Callable[[Any], int], debug: bool, seconds: float | None = No
     from trainer.run.distributed import quiet_deepspeed
 
     quiet_deepspeed()
+    from trainer.logs import set_up_logging
     from trainer.run.distributed import PeerFault, start_world, stop_world, tell_launcher
-    from trainer.run.logs import set_up_logging
     from trainer.run.rendezvous import SECONDS
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)

@@ -113,7 +113,7 @@ def sweep(
 
 def _on_slurm(plan: Sweep, make_job: Callable[[list[Member]], Job], *, dry_run: bool) -> int:
     from launch.sweep_slurm import planned_script, submit_sweep
-    from trainer.run.logs import set_up_logging
+    from trainer.logs import set_up_logging
 
     if not dry_run:
         set_up_logging(None, 0)
@@ -134,7 +134,7 @@ def start(plan: Sweep, parallel: int, procs: int, *, dry_run: bool, as_json: boo
     from launch.pool import Budget, visible_gpus
     from launch.sweep import finished, open_record
     from launch.sweep_local import run_sweep, table, to_json
-    from trainer.run.logs import set_up_logging
+    from trainer.logs import set_up_logging
 
     budget = Budget(parallel, procs, gpus=visible_gpus())
     if dry_run:

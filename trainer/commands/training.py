@@ -52,8 +52,8 @@ def train(
     stop = StopRequest(loaded.train.stop_signals)
 
     def work(world: Any) -> int:
+        from trainer.logs import set_up_logging
         from trainer.results.report import write_report
-        from trainer.run.logs import set_up_logging
         from trainer.run.loop import fit
 
         set_up_logging(folder, world.rank, debug=debug)
@@ -78,13 +78,13 @@ def evaluate(
     debug: Debug = False,
 ) -> int:
     """Score a split with a run's best checkpoint. Works on several processes too, under any launcher."""
-    from trainer.run.files import saved_config
+    from trainer.files import saved_config
 
     saved_config(run, overrides or [], data)
 
     def work(world: Any) -> int:
+        from trainer.logs import set_up_logging
         from trainer.run.evaluate import write_predictions
-        from trainer.run.logs import set_up_logging
         from trainer.run.saved import open_run
 
         set_up_logging(None, world.rank, debug=debug)
@@ -125,7 +125,7 @@ def predict(
     Faulty lines are left out and told on stderr with number and reason; the exit code is then 1.
     """
     from trainer.data.unlabelled import check_places
-    from trainer.run.files import saved_config
+    from trainer.files import saved_config
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
     saved_config(run, chosen)
@@ -133,8 +133,8 @@ def predict(
     check_places(place, None if out == "-" else Path(out))
 
     def work(world: Any) -> int:
+        from trainer.logs import set_up_logging
         from trainer.results.predict import Options, predict
-        from trainer.run.logs import set_up_logging
         from trainer.run.saved import open_run
 
         console = Console(stderr=True)
@@ -171,7 +171,7 @@ def replay(
     """Repeat a step whose loss or gradient was no number, and name the module where it begins."""
 
     def work(world: Any) -> int:
-        from trainer.run.logs import set_up_logging
+        from trainer.logs import set_up_logging
         from trainer.run.replay import replay as repeat
 
         set_up_logging(None, world.rank, debug=debug)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.files import write_text
 from trainer.results import compare_output as output
 from trainer.results.compare import Comparison
 from trainer.results.compare_page import page
 from trainer.results.run_sources import KIND_TAG, connect
-from trainer.run.files import write_text
 
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts
 

@@ -18,8 +18,8 @@ import torch
 from trainer.batch import Sample
 from trainer.data.folder import terminable
 from trainer.data.unlabelled import Asked, Checked, PredictError, UnlabelledReader
+from trainer.files import new_file
 from trainer.run.evaluate import Scorer
-from trainer.run.files import new_file
 from trainer.run.saved import SavedRun
 
 CHUNK_LINES = 512  # whose samples are sorted by length together

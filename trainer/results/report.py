@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trainer.files import write_text
 from trainer.results import tables
 from trainer.results.analysis import TaskResults, analyse
 from trainer.results.drawing import Picture
@@ -20,7 +21,6 @@ from trainer.results.folder import SPLITS, RunFolder, read_run
 from trainer.results.pages import render_page
 from trainer.results.pictures import run_pictures, task_pictures
 from trainer.results.runs import selected_value, state_of
-from trainer.run.files import write_text
 
 PAGE, PICTURES, TEMPLATE = "report.html", "report", "report.html.j2"
 

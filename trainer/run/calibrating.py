@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from trainer.answers.calibration import Calibration, Scored, calibrate
+from trainer.files import write_json
 from trainer.run.assemble import Parts
 from trainer.run.evaluate import named
-from trainer.run.files import write_json
 from trainer.run.tracking import Tracker
 
 log = logging.getLogger(__name__)

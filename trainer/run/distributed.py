@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from trainer.run.logs import captured_stdout
+from trainer.logs import captured_stdout
 from trainer.run.rendezvous import SECONDS, meet
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import torch
 from trainer.config import RunConfig, dump_config
 from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
+from trainer.files import saved_config, write_json, write_text
 from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
 from trainer.run.balance import warn_of_dead
@@ -28,7 +29,6 @@ from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
 from trainer.run.feed import workers
-from trainer.run.files import saved_config, write_json, write_text
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
 from trainer.run.identity import identity, settings

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import TrackConfig
-from trainer.run.files import saved_config, write_json
+from trainer.files import saved_config, write_json
 from trainer.run.journal import JOURNAL, entries
 from trainer.run.mlflow_run import METRICS, MlflowRun
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainer.run.files import write_json
+from trainer.files import write_json
 
 PACKAGES = ("egmf-trainer", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "mlflow", "numpy")
 RECORD = "run.json"

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.logs import captured_stdout
 from trainer.run.distributed import World
-from trainer.run.logs import captured_stdout
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
