@@ -11,7 +11,7 @@ import io
 import re
 from pathlib import Path
 
-from trainer.data.pickle_machine import old_text
+from trainer.data.pickles.pickle_vm import old_text
 from trainer.data.readers.raw import RawSample, Table, split_of
 from trainer.tasks import Task
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.pickles.unpickle import UnsafePickle, load_pickle
 from trainer.data.readers.raw import (
     SPLIT_NAMES,
     RawSample,
@@ -24,7 +25,6 @@ from trainer.data.readers.raw import (
     as_text,
     split_of,
 )
-from trainer.data.unpickle import UnsafePickle, load_pickle
 from trainer.tasks import Task
 
 # what a column is for -> its published names, the first found is read

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.pickle_machine import old_text
+from trainer.data.pickles.pickle_vm import old_text
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from tests.data.hostile import BOMBS, LOOPS, RECONSTRUCT, array_of, zoo
-from trainer.data import pickle_machine
-from trainer.data.unpickle import ALLOWED, UnsafePickle, load_pickle, loads
+from trainer.data.pickles import pickle_vm as pickle_machine
+from trainer.data.pickles.unpickle import ALLOWED, UnsafePickle, load_pickle, loads
 
 GRID = np.arange(6, dtype=np.float32).reshape(2, 3)
 HONEST = {
@@ -215,7 +215,7 @@ def test_bombs_stay_small(tmp_path: Path) -> None:
         (tmp_path / f"{name}.pkl").write_bytes(data)
     program = """
 import gc, json, pathlib, resource, sys
-from trainer.data.unpickle import UnsafePickle, load_pickle
+from trainer.data.pickles.unpickle import UnsafePickle, load_pickle
 vm = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (vm + (600 << 20),) * 2)
 out = {}

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.pickle_machine import LAZY, PLAIN, Machine, Raw, UnsafePickle, kind, shown
+from trainer.data.pickles.pickle_vm import LAZY, PLAIN, Machine, Raw, UnsafePickle, kind, shown
 
 __all__ = ["ALLOWED", "UnsafePickle", "load_pickle", "loads"]
 
