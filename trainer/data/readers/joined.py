@@ -1,6 +1,6 @@
 """Features and annotations of the same utterances, in two files without common ids, made one.
 
-Rows are aligned in order (`trainer/data/align.py`). A paired row has the annotation's id, text, speaker and place and the other file's
+Rows are aligned in order (`trainer/data/readers/align.py`). A paired row has the annotation's id, text, speaker and place and the other file's
 features; a row on one side only is kept without the other's fields.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from trainer.data.align import AlignmentError, Key, align
+from trainer.data.readers.align import AlignmentError, Key, align
 from trainer.data.readers.raw import RawSample, Table
 
 _SHOWN = 20  # rows listed with their text; the others by their place alone

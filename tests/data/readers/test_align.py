@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.align import AlignmentError, Key, _Scores, align, normalise
 from trainer.data.readers import RawSample, ReaderError, open_source
+from trainer.data.readers.align import AlignmentError, Key, _Scores, align, normalise
 from trainer.tasks import get_task
 
 MELD = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "meld"
