@@ -12,7 +12,7 @@ from rich.table import Table
 
 from launch.local import alone, command, launch
 from trainer.data.dataset import open_dataset
-from trainer.data.diagnostic import generate
+from trainer.data.generated.diagnostic import generate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RUNS = {"full model": "demo", "text only": "demo-text"}

@@ -17,7 +17,8 @@ from launch.pool import Budget
 from launch.suites import Suite
 from launch.sweep import Sweep, finished
 from launch.sweep_local import run_sweep
-from trainer.data import diagnostic, stand_in
+from trainer.data.generated import diagnostic
+from trainer.data.generated import synthetic_benchmark as stand_in
 from trainer.files import write_json, write_text
 from trainer.results.tables import Table
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tests.distributed.processes import egmf
-from trainer.data.diagnostic import generate
+from trainer.data.generated.diagnostic import generate
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent.parent / "configs" / "demo.yaml"

@@ -11,7 +11,7 @@ from launch.pool import Budget
 from launch.reproduce import Machine, costs, hours, make_sweep, missing
 from launch.suites import FOLDER, load_suite
 from tests.distributed.processes import egmf
-from trainer.data.stand_in import generate
+from trainer.data.generated.synthetic_benchmark import generate
 from trainer.tasks import get_task
 
 SMALL = (

@@ -57,8 +57,8 @@ def prepare(
     options: dict[str, Any] = {"strict": strict, "drop_bad": drop_bad, "force": force, "workers": workers}
     with _splits_bar() as progress:
         if stand_in or (task.name.startswith("diagnostic") and get_task(task.name) == task):
-            from trainer.data import diagnostic
-            from trainer.data import stand_in as stand_ins
+            from trainer.data.generated import diagnostic
+            from trainer.data.generated import synthetic_benchmark as stand_ins
 
             if source:
                 raise ValueError(f"{task.name} is generated: it takes no --source")

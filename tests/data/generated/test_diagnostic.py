@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from trainer.data import diagnostic
 from trainer.data.dataset import open_dataset
+from trainer.data.generated import diagnostic
 from trainer.data.readers.raw import RawSample
 from trainer.tasks import BUILT_IN
 

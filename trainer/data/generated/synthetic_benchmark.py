@@ -3,7 +3,7 @@
 They show that a training of several tasks works, and what it costs; they say nothing about the benchmarks themselves.
 
 A sample has one of four classes and one of four kinds. In three of them the evidence stands in the frames, as in
-:mod:`trainer.data.diagnostic`; in the fourth, ``text``, an adverb tells. The classes are four labels of the task, for MELD
+:mod:`trainer.data.generated.diagnostic`; in the fourth, ``text``, an adverb tells. The classes are four labels of the task, for MELD
 and CHERMA about as uneven as published, or four numbers of its grid. Every task has its own widths: the 16 features of the
 planted evidence pass through a random matrix of orthonormal columns, the same for all samples of a task.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data import diagnostic
+from trainer.data.generated import diagnostic
 from trainer.data.prepare import Progress, Summary, prepare_source
 from trainer.data.readers import Source
 from trainer.data.readers.raw import RawSample

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tests.data.test_diagnostic import decode
-from trainer.data import diagnostic, stand_in
+from tests.data.generated.test_diagnostic import decode
 from trainer.data.dataset import open_dataset
+from trainer.data.generated import diagnostic
+from trainer.data.generated import synthetic_benchmark as stand_in
 from trainer.data.readers.raw import RawSample
 
 N = 1600
