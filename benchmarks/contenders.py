@@ -26,7 +26,7 @@ from trainer.data.dataset import SplitView
 from trainer.data.sampling import Limits, Order, micro_batches
 from trainer.models.backbone import Backbone, build_backbone
 from trainer.models.egmf import EGMF
-from trainer.models.fusion import Fusion
+from trainer.models.fusion.network import Fusion
 from trainer.run.assemble import Parts
 from trainer.run.distributed import World
 from trainer.run.engine import dtype_of

@@ -33,7 +33,7 @@ from trainer.config import RunConfig
 from trainer.models.adapter import adapt
 from trainer.models.backbone import Backbone
 from trainer.models.egmf import EGMF, LossOutput
-from trainer.models.fusion import Fusion
+from trainer.models.fusion.network import Fusion
 from trainer.models.packed import MASKED, install
 from trainer.models.quantization import BLOCK
 
@@ -124,7 +124,7 @@ class Pass:
 @contextlib.contextmanager
 def abstract() -> Iterator[None]:
     """Inside the block tensors have shapes and no contents."""
-    noisy = [logging.getLogger(name) for name in ("trainer.models.fusion", "bitsandbytes")]
+    noisy = [logging.getLogger(name) for name in ("trainer.models.fusion.network", "bitsandbytes")]
     levels = [log.level for log in noisy]
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ from trainer.batch import Sample
 from trainer.config import AdapterConfig, DataConfig, FusionConfig
 from trainer.data.collate import Collator
 from trainer.models.egmf import EGMF, LossOutput, ScoreOutput
-from trainer.models.fusion import Fusion
+from trainer.models.fusion.network import Fusion
 from trainer.tasks import BUILT_IN
 
 WIDTHS = {"audio": 3, "video": 2}

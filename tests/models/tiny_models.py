@@ -12,7 +12,7 @@ from trainer.batch import AnswerTrie, Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, FusionConfig, TinyConfig
 from trainer.models.backbone import Backbone, build_backbone, build_tiny
 from trainer.models.egmf import EGMF
-from trainer.models.fusion import Fusion
+from trainer.models.fusion.network import Fusion
 
 TEXTS = [
     "Answer with one of: joy, anger, sadness.",

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.batch import AnswerTrie, Batch, FusionInput, PackedBatch
 from trainer.models.backbone import Backbone
-from trainer.models.fusion import Fusion, FusionOutput
-from trainer.models.heads import expert_losses
+from trainer.models.fusion.heads import expert_losses
+from trainer.models.fusion.network import Fusion, FusionOutput
 from trainer.models.losses import expected_error, token_nll
 from trainer.models.packed import PrefixCache, take
 from trainer.text import end_token

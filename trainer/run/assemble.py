@@ -19,7 +19,7 @@ from trainer.data.objective import Objective
 from trainer.kernels.gate import resolve_kernel
 from trainer.models.backbone import build_backbone, build_tiny, load_tokenizer
 from trainer.models.egmf import EGMF
-from trainer.models.fusion import Fusion
+from trainer.models.fusion.network import Fusion
 from trainer.run.distributed import World
 from trainer.run.engine import deepspeed_config, zero_stage
 from trainer.tasks import Task, get_task

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.fusion_cases import config, lengths_mask, stream, streams
-from trainer.models.encoders import Stream, sinusoidal_positions
-from trainer.models.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert, _Source
-from trainer.models.masked import (
+from tests.models.fusion.fusion_cases import config, lengths_mask, stream, streams
+from trainer.models.fusion.encoders import Stream, sinusoidal_positions
+from trainer.models.fusion.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert, _Source
+from trainer.models.fusion.masked import (
     SlotAttention,
     masked_attention,
     masked_mean,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from trainer.batch import Features
 from trainer.config import EXPERTS, MODALITIES, Expert, FusionConfig, Modality
-from trainer.models.encoders import Encoders
-from trainer.models.experts import GlobalExpert, LocalExpert, SemanticExpert
-from trainer.models.gating import Float32Buffers, HierarchicalGate
-from trainer.models.heads import ExpertHeads
+from trainer.models.fusion.encoders import Encoders
+from trainer.models.fusion.experts import GlobalExpert, LocalExpert, SemanticExpert
+from trainer.models.fusion.gating import Float32Buffers, HierarchicalGate
+from trainer.models.fusion.heads import ExpertHeads
 
 log = logging.getLogger(__name__)
 

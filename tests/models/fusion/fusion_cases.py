@@ -9,9 +9,9 @@ import torch
 
 from trainer.batch import Features
 from trainer.config import FusionConfig
-from trainer.models.encoders import Stream, sinusoidal_positions
-from trainer.models.fusion import Fusion
-from trainer.models.heads import expert_losses
+from trainer.models.fusion.encoders import Stream, sinusoidal_positions
+from trainer.models.fusion.heads import expert_losses
+from trainer.models.fusion.network import Fusion
 
 INPUTS = {"meld": {"audio": 5, "video": 3}, "mosi": {"audio": 4, "video": 0}}
 ANSWERS = {"meld": 7, "mosi": 61}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.models.fusion_cases import backward, fusion, inputs
+from tests.models.fusion.fusion_cases import backward, fusion, inputs
 
 
 class Tensors(nn.Module):

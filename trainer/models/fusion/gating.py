@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from trainer.config import FusionConfig, Modality
 from trainer.kernels.gate import gate_mix
-from trainer.models.encoders import Stream
-from trainer.models.experts import Streams, presence
-from trainer.models.masked import masked_mean
+from trainer.models.fusion.encoders import Stream
+from trainer.models.fusion.experts import Streams, presence
+from trainer.models.fusion.masked import masked_mean
 
 
 class Float32Buffers(nn.Module):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.fusion_cases import INPUTS, H, backward, features, fusion, lengths_mask
+from tests.models.fusion.fusion_cases import INPUTS, H, backward, features, fusion, lengths_mask
 from trainer.batch import Features
-from trainer.models.encoders import SECONDS_PER_TOKEN, Encoders, FeatureEncoder, sinusoidal_positions
+from trainer.models.fusion.encoders import SECONDS_PER_TOKEN, Encoders, FeatureEncoder, sinusoidal_positions
 
 MODALITIES = ("text", "audio", "video")
 

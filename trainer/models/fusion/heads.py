@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Expert
-from trainer.models.gating import from_zero
+from trainer.models.fusion.gating import from_zero
 
 
 class ExpertHeads(nn.Module):

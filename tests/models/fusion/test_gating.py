@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.fusion_cases import config, streams
+from tests.models.fusion.fusion_cases import config, streams
 from trainer.kernels.gate import gate_mix
-from trainer.models.experts import presence
-from trainer.models.gating import Context, Float32Buffers, HierarchicalGate
+from trainer.models.fusion.experts import presence
+from trainer.models.fusion.gating import Context, Float32Buffers, HierarchicalGate
 
 ALL = ("text", "audio", "video")
 NAMES = ("local", "semantic", "global")
@@ -260,6 +260,8 @@ def test_removed_experts_and_modalities_have_no_place():
 def test_the_mix_is_the_kernel(monkeypatch):
     """One function does the mix, so that a kernel can take its place."""
     calls = []
-    monkeypatch.setattr("trainer.models.gating.gate_mix", lambda *a, **k: (calls.append(k), gate_mix(*a, **k))[1])
+    monkeypatch.setattr(
+        "trainer.models.fusion.gating.gate_mix", lambda *a, **k: (calls.append(k), gate_mix(*a, **k))[1]
+    )
     build(gate={"temperature": 0.5, "expert": "mean"})(*inputs(), 0)
     assert calls == [{"temperature": 0.5, "mean_modality": False, "mean_expert": True, "kernel": "auto"}]

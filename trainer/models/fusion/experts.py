@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from trainer.config import FusionConfig, Modality
-from trainer.models.encoders import Stream
-from trainer.models.masked import (
+from trainer.models.fusion.encoders import Stream
+from trainer.models.fusion.masked import (
     SlotAttention,
     SlotLinear,
     masked_attention,

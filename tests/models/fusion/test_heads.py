@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models.fusion_cases import ANSWERS, INPUTS, H, backward, config, fusion, inputs, spoil
-from trainer.models.fusion import Fusion
-from trainer.models.heads import ExpertHeads, expert_losses
+from tests.models.fusion.fusion_cases import ANSWERS, INPUTS, H, backward, config, fusion, inputs, spoil
+from trainer.models.fusion.heads import ExpertHeads, expert_losses
+from trainer.models.fusion.network import Fusion
 
 NAMES = ("local", "semantic", "global")
 

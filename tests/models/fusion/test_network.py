@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from tests.models.fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, total, widen
+from tests.models.fusion.fusion_cases import INPUTS, PATTERNS, H, backward, fusion, inputs, spoil, total, widen
 from trainer.batch import Features
 from trainer.config import FusionConfig
-from trainer.models.fusion import Fusion
+from trainer.models.fusion.network import Fusion
 
 TASKS = list(INPUTS)
 
