@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.machine import describe, today
 from trainer.batch import Packing
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
-from trainer.models.backbone import Backbone, build_backbone, build_tiny
+from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
 
 TOKENS = (256, 512, 1024, 2048)
 WAYS = ("sdpa", "blocks", "varlen")

@@ -24,7 +24,7 @@ from trainer.config import AdapterConfig, BackboneConfig, RunConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView
 from trainer.data.sampling import Limits, Order, micro_batches
-from trainer.models.backbone import Backbone, build_backbone
+from trainer.models.backbone.causal_lm import Backbone, build_backbone
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
 from trainer.run.assemble import Parts

@@ -111,7 +111,7 @@ def make_model(folder: Path) -> Path:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from trainer.config import TinyConfig
-    from trainer.models.tiny import build_tiny
+    from trainer.models.backbone.tiny import build_tiny
 
     if (folder / "model.safetensors").is_file():
         return folder

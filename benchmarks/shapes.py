@@ -28,7 +28,7 @@ import numpy as np
 from trainer.batch import Sample
 from trainer.config import DataConfig, TinyConfig
 from trainer.data.collate import prompt_texts
-from trainer.models.tiny import build_tiny
+from trainer.models.backbone.tiny import build_tiny
 from trainer.tasks import Task, get_task
 
 # fmt: off

@@ -83,8 +83,8 @@ def sizes(folder: Path) -> dict[str, int]:
 def rank(folder: Path, loader: str, out: Path) -> None:
     """One rank: load once, write what it took."""
     from trainer.config import BackboneConfig
-    from trainer.models.loading import load_model
-    from trainer.models.quantization import nf4_config
+    from trainer.models.backbone.loading import load_model
+    from trainer.models.backbone.quantization import nf4_config
     from trainer.run.distributed import start_world, stop_world
 
     world = start_world()

@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.batch import Batch, Features, FusionInput, PackedBatch, Packing
 from trainer.config import RunConfig
-from trainer.models.adapter import adapt
-from trainer.models.backbone import Backbone
+from trainer.models.backbone.adapter import adapt
+from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.packed import MASKED, install
+from trainer.models.backbone.quantization import BLOCK
 from trainer.models.egmf import EGMF, LossOutput
 from trainer.models.fusion.network import Fusion
-from trainer.models.packed import MASKED, install
-from trainer.models.quantization import BLOCK
 
 SAMPLE_LAYERS = (2, 4)  # passes are recorded with so many layers; what a layer adds is their difference
 NESTED_BLOCK = 256  # scales that share one scale, with double quantisation

@@ -23,7 +23,7 @@ from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
 from trainer.data.imbalance import training_order
 from trainer.data.sampling import Limits, MicroBatch, Order, Sizes, micro_batches
-from trainer.models.loading import BackboneError, load_tokenizer
+from trainer.models.backbone.loading import BackboneError, load_tokenizer
 from trainer.run.assemble import make_objective
 from trainer.run.probe import largest
 from trainer.tasks import Task, get_task

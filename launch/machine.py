@@ -90,7 +90,7 @@ def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None
 
 def check_attention(findings: Findings, config: RunConfig | None) -> None:
     """Whether flash-attn, and the attention that is asked for, can run, and why not; Triton."""
-    from trainer.models.loading import BackboneError, resolve_attention
+    from trainer.models.backbone.loading import BackboneError, resolve_attention
     from trainer.run.engine import dtype_of
 
     asked = config.model.backbone.attention if config is not None else "auto"

@@ -14,9 +14,9 @@ from launch.abstract import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow,
 from launch.lengths import Lengths, run_lengths
 from launch.memory import GIB, PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
 from trainer.config import RunConfig
-from trainer.models.loading import load_shape
-from trainer.models.quantization import check_sizes
-from trainer.models.tiny import tiny_shape
+from trainer.models.backbone.loading import load_shape
+from trainer.models.backbone.quantization import check_sizes
+from trainer.models.backbone.tiny import tiny_shape
 from trainer.run.engine import deepspeed_config, dtype_of, zero_stage
 
 STAGES = (0, 1, 2, 3)

@@ -70,8 +70,8 @@ def _check_data(findings: Findings, name: str, data: PreparedDataset) -> None:
 
 def _check_model(findings: Findings, subject: Subject, scratch: Path) -> bool:
     """Whether the weights are here. Looks at tokenizer, shape and files, and at the answers."""
-    from trainer.models.loading import load_shape, load_tokenizer
-    from trainer.models.tiny import build_tiny
+    from trainer.models.backbone.loading import load_shape, load_tokenizer
+    from trainer.models.backbone.tiny import build_tiny
     from trainer.run.assemble import tiny_texts
 
     backbone, folder = subject.config.model.backbone, scratch / "backbone"

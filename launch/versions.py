@@ -84,7 +84,7 @@ PAIRS = (
         lambda f: f.quantized and f.cuda is None and "avx512_bf16" in f.flags,
         "on this processor bitsandbytes repacks 4-bit weights in evaluation, after which training is wrong; we switch it off",
         "",
-        "measured with bitsandbytes 0.50.2; trainer/models/linear4bit.py",
+        "measured with bitsandbytes 0.50.2; trainer/models/backbone/linear4bit.py",
     ),
     Pair(
         "triton and numpy", "warning", lambda f: f.has("triton", "<3.7") and f.has("numpy", ">=2.4"),

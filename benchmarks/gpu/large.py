@@ -34,12 +34,12 @@ from benchmarks.machine import describe, today
 from benchmarks.padded import PaddedData, PaddedModel
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
 from trainer.config import RunConfig
-from trainer.models.adapter import adapt
-from trainer.models.attention import choose_attention
-from trainer.models.backbone import Backbone
-from trainer.models.linear4bit import FrozenLinear4bit
-from trainer.models.loading import resolve_attention
-from trainer.models.quantization import settle
+from trainer.models.backbone.adapter import adapt
+from trainer.models.backbone.attention import choose_attention
+from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.linear4bit import FrozenLinear4bit
+from trainer.models.backbone.loading import resolve_attention
+from trainer.models.backbone.quantization import settle
 
 QWEN3_8B = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,

@@ -18,7 +18,7 @@ from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator, prompt_texts
 from trainer.data.dataset import open_dataset
 from trainer.data.objective import Objective
-from trainer.models.backbone import build_tiny, load_tokenizer
+from trainer.models.backbone.causal_lm import build_tiny, load_tokenizer
 from trainer.tasks import BUILT_IN
 from trainer.text import count_tokens, encode
 

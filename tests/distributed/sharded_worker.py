@@ -44,10 +44,10 @@ def equality(models: Path, world: World) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from trainer.config import BackboneConfig
-    from trainer.models.fingerprint import fingerprint, measure
-    from trainer.models.loading import load_model
-    from trainer.models.quantization import nf4_config
-    from trainer.models.sharded import gathered_by_layer, is_partitioned
+    from trainer.models.backbone.fingerprint import fingerprint, measure
+    from trainer.models.backbone.loading import load_model
+    from trainer.models.backbone.quantization import nf4_config
+    from trainer.models.backbone.sharded import gathered_by_layer, is_partitioned
 
     cases = json.loads((models / "cases.json").read_text())
     results = {}
@@ -84,7 +84,7 @@ def equality(models: Path, world: World) -> dict[str, Any]:
 def faults(models: Path, world: World) -> dict[str, str]:
     """What is said where ranks find other files."""
     from trainer.config import AdapterConfig, BackboneConfig
-    from trainer.models.backbone import build_backbone
+    from trainer.models.backbone.causal_lm import build_backbone
 
     def build(first: str, others: str, **changes: Any) -> str:
         config = BackboneConfig(name=str(models / (first if world.first else others)), quantization="nf4", **changes)
@@ -106,7 +106,7 @@ def held_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     from tests.distributed.cases import NF4, Case, config_of
-    from trainer.models.linear4bit import FrozenLinear4bit
+    from trainer.models.backbone.linear4bit import FrozenLinear4bit
     from trainer.run.assemble import assemble
     from trainer.run.engine import build_engine
 

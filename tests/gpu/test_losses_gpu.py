@@ -14,7 +14,7 @@ from trainer.batch import Sample
 from trainer.config import AdapterConfig, BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator
 from trainer.data.objective import Objective
-from trainer.models.backbone import build_backbone, build_tiny
+from trainer.models.backbone.causal_lm import build_backbone, build_tiny
 from trainer.models.egmf import EGMF
 from trainer.tasks import BUILT_IN
 

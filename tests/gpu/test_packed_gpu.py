@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trainer.batch import AnswerTrie, Packing
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
-from trainer.models.backbone import Backbone, build_backbone, build_tiny
-from trainer.models.loading import BackboneError, resolve_attention
+from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
+from trainer.models.backbone.loading import BackboneError, resolve_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -26,7 +26,7 @@ from trainer.config import AdapterConfig, RunConfig, check_config
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
 from trainer.data.sampling import Limits, Order, micro_batches
-from trainer.models.loading import load_tokenizer
+from trainer.models.backbone.loading import load_tokenizer
 from trainer.run.probe import largest
 from trainer.tasks import get_task
 

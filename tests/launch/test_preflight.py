@@ -23,7 +23,7 @@ from launch.versions import PAIRS, Facts, check_pairs, check_ranges
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.toy import prepare_toy
 from trainer.config import TinyConfig, load_config
-from trainer.models.tiny import build_tiny
+from trainer.models.backbone.tiny import build_tiny
 
 TINY = ROOT / "configs" / "tiny.yaml"
 

@@ -20,7 +20,7 @@ from tests.models.tiny_models import (
 )
 from trainer.batch import Features
 from trainer.config import AdapterConfig
-from trainer.models import packed
+from trainer.models.backbone import packed
 from trainer.models.egmf import EGMF, LossOutput, ScoreOutput
 
 ANSWERS = [[5], [5, 6], [7, 8, 9], [7, 8, 10], [11]]  # one begins another, two share two tokens

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.batch import AnswerTrie, Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, FusionConfig, TinyConfig
-from trainer.models.backbone import Backbone, build_backbone, build_tiny
+from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
 

@@ -17,7 +17,7 @@ from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Order, micro_batches
-from trainer.models.backbone import build_tiny, load_tokenizer
+from trainer.models.backbone.causal_lm import build_tiny, load_tokenizer
 from trainer.run.feed import Feed, Samples
 from trainer.tasks import get_task
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.batch import AnswerTrie, Batch, FusionInput, PackedBatch
-from trainer.models.backbone import Backbone
+from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.packed import PrefixCache, take
 from trainer.models.fusion.heads import expert_losses
 from trainer.models.fusion.network import Fusion, FusionOutput
 from trainer.models.losses import expected_error, token_nll
-from trainer.models.packed import PrefixCache, take
 from trainer.text import end_token
 
 LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring

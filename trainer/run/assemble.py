@@ -17,7 +17,7 @@ from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.imbalance import answer_indices, class_weights
 from trainer.data.objective import Objective
 from trainer.kernels.gate import resolve_kernel
-from trainer.models.backbone import build_backbone, build_tiny, load_tokenizer
+from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
 from trainer.run.distributed import World

@@ -27,8 +27,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from trainer.models.fingerprint import Measured, measure
-from trainer.models.linear4bit import FrozenLinear4bit
+from trainer.models.backbone.fingerprint import Measured, measure
+from trainer.models.backbone.linear4bit import FrozenLinear4bit
 
 log = logging.getLogger(__name__)
 

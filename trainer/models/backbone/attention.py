@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Packing
-from trainer.models.loading import BackboneError
-from trainer.models.packed import HALF, PackedRow, install
+from trainer.models.backbone.loading import BackboneError
+from trainer.models.backbone.packed import HALF, PackedRow, install
 
 if TYPE_CHECKING:
-    from trainer.models.backbone import Backbone
+    from trainer.models.backbone.causal_lm import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def choose_attention(backbone: Backbone, asked: str, usable: str | None, name: s
 
     Args:
         asked: `model.backbone.attention`.
-        usable: what :func:`trainer.models.loading.resolve_attention` made of it.
+        usable: what :func:`trainer.models.backbone.loading.resolve_attention` made of it.
         name: of the backbone, for messages.
 
     Raises:

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from tests.models.tiny_models import FAMILIES, load, make_trie, save_family
 from trainer.batch import Packing
-from trainer.models.backbone import Backbone
-from trainer.models.loading import BackboneError
-from trainer.models.packed import PackedRow
+from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.loading import BackboneError
+from trainer.models.backbone.packed import PackedRow
 
 WAYS = ("sdpa", "eager", "blocks", "varlen")
 LENGTHS = (4, 1, 7, 5)
@@ -318,7 +318,7 @@ def test_flex_attends_by_its_rule(monkeypatch):
     """Compiled it needs a GPU; its plain form computes the same."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr("trainer.models.packed._compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr("trainer.models.backbone.packed._compiled_flex", lambda: flex_attention)
     packing = make_packing(6, (40, 1, 90, 30))
     query, key, value = random_heads(packing)
     row = PackedRow(packing)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.models.tiny_models import load, save_family
 from trainer.config import AdapterConfig, BackboneConfig
-from trainer.models.backbone import base_fingerprint, build_backbone
-from trainer.models.fingerprint import fingerprint, measure
-from trainer.models.linear4bit import FrozenLinear4bit
-from trainer.models.loading import BackboneError, load_model
-from trainer.models.quantization import nf4_config
+from trainer.models.backbone.causal_lm import base_fingerprint, build_backbone
+from trainer.models.backbone.fingerprint import fingerprint, measure
+from trainer.models.backbone.linear4bit import FrozenLinear4bit
+from trainer.models.backbone.loading import BackboneError, load_model
+from trainer.models.backbone.quantization import nf4_config
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.models.tiny_models import TEXTS, make_trie
 from trainer.batch import Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
-from trainer.models.backbone import build_backbone, build_tiny
+from trainer.models.backbone.causal_lm import build_backbone, build_tiny
 from trainer.models.egmf import EGMF
 from trainer.text import encode, end_token, start_tokens
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def test_the_same_texts_give_the_same_files_in_another_process(folder, tmp_path):
     program = (
         "import json, sys, pathlib\n"
-        "from trainer.config import TinyConfig\nfrom trainer.models.tiny import build_tiny\n"
+        "from trainer.config import TinyConfig\nfrom trainer.models.backbone.tiny import build_tiny\n"
         "build_tiny(TinyConfig(vocab_size=400), json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
     subprocess.run([sys.executable, "-c", program, json.dumps(TEXTS), str(tmp_path / "again")], check=True)
@@ -80,7 +80,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("trainer.models.tiny._random_model", fail)
+    monkeypatch.setattr("trainer.models.backbone.tiny._random_model", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         build_tiny(SMALL, TEXTS, tmp_path / "t")
     assert list(tmp_path.iterdir()) == []

@@ -23,11 +23,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.batch import Packing
 from trainer.config import AdapterConfig, BackboneConfig
-from trainer.models.adapter import adapt
-from trainer.models.attention import choose_attention
-from trainer.models.fingerprint import fingerprint, measure
-from trainer.models.loading import BackboneError, load_model, load_tokenizer, resolve_attention
-from trainer.models.packed import (
+from trainer.models.backbone.adapter import adapt
+from trainer.models.backbone.attention import choose_attention
+from trainer.models.backbone.fingerprint import fingerprint, measure
+from trainer.models.backbone.loading import BackboneError, load_model, load_tokenizer, resolve_attention
+from trainer.models.backbone.packed import (
     CAUSAL_ONLY,
     HALF,
     MASKED,
@@ -39,8 +39,8 @@ from trainer.models.packed import (
     causal_flash,
     placeholder,
 )
-from trainer.models.sharded import gathered_by_layer
-from trainer.models.tiny import build_tiny
+from trainer.models.backbone.sharded import gathered_by_layer
+from trainer.models.backbone.tiny import build_tiny
 
 __all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
 
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
 
     @property
     def takes_kernels(self) -> bool:
-        """Whether the layers attend through :func:`trainer.models.packed.attend`."""
+        """Whether the layers attend through :func:`trainer.models.backbone.packed.attend`."""
         return bool(self.base.config._attn_implementation == NAME)
 
     def embed(self, ids: Tensor) -> Tensor:

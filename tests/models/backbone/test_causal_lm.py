@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.models.tiny_models import FAMILIES, TEXTS, brute_force, load, make_batch, make_model, make_trie, save_family
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
-from trainer.models.backbone import base_fingerprint, build_backbone, build_tiny, load_tokenizer
-from trainer.models.loading import BackboneError, load_shape, resolve_attention
-from trainer.models.packed import NAME
+from trainer.models.backbone.causal_lm import base_fingerprint, build_backbone, build_tiny, load_tokenizer
+from trainer.models.backbone.loading import BackboneError, load_shape, resolve_attention
+from trainer.models.backbone.packed import NAME
 
 ANSWERS = [[5], [5, 6], [7, 8, 9], [11]]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.models.tiny_models import load, make_batch, make_model, make_trie, save_family
 from trainer.config import AdapterConfig, BackboneConfig
-from trainer.models.backbone import build_backbone
+from trainer.models.backbone.causal_lm import build_backbone
 
 # The 16 values of NF4 (Dettmers et al. 2023, appendix E).
 NF4 = torch.tensor(

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from trainer.config import BackboneConfig
-from trainer.models import quantization
-from trainer.models.fingerprint import Measured
-from trainer.models.reading import broadcast_tensors, safetensors_files
-from trainer.models.sharded import Partitioner, Stream
+from trainer.models.backbone import quantization
+from trainer.models.backbone.fingerprint import Measured
+from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
+from trainer.models.backbone.sharded import Partitioner, Stream
 from trainer.text import end_token
 
 log = logging.getLogger(__name__)
