@@ -170,8 +170,8 @@ def work_of_rank(place: Path) -> None:
     import bitsandbytes  # noqa: F401  # before anything is measured
     import peft  # noqa: F401
 
+    from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
     from trainer.files import write_json
-    from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
 
     quiet_deepspeed()
     world = start_world()
@@ -209,10 +209,10 @@ def work_of_rank(place: Path) -> None:
 def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float]) -> None:
     from trainer.config import load_config
     from trainer.data.sampling import Order
+    from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of
     from trainer.run.guard import Evidence, Guard
-    from trainer.run.signals import StopRequest
     from trainer.run.step import Training, train_step
 
     config = load_config(ROOT / "configs/tiny.yaml", overrides)

@@ -151,8 +151,8 @@ def work_of_rank(place: Path, own_network: bool) -> None:
     """Every case in turn, as one rank; rank 0 writes the results."""
     calls = Calls()
     calls.install()
+    from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
     from trainer.files import write_json
-    from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
 
     quiet_deepspeed()
     world = start_world()
@@ -187,10 +187,10 @@ def _prepare(overrides: list[str], out: Path, world: Any) -> tuple[Any, int]:
     """A function that takes an optimizer step, and the samples of a step."""
     from trainer.config import load_config
     from trainer.data.sampling import Order
+    from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine, dtype_of
     from trainer.run.guard import Evidence, Guard
-    from trainer.run.signals import StopRequest
     from trainer.run.step import Training, train_step
 
     config = load_config(ROOT / "configs/tiny.yaml", overrides)

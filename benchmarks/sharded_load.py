@@ -83,9 +83,9 @@ def sizes(folder: Path) -> dict[str, int]:
 def rank(folder: Path, loader: str, out: Path) -> None:
     """One rank: load once, write what it took."""
     from trainer.config import BackboneConfig
+    from trainer.distributed.world import start_world, stop_world
     from trainer.models.backbone.loading import load_model
     from trainer.models.backbone.quantization import nf4_config
-    from trainer.run.distributed import start_world, stop_world
 
     world = start_world()
     zero3 = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}

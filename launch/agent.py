@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.local import STOPPED, Outcome, Part, Workers, passing_signals, told
-from trainer.run.launcher import LIMIT
+from trainer.distributed.launcher import LIMIT
 
 BEAT = 5.0  # seconds between the launcher's signs of life
 SILENCE = 60.0

@@ -33,7 +33,7 @@ from typing import Any
 
 from launch.agent import BEAT, MARK, verdict_of
 from launch.local import PATIENCE, STOPPED, Part, passing_signals, run_state
-from trainer.run.agree import differences, named, said
+from trainer.distributed.consistency import differences, named, said
 
 SSH = (
     "ssh",

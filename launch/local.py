@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.run.launcher import OURS
+from trainer.distributed.launcher import OURS
 
 STOPPED = 85
 PATIENCE = 12.0  # seconds that the others have to end by themselves, and to say why (a run's end is told to MLflow)

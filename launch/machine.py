@@ -20,7 +20,7 @@ from packaging.version import InvalidVersion, Version
 
 from launch.check import GIB, Findings, State
 from trainer.config import RunConfig
-from trainer.run.distributed import missing_build_tools
+from trainer.distributed.world import missing_build_tools
 
 BUFFER = 66 << 20  # bytes of /dev/shm that DeepSpeed's all-reduce takes per rank on a CPU
 LITTLE = 4 * GIB  # bytes of memory below which a process with torch and DeepSpeed has little room

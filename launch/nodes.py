@@ -1,6 +1,6 @@
 """What a node brings to a run: ``python -m launch.nodes CONFIG [--out RUN] [overrides]`` prints it as one JSON object.
 
-The keys of :func:`trainer.run.agree.report`, and of the machine: `addresses` (interface -> its IPv4 addresses),
+The keys of :func:`trainer.distributed.consistency.report`, and of the machine: `addresses` (interface -> its IPv4 addresses),
 `reached_at` (the address an ssh connection came in at, or null), `free_port`, `cpus`, `memory_gib`, `gpus` (names),
 `run_folder` (`free_gib`, and whether the file `--token` is there). A config that cannot be read there is a fault.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 
 from trainer.config import RunConfig, load_config
-from trainer.run import agree
-from trainer.run.agree import Report, differences, named
+from trainer.distributed import consistency as agree
+from trainer.distributed.consistency import Report, differences, named
 
 __all__ = ["Report", "differences", "machine", "named", "report"]
 
@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 
 def report(config: RunConfig) -> Report:
-    """This node: what :func:`trainer.run.agree.report` says, and the machine."""
+    """This node: what :func:`trainer.distributed.consistency.report` says, and the machine."""
     return {**agree.report(config), **machine()}
 
 

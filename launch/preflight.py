@@ -28,7 +28,7 @@ from launch.machine import (
     processor_flags,
 )
 from launch.subject import Subject, check_subject
-from trainer.run.distributed import World
+from trainer.distributed.world import World
 from trainer.run.engine import zero_stage
 
 PART = "ranks"

@@ -54,7 +54,7 @@ def make_sweep(suite: Suite, folder: Path, data: Path | None, seeds: Sequence[in
 
 def missing(sweep: Sweep, *, generated: bool) -> list[str]:
     """What the runs need and is not here: datasets, unless they are generated, and backbones."""
-    from trainer.run.agree import ABSENT, report
+    from trainer.distributed.consistency import ABSENT, report
 
     faults: dict[str, None] = {}
     for config in sweep.variants.values():

@@ -95,8 +95,8 @@ def batch(config: Any, folder: Path, world: Any) -> dict[str, Any]:
 def run(path: Path | None, overrides: Sequence[str], folder: Path, world: Any) -> None:
     """Both trials, on every rank; what rank 0 finds is in FOLDER/trial.json as soon as it is found."""
     from trainer.config import load_config
+    from trainer.distributed.watch import Watch
     from trainer.files import write_json
-    from trainer.run.watch import Watch
 
     with Watch(folder, world, STUCK) as watch:
         watch.started()
@@ -113,11 +113,11 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, world: Any) -
 
 def main(arguments: Sequence[str]) -> int:
     """Both trials on this rank, which a launcher started; 1 where one is at fault."""
-    from trainer.run.distributed import quiet_deepspeed
+    from trainer.distributed.world import quiet_deepspeed
 
     quiet_deepspeed()
+    from trainer.distributed.world import start_world, stop_world, tell_launcher
     from trainer.logs import set_up_logging
-    from trainer.run.distributed import start_world, stop_world, tell_launcher
 
     set_up_logging(None, int(os.environ.get("RANK", "0")))
     folder, *rest = arguments

@@ -19,20 +19,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.run.distributed import quiet_deepspeed
+from trainer.distributed.world import quiet_deepspeed
 
 if TYPE_CHECKING:
-    from trainer.run.distributed import World
-    from trainer.run.signals import StopRequest
+    from trainer.distributed.signals import StopRequest
+    from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     quiet_deepspeed()
+    from trainer.distributed.signals import StopRequest
+    from trainer.distributed.world import start_world, stop_world
     from trainer.logs import set_up_logging
-    from trainer.run.distributed import start_world, stop_world
-    from trainer.run.signals import StopRequest
 
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers, StopRequest() as stop:
         set_up_logging(None, 0)

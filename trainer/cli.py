@@ -28,7 +28,7 @@ from trainer.commands import (
     training,
 )
 from trainer.commands.shared import say, stdout_to_stderr
-from trainer.run.launcher import follow_launcher
+from trainer.distributed.launcher import follow_launcher
 
 app = typer.Typer(
     name="egmf",

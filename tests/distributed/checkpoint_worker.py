@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 

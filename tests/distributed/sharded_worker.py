@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trainer.run.distributed import World, quiet_deepspeed, start_world, stop_world
+from trainer.distributed.world import World, quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 
@@ -153,9 +153,9 @@ def held_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
 def whole_run(data: Path, out: Path, world: World) -> dict[str, Any]:
     """Training, checkpoints, continuation and evaluation of a sharded 4-bit run."""
     from tests.distributed.cases import NF4, Case, config_of
+    from trainer.distributed.signals import StopRequest
     from trainer.run.loop import fit
     from trainer.run.saved import open_run
-    from trainer.run.signals import StopRequest
 
     def config(steps: int) -> Any:
         more = (

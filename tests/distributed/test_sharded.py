@@ -18,7 +18,7 @@ from tests.distributed.processes import run_ranks
 from tests.distributed.sharded_worker import MODES
 from tests.models.tiny_models import save_family
 from tests.toy import prepare_toy
-from trainer.run.distributed import World
+from trainer.distributed.world import World
 from trainer.run.saved import open_run
 
 pytestmark = pytest.mark.distributed

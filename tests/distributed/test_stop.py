@@ -15,7 +15,7 @@ import pytest
 
 from tests.distributed.processes import ROOT, egmf, environment
 from tests.toy import prepare_toy
-from trainer.run.signals import StopRequest
+from trainer.distributed.signals import StopRequest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 STEPS = 8

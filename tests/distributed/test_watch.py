@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.processes import ROOT, egmf, environment
 from tests.distributed.watch_worker import CASES
 from tests.toy import prepare_toy
-from trainer.run.stuck import Frame, Standing, headline, report
+from trainer.distributed.rank_snapshots import Frame, Standing, headline, report
 
 pytestmark = pytest.mark.distributed
 

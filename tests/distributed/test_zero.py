@@ -16,8 +16,8 @@ from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, STEPS, SUPPORTED
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.data.imbalance import training_order
+from trainer.distributed.world import World
 from trainer.run.assemble import Parts, assemble
-from trainer.run.distributed import World
 
 pytestmark = pytest.mark.distributed
 

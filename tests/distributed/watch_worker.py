@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.processes import free_port
+from trainer.distributed.watch import Watch
+from trainer.distributed.world import World
 from trainer.files import write_json
 from trainer.logs import set_up_logging
-from trainer.run.distributed import World
-from trainer.run.watch import Watch
 
 SECONDS, PATIENCE, STEPS, PLANTED = 4.0, 4.0, 4, 2
 

@@ -15,8 +15,8 @@ from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
 from trainer.config import load_config
 from trainer.data.sampling import Limits, micro_batches
+from trainer.distributed.world import World
 from trainer.run.assemble import assemble
-from trainer.run.distributed import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"

@@ -277,12 +277,12 @@ def test_runs_of_several_processes(toy: Path, tmp_path: Path) -> None:
 KEPT = """
 import gc, sys
 from pathlib import Path
-from trainer.run.distributed import quiet_deepspeed, start_world
+from trainer.distributed.world import quiet_deepspeed, start_world
 quiet_deepspeed()
 from trainer.config import load_config
 from trainer.models.egmf import EGMF
 from trainer.run.loop import fit
-from trainer.run.signals import StopRequest
+from trainer.distributed.signals import StopRequest
 world = start_world()
 for stage in (0, 2):
     config = load_config(sys.argv[1], ["train.steps=1", "track.mlflow=false", f"train.zero={stage}"])

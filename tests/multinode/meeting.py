@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from trainer.run.distributed import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 

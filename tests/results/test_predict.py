@@ -19,9 +19,9 @@ from tests.distributed.processes import egmf, run_ranks
 from tests.toy import WIDTHS, prepare_toy
 from trainer.data.dataset import open_dataset
 from trainer.data.unlabelled import LONGEST, Asked, Checked, PredictError, UnlabelledReader, check_places
+from trainer.distributed.world import World
 from trainer.results import predict as module
 from trainer.results.predict import Options, Tally, predict
-from trainer.run.distributed import World
 from trainer.run.saved import SavedRun, open_run
 from trainer.tasks import get_task
 

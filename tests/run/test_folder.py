@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.processes import ROOT, egmf
 from tests.toy import prepare_toy
-from trainer.run.distributed import World
+from trainer.distributed.world import World
 from trainer.run.folder import open_folder, set_aside
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -14,8 +14,8 @@ import torch
 from tests.distributed.processes import ROOT, egmf
 from tests.toy import prepare_toy
 from trainer.data.dataset import open_dataset
+from trainer.distributed.world import World
 from trainer.run.assemble import assemble
-from trainer.run.distributed import World
 from trainer.run.guard import Health, load_batch, save_batch
 from trainer.run.probe import MemoryFault, memory_explained
 

@@ -33,8 +33,8 @@ def doctor(
     """
     if nodes is not None and config is None:
         raise typer.BadParameter("--nodes compares the nodes for a run: name its CONFIG too", param_hint="--nodes")
+    from trainer.distributed.world import quiet_deepspeed
     from trainer.logs import set_up_logging
-    from trainer.run.distributed import quiet_deepspeed
 
     quiet_deepspeed()
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)

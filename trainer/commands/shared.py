@@ -37,12 +37,12 @@ def in_world(work: Callable[[Any], int], debug: bool, seconds: float | None = No
     `seconds` is how long the processes wait for each other. They end together: a launcher that ends the others when one
     leaves with a code other than 0 would otherwise interrupt what rank 0 writes last.
     """
-    from trainer.run.distributed import quiet_deepspeed
+    from trainer.distributed.world import quiet_deepspeed
 
     quiet_deepspeed()
+    from trainer.distributed.rendezvous import SECONDS
+    from trainer.distributed.world import PeerFault, start_world, stop_world, tell_launcher
     from trainer.logs import set_up_logging
-    from trainer.run.distributed import PeerFault, start_world, stop_world, tell_launcher
-    from trainer.run.rendezvous import SECONDS
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
     try:

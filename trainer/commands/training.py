@@ -44,7 +44,7 @@ def train(
 ) -> int:
     """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
     from trainer.config import load_config
-    from trainer.run.signals import StopRequest
+    from trainer.distributed.signals import StopRequest
 
     loaded = load_config(config, overrides or [])
     check_tasks(loaded.tasks)

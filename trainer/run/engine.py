@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from trainer.config import RunConfig, TrainConfig
+from trainer.distributed.world import World, missing_build_tools
 from trainer.logs import captured_stdout
 from trainer.models.egmf import EGMF
-from trainer.run.distributed import World, missing_build_tools
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,9 +16,9 @@ from trainer.batch import Sample
 from trainer.config import RunConfig
 from trainer.data.dataset import SplitView
 from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
+from trainer.distributed.world import World
 from trainer.models.backbone.packed import PrefixCache
 from trainer.run.assemble import Parts
-from trainer.run.distributed import World
 from trainer.tasks import Task
 
 Change = Callable[[str, Sample], Sample]  # task, sample -> the one that is answered in its place

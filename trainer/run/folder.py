@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.run.distributed import World
+    from trainer.distributed.world import World
 
 LOCK = ".lock"
 RESULTS = (

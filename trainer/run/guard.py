@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.batch import AnswerTrie, Batch, Choices, Features, FusionInput, PackedBatch, Packing
+from trainer.distributed.world import World
 from trainer.files import write_json
-from trainer.run.distributed import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import RunConfig, flatten
 
 if TYPE_CHECKING:
+    from trainer.distributed.world import World
     from trainer.run.assemble import Parts
-    from trainer.run.distributed import World
 
 # settings that may change when a run is continued: they say where and how often, or how much memory, not what
 FREE = frozenset(

@@ -19,13 +19,15 @@ import torch
 from trainer.config import RunConfig, dump_config
 from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
+from trainer.distributed.consistency import agree
+from trainer.distributed.signals import STOPPED, StopAsked, StopRequest
+from trainer.distributed.watch import Watch
+from trainer.distributed.world import World, tell_launcher
 from trainer.files import saved_config, write_json, write_text
-from trainer.run.agree import agree
 from trainer.run.assemble import Parts, assemble
 from trainer.run.balance import warn_of_dead
 from trainer.run.calibrating import write_calibration
 from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
-from trainer.run.distributed import World, tell_launcher
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
 from trainer.run.feed import workers
@@ -37,10 +39,8 @@ from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.selection import Selection
-from trainer.run.signals import STOPPED, StopAsked, StopRequest
 from trainer.run.step import StepResult, Training, train_step
 from trainer.run.tracking import Tracker
-from trainer.run.watch import Watch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

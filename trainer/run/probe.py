@@ -14,8 +14,8 @@ import torch
 from trainer.batch import Batch, PackedBatch
 from trainer.config import RunConfig
 from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
+from trainer.distributed.world import World
 from trainer.run.assemble import Parts
-from trainer.run.distributed import World
 from trainer.run.evaluate import Scorer
 from trainer.run.guard import Guard
 

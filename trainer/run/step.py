@@ -14,13 +14,13 @@ from torch import Tensor
 from trainer.config import RunConfig
 from trainer.data.imbalance import answer_indices
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
+from trainer.distributed.signals import StopRequest
+from trainer.distributed.world import World
 from trainer.run.assemble import Parts
-from trainer.run.distributed import World
 from trainer.run.engine import dtype_of
 from trainer.run.feed import Feed, Samples
 from trainer.run.guard import Evidence, Guard
 from trainer.run.random_state import mix
-from trainer.run.signals import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.distributed.world import World
 from trainer.logs import captured_stdout
-from trainer.run.distributed import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

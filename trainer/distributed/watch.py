@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trainer.run.distributed import World, tell_launcher
+from trainer.distributed.rank_snapshots import Standing, headline, report, standing
+from trainer.distributed.world import World, tell_launcher
 from trainer.run.record import RunRecord, now
-from trainer.run.stuck import Standing, headline, report, standing
 
 log = logging.getLogger(__name__)
 

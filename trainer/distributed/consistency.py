@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import BackboneConfig, RunConfig, flatten
 
 if TYPE_CHECKING:
-    from trainer.run.distributed import World
+    from trainer.distributed.world import World
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "egmf-trainer")
 WHOLE = 1 << 24  # bytes up to which a model's file is hashed whole; of larger ones both ends are

@@ -263,7 +263,7 @@ class Greeting:
         Raises:
             RendezvousError: on every rank that came.
         """
-        from trainer.run.agree import versions
+        from trainer.distributed.consistency import versions
 
         until = time.monotonic() + seconds
         self._say("here", {**about, "versions": versions()})
@@ -341,7 +341,7 @@ def ranks_shown(ranks: Sequence[int]) -> str:
 
 
 def _faults_of_versions(told: Sequence[dict[str, Any]]) -> list[str]:
-    from trainer.run.agree import differences, said
+    from trainer.distributed.consistency import differences, said
 
     reports = [{"where": f"rank {x['rank']} on {x['host']}", "versions": x["versions"]} for x in told]
     faults = differences(reports)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.toy import prepare_toy
 from trainer.config import load_config
-from trainer.run.agree import differences, folder_fingerprint, report
+from trainer.distributed.consistency import differences, folder_fingerprint, report
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from trainer.distributed.rendezvous import SECONDS, meet
 from trainer.logs import captured_stdout
-from trainer.run.rendezvous import SECONDS, meet
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def start_world(seconds: float = SECONDS) -> World:
 
     Raises:
         ValueError: a launcher set some but not all of the variables that processes need to meet, or they cannot meet
-            (:func:`trainer.run.rendezvous.meet`).
+            (:func:`trainer.distributed.rendezvous.meet`).
     """
     _check_launcher()
     import deepspeed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trainer.config import STOP_SIGNALS
 
 if TYPE_CHECKING:
-    from trainer.run.distributed import World
+    from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
 
