@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.local import run_state
+from trainer.checkpoint.identity import FREE, settings
 from trainer.config import RunConfig, dump_config, flatten, load_config
 from trainer.files import saved_config, write_json, write_text
-from trainer.run.identity import FREE, settings
 from trainer.run.outbox import tracking_uri
 from trainer.tasks import TaskError, get_task
 

@@ -76,7 +76,7 @@ def _as_at_the_start() -> Iterator[None]:
     """Afterwards random numbers, environment and arguments are as before, and what the run held is given back."""
     import torch
 
-    from trainer.run.random_state import random_state, restore_random_state
+    from trainer.checkpoint.random_state import random_state, restore_random_state
 
     numbers, variables, arguments = random_state(), dict(os.environ), list(sys.argv)
     try:

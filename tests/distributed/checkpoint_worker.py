@@ -49,9 +49,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 def main(data: Path, out: Path) -> None:
     from tests.distributed.cases import NF4, Case, config_of
+    from trainer.checkpoint.store import Checkpoints, load_weights, resume_engine
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
-    from trainer.run.checkpoint import Checkpoints, load_weights, resume_engine
     from trainer.run.engine import build_engine, trainable_state
 
     world = start_world()
@@ -63,7 +63,7 @@ def main(data: Path, out: Path) -> None:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("trainer.run.checkpoint").addHandler(handler)
+    logging.getLogger("trainer.checkpoint.store").addHandler(handler)
 
     def attempt(work: Callable[[], Any]) -> str:
         try:
@@ -135,9 +135,9 @@ def main(data: Path, out: Path) -> None:
 def full_disk(data: Path, out: Path) -> None:
     """On a file system with room for one checkpoint the second fails, and leaves the first."""
     from tests.distributed.cases import Case, config_of
+    from trainer.checkpoint.store import Checkpoints
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
-    from trainer.run.checkpoint import Checkpoints
     from trainer.run.engine import build_engine
 
     world = start_world()

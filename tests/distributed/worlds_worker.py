@@ -27,14 +27,14 @@ CASES = (
 def main(data: Path, out: Path, writers: list[int]) -> None:
     """Write checkpoints of this world if there are none yet, and continue those of the worlds `writers`."""
     from tests.distributed.cases import config_of
+    from trainer.checkpoint.identity import identity
+    from trainer.checkpoint.store import Checkpoints, check_fit, read_state, resume_engine
     from trainer.data.sampling import Order
     from trainer.distributed.signals import StopRequest
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
-    from trainer.run.checkpoint import Checkpoints, check_fit, read_state, resume_engine
     from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
     from trainer.run.guard import Evidence, Guard
-    from trainer.run.identity import identity
     from trainer.run.step import Training, train_step
 
     world = start_world()

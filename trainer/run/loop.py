@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.checkpoint.identity import identity, settings
+from trainer.checkpoint.selection import Selection
+from trainer.checkpoint.store import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.config import RunConfig, dump_config
 from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
@@ -27,18 +30,15 @@ from trainer.files import saved_config, write_json, write_text
 from trainer.run.assemble import Parts, assemble
 from trainer.run.balance import warn_of_dead
 from trainer.run.calibrating import write_calibration
-from trainer.run.checkpoint import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
 from trainer.run.feed import workers
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
-from trainer.run.identity import identity, settings
 from trainer.run.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.run.probe import memory_explained, probe
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
-from trainer.run.selection import Selection
 from trainer.run.step import StepResult, Training, train_step
 from trainer.run.tracking import Tracker
 

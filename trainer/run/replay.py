@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.checkpoint.random_state import mix
 from trainer.distributed.world import World
 from trainer.files import saved_config
 from trainer.run.assemble import assemble
 from trainer.run.engine import dtype_of
 from trainer.run.guard import ABOUT, WEIGHTS, load_batch
-from trainer.run.random_state import mix
 
 
 @dataclass

@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 import torch
 
+from trainer.checkpoint.store import CheckpointError, Checkpoints, load_weights, read_state
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.files import saved_config
 from trainer.run.assemble import Parts, assemble
-from trainer.run.checkpoint import CheckpointError, Checkpoints, load_weights, read_state
 from trainer.run.engine import build_inference_engine, dtype_of, zero_stage
 from trainer.run.evaluate import Change, evaluate
 

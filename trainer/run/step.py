@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.random_state import mix
 from trainer.config import RunConfig
 from trainer.data.imbalance import answer_indices
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
@@ -20,7 +21,6 @@ from trainer.run.assemble import Parts
 from trainer.run.engine import dtype_of
 from trainer.run.feed import Feed, Samples
 from trainer.run.guard import Evidence, Guard
-from trainer.run.random_state import mix
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -69,7 +69,7 @@ if FAIL or KILL or SLEEP or MEMORY or SLOW or STOP in ("evaluation", "save", "st
 
         module.Checkpoints.save = planted
 
-    PLANTS = {"trainer.models.egmf": plant_forward, "trainer.run.checkpoint": plant_save}
+    PLANTS = {"trainer.models.egmf": plant_forward, "trainer.checkpoint.store": plant_save}
 
     class Planter(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path, target=None):  # type: ignore[no-untyped-def]

@@ -29,11 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.checkpoint.random_state import random_state, restore_random_state
+from trainer.checkpoint.universal import load_universal, universal
 from trainer.distributed.world import World
 from trainer.files import sync, write_json, write_text
 from trainer.models.egmf import EGMF
-from trainer.run.random_state import random_state, restore_random_state
-from trainer.run.universal import load_universal, universal
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from trainer.run.selection import Selection
+from trainer.checkpoint.selection import Selection
 
 
 def chosen(selection: Selection, validations: list[dict[str, float | None]]) -> list[str | None]:
