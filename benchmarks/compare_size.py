@@ -27,11 +27,11 @@ import psutil
 
 from benchmarks.machine import describe, today
 from tests.results.seeded import predictions
-from tests.run.mlflow_server import MlflowServer
+from tests.tracking.mlflow_server import MlflowServer
 from trainer.config import check_config, dump_config, flatten
 from trainer.files import write_json
 from trainer.run.evaluate import write_predictions
-from trainer.run.journal import MEDIAN_SPEED, SPEED
+from trainer.tracking.journal import MEDIAN_SPEED, SPEED
 
 RESULTS = Path(__file__).parent / "results"
 EXPERIMENT = "size"

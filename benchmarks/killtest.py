@@ -102,7 +102,7 @@ class Chain:
 
 
 def _step_moment(launcher: subprocess.Popen[bytes], out: Path, begun: int, rng: random.Random) -> bool:
-    if not _wait_for(launcher, lambda: "INFO trainer.run.progress: step" in _told(out, begun)):
+    if not _wait_for(launcher, lambda: "INFO trainer.tracking.progress: step" in _told(out, begun)):
         return False
     return _sleep(launcher, rng.uniform(0.0, 3.0))
 

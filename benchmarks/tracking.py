@@ -32,12 +32,12 @@ from typing import Any
 import psutil
 import torch
 
-from tests.run.mlflow_server import MlflowServer, Proxy, histories
+from tests.tracking.mlflow_server import MlflowServer, Proxy, histories
 from trainer.config import RunConfig, check_config, dump_config
 from trainer.files import write_json
-from trainer.run.journal import read_journal
-from trainer.run.outbox import Synced, sync
-from trainer.run.tracking import Tracker
+from trainer.tracking.journal import read_journal
+from trainer.tracking.outbox import Synced, sync
+from trainer.tracking.tracker import Tracker
 
 RESULTS = Path(__file__).parent / "results"
 NUMBERS = 15  # per step

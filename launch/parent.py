@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config import TrackConfig
-from trainer.run.mlflow_run import MlflowRun
-from trainer.run.outbox import tracking_uri
+from trainer.tracking.mlflow_run import MlflowRun
+from trainer.tracking.outbox import tracking_uri
 
 log = logging.getLogger(__name__)
 

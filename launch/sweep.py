@@ -20,8 +20,8 @@ from launch.local import run_state
 from trainer.checkpoint.identity import FREE, settings
 from trainer.config import RunConfig, dump_config, flatten, load_config
 from trainer.files import saved_config, write_json, write_text
-from trainer.run.outbox import tracking_uri
 from trainer.tasks import TaskError, get_task
+from trainer.tracking.outbox import tracking_uri
 
 RECORD = "sweep.json"
 CONFIG = "sweep.yaml"  # in a run folder: the config as the sweep asks for it

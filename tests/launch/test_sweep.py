@@ -21,7 +21,7 @@ from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.slurm.lab import wait_for
 from tests.toy import prepare_toy
 from trainer.config import TrackConfig
-from trainer.run.journal import read_journal
+from trainer.tracking.journal import read_journal
 
 TINY = ROOT / "configs" / "tiny.yaml"
 SLOW = {"EGMF_TEST_SLOW": "1", "PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}

@@ -12,9 +12,9 @@ import pandas as pd
 
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.run.evaluate import COLUMNS, write_predictions
-from trainer.run.journal import MEDIAN_SPEED, SPEED
-from trainer.run.tracking import Tracker
 from trainer.tasks import get_task
+from trainer.tracking.journal import MEDIAN_SPEED, SPEED
+from trainer.tracking.tracker import Tracker
 
 KINDS = ("local", "long-range")
 DAY = "2026-03-01T1{}:00:00+00:00"

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from tests.distributed.processes import egmf
 from tests.results.browser import CHROMIUM, Browser
 from tests.results.seeded import make_seeded, make_two, track
-from tests.run.mlflow_server import MlflowServer
+from tests.tracking.mlflow_server import MlflowServer
 from trainer.files import saved_config
 from trainer.results.compare import compare
 from trainer.results.compare_files import log_comparison, store_of, write_comparison

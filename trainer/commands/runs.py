@@ -64,7 +64,7 @@ def track_sync(
 ) -> int:
     """Send MLflow what it missed of runs: while it was down, after their process was killed, or with track.mlflow=false."""
     from trainer.logs import set_up_logging
-    from trainer.run.outbox import sync
+    from trainer.tracking.outbox import sync
 
     set_up_logging(None, 0)
     code = 0

@@ -16,8 +16,8 @@ import pandas as pd
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
 from trainer.data.sampling import Order
-from trainer.run.journal import JOURNAL, read_journal
 from trainer.tasks import Task, TaskError, define_task, get_task
+from trainer.tracking.journal import JOURNAL, read_journal
 
 Series = list[tuple[int, float]]
 

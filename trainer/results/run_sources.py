@@ -27,9 +27,9 @@ from trainer.config import dotted
 from trainer.data.folder import read_record as read_dataset_record
 from trainer.results.folder import PREDICTIONS, RunFolder, is_run
 from trainer.results.runs import state_of
-from trainer.run.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
-from trainer.run.mlflow_run import ENVIRONMENT
 from trainer.tasks import Task, TaskError, define_task, get_task
+from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
+from trainer.tracking.mlflow_run import ENVIRONMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from trainer.results.folder import RunFolder, is_run, read_run
 from trainer.results.printable import printable
-from trainer.run.journal import JOURNAL
+from trainer.tracking.journal import JOURNAL
 
 STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red", "unknown": "red"}
 

@@ -14,7 +14,7 @@ from trainer.answers.calibration import Calibration, Scored, calibrate
 from trainer.files import write_json
 from trainer.run.assemble import Parts
 from trainer.run.evaluate import named
-from trainer.run.tracking import Tracker
+from trainer.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 

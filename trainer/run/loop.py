@@ -35,12 +35,12 @@ from trainer.run.evaluate import evaluate, named, selecting, shown, write_predic
 from trainer.run.feed import workers
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
-from trainer.run.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.run.probe import memory_explained, probe
-from trainer.run.progress import Progress
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.step import StepResult, Training, train_step
-from trainer.run.tracking import Tracker
+from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
+from trainer.tracking.progress import Progress
+from trainer.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.distributed.processes import ROOT, environment
-from trainer.run.journal import Journal, entries, read_journal
+from trainer.tracking.journal import Journal, entries, read_journal
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_no_journal_is_empty(path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from trainer.run.journal import Journal
+from trainer.tracking.journal import Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal(Path(sys.argv[1]))
 journal.metrics({"a": 1.0}, 1)
@@ -137,7 +137,7 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from trainer.run.journal import Journal
+from trainer.tracking.journal import Journal
 journal, step = Journal(Path(sys.argv[1])), 0
 while True:
     step += 1

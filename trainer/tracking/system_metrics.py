@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from trainer.run.journal import SYSTEM
+from trainer.tracking.journal import SYSTEM
 
 log = logging.getLogger(__name__)
 

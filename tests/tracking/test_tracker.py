@@ -15,11 +15,11 @@ import mlflow
 import pytest
 
 from tests.distributed.processes import ROOT, egmf, environment, free_port
-from tests.run.mlflow_server import MlflowServer, Proxy, assert_same_as_journal, histories
+from tests.tracking.mlflow_server import MlflowServer, Proxy, assert_same_as_journal, histories
 from trainer.config import RunConfig, check_config, dump_config, flatten
-from trainer.run.journal import read_journal
-from trainer.run.outbox import sync
-from trainer.run.tracking import Tracker
+from trainer.tracking.journal import read_journal
+from trainer.tracking.outbox import sync
+from trainer.tracking.tracker import Tracker
 
 TOOK = "takes records again"
 REFUSED = "does not take the run's records"
@@ -311,7 +311,7 @@ def test_a_locked_sqlite_store_costs_no_step(tmp_path: Path) -> None:
 TRAINING = """
 import sys, time
 from pathlib import Path
-from tests.run.test_tracking import config, started
+from tests.tracking.test_tracker import config, started
 first, uri, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 tracker = started(config(uri=uri), out)
 for step in range(first, 10**9):

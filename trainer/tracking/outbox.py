@@ -23,8 +23,8 @@ from typing import IO, Any
 
 from trainer.config import TrackConfig
 from trainer.files import saved_config, write_json
-from trainer.run.journal import JOURNAL, entries
-from trainer.run.mlflow_run import METRICS, MlflowRun
+from trainer.tracking.journal import JOURNAL, entries
+from trainer.tracking.mlflow_run import METRICS, MlflowRun
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import RunConfig, flatten
-from trainer.run.journal import JOURNAL, Journal
-from trainer.run.outbox import Outbox, Sender, tracking_uri
-from trainer.run.system import SystemMetrics
+from trainer.tracking.journal import JOURNAL, Journal
+from trainer.tracking.outbox import Outbox, Sender, tracking_uri
+from trainer.tracking.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import requests
 from mlflow import MlflowClient
 
 from tests.distributed.processes import environment, free_port
-from trainer.run.journal import read_journal
+from trainer.tracking.journal import read_journal
 
 
 class MlflowServer:
