@@ -21,11 +21,11 @@ from trainer.batch import Sample
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
 from trainer.results.analysis import analyse
+from trainer.results.corruption import Damage, spread_of
 from trainer.results.folder import read_run
 from trainer.results.report import write_report
 from trainer.results.robustness import Options, check_options, robustness, write_robustness
 from trainer.results.show import run_json
-from trainer.run.damage import Damage, spread_of
 from trainer.run.saved import SavedRun, open_run
 
 ROOT = Path(__file__).parent.parent.parent

@@ -19,7 +19,7 @@ from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.summary import SIGNS
 from trainer.results.folder import SPLITS, RunFolder, dataset_path
-from trainer.run.balance import LoadBalance, load_balance, warning
+from trainer.run.expert_load import LoadBalance, load_balance, warning
 from trainer.tasks import Task
 
 EXAMPLES = 6  # best and as many worst

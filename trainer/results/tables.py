@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.results.folder import SPLITS, RunFolder
 from trainer.results.runs import last_sign, state_of, steps_text
-from trainer.run.balance import DEAD
+from trainer.run.expert_load import DEAD
 
 if TYPE_CHECKING:
     from trainer.results.analysis import Example, GateGroup, TaskResults

@@ -28,13 +28,13 @@ from trainer.distributed.watch import Watch
 from trainer.distributed.world import World, tell_launcher
 from trainer.files import saved_config, write_json, write_text
 from trainer.run.assemble import Parts, assemble
-from trainer.run.balance import warn_of_dead
-from trainer.run.calibrating import write_calibration
+from trainer.run.calibrate import write_calibration
 from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
 from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
-from trainer.run.feed import workers
+from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
+from trainer.run.prefetch import workers
 from trainer.run.probe import memory_explained, probe
 from trainer.run.record import RunRecord, environment, now
 from trainer.run.step import StepResult, Training, train_step

@@ -19,8 +19,8 @@ from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
 from trainer.run.assemble import Parts
 from trainer.run.engine import dtype_of
-from trainer.run.feed import Feed, Samples
 from trainer.run.guard import Evidence, Guard
+from trainer.run.prefetch import Feed, Samples
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

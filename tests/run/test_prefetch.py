@@ -18,7 +18,7 @@ from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Order, micro_batches
 from trainer.models.backbone.causal_lm import build_tiny, load_tokenizer
-from trainer.run.feed import Feed, Samples
+from trainer.run.prefetch import Feed, Samples
 from trainer.tasks import get_task
 
 
