@@ -23,7 +23,7 @@ from trainer.files import write_json, write_text
 from trainer.results.tables import Table
 
 if TYPE_CHECKING:
-    from trainer.results.evidence import Tables
+    from trainer.results.compare.evidence import Tables
 
 TABLE, VALUES = "reproduce.md", "reproduce.json"
 Say = Callable[[str], None]
@@ -148,7 +148,7 @@ def reproduce(
 
 def tell(suite: Suite, sweep: Sweep) -> Tables | None:
     """The tables of the finished runs, also written into the suite's folder; None where there are none yet."""
-    from trainer.results.evidence import evidence_tables, published_tables, together_tables
+    from trainer.results.compare.evidence import evidence_tables, published_tables, together_tables
 
     children = sweep.children()
     done = {

@@ -11,7 +11,7 @@ import typer
 from trainer.commands.shared import Json, print_json, say, wide
 
 if TYPE_CHECKING:
-    from trainer.results.compare import Comparison
+    from trainer.results.compare.comparison import Comparison
 
 app = typer.Typer()
 
@@ -51,10 +51,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare runs: mean and deviation over seeds, intervals, paired tests, cost, and what differs between the configs."""
-    from trainer.results.compare import compare as compare_runs
-    from trainer.results.compare_output import as_json as plain
-    from trainer.results.compare_output import terminal
-    from trainer.results.run_sources import find_runs
+    from trainer.results.compare.comparison import compare as compare_runs
+    from trainer.results.compare.output import as_json as plain
+    from trainer.results.compare.output import terminal
+    from trainer.results.compare.sources import find_runs
 
     found = find_runs(what, {split, *(["valid"] if sort_by else [])}, uri)
     for note in found.notes:
@@ -83,7 +83,7 @@ def compare(
 
 def _keep(comparison: Comparison, out: Path | None, *, log: bool) -> None:
     """Write the files and log them; where MLflow does not take them that is said, for the comparison is made."""
-    from trainer.results.compare_files import NAME, log_comparison, store_of, write_comparison
+    from trainer.results.compare.files import NAME, log_comparison, store_of, write_comparison
 
     store = store_of(comparison) if log else None
     with tempfile.TemporaryDirectory(prefix="egmf-compare-") as scratch:

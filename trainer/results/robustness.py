@@ -14,9 +14,9 @@ import pandas as pd
 from trainer.answers.metrics import ingredients
 from trainer.config import MODALITIES, Modality
 from trainer.files import write_json
+from trainer.results.compare.sources import Answers, run_from_folder
+from trainer.results.compare.statistics import columns, estimate, resample_counts, value
 from trainer.results.corruption import Damage, Mode, spread_of
-from trainer.results.run_sources import Answers, run_from_folder
-from trainer.results.statistics import columns, estimate, resample_counts, value
 from trainer.run.saved import SavedRun
 from trainer.tasks import Task
 

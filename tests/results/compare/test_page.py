@@ -10,9 +10,9 @@ import pytest
 from tests.results.browser import CHROMIUM, Browser
 from tests.results.seeded import make_seeded, make_two
 from tests.results.test_browser import POOR_CONTRAST
-from trainer.results.compare import compare
-from trainer.results.compare_files import write_comparison
-from trainer.results.run_sources import find_runs
+from trainer.results.compare.comparison import compare
+from trainer.results.compare.files import write_comparison
+from trainer.results.compare.sources import find_runs
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 

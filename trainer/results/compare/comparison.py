@@ -2,11 +2,11 @@
 
 From run folders, without MLflow::
 
-    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.run_sources
+    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.compare.sources
     comparison = compare(runs, baseline="full", kinds=True)
 
 A run's group is decided by its config, or by `run.group` where it is set (on all runs). `find_runs` reads folders, MLflow
-runs and experiments alike. What the numbers mean is in :mod:`trainer.results.statistics` and in docs/compare.md.
+runs and experiments alike. What the numbers mean is in :mod:`trainer.results.compare.statistics` and in docs/compare.md.
 
 No result here is chosen by a test score: there is no best run, seed or group, and groups are sorted by validation only.
 """
@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trainer.answers.metrics import Ingredients, ingredients
-from trainer.results.grouping import Group, group_runs, some
-from trainer.results.run_sources import Answers, ComparedRun
-from trainer.results.statistics import (
+from trainer.results.compare.groups import Group, group_runs, some
+from trainer.results.compare.sources import Answers, ComparedRun
+from trainer.results.compare.statistics import (
     Correction,
     Estimate,
     columns,

@@ -15,9 +15,9 @@ from sklearn.metrics import f1_score
 from tests.distributed.processes import egmf
 from tests.results.seeded import make_seeded, make_two
 from trainer.answers.metrics import compute
-from trainer.results.compare import EVERY, compare
-from trainer.results.compare_output import as_csv, as_json, as_tex, tables, tex
-from trainer.results.run_sources import ComparedRun, find_runs, run_from_folder
+from trainer.results.compare.comparison import EVERY, compare
+from trainer.results.compare.output import as_csv, as_json, as_tex, tables, tex
+from trainer.results.compare.sources import ComparedRun, find_runs, run_from_folder
 from trainer.tasks import get_task
 
 FULL, LESS = "experts=[local, semantic, global]", "experts=[semantic, global]"

@@ -12,8 +12,8 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trainer.results.compare import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
-from trainer.results.grouping import Group
+from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
+from trainer.results.compare.groups import Group
 from trainer.results.printable import printable
 from trainer.results.tables import Table
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from trainer.answers.metrics import compute, ingredients
-from trainer.results.statistics import (
+from trainer.results.compare.statistics import (
     columns,
     corrected,
     estimate,

@@ -16,9 +16,9 @@ from tests.results.browser import CHROMIUM, Browser
 from tests.results.seeded import make_seeded, make_two, track
 from tests.tracking.mlflow_server import MlflowServer
 from trainer.files import saved_config
-from trainer.results.compare import compare
-from trainer.results.compare_files import log_comparison, store_of, write_comparison
-from trainer.results.run_sources import find_runs
+from trainer.results.compare.comparison import compare
+from trainer.results.compare.files import log_comparison, store_of, write_comparison
+from trainer.results.compare.sources import find_runs
 
 FILES = ("csv", "html", "json", "tex")
 

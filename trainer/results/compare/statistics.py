@@ -13,7 +13,7 @@ What is estimated. Two trainings differ by their seed, and a test set is one dra
 Each has its own interval (Student's t with N-1 and S-1 degrees of freedom); the half-widths are added as squares, and p is
 the level at which the interval ends at 0. With one seed it is the paired bootstrap over samples; where samples do not
 vary it is the paired t-test over seeds. Two simpler ways were left, since they miss the truth more often than they say
-(`tests/results/test_statistics.py` measures all): resampling the seeds with replacement too, of which there are three or
+(`tests/results/compare/test_statistics.py` measures all): resampling the seeds with replacement too, of which there are three or
 five; and one t interval from the summed variance with Satterthwaite's degrees of freedom.
 
 Sources: Bouthillier et al. 2021 (both parts of the variance, pairing by seed); Dror et al. 2018 (paired bootstrap,

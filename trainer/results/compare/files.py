@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.files import write_text
-from trainer.results import compare_output as output
-from trainer.results.compare import Comparison
-from trainer.results.compare_page import page
-from trainer.results.run_sources import KIND_TAG, connect
+from trainer.results.compare import output
+from trainer.results.compare.comparison import Comparison
+from trainer.results.compare.page import page
+from trainer.results.compare.sources import KIND_TAG, connect
 
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts
 

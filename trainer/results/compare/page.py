@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainer.results import compare_output as output
-from trainer.results.compare import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
+from trainer.results.compare import output
+from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
 from trainer.results.drawing import BLUE, INK, MUTED, PAPER, Names, Picture, render
 from trainer.results.pages import render_page
 from trainer.results.tables import Table

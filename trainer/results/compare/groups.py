@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.identity import FREE
-from trainer.results.run_sources import ComparedRun
+from trainer.results.compare.sources import ComparedRun
 
 # settings that say who, where and how much memory, not what: runs that differ in them alone are one group
 ASIDE = (FREE - {"train.eval_every", "train.max_skipped"}) | {"train.seed", "eval.tokens", "eval.batch"}
