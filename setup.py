@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["trainer", "trainer.*", "launch", "launch.*"]),
-    package_data={"launch": ["templates/*"], "trainer": ["py.typed", "results/templates/*"]},
+    package_data={"launch": ["templates/*"], "trainer": ["py.typed", "results/report/templates/*"]},
     entry_points={"console_scripts": ["egmf = trainer.cli:main"]},
     install_requires=[
         "accelerate>=1.2",

@@ -16,8 +16,8 @@ from launch.local import STOPPED, killed, run_state
 from launch.parent import ParentRun
 from launch.pool import Budget, Ended, Pool
 from launch.sweep import Child, Sweep, finished, open_record, write_configs, write_record
-from trainer.results.folder import is_run, read_run
 from trainer.results.printable import printable
+from trainer.results.run_folder import is_run, read_run
 from trainer.results.runs import STYLES, run_line
 from trainer.run.folder import hold
 

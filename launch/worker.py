@@ -52,7 +52,7 @@ def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, s
     """Exit code of the run, what made it fail, and whether this process is to be left."""
     from trainer.config import load_config
     from trainer.logs import set_up_logging
-    from trainer.results.report import write_report
+    from trainer.results.report.report import write_report
     from trainer.run.engine import zero_stage
     from trainer.run.loop import fit
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.results.made import make_run
-from trainer.results.report import write_report
+from trainer.results.report.report import write_report
 
 
 @pytest.fixture(scope="session")

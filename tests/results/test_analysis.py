@@ -13,8 +13,8 @@ from sklearn.metrics import classification_report
 
 from trainer.data.dataset import open_dataset
 from trainer.results.analysis import EXAMPLES, TaskResults, analyse, coverage
-from trainer.results.folder import read_run
-from trainer.results.report import write_report
+from trainer.results.report.report import write_report
+from trainer.results.run_folder import read_run
 from trainer.tasks import get_task
 
 

@@ -22,9 +22,9 @@ from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
 from trainer.results.analysis import analyse
 from trainer.results.corruption import Damage, spread_of
-from trainer.results.folder import read_run
-from trainer.results.report import write_report
+from trainer.results.report.report import write_report
 from trainer.results.robustness import Options, check_options, robustness, write_robustness
+from trainer.results.run_folder import read_run
 from trainer.results.show import run_json
 from trainer.run.saved import SavedRun, open_run
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.processes import egmf
-from trainer.results.folder import read_run
+from trainer.results.run_folder import read_run
 from trainer.results.runs import age, list_runs, selected_value, state_of
 
 

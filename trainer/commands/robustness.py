@@ -48,7 +48,7 @@ def robustness(
 
     def work(world: Any) -> int:
         from trainer.logs import set_up_logging
-        from trainer.results.report import write_report
+        from trainer.results.report.report import write_report
         from trainer.results.robustness import Options, check_options, write_robustness
         from trainer.results.robustness import robustness as measure
         from trainer.run.saved import open_run

@@ -51,7 +51,7 @@ def list_runs_command(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")]) -> None:
     """Write a run's report.html and its pictures; works on runs in progress too."""
-    from trainer.results.report import PAGE, write_report
+    from trainer.results.report.report import PAGE, write_report
 
     pictures = write_report(run)
     say(f"written: {run / PAGE} and {len(pictures)} pictures in {pictures[0].parent if pictures else run}")

@@ -53,7 +53,7 @@ def train(
 
     def work(world: Any) -> int:
         from trainer.logs import set_up_logging
-        from trainer.results.report import write_report
+        from trainer.results.report.report import write_report
         from trainer.run.loop import fit
 
         set_up_logging(folder, world.rank, debug=debug)

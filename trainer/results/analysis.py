@@ -18,7 +18,7 @@ from trainer.config import EXPERTS, MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.summary import SIGNS
-from trainer.results.folder import SPLITS, RunFolder, dataset_path
+from trainer.results.run_folder import SPLITS, RunFolder, dataset_path
 from trainer.run.expert_load import LoadBalance, load_balance, warning
 from trainer.tasks import Task
 

@@ -12,8 +12,8 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from trainer.results.folder import RunFolder, is_run, read_run
 from trainer.results.printable import printable
+from trainer.results.run_folder import RunFolder, is_run, read_run
 from trainer.tracking.journal import JOURNAL
 
 STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red", "unknown": "red"}

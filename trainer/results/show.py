@@ -17,8 +17,8 @@ from rich.text import Text
 
 from trainer.results import tables
 from trainer.results.analysis import Example, TaskResults, analyse
-from trainer.results.folder import RunFolder, read_run
 from trainer.results.printable import printable
+from trainer.results.run_folder import RunFolder, read_run
 from trainer.results.runs import STYLES, state_of
 
 

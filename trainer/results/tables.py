@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.results.folder import SPLITS, RunFolder
+from trainer.results.run_folder import SPLITS, RunFolder
 from trainer.results.runs import last_sign, state_of, steps_text
 from trainer.run.expert_load import DEAD
 

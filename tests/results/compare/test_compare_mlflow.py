@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from tests.browser.browser import CHROMIUM, Browser
 from tests.distributed.processes import egmf
-from tests.results.browser import CHROMIUM, Browser
 from tests.results.seeded import make_seeded, make_two, track
 from tests.tracking.mlflow_server import MlflowServer
 from trainer.files import saved_config

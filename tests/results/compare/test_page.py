@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.results.browser import CHROMIUM, Browser
+from tests.browser.browser import CHROMIUM, Browser
+from tests.browser.test_browser import POOR_CONTRAST
 from tests.results.seeded import make_seeded, make_two
-from tests.results.test_browser import POOR_CONTRAST
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.files import write_comparison
 from trainer.results.compare.sources import find_runs

@@ -15,7 +15,7 @@ import numpy as np
 from trainer.results.analysis import analyse
 from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score, compare
 from trainer.results.compare.sources import ComparedRun, run_from_folder
-from trainer.results.folder import read_run
+from trainer.results.run_folder import read_run
 from trainer.results.tables import Table
 
 Gates = dict[str, dict[str, dict[str, list[float]]]]  # variant -> kind -> expert -> mean weight, one per seed

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from trainer.results.compare import output
 from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
-from trainer.results.drawing import BLUE, INK, MUTED, PAPER, Names, Picture, render
-from trainer.results.pages import render_page
+from trainer.results.report.drawing import BLUE, INK, MUTED, PAPER, Names, Picture, render
+from trainer.results.report.pages import render_page
 from trainer.results.tables import Table
 
 TEMPLATE = "compare.html.j2"

@@ -25,7 +25,7 @@ from pyarrow import compute, parquet
 
 from trainer.config import dotted
 from trainer.data.folder import read_record as read_dataset_record
-from trainer.results.folder import PREDICTIONS, RunFolder, is_run
+from trainer.results.run_folder import PREDICTIONS, RunFolder, is_run
 from trainer.results.runs import state_of
 from trainer.tasks import Task, TaskError, define_task, get_task
 from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal

@@ -7,13 +7,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from trainer.results.drawing import COLOURS
+from trainer.results.report.drawing import COLOURS
 
 
 def render_page(template: str, **values: Any) -> str:
     """The page as HTML. Templates also get `colours`, and the filter `picture`, which writes a picture's SVG."""
     environment = Environment(
-        loader=PackageLoader("trainer.results"),
+        loader=PackageLoader("trainer.results.report"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,

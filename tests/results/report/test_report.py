@@ -17,11 +17,11 @@ from rich.console import Console
 
 from tests.results.made import make_run
 from trainer.data.prepare import prepare
-from trainer.results import drawing
 from trainer.results.analysis import analyse
-from trainer.results.folder import read_run
-from trainer.results.pictures import POINTS, loss, task_pictures, thin
-from trainer.results.report import write_report
+from trainer.results.report import drawing
+from trainer.results.report.pictures import POINTS, loss, task_pictures, thin
+from trainer.results.report.report import write_report
+from trainer.results.run_folder import read_run
 from trainer.results.show import run_json, show_run
 from trainer.tasks import get_task
 

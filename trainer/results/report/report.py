@@ -16,10 +16,10 @@ import yaml
 from trainer.files import write_text
 from trainer.results import tables
 from trainer.results.analysis import TaskResults, analyse
-from trainer.results.drawing import Picture
-from trainer.results.folder import SPLITS, RunFolder, read_run
-from trainer.results.pages import render_page
-from trainer.results.pictures import run_pictures, task_pictures
+from trainer.results.report.drawing import Picture
+from trainer.results.report.pages import render_page
+from trainer.results.report.pictures import run_pictures, task_pictures
+from trainer.results.run_folder import SPLITS, RunFolder, read_run
 from trainer.results.runs import selected_value, state_of
 
 PAGE, PICTURES, TEMPLATE = "report.html", "report", "report.html.j2"

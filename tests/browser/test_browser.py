@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.results.browser import CHROMIUM, Browser
+from tests.browser.browser import CHROMIUM, Browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 

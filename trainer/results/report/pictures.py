@@ -16,7 +16,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from trainer.results.analysis import TaskResults
-from trainer.results.drawing import (
+from trainer.results.printable import printable
+from trainer.results.report.drawing import (
     BLUE,
     GREEN,
     INK,
@@ -30,8 +31,7 @@ from trainer.results.drawing import (
     Picture,
     render,
 )
-from trainer.results.folder import RunFolder, Series
-from trainer.results.printable import printable
+from trainer.results.run_folder import RunFolder, Series
 from trainer.results.tables import number
 
 POINTS = 1200  # drawn of a curve; a longer one is drawn as means of as many steps
