@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Generic, Protocol, TypeVar
 
-from launch.local import STOPPED, command, die_with, passing_signals
+from launch.start.local import STOPPED, command, die_with, passing_signals
 
 LEAVE = 60.0  # seconds that a worker with nothing more to do has for its end
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from launch import hosts, local, trial, versions
+from launch import trial, versions
 from launch.check import GIB, Check, Findings, State
 from launch.machine import (
     check_attention,
@@ -27,6 +27,7 @@ from launch.machine import (
     driver_version,
     processor_flags,
 )
+from launch.start import hosts, local
 from launch.subject import Subject, check_subject
 from trainer.distributed.world import World
 from trainer.run.engine import zero_stage

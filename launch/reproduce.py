@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.local import run_state
 from launch.pool import Budget
+from launch.start.local import run_state
 from launch.suites import Suite
 from launch.sweep import Sweep, finished
 from launch.sweep_local import run_sweep

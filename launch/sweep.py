@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.local import run_state
+from launch.start.local import run_state
 from trainer.checkpoint.identity import FREE, settings
 from trainer.config import RunConfig, dump_config, flatten, load_config
 from trainer.files import saved_config, write_json, write_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.slurm import Job, Member, check, follow, queued, rehearse, render, submit
+from launch.start.slurm import Job, Member, check, follow, queued, rehearse, render, submit
 from launch.sweep import Child, Sweep, finished, open_record, write_record
 from launch.sweep_local import begin_parent
 from trainer.run.folder import hold

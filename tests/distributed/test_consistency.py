@@ -91,7 +91,7 @@ def test_a_models_fingerprint_sees_changed_bytes_at_both_ends(model: Path, place
 
 
 def test_a_node_tells_its_report_as_one_json_object(data: Path) -> None:
-    command = [sys.executable, "-m", "launch.nodes", str(TINY), "task=meld", f"data.path={data}/{{task}}"]
+    command = [sys.executable, "-m", "launch.start.nodes", str(TINY), "task=meld", f"data.path={data}/{{task}}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     told = json.loads(done.stdout)
     assert told["cpus"] >= 1

@@ -243,7 +243,7 @@ def test_a_run_that_lost_its_launcher_saves_and_leaves_nothing(pair: Pair, lab: 
     if what == "launcher":
         os.kill(inner(started), signal.SIGKILL)
     else:
-        word = "-m launch.agent" if what == "agent" else "sshd: root@notty"
+        word = "-m launch.start.agent" if what == "agent" else "sshd: root@notty"
         found = [pid for pid, line in pair[1].processes().items() if word in line and "bash" not in line]
         assert found
         for pid in found:

@@ -26,7 +26,7 @@ def launch_local(
     debug: Debug = False,
 ) -> int:
     """Train on several processes of this machine."""
-    from launch.local import alone, command, launch
+    from launch.start.local import alone, command, launch
     from trainer.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -60,9 +60,9 @@ def launch_hosts(
 
     The nodes are checked together first. A stop signal stops the run on all of them: exit code 85.
     """
-    from launch import hosts
-    from launch.local import command
-    from launch.local import launch as launch_part
+    from launch.start import hosts
+    from launch.start.local import command
+    from launch.start.local import launch as launch_part
     from trainer.config import load_config
 
     loaded = load_config(config, overrides or [])

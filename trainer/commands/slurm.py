@@ -12,7 +12,7 @@ from trainer.commands.launching import DryRun
 from trainer.commands.shared import ConfigFile, Debug, Force, Overrides, check_tasks, default_out, say
 
 if TYPE_CHECKING:
-    from launch.slurm import Resources
+    from launch.start.slurm import Resources
 
 Nodes = Annotated[str, typer.Option(help="how many, or MIN-MAX", metavar="N")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process each")]
@@ -56,7 +56,7 @@ def launch_slurm(
     debug: Debug = False,
 ) -> int:
     """Submit a training to Slurm. It stops before its time is over, goes back into the queue, and continues."""
-    from launch.slurm import Job, check, follow, one_run, over_seeds, render, submit
+    from launch.start.slurm import Job, check, follow, one_run, over_seeds, render, submit
     from trainer.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -95,7 +95,7 @@ def resources(nodes: str, procs_per_node: int | None, gpus_per_node: int | None,
     Raises:
         ValueError: they do not say it.
     """
-    from launch.slurm import Resources
+    from launch.start.slurm import Resources
 
     procs = procs_per_node or gpus_per_node
     if procs is None:

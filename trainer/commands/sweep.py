@@ -31,7 +31,7 @@ from trainer.commands.slurm import (
 )
 
 if TYPE_CHECKING:
-    from launch.slurm import Job, Member
+    from launch.start.slurm import Job, Member
     from launch.sweep import Sweep
 
 app = typer.Typer()
@@ -92,7 +92,7 @@ def sweep(
         return start(plan, parallel or 1, procs or 1, dry_run=dry_run, as_json=as_json, debug=debug)
     if procs is not None or as_json:
         raise ValueError("--slurm takes --procs-per-node or --gpus-per-node, not --procs, and prints no JSON")
-    from launch.slurm import Job, of_members
+    from launch.start.slurm import Job, of_members
 
     wanted = resources(nodes, procs_per_node, gpus_per_node, *asked)
 

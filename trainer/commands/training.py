@@ -194,6 +194,6 @@ def demo(
     procs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
 ) -> int:
     """Generate data, train EGMF in 4 bits on two processes, and show that fusion works. Needs no GPU and no download."""
-    from launch.demo import demo as run_demo
+    from launch.start.demo import demo as run_demo
 
     return run_demo(runs, procs)

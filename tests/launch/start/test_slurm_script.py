@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import limit_seconds
+from launch.start.slurm import limit_seconds
 from tests.distributed.processes import ROOT, egmf
 
 CONFIG = str(ROOT / "configs" / "tiny.yaml")

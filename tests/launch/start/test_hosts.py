@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.hosts import Host, Plan, conclude, environment, master_address, own_part, placed, read_hostfile, shown
+from launch.start.hosts import Host, Plan, conclude, environment, master_address, own_part, placed, read_hostfile, shown
 from tests.distributed.processes import ROOT
 
 HOSTS = (Host("a", 4), Host("b", 2), Host("c", 1))

@@ -1,11 +1,11 @@
 """Several machines over ssh: the nodes are checked together, then each gets an agent that starts its part of the run.
 
-Why an agent of ours (:mod:`launch.agent`) and not DeepSpeed's runner over pdsh: that one answers a stop signal with a
+Why an agent of ours (:mod:`launch.start.agent`) and not DeepSpeed's runner over pdsh: that one answers a stop signal with a
 `pkill -f` on every host, which also ends other people's runs of the same interpreter; it exits 0 when its own helper is
 killed; it writes environment variables, tokens included, into a command line that all users of a node can read; and it
 cannot say which rank failed first, and why. `deepspeed --hostfile` itself gives the same run for those who prefer it.
 
-The connection is the leash: an agent whose launcher is gone, or silent for `launch.agent.SILENCE` seconds, stops its
+The connection is the leash: an agent whose launcher is gone, or silent for `launch.start.agent.SILENCE` seconds, stops its
 workers, so nothing outlives the run.
 """
 
@@ -31,8 +31,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.agent import BEAT, MARK, verdict_of
-from launch.local import PATIENCE, STOPPED, Part, passing_signals, run_state
+from launch.start.agent import BEAT, MARK, verdict_of
+from launch.start.local import PATIENCE, STOPPED, Part, passing_signals, run_state
 from trainer.distributed.consistency import differences, named, said
 
 SSH = (
@@ -129,14 +129,14 @@ def environment(extra: Sequence[str] = ()) -> dict[str, str]:
 
 
 def check(hosts: Sequence[Host], config: Path, overrides: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Every node's own report (:mod:`launch.nodes`), asked for in parallel over ssh.
+    """Every node's own report (:mod:`launch.start.nodes`), asked for in parallel over ssh.
 
     Raises:
         ValueError: nodes that cannot be reached, differ, lack data, model or run folder, or have fewer GPUs than slots:
             all of them in one message.
     """
     token = f".seen-{secrets.token_hex(8)}"
-    line = ["-m", "launch.nodes", str(config), "--out", str(out), "--token", token, *overrides]
+    line = ["-m", "launch.start.nodes", str(config), "--out", str(out), "--token", token, *overrides]
     mark = out / token
     with contextlib.suppress(OSError):
         out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ class Agents:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _connect(self, number: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
-        command = [*SSH, self.plan.hosts[number].name, remote([sys.executable, "-m", "launch.agent"])]
+        command = [*SSH, self.plan.hosts[number].name, remote([sys.executable, "-m", "launch.start.agent"])]
         connection = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self._tell(
             connection, json.dumps({"part": asdict(self.plan.parts()[number]), "env": env, "out": str(self.plan.out)})
@@ -338,7 +338,7 @@ class Agents:
 
 
 def launch(plan: Plan, env: dict[str, str]) -> int:
-    """Run the plan to its end; see :func:`launch.local.launch` for what it returns.
+    """Run the plan to its end; see :func:`launch.start.local.launch` for what it returns.
 
     SIGINT, SIGTERM and SIGHUP (as SIGTERM) reach every worker: the run stops at one step, saves, and 85 is returned.
     """

@@ -1,4 +1,4 @@
-"""One node's part of a run that :mod:`launch.hosts` started over ssh: ``python -m launch.agent`` on that node.
+"""One node's part of a run that :mod:`launch.start.hosts` started over ssh: ``python -m launch.start.agent`` on that node.
 
 stdin is the leash. Its first line says what to start: ``{"part": ..., "env": {...}}`` (so that no variable stands in a
 command line). After it: an empty line every few seconds, the name of a signal to pass on, or END. When it closes, or
@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.local import STOPPED, Outcome, Part, Workers, passing_signals, told
+from launch.start.local import STOPPED, Outcome, Part, Workers, passing_signals, told
 from trainer.distributed.launcher import LIMIT
 
 BEAT = 5.0  # seconds between the launcher's signs of life

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from launch.local import alone, command, launch
+from launch.start.local import alone, command, launch
 from trainer.data.dataset import open_dataset
 from trainer.data.generated.diagnostic import generate
 

@@ -1,4 +1,4 @@
-"""What a node brings to a run: ``python -m launch.nodes CONFIG [--out RUN] [overrides]`` prints it as one JSON object.
+"""What a node brings to a run: ``python -m launch.start.nodes CONFIG [--out RUN] [overrides]`` prints it as one JSON object.
 
 The keys of :func:`trainer.distributed.consistency.report`, and of the machine: `addresses` (interface -> its IPv4 addresses),
 `reached_at` (the address an ssh connection came in at, or null), `free_port`, `cpus`, `memory_gib`, `gpus` (names),
@@ -88,7 +88,7 @@ def _run_folder(out: Path, token: str | None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Print the report of this node."""
-    parser = argparse.ArgumentParser(prog="python -m launch.nodes")
+    parser = argparse.ArgumentParser(prog="python -m launch.start.nodes")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path)
