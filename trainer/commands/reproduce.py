@@ -38,10 +38,10 @@ def reproduce(
 
     The tables are printed, and written to reproduce.md and reproduce.json in the suite's folder.
     """
-    from launch.pool import Budget, visible_gpus
-    from launch.reproduce import Machine, make_sweep, reproduce, verdict
-    from launch.suites import load_suite
-    from launch.sweep import parse_seeds
+    from launch.sweep.pool import Budget, visible_gpus
+    from launch.sweep.reproduce import Machine, make_sweep, reproduce, verdict
+    from launch.sweep.suites import load_suite
+    from launch.sweep.sweep import parse_seeds
     from trainer.logs import set_up_logging
 
     loaded = load_suite(suite)
@@ -69,7 +69,7 @@ def reproduce(
 
 
 def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
-    from launch.reproduce import costs, hours, missing
+    from launch.sweep.reproduce import costs, hours, missing
     from trainer.distributed.world import quiet_deepspeed
 
     quiet_deepspeed()

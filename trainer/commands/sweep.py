@@ -32,7 +32,7 @@ from trainer.commands.slurm import (
 
 if TYPE_CHECKING:
     from launch.start.slurm import Job, Member
-    from launch.sweep import Sweep
+    from launch.sweep.sweep import Sweep
 
 app = typer.Typer()
 
@@ -80,7 +80,7 @@ def sweep(
     Finished runs are not run again. A run that fails does not end the others. A stop signal stops all of them with
     checkpoints: exit code 85.
     """
-    from launch.sweep import Sweep, expand, parse_seeds
+    from launch.sweep.sweep import Sweep, expand, parse_seeds
 
     chosen = parse_seeds(seeds, overrides or [])
     plan = Sweep(out or Path("runs") / f"{config.stem}-sweep", expand(config, overrides or [], values or []), chosen)
@@ -112,7 +112,7 @@ def sweep(
 
 
 def _on_slurm(plan: Sweep, make_job: Callable[[list[Member]], Job], *, dry_run: bool) -> int:
-    from launch.sweep_slurm import planned_script, submit_sweep
+    from launch.sweep.slurm import planned_script, submit_sweep
     from trainer.logs import set_up_logging
 
     if not dry_run:
@@ -131,9 +131,9 @@ def _on_slurm(plan: Sweep, make_job: Callable[[list[Member]], Job], *, dry_run: 
 
 def start(plan: Sweep, parallel: int, procs: int, *, dry_run: bool, as_json: bool, debug: bool) -> int:
     """Make the runs on this machine, or tell what would be made."""
-    from launch.pool import Budget, visible_gpus
-    from launch.sweep import finished, open_record
-    from launch.sweep_local import run_sweep, table, to_json
+    from launch.sweep.local import run_sweep, table, to_json
+    from launch.sweep.pool import Budget, visible_gpus
+    from launch.sweep.sweep import finished, open_record
     from trainer.logs import set_up_logging
 
     budget = Budget(parallel, procs, gpus=visible_gpus())

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.start.slurm import Job, Member, check, follow, queued, rehearse, render, submit
-from launch.sweep import Child, Sweep, finished, open_record, write_record
-from launch.sweep_local import begin_parent
+from launch.sweep.local import begin_parent
+from launch.sweep.sweep import Child, Sweep, finished, open_record, write_record
 from trainer.run.folder import hold
 
 Say = Callable[[str], None]

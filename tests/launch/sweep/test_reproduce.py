@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.pool import Budget
-from launch.reproduce import Machine, costs, hours, make_sweep, missing
-from launch.suites import FOLDER, load_suite
+from launch.sweep.pool import Budget
+from launch.sweep.reproduce import Machine, costs, hours, make_sweep, missing
+from launch.sweep.suites import FOLDER, load_suite
 from tests.distributed.processes import egmf
 from trainer.data.generated.synthetic_benchmark import generate
 from trainer.tasks import get_task

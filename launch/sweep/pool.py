@@ -144,7 +144,7 @@ class _Place(Generic[AnyJob]):
         if self._process is None:
             readable, writable = os.pipe()
             self._answers = os.fdopen(readable, encoding="utf-8")
-            self._open([sys.executable, "-m", "launch.worker", str(writable)], events, writable)
+            self._open([sys.executable, "-m", "launch.sweep.worker", str(writable)], events, writable)
             os.close(writable)
             events.register(self._answers, selectors.EVENT_READ, self)
         asked = {"config": str(job.file), "out": str(job.out), "debug": self._debug}

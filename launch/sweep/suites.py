@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from launch.sweep import check_distinct, load_variant
+from launch.sweep.sweep import check_distinct, load_variant
 from trainer.config import RunConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "suites"

@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from launch.parent import ParentRun
-from launch.pool import Budget
-from launch.sweep import Sweep, expand, finished, open_record, parse_seeds, split_values, write_record
+from launch.sweep.mlflow_parent import ParentRun
+from launch.sweep.pool import Budget
+from launch.sweep.sweep import Sweep, expand, finished, open_record, parse_seeds, split_values, write_record
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.slurm.lab import wait_for
 from tests.toy import prepare_toy

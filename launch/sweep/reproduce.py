@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.pool import Budget
 from launch.start.local import run_state
-from launch.suites import Suite
-from launch.sweep import Sweep, finished
-from launch.sweep_local import run_sweep
+from launch.sweep.local import run_sweep
+from launch.sweep.pool import Budget
+from launch.sweep.suites import Suite
+from launch.sweep.sweep import Sweep, finished
 from trainer.data.generated import diagnostic
 from trainer.data.generated import synthetic_benchmark as stand_in
 from trainer.files import write_json, write_text

@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from launch.parent import ParentRun
-from launch.pool import Budget, Ended, Pool
 from launch.start.local import STOPPED, killed, run_state
-from launch.sweep import Child, Sweep, finished, open_record, write_configs, write_record
+from launch.sweep.mlflow_parent import ParentRun
+from launch.sweep.pool import Budget, Ended, Pool
+from launch.sweep.sweep import Child, Sweep, finished, open_record, write_configs, write_record
 from trainer.results.printable import printable
 from trainer.results.run_folder import is_run, read_run
 from trainer.results.runs import STYLES, run_line
