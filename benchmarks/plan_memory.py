@@ -237,9 +237,9 @@ def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float])
 
 def predict(case: Case, model: Path, data: Path) -> dict[str, Any]:
     """The plan's figure for the same run, in bytes; buffers as CPUs count them."""
-    from launch.lengths import run_lengths
-    from launch.memory import rank_memory
-    from launch.plan import backbone_shape, look_at, make_setting
+    from launch.plan.lengths import run_lengths
+    from launch.plan.memory import rank_memory
+    from launch.plan.plan import backbone_shape, look_at, make_setting
     from trainer.config import load_config
 
     config = load_config(ROOT / "configs/tiny.yaml", case.overrides(model, data))

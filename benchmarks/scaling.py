@@ -8,7 +8,7 @@ Three ways to count the bytes that a rank sends in an optimizer step:
   all-gather, reduce-scatter, reduce and broadcast (N-1)/N of the whole);
 - *sent*: what the loopback device of a network namespace of the run's own counted, divided by N (as root; else missing). It
   holds TCP's headers too, and the algorithms are gloo's;
-- *planned*: :func:`launch.memory.wire_bytes`. Beside it the paper's theory: 2 b W (N-1)/N at stages 0 to 2 and 3 b W (N-1)/N
+- *planned*: :func:`launch.plan.memory.wire_bytes`. Beside it the paper's theory: 2 b W (N-1)/N at stages 0 to 2 and 3 b W (N-1)/N
   at stage 3 for W trained weights of b bytes (what is frozen is gathered, never reduced: 2 of the 3).
 
 Samples a second are of processes that share one machine's cores: they say what the machinery costs, not what GPUs would do.
@@ -257,10 +257,10 @@ def measure(procs: int, data: Path, work: Path, cases: list[Case]) -> dict[str, 
 
 def theory(case: Case, procs: int, data: Path) -> dict[str, Any]:
     """The plan's bytes of a step, and the paper's."""
-    from launch.abstract import abstract, build, weigh
-    from launch.lengths import run_lengths
-    from launch.memory import PERSISTENCE, wire_bytes
-    from launch.plan import backbone_shape, make_setting
+    from launch.plan.lengths import run_lengths
+    from launch.plan.memory import PERSISTENCE, wire_bytes
+    from launch.plan.meta_model import abstract, build, weigh
+    from launch.plan.plan import backbone_shape, make_setting
     from trainer.config import load_config
     from trainer.run.engine import dtype_of
 

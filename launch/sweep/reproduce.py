@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs that a run is planned for, without any of them: see :mod:`launch.plan`. TFLOP/s are those that a GPU reaches."""
+    """The GPUs that a run is planned for, without any of them: see :mod:`launch.plan.plan`. TFLOP/s are those that a GPU reaches."""
 
     gpus: int = 8
     memory: float = 80.0
@@ -74,8 +74,8 @@ def costs(sweep: Sweep, machine: Machine) -> tuple[Table | None, list[str]]:
 
     None where all variants have the tiny backbone, which needs no plan.
     """
-    from launch.memory import GIB
-    from launch.plan import Throughput, backbone_shape, make_plan
+    from launch.plan.memory import GIB
+    from launch.plan.plan import Throughput, backbone_shape, make_plan
 
     columns = ["variant", "backbone", "GiB of a GPU", "fits", "steps", "hours of a run"]
     table = Table(f"One run on {machine.gpus} GPUs of {machine.memory:g} GiB, planned", columns)

@@ -44,8 +44,8 @@ def plan(
     from trainer.distributed.world import quiet_deepspeed
 
     quiet_deepspeed()
-    from launch.plan import Throughput, make_plan
-    from launch.plan_tables import render
+    from launch.plan.plan import Throughput, make_plan
+    from launch.plan.tables import render
 
     throughput = Throughput(samples_per_second, positions_per_second, tflops)
     made = make_plan(loaded, nodes, gpus_per_node, gpu_memory, throughput, positions=positions, samples=samples)

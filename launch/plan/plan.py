@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from launch.abstract import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow, record_pass, weigh
-from launch.lengths import Lengths, run_lengths
-from launch.memory import GIB, PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
+from launch.plan.lengths import Lengths, run_lengths
+from launch.plan.memory import GIB, PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
+from launch.plan.meta_model import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow, record_pass, weigh
 from trainer.config import RunConfig
 from trainer.models.backbone.loading import load_shape
 from trainer.models.backbone.quantization import check_sizes
@@ -163,7 +163,7 @@ def make_plan(
 
     Args:
         gpu_memory: of one GPU, GiB.
-        positions, samples: see :func:`launch.lengths.run_lengths`.
+        positions, samples: see :func:`launch.plan.lengths.run_lengths`.
 
     Raises:
         ValueError: the backbone's configuration cannot be read, or the run cannot be as configured.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.plan_memory import LIMIT, SAMPLES, Case, make_model, measure, predict
-from launch.plan import Throughput, make_plan
+from launch.plan.plan import Throughput, make_plan
 from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
 from trainer.config import load_config

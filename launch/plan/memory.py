@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from launch.abstract import Pass, Weights
+from launch.plan.meta_model import Pass, Weights
 
 GIB = 2**30
 ALL_REDUCE_AT_ONCE = 500_000_000  # elements; DeepSpeed's, stage 0 and stage 1 in bf16

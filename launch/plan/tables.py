@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.abstract import Rows
-from launch.memory import GIB
-from launch.plan import LEFT_OUT, RESERVED, Option, Plan
+from launch.plan.memory import GIB
+from launch.plan.meta_model import Rows
+from launch.plan.plan import LEFT_OUT, RESERVED, Option, Plan
 
 
 def render(plan: Plan) -> Iterator[Any]:
