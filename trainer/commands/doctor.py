@@ -40,7 +40,7 @@ def doctor(
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
     import torch
 
-    from launch.preflight import examine, examine_here
+    from launch.doctor.preflight import examine, examine_here
 
     place = out or (Path("runs") if config is None else default_out(config, 0))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

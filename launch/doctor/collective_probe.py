@@ -1,6 +1,6 @@
 """What only the ranks together can show: an all-reduce with its bandwidth, then the largest batch there and back.
 
-``python -m launch.trial FOLDER [CONFIG [overrides]]`` on every rank; rank 0 writes FOLDER/trial.json.
+``python -m launch.doctor.collective_probe FOLDER [CONFIG [overrides]]`` on every rank; rank 0 writes FOLDER/trial.json.
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ import pytest
 import torch
 from packaging.version import Version
 
-from launch import machine, trial, versions
-from launch.check import Check, Findings
-from launch.machine import check_attention, check_build, check_folder, check_machine
-from launch.subject import Subject, check_subject
-from launch.versions import PAIRS, Facts, check_pairs, check_ranges
+from launch.doctor import collective_probe as trial
+from launch.doctor import machine, versions
+from launch.doctor.findings import Check, Findings
+from launch.doctor.machine import check_attention, check_build, check_folder, check_machine
+from launch.doctor.resolved_config import Subject, check_subject
+from launch.doctor.versions import PAIRS, Facts, check_pairs, check_ranges
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.toy import prepare_toy
 from trainer.config import TinyConfig, load_config

@@ -11,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from launch.check import Findings, State
+from launch.doctor.findings import Findings, State
 
 DISTRIBUTION = "egmf-trainer"
 SHOWN = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "triton", "flash-attn")

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
-from launch.check import Findings
+from launch.doctor.findings import Findings
 from trainer.config import BackboneConfig, RunConfig, load_config
 from trainer.data.dataset import PreparedDataset
 from trainer.tasks import Task

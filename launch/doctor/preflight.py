@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from launch import trial, versions
-from launch.check import GIB, Check, Findings, State
-from launch.machine import (
+from launch.doctor import collective_probe as trial
+from launch.doctor import versions
+from launch.doctor.findings import GIB, Check, Findings, State
+from launch.doctor.machine import (
     check_attention,
     check_build,
     check_folder,
@@ -27,8 +28,8 @@ from launch.machine import (
     driver_version,
     processor_flags,
 )
+from launch.doctor.resolved_config import Subject, check_subject
 from launch.start import hosts, local
-from launch.subject import Subject, check_subject
 from trainer.distributed.world import World
 from trainer.run.engine import zero_stage
 
@@ -52,7 +53,13 @@ def examine(
         scratch = Path(name)
         subject = _alone(findings, config, overrides, out, procs, scratch)
         chosen = _chosen(findings, config, subject)
-        line = [sys.executable, "-m", "launch.trial", name, *([str(chosen), *overrides] if chosen else [])]
+        line = [
+            sys.executable,
+            "-m",
+            "launch.doctor.collective_probe",
+            name,
+            *([str(chosen), *overrides] if chosen else []),
+        ]
         why = _start(line, procs)
         _judge_trial(findings, scratch, out, why, batch=chosen is not None)
     return findings.checks

@@ -18,7 +18,7 @@ import psutil
 import torch
 from packaging.version import InvalidVersion, Version
 
-from launch.check import GIB, Findings, State
+from launch.doctor.findings import GIB, Findings, State
 from trainer.config import RunConfig
 from trainer.distributed.world import missing_build_tools
 
