@@ -37,7 +37,7 @@ types: install
 	$(BIN)/mypy
 
 ops: install
-	$(BIN)/python -m trainer.distributed.world
+	$(BIN)/python -m trainer.distributed.process_group
 
 # Tests of one process run side by side, those of several one after the other.
 SINGLE = not distributed and not slow and not browser and not slurm and not multinode and not gpu

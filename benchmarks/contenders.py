@@ -24,12 +24,12 @@ from trainer.config import AdapterConfig, BackboneConfig, RunConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView
 from trainer.data.sampling import Limits, Order, micro_batches
+from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
 from trainer.models.backbone.causal_lm import Backbone, build_backbone
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
 from trainer.run.assemble import Parts
-from trainer.run.engine import dtype_of
 from trainer.run.evaluate import Scorer
 
 COLUMNS = ("ours", "ours padded", "padded")

@@ -170,7 +170,7 @@ def work_of_rank(place: Path) -> None:
     import bitsandbytes  # noqa: F401  # before anything is measured
     import peft  # noqa: F401
 
-    from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
+    from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
     from trainer.files import write_json
 
     quiet_deepspeed()
@@ -209,9 +209,10 @@ def work_of_rank(place: Path) -> None:
 def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float]) -> None:
     from trainer.config import load_config
     from trainer.data.sampling import Order
+    from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
-    from trainer.run.engine import Schedule, build_engine, dtype_of
+    from trainer.run.engine import Schedule, build_engine
     from trainer.run.guard import Evidence, Guard
     from trainer.run.step import Training, train_step
 

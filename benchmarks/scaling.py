@@ -151,7 +151,7 @@ def work_of_rank(place: Path, own_network: bool) -> None:
     """Every case in turn, as one rank; rank 0 writes the results."""
     calls = Calls()
     calls.install()
-    from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
+    from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
     from trainer.files import write_json
 
     quiet_deepspeed()
@@ -187,9 +187,10 @@ def _prepare(overrides: list[str], out: Path, world: Any) -> tuple[Any, int]:
     """A function that takes an optimizer step, and the samples of a step."""
     from trainer.config import load_config
     from trainer.data.sampling import Order
+    from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
-    from trainer.run.engine import Schedule, build_engine, dtype_of
+    from trainer.run.engine import Schedule, build_engine
     from trainer.run.guard import Evidence, Guard
     from trainer.run.step import Training, train_step
 
@@ -262,7 +263,7 @@ def theory(case: Case, procs: int, data: Path) -> dict[str, Any]:
     from launch.plan.meta_model import abstract, build, weigh
     from launch.plan.plan import backbone_shape, make_setting
     from trainer.config import load_config
-    from trainer.run.engine import dtype_of
+    from trainer.distributed.deepspeed_config import dtype_of
 
     config = load_config(ROOT / "configs/tiny.yaml", case.overrides(data))
     lengths, dtype = run_lengths(config, procs), dtype_of(config)

@@ -83,7 +83,7 @@ def sizes(folder: Path) -> dict[str, int]:
 def rank(folder: Path, loader: str, out: Path) -> None:
     """One rank: load once, write what it took."""
     from trainer.config import BackboneConfig
-    from trainer.distributed.world import start_world, stop_world
+    from trainer.distributed.process_group import start_world, stop_world
     from trainer.models.backbone.loading import load_model
     from trainer.models.backbone.quantization import nf4_config
 

@@ -336,6 +336,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return check_config(raw, where=str(path))
 
 
+def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
+    """The config a run was trained with.
+
+    Raises:
+        ValueError: `run` is not a run folder.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
+    return load_config(path, [*overrides, *([f"data.path={data}"] if data else [])])
+
+
 def check_config(raw: Any, where: str = "config") -> RunConfig:
     """Validate a plain dictionary; see :func:`load_config`."""
     try:

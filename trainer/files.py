@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
-
-from trainer.config import RunConfig, load_config
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,15 +43,3 @@ def new_file(path: Path) -> Iterator[TextIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
-    """The config a run was trained with.
-
-    Raises:
-        ValueError: `run` is not a run folder.
-    """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
-    return load_config(path, [*overrides, *([f"data.path={data}"] if data else [])])

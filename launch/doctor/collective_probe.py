@@ -64,8 +64,9 @@ def batch(config: Any, folder: Path, world: Any) -> dict[str, Any]:
     """
     import torch
 
+    from trainer.distributed.deepspeed_config import check_machine, dtype_of
     from trainer.run.assemble import assemble
-    from trainer.run.engine import build_engine, check_machine, dtype_of
+    from trainer.run.engine import build_engine
     from trainer.run.guard import Guard
     from trainer.run.probe import probe
 
@@ -113,10 +114,10 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, world: Any) -
 
 def main(arguments: Sequence[str]) -> int:
     """Both trials on this rank, which a launcher started; 1 where one is at fault."""
-    from trainer.distributed.world import quiet_deepspeed
+    from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
-    from trainer.distributed.world import start_world, stop_world, tell_launcher
+    from trainer.distributed.process_group import start_world, stop_world, tell_launcher
     from trainer.logs import set_up_logging
 
     set_up_logging(None, int(os.environ.get("RANK", "0")))

@@ -20,7 +20,7 @@ from packaging.version import InvalidVersion, Version
 
 from launch.doctor.findings import GIB, Findings, State
 from trainer.config import RunConfig
-from trainer.distributed.world import missing_build_tools
+from trainer.distributed.process_group import missing_build_tools
 
 BUFFER = 66 << 20  # bytes of /dev/shm that DeepSpeed's all-reduce takes per rank on a CPU
 LITTLE = 4 * GIB  # bytes of memory below which a process with torch and DeepSpeed has little room
@@ -90,8 +90,8 @@ def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None
 
 def check_attention(findings: Findings, config: RunConfig | None) -> None:
     """Whether flash-attn, and the attention that is asked for, can run, and why not; Triton."""
+    from trainer.distributed.deepspeed_config import dtype_of
     from trainer.models.backbone.loading import BackboneError, resolve_attention
-    from trainer.run.engine import dtype_of
 
     asked = config.model.backbone.attention if config is not None else "auto"
     dtype = dtype_of(config) if config is not None else torch.bfloat16

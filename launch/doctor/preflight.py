@@ -30,8 +30,8 @@ from launch.doctor.machine import (
 )
 from launch.doctor.resolved_config import Subject, check_subject
 from launch.start import hosts, local
+from trainer.distributed.deepspeed_config import zero_stage
 from trainer.distributed.world import World
-from trainer.run.engine import zero_stage
 
 PART = "ranks"
 LIMIT = 1800.0  # seconds that the trial on all ranks may take

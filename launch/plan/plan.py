@@ -14,10 +14,10 @@ from launch.plan.lengths import Lengths, run_lengths
 from launch.plan.memory import GIB, PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
 from launch.plan.meta_model import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow, record_pass, weigh
 from trainer.config import RunConfig
+from trainer.distributed.deepspeed_config import deepspeed_config, dtype_of, zero_stage
 from trainer.models.backbone.loading import load_shape
 from trainer.models.backbone.quantization import check_sizes
 from trainer.models.backbone.tiny import tiny_shape
-from trainer.run.engine import deepspeed_config, dtype_of, zero_stage
 
 STAGES = (0, 1, 2, 3)
 RESERVED = 2 * GIB  # of a GPU: CUDA's context, NCCL's buffers, holes of the allocator

@@ -14,7 +14,7 @@ from launch.start.local import alone, command, launch
 from trainer.data.dataset import open_dataset
 from trainer.data.generated.diagnostic import generate
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = {"full model": "demo", "text only": "demo-text"}
 
 

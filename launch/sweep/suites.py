@@ -15,7 +15,7 @@ from yaml import YAMLError
 from launch.sweep.sweep import check_distinct, load_variant
 from trainer.config import RunConfig
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs" / "suites"
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "suites"
 
 
 class Strict(BaseModel):

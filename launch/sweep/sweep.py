@@ -18,8 +18,8 @@ from typing import Any
 
 from launch.start.local import run_state
 from trainer.checkpoint.identity import FREE, settings
-from trainer.config import RunConfig, dump_config, flatten, load_config
-from trainer.files import saved_config, write_json, write_text
+from trainer.config import RunConfig, dump_config, flatten, load_config, saved_config
+from trainer.files import write_json, write_text
 from trainer.tasks import TaskError, get_task
 from trainer.tracking.outbox import tracking_uri
 

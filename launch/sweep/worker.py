@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.distributed.world import quiet_deepspeed
+from trainer.distributed.process_group import quiet_deepspeed
 
 if TYPE_CHECKING:
     from trainer.distributed.signals import StopRequest
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     quiet_deepspeed()
+    from trainer.distributed.process_group import start_world, stop_world
     from trainer.distributed.signals import StopRequest
-    from trainer.distributed.world import start_world, stop_world
     from trainer.logs import set_up_logging
 
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers, StopRequest() as stop:
@@ -51,9 +51,9 @@ def main() -> None:
 def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, str | None, bool]:
     """Exit code of the run, what made it fail, and whether this process is to be left."""
     from trainer.config import load_config
+    from trainer.distributed.deepspeed_config import zero_stage
     from trainer.logs import set_up_logging
     from trainer.results.report.report import write_report
-    from trainer.run.engine import zero_stage
     from trainer.run.loop import fit
 
     out = Path(job["out"])

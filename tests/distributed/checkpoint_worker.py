@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 
@@ -49,10 +49,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 def main(data: Path, out: Path) -> None:
     from tests.distributed.cases import NF4, Case, config_of
-    from trainer.checkpoint.store import Checkpoints, load_weights, resume_engine
+    from trainer.checkpoint.store import Checkpoints, resume_engine
+    from trainer.checkpoint.weights import load_weights, trainable_state
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
-    from trainer.run.engine import build_engine, trainable_state
+    from trainer.run.engine import build_engine
 
     world = start_world()
     set_up_logging(None, world.rank)

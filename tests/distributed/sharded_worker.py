@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trainer.distributed.world import World, quiet_deepspeed, start_world, stop_world
+from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.world import World
 
 quiet_deepspeed()
 

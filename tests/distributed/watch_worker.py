@@ -6,6 +6,7 @@ python -m tests.distributed.watch_worker FOLDER: writes FOLDER/results.json, cas
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from trainer.distributed.watch import Watch
 from trainer.distributed.world import World
 from trainer.files import write_json
 from trainer.logs import set_up_logging
+from trainer.run.record import record_failure
 
 SECONDS, PATIENCE, STEPS, PLANTED = 4.0, 4.0, 4, 2
 
@@ -61,7 +63,7 @@ def work(rank: int, size: int, case: str, out: Path, port: int) -> None:
     world = World(rank, size, torch.device("cpu"))
     if rank == 0:
         write_json(out / "run.json", {"state": "running"})
-    with Watch(out, world, SECONDS, patience=PATIENCE) as watch:
+    with Watch(out, world, SECONDS, patience=PATIENCE, record_failure=functools.partial(record_failure, out)) as watch:
         if rank == 0:
             watch.closing = lambda why: write_json(out / "run.json", {"state": "failed", "failure": why})
         try:

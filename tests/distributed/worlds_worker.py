@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.cases import BF16, NF4, Case
-from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 
@@ -29,11 +29,13 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
     from tests.distributed.cases import config_of
     from trainer.checkpoint.identity import identity
     from trainer.checkpoint.store import Checkpoints, check_fit, read_state, resume_engine
+    from trainer.checkpoint.weights import trainable_state
     from trainer.data.sampling import Order
+    from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
-    from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
+    from trainer.run.engine import Schedule, build_engine
     from trainer.run.guard import Evidence, Guard
     from trainer.run.step import Training, train_step
 
@@ -51,7 +53,9 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
             training = Training(engine, parts, config, world, guard, StopRequest())
             lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
             order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
-            ours = identity(config, parts, world)
+            ours = identity(
+                config, data=parts.fingerprints, base=parts.model.backbone.fingerprint, world_size=world.size
+            )
             start = 0
             if writer is not None:
                 folder = out / f"world{writer}" / case.name

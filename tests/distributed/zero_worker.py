@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 
@@ -53,11 +53,13 @@ def digest(model: torch.nn.Module) -> str:
 
 def main(data: Path, out: Path, wanted: str) -> None:
     from tests.distributed.cases import PLANTED, SETS, STEPS, config_of
+    from trainer.checkpoint.weights import trainable_state
     from trainer.data.imbalance import training_order
+    from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
-    from trainer.run.engine import Schedule, build_engine, dtype_of, trainable_state
+    from trainer.run.engine import Schedule, build_engine
     from trainer.run.evaluate import evaluate
     from trainer.run.guard import Evidence, Guard
     from trainer.run.step import Training, train_step

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from trainer.distributed.world import quiet_deepspeed, start_world, stop_world
+from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
 

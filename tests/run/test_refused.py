@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.config import load_config
-from trainer.run.engine import check_machine
+from trainer.distributed.deepspeed_config import check_machine
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
 ZERO = "deepspeed.zero_optimization"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config import RunConfig, flatten
-
-if TYPE_CHECKING:
-    from trainer.distributed.world import World
-    from trainer.run.assemble import Parts
+from trainer.distributed.deepspeed_config import zero_stage
 
 # settings that may change when a run is continued: they say where and how often, or how much memory, not what
 FREE = frozenset(
@@ -48,15 +45,18 @@ def settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def identity(config: RunConfig, parts: Parts, world: World) -> dict[str, Any]:
-    """Tasks, data, frozen base, world, ZeRO stage and settings of a run."""
-    from trainer.run.engine import zero_stage
+def identity(config: RunConfig, *, data: dict[str, str], base: str, world_size: int) -> dict[str, Any]:
+    """Tasks, data, frozen base, world, ZeRO stage and settings of a run.
 
+    Args:
+        data: task -> fingerprint of its prepared dataset.
+        base: fingerprint of the frozen backbone.
+    """
     return {
-        "tasks": list(parts.tasks),
-        "data": parts.fingerprints,
-        "base": parts.model.backbone.fingerprint,
-        "world": world.size,
+        "tasks": list(data),
+        "data": data,
+        "base": base,
+        "world": world_size,
         "zero": zero_stage(config),
         "settings": settings(config),
     }

@@ -27,13 +27,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from trainer.checkpoint.random_state import random_state, restore_random_state
 from trainer.checkpoint.universal import load_universal, universal
+from trainer.checkpoint.weights import WEIGHTS, CheckpointError, load_weights, trainable_state
 from trainer.distributed.world import World
 from trainer.files import sync, write_json, write_text
-from trainer.models.egmf import EGMF
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -41,14 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-WEIGHTS, STATE, MANIFEST, ENGINE, BEST = "model.safetensors", "state.json", "manifest.json", "engine", "best"
+STATE, MANIFEST, ENGINE, BEST = "state.json", "manifest.json", "engine", "best"
 RANDOM = "random.rank{}.safetensors"
 READ = 1 << 22  # bytes at once
 WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # in the RuntimeErrors of torch.save's writer
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, is damaged, cannot be written, or does not fit the run."""
 
 
 class Checkpoints:
@@ -92,8 +87,6 @@ class Checkpoints:
         return target
 
     def _write(self, engine: DeepSpeedEngine, writing: Path, state: dict[str, Any]) -> None:
-        from trainer.run.engine import trainable_state
-
         engine.save_checkpoint(str(writing), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
         weights = trainable_state(engine.module, self.world)
         with self.world.together():
@@ -277,20 +270,6 @@ def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> No
     if loaded is None:
         raise CheckpointError(f"checkpoint {checkpoint}: DeepSpeed found no state under {ENGINE}/")
     restore_random_state(load_file(checkpoint / RANDOM.format(world.rank % writers)))
-
-
-def load_weights(model: EGMF, checkpoint: Path, world: World) -> None:
-    """Put a checkpoint's trainable weights into `model`, on any number of ranks and any ZeRO stage."""
-    from trainer.run.engine import load_trainable_state
-
-    path = checkpoint / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {checkpoint} has no {WEIGHTS}")
-    try:
-        weights: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    load_trainable_state(model, weights, world)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def doctor(
     """
     if nodes is not None and config is None:
         raise typer.BadParameter("--nodes compares the nodes for a run: name its CONFIG too", param_hint="--nodes")
-    from trainer.distributed.world import quiet_deepspeed
+    from trainer.distributed.process_group import quiet_deepspeed
     from trainer.logs import set_up_logging
 
     quiet_deepspeed()

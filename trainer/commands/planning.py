@@ -41,7 +41,7 @@ def plan(
     stated = [rate for rate in (samples_per_second, positions_per_second, tflops) if rate is not None]
     if len(stated) > 1 or any(rate <= 0 for rate in stated):
         raise ValueError("state one throughput, more than 0: --samples-per-second, --positions-per-second or --tflops")
-    from trainer.distributed.world import quiet_deepspeed
+    from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
     from launch.plan.plan import Throughput, make_plan

@@ -70,7 +70,7 @@ def reproduce(
 
 def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
     from launch.sweep.reproduce import costs, hours, missing
-    from trainer.distributed.world import quiet_deepspeed
+    from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
     say(f"{suite.title}: {hours(suite, sweep, budget)}")

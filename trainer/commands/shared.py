@@ -37,11 +37,12 @@ def in_world(work: Callable[[Any], int], debug: bool, seconds: float | None = No
     `seconds` is how long the processes wait for each other. They end together: a launcher that ends the others when one
     leaves with a code other than 0 would otherwise interrupt what rank 0 writes last.
     """
-    from trainer.distributed.world import quiet_deepspeed
+    from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
+    from trainer.distributed.process_group import start_world, stop_world, tell_launcher
     from trainer.distributed.rendezvous import SECONDS
-    from trainer.distributed.world import PeerFault, start_world, stop_world, tell_launcher
+    from trainer.distributed.world import PeerFault
     from trainer.logs import set_up_logging
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)

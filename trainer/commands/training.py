@@ -78,7 +78,7 @@ def evaluate(
     debug: Debug = False,
 ) -> int:
     """Score a split with a run's best checkpoint. Works on several processes too, under any launcher."""
-    from trainer.files import saved_config
+    from trainer.config import saved_config
 
     saved_config(run, overrides or [], data)
 
@@ -124,8 +124,8 @@ def predict(
 
     Faulty lines are left out and told on stderr with number and reason; the exit code is then 1.
     """
+    from trainer.config import saved_config
     from trainer.data.unlabelled import check_places
-    from trainer.files import saved_config
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
     saved_config(run, chosen)

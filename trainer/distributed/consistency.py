@@ -6,29 +6,23 @@ under any launcher, and the alternative is a hang or weights that differ in sile
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import os
-import platform
 import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config import BackboneConfig, RunConfig, flatten
+from trainer.distributed.versions import ABSENT, versions
+from trainer.distributed.world import World
 
-if TYPE_CHECKING:
-    from trainer.distributed.world import World
-
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "egmf-trainer")
 WHOLE = 1 << 24  # bytes up to which a model's file is hashed whole; of larger ones both ends are
 END = 1 << 20
 SHOWN = 4  # names in a message before "and N more"
 PATIENCE = 10.0  # seconds until a file that rank 0 wrote must be seen elsewhere (attribute caches of NFS)
-ABSENT = "none"
 
 Report = dict[str, Any]
 
@@ -67,22 +61,6 @@ def report(config: RunConfig) -> Report:
         "model": _model(config.model.backbone, faults),
         "faults": faults,
     }
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide a run's numbers, and of this package's own source."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ABSENT
-    from trainer.run.record import git_state
-
-    found["egmf's commit"] = git_state().get("commit", ABSENT)[:12]
-    found["egmf's source"] = _source_digest()
-    return found
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
@@ -189,15 +167,6 @@ def folder_fingerprint(folder: Path) -> str:
                 handle.seek(-END, os.SEEK_END)
                 total.update(handle.read(END))
     return total.hexdigest()
-
-
-def _source_digest() -> str:
-    """Digest of the Python files of this package, as they lie on this machine."""
-    root = Path(__file__).parent.parent
-    total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return total.hexdigest()[:12]
 
 
 def _sees(out: Path, world: World) -> bool:

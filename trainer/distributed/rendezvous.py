@@ -24,6 +24,9 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from trainer.distributed.consistency import differences, said
+from trainer.distributed.versions import versions
+
 log = logging.getLogger(__name__)
 
 SECONDS = 300.0  # that the processes wait for each other, unless the config says otherwise
@@ -263,8 +266,6 @@ class Greeting:
         Raises:
             RendezvousError: on every rank that came.
         """
-        from trainer.distributed.consistency import versions
-
         until = time.monotonic() + seconds
         self._say("here", {**about, "versions": versions()})
         self._judge("here", until, _faults_of_versions)
@@ -341,8 +342,6 @@ def ranks_shown(ranks: Sequence[int]) -> str:
 
 
 def _faults_of_versions(told: Sequence[dict[str, Any]]) -> list[str]:
-    from trainer.distributed.consistency import differences, said
-
     reports = [{"where": f"rank {x['rank']} on {x['host']}", "versions": x["versions"]} for x in told]
     faults = differences(reports)
     return [said(faults, "the processes of this run are not alike")] if faults else []

@@ -6,12 +6,11 @@ import logging
 import signal
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+
+import torch
 
 from trainer.config import STOP_SIGNALS
-
-if TYPE_CHECKING:
-    from trainer.distributed.world import World
+from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,6 @@ class StopRequest:
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. A collective: all ranks call it."""
-        import torch
-
         told = torch.tensor(float(self.asked), device=world.device)
         world.sum(told)
         return bool(told.item() > 0)

@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from trainer.distributed.process_group import tell_launcher
 from trainer.distributed.rank_snapshots import Standing, headline, report, standing
-from trainer.distributed.world import World, tell_launcher
-from trainer.run.record import RunRecord, now
+from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,18 @@ class Watch:
     the longest pause there has been between two beats.
     """
 
-    def __init__(self, out: Path, world: World, seconds: float, *, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        out: Path,
+        world: World,
+        seconds: float,
+        *,
+        patience: float = PATIENCE,
+        record_failure: Callable[[str], None] = lambda why: None,
+    ) -> None:
         self.out, self.world, self.seconds, self.patience = out, world, seconds, patience
         self.closing: Callable[[str], None] | None = None  # how rank 0 closes its record; it gets the reason
+        self._record_failure = record_failure  # how another rank closes it where rank 0 does not answer
         self._doing, self._since, self._slack = "starting", time.monotonic(), 1.0
         self._start, self._longest = START, 0.0
         self._leaving, self._alarmed = threading.Event(), threading.Event()
@@ -249,9 +258,8 @@ class Watch:
         """Write what rank 0 would: the run's log, and its record where rank 0 cannot."""
         with (self.out / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"rank {self.world.rank}, in place of rank 0: {told}\n")
-        record = RunRecord(self.out, enabled=True)
-        if absent and record.values.get("state") == "running":
-            record.update(state="failed", failure=f"{StuckError.__name__}: {why}", ended=now())
+        if absent:
+            self._record_failure(f"{StuckError.__name__}: {why}")
 
     def _leave_together(self) -> None:
         """Wait until all that answered have closed their records: a rank that ends takes the others' connections along."""

@@ -1,34 +1,15 @@
-"""The processes of a run: who we are, how we meet, and the few things we say to each other.
-
-Works under the ``deepspeed`` launcher, ``torchrun`` and ``srun`` alike (they set RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT), and as a single process with none of these.
-"""
+"""This process among the processes of a run, and the collectives of objects and small tensors that they use."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import logging
-import os
-import shutil
-import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-from trainer.distributed.rendezvous import SECONDS, meet
-from trainer.logs import captured_stdout
-
-log = logging.getLogger(__name__)
-
-LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerFault(RuntimeError):
@@ -111,141 +92,3 @@ class World:
             told = self.share(None if fault is None else f"{type(fault).__name__}: {fault}")
             if fault is None and told is not None:
                 raise PeerFault(f"stopped, since rank 0 failed: {told}")
-
-
-def start_world(seconds: float = SECONDS) -> World:
-    """Join the run's processes (or start alone), through DeepSpeed's own initialisation.
-
-    On CPU the backend is gloo. DeepSpeed's shared-memory all-reduce is compiled on first use; without a C++ compiler or
-    ninja it is left out with one warning.
-
-    Args:
-        seconds: that the processes wait for each other.
-
-    Raises:
-        ValueError: a launcher set some but not all of the variables that processes need to meet, or they cannot meet
-            (:func:`trainer.distributed.rendezvous.meet`).
-    """
-    _check_launcher()
-    import deepspeed
-
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local % torch.cuda.device_count())
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
-        device = torch.device("cpu")
-        _share_cores()
-        _shared_memory_op()
-    with meet(seconds), captured_stdout():
-        deepspeed.init_distributed(verbose=False)
-    world = World(dist.get_rank(), dist.get_world_size(), device)
-    _unlink_shared_memory(world)
-    return world
-
-
-def stop_world() -> None:
-    """Leave the process group; safe to call more than once."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def tell_launcher(error: BaseException) -> None:
-    """Leave the cause where our launcher, and torchrun, look for it; the first one told stays."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not os.path.exists(path):
-        with contextlib.suppress(OSError):
-            get_error_handler().record_exception(error)
-
-
-def quiet_deepspeed() -> None:
-    """Set what DeepSpeed reads when it is imported; call before any import of it."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "egmf" / "torch_extensions"))
-    # an unactivated environment (ssh!) has its ninja beside its python; another version would build every op anew
-    ours = Path(sys.executable).parent / "ninja"
-    if ours.exists() and shutil.which("ninja") != str(ours):
-        os.environ["PATH"] = f"{ours.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-
-
-def _share_cores() -> None:
-    """Each process of a machine computes on its share of the cores, also where the launcher sets no OMP_NUM_THREADS."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    if local and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
-
-
-def _unlink_shared_memory(world: World) -> None:
-    """Take the names of DeepSpeed's shared-memory buffers away once all ranks hold them: nothing is left however we end.
-
-    Nobody else does: the single-node launcher leaves about 66 MiB per rank behind (deepspeed 0.19).
-    """
-    world.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}").unlink(missing_ok=True)
-
-
-def missing_build_tools() -> list[str]:
-    """What DeepSpeed needs to compile its CPU ops and PATH does not have."""
-    tools = (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
-    return [what for what, names in tools if not any(map(shutil.which, names))]
-
-
-def _check_launcher() -> None:
-    present = [key for key in LAUNCHER_KEYS if key in os.environ]
-    if not {"RANK", "WORLD_SIZE"} & set(present):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(alone)
-        return
-    absent = [key for key in LAUNCHER_KEYS if key not in os.environ]
-    if absent:
-        raise ValueError(
-            f"{', '.join(present)} set but {', '.join(absent)} not: start the processes with 'egmf launch', 'deepspeed' or "
-            "'torchrun', or unset these variables to train in one process"
-        )
-
-
-def _shared_memory_op() -> None:
-    """Build DeepSpeed's shared-memory op one process at a time, or switch it off where it cannot be built."""
-    import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
-
-    missing = missing_build_tools()
-    if missing:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if os.environ["RANK"] == "0":
-            log.warning(
-                "no %s on PATH: DeepSpeed's shared-memory all-reduce is off, gloo is used", " and no ".join(missing)
-            )
-        return
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
-    root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".egmf.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        for stale in root.glob(
-            f"{builder.NAME}/lock"
-        ):  # left by a build that was killed: torch would wait on it for ever
-            stale.unlink()
-        if not any(root.glob(f"{builder.NAME}/*.so")) and os.environ["RANK"] == "0":
-            log.info("compiling DeepSpeed's shared-memory all-reduce, once: about a minute")
-        builder.load()
-
-
-if __name__ == "__main__":  # builds the shared-memory op ahead of time: make ops
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    quiet_deepspeed()
-    _check_launcher()
-    if not torch.cuda.is_available():
-        _shared_memory_op()

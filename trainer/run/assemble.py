@@ -16,12 +16,12 @@ from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.imbalance import answer_indices, class_weights
 from trainer.data.objective import Objective
+from trainer.distributed.deepspeed_config import deepspeed_config, zero_stage
 from trainer.distributed.world import World
 from trainer.kernels.gate import resolve_kernel
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
-from trainer.run.engine import deepspeed_config, zero_stage
 from trainer.tasks import Task, get_task
 
 log = logging.getLogger(__name__)

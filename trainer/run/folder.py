@@ -9,10 +9,8 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trainer.distributed.world import World
+from trainer.distributed.world import World
 
 LOCK = ".lock"
 RESULTS = (

@@ -18,25 +18,29 @@ import torch
 
 from trainer.checkpoint.identity import identity, settings
 from trainer.checkpoint.selection import Selection
-from trainer.checkpoint.store import Checkpoints, check_fit, load_weights, read_state, resume_engine, step_name
-from trainer.config import RunConfig, dump_config
+from trainer.checkpoint.store import Checkpoints, check_fit, read_state, resume_engine, step_name
+from trainer.checkpoint.weights import load_weights, trainable_state
+from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
 from trainer.distributed.consistency import agree
+from trainer.distributed.deepspeed_config import check_machine, dtype_of
+from trainer.distributed.process_group import tell_launcher
 from trainer.distributed.signals import STOPPED, StopAsked, StopRequest
+from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
-from trainer.distributed.world import World, tell_launcher
-from trainer.files import saved_config, write_json, write_text
+from trainer.distributed.world import World
+from trainer.files import write_json, write_text
 from trainer.run.assemble import Parts, assemble
 from trainer.run.calibrate import write_calibration
-from trainer.run.engine import Schedule, build_engine, check_machine, dtype_of, trainable_state
+from trainer.run.engine import Schedule, build_engine
 from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import open_folder, set_aside
 from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
 from trainer.run.prefetch import workers
 from trainer.run.probe import memory_explained, probe
-from trainer.run.record import RunRecord, environment, now
+from trainer.run.record import RunRecord, now, record_failure
 from trainer.run.step import StepResult, Training, train_step
 from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.tracking.progress import Progress
@@ -73,7 +77,7 @@ def fit(
     """
     check_machine(config, world.device)
     agree(config, out, world)
-    with open_folder(out, world), Watch(out, world, config.train.stuck_seconds) as watch:
+    with open_folder(out, world), _watch(config, out, world) as watch:
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _make_way(config, out, world, checkpoints)
         record = RunRecord(out, enabled=world.first)
@@ -82,7 +86,8 @@ def fit(
         try:
             last = checkpoints.newest(repair=True)
             parts = assemble(config, out, world, dtype_of(config), partition=True)
-            ours = identity(config, parts, world)
+            base = parts.model.backbone.fingerprint
+            ours = identity(config, data=parts.fingerprints, base=base, world_size=world.size)
             saved = None if last is None else read_state(last)
             if saved is not None and last is not None:
                 check_fit(saved, ours, last, force=force)
@@ -116,6 +121,10 @@ def fit(
             if begun:
                 _end(out, record, tracker, state, report if world.first else None)
     return 0 if state == "done" else STOPPED
+
+
+def _watch(config: RunConfig, out: Path, world: World) -> Watch:
+    return Watch(out, world, config.train.stuck_seconds, record_failure=functools.partial(record_failure, out))
 
 
 def _make_way(config: RunConfig, out: Path, world: World, checkpoints: Checkpoints) -> None:

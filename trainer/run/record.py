@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.files import write_json
 
-PACKAGES = ("egmf-trainer", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "mlflow", "numpy")
 RECORD = "run.json"
 
 
@@ -49,42 +42,12 @@ def read_record(out: Path) -> dict[str, Any] | None:
     return value
 
 
-def environment() -> dict[str, Any]:
-    """Versions, platform and git state, for the record."""
-    return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu x {torch.get_num_threads()} threads",
-        "git": git_state(),
-        "command": sys.argv,
-    }
+def record_failure(out: Path, why: str) -> None:
+    """Close the record of a run that is still said to be running; for a rank that stands in for rank 0."""
+    record = RunRecord(out, enabled=True)
+    if record.values.get("state") == "running":
+        record.update(state="failed", failure=why, ended=now())
 
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def git_state() -> dict[str, Any]:
-    """Commit and whether files differ from it, of the source this package runs from; empty when it is no checkout."""
-
-    def ask(*arguments: str) -> str:
-        where = str(Path(__file__).parent)
-        done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {
-            "commit": ask("rev-parse", "HEAD"),
-            "changed": bool(ask("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.checkpoint.random_state import mix
+from trainer.config import saved_config
+from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
-from trainer.files import saved_config
 from trainer.run.assemble import assemble
-from trainer.run.engine import dtype_of
 from trainer.run.guard import ABOUT, WEIGHTS, load_batch
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from trainer.checkpoint.store import CheckpointError, Checkpoints, load_weights, read_state
-from trainer.config import RunConfig
+from trainer.checkpoint.store import Checkpoints, read_state
+from trainer.checkpoint.weights import CheckpointError, load_weights
+from trainer.config import RunConfig, saved_config
+from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
-from trainer.files import saved_config
 from trainer.run.assemble import Parts, assemble
-from trainer.run.engine import build_inference_engine, dtype_of, zero_stage
+from trainer.run.engine import build_inference_engine
 from trainer.run.evaluate import Change, evaluate
 
 log = logging.getLogger(__name__)

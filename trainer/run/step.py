@@ -15,10 +15,10 @@ from trainer.checkpoint.random_state import mix
 from trainer.config import RunConfig
 from trainer.data.imbalance import answer_indices
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
+from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
 from trainer.run.assemble import Parts
-from trainer.run.engine import dtype_of
 from trainer.run.guard import Evidence, Guard
 from trainer.run.prefetch import Feed, Samples
 

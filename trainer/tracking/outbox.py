@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.config import TrackConfig
-from trainer.files import saved_config, write_json
+from trainer.config import TrackConfig, saved_config
+from trainer.files import write_json
 from trainer.tracking.journal import JOURNAL, entries
 from trainer.tracking.mlflow_run import METRICS, MlflowRun
 

@@ -15,7 +15,7 @@ from trainer.data.readers import RawSample, ReaderError, open_source
 from trainer.data.readers.align import AlignmentError, Key, _Scores, align, normalise
 from trainer.tasks import get_task
 
-MELD = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "meld"
+MELD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "meld"
 needs_meld = pytest.mark.skipif(not MELD.is_dir(), reason="MELD's annotations are not in ../shared/data/meld")
 PAIR = 1 << 20
 

@@ -16,7 +16,7 @@ import pytest
 from trainer.data.readers import RawSample, ReaderError, Source, open_source
 from trainer.tasks import BUILT_IN, define_task, get_task
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 MELD, MOSEI, CHERMA, SIMS = (get_task(name) for name in ("meld", "mosei", "cherma", "simsv2"))
 RNG = np.random.default_rng(0)
 

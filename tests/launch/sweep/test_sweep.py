@@ -277,7 +277,7 @@ def test_runs_of_several_processes(toy: Path, tmp_path: Path) -> None:
 KEPT = """
 import gc, sys
 from pathlib import Path
-from trainer.distributed.world import quiet_deepspeed, start_world
+from trainer.distributed.process_group import quiet_deepspeed, start_world
 quiet_deepspeed()
 from trainer.config import load_config
 from trainer.models.egmf import EGMF

@@ -15,7 +15,7 @@ from tests.browser.browser import CHROMIUM, Browser
 from tests.distributed.processes import egmf
 from tests.results.seeded import make_seeded, make_two, track
 from tests.tracking.mlflow_server import MlflowServer
-from trainer.files import saved_config
+from trainer.config import saved_config
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.files import log_comparison, store_of, write_comparison
 from trainer.results.compare.sources import find_runs

@@ -6,17 +6,15 @@ Shapes: V vocabulary, T tokens of a packed row.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.batch import Packing
 from trainer.models.backbone.loading import BackboneError
-from trainer.models.backbone.packed import HALF, PackedRow, install
-
-if TYPE_CHECKING:
-    from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.packed import HALF, PackedRow, PrefixCache, install
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +23,28 @@ WITHOUT_DROPOUT = ("varlen", "flex")
 EXPECTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, ImportError)
 
 
-def choose_attention(backbone: Backbone, asked: str, usable: str | None, name: str) -> None:
+class Attending(Protocol):
+    """What is asked of a backbone here (:class:`trainer.models.backbone.causal_lm.Backbone`)."""
+
+    attention: str
+    vocabulary: int
+    training: bool
+
+    @property
+    def base(self) -> Any: ...
+    @property
+    def takes_kernels(self) -> bool: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def eval(self) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def hidden(self, embeds_BLH: Tensor, positions_BL: Tensor, mask_B1LL: Tensor | None = None) -> Tensor: ...
+    def packed(self, embeds_TH: Tensor, packing: Packing, cache: PrefixCache | None = None) -> Tensor: ...
+    def prefix(self, embeds_PH: Tensor) -> PrefixCache: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+def choose_attention(backbone: Attending, asked: str, usable: str | None, name: str) -> None:
     """Set `backbone.attention` to what was asked for, or for `auto` to the first way that gives the model's own values.
 
     Args:
@@ -74,7 +93,7 @@ def choose_attention(backbone: Backbone, asked: str, usable: str | None, name: s
 class _Probe:
     """Six tokens, as two rows that share their first two, through the model's own forward and through ours."""
 
-    def __init__(self, backbone: Backbone, name: str) -> None:
+    def __init__(self, backbone: Attending, name: str) -> None:
         self.backbone, self.name = backbone, name
         first, rows = next(backbone.parameters()), backbone.vocabulary
         self.limit = 1e-3 if first.dtype == torch.float32 else 0.1

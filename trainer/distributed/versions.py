@@ -1,0 +1,78 @@
+"""What a process runs with: versions of libraries, this package's source and commit, platform and device."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DECIDING = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "egmf-trainer")
+RECORDED = ("egmf-trainer", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "mlflow", "numpy")
+ABSENT = "none"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide a run's numbers, and of this package's own source."""
+    found = {"python": platform.python_version()}
+    for name in DECIDING:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ABSENT
+    found["egmf's commit"] = git_state().get("commit", ABSENT)[:12]
+    found["egmf's source"] = _source_digest()
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and git state, for the record."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in RECORDED}},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu x {torch.get_num_threads()} threads",
+        "git": git_state(),
+        "command": sys.argv,
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether files differ from it, of the source this package runs from; empty when it is no checkout."""
+
+    def ask(*arguments: str) -> str:
+        where = str(Path(__file__).parent)
+        done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "changed": bool(ask("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _source_digest() -> str:
+    """Digest of the Python files of this package, as they lie on this machine."""
+    root = Path(__file__).parent.parent
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
