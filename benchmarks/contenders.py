@@ -23,13 +23,13 @@ from trainer.batch import Batch, PackedBatch, Sample
 from trainer.config import AdapterConfig, BackboneConfig, RunConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView
-from trainer.data.sampling import Limits, Order, micro_batches
+from trainer.data.sampling import GlobalBatchSampler, Limits, micro_batches
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
 from trainer.models.backbone.causal_lm import Backbone, build_backbone
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
-from trainer.run.assemble import Parts
+from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
 
 COLUMNS = ("ours", "ours padded", "padded")
@@ -83,9 +83,9 @@ class Ours:
         )  # fmt: skip
         trie = task_trie(self.task, tokenizer, config.data.answers, self.task.language)
         name = self.task.name
-        self.parts = Parts({name: self.task}, {}, {name: self.collate}, {name: trie}, self.model)
+        self.parts = RunComponents({name: self.task}, {}, {name: self.collate}, {name: trie}, self.model)
         self.lengths = samples.lengths() if isinstance(samples, SplitView) else _lengths(samples)
-        self.order = Order({name: self.lengths}, global_batch=config.train.global_batch, seed=0)
+        self.order = GlobalBatchSampler({name: self.lengths}, global_batch=config.train.global_batch, seed=0)
         self.sizes = self.collate.sizes(samples)
         train = config.train
         self.limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")

@@ -208,13 +208,13 @@ def work_of_rank(place: Path) -> None:
 
 def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float]) -> None:
     from trainer.config import load_config
-    from trainer.data.sampling import Order
+    from trainer.data.sampling import GlobalBatchSampler
     from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guard import Evidence, Guard
-    from trainer.run.step import Training, train_step
+    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.step import StepContext, train_step
 
     config = load_config(ROOT / "configs/tiny.yaml", overrides)
     parts = assemble(config, out, world, dtype_of(config))
@@ -223,15 +223,15 @@ def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float])
             parameter.data = parameter.data.clone()
     engine = build_engine(parts.model, config)
     schedule = Schedule(engine, config.train, STEPS)
-    training = Training(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
+    training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
     lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-    order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+    order = GlobalBatchSampler(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
     gc.collect()
     time.sleep(0.1)
     marks["steps"] = time.time()
     for step in range(STEPS):
         schedule.set(step)
-        train_step(training, order.step(step), step, Evidence())
+        train_step(training, order.step(step), step, NonFiniteDump())
     marks["end"] = time.time()
     engine.destroy()
 

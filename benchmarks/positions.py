@@ -25,7 +25,7 @@ from trainer.config import DataConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import prepare
-from trainer.data.sampling import Limits, Order, Sizes, micro_batches
+from trainer.data.sampling import GlobalBatchSampler, Limits, Sizes, micro_batches
 from trainer.tasks import get_task
 
 BUDGETS = ((32, 1024), (64, 1024), (64, 2048), (128, 4096))
@@ -61,7 +61,7 @@ def mosei_like(texts: list[str]) -> list[Sample]:
 
 def positions(sizes: Sizes, lengths: np.ndarray, global_batch: int, limits: Limits) -> float:
     """Per sample, over an epoch."""
-    order = Order({"task": lengths}, global_batch=global_batch, seed=0)
+    order = GlobalBatchSampler({"task": lengths}, global_batch=global_batch, seed=0)
     total = 0
     for step in range(order.steps_per_epoch):
         for micro in micro_batches(order.step(step).indices, sizes, limits, 0, 1):

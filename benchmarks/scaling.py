@@ -178,7 +178,7 @@ def work_of_rank(place: Path, own_network: bool) -> None:
             "sent": round((loopback() - lo) / STEPS / world.size) if own_network else None,
         }
         print(name, results[name], flush=True)
-        if world.first:
+        if world.is_rank_zero:
             write_json(written, results)
     stop_world()
 
@@ -186,25 +186,25 @@ def work_of_rank(place: Path, own_network: bool) -> None:
 def _prepare(overrides: list[str], out: Path, world: Any) -> tuple[Any, int]:
     """A function that takes an optimizer step, and the samples of a step."""
     from trainer.config import load_config
-    from trainer.data.sampling import Order
+    from trainer.data.sampling import GlobalBatchSampler
     from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guard import Evidence, Guard
-    from trainer.run.step import Training, train_step
+    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.step import StepContext, train_step
 
     config = load_config(ROOT / "configs/tiny.yaml", overrides)
     parts = assemble(config, out, world, dtype_of(config))
     engine = build_engine(parts.model, config)
     schedule = Schedule(engine, config.train, WARM + STEPS)
-    training = Training(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
+    training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
     lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-    order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+    order = GlobalBatchSampler(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
 
     def step(index: int) -> None:
         schedule.set(index)
-        train_step(training, order.step(index), index, Evidence())
+        train_step(training, order.step(index), index, NonFiniteDump())
 
     return step, config.train.global_batch
 

@@ -102,13 +102,13 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, world: Any) -
     with Watch(folder, world, STUCK) as watch:
         watch.started()
         found = {"all_reduce": all_reduce(world)}
-    if world.first:
+    if world.is_rank_zero:
         write_json(folder / RESULT, found)
     if path is None:
         return
     with Watch(folder, world, STUCK):  # loading and compiling have their own, longer allowance
         found["batch"] = batch(load_config(path, overrides), folder, world)
-    if world.first:
+    if world.is_rank_zero:
         write_json(folder / RESULT, found)
 
 

@@ -28,7 +28,7 @@ from launch.doctor.machine import (
     driver_version,
     processor_flags,
 )
-from launch.doctor.resolved_config import Subject, check_subject
+from launch.doctor.resolved_config import ResolvedConfig, check_subject
 from launch.start import hosts, local
 from trainer.distributed.deepspeed_config import zero_stage
 from trainer.distributed.world import World
@@ -69,29 +69,29 @@ def examine_here(config: Path | None, overrides: Sequence[str], out: Path, world
     """The same under a launcher that has started the ranks: every rank calls this, and rank 0 gets the findings."""
     findings = Findings()
     scratch: Path | None = None
-    subject: Subject | None = None
-    with world.first_does() as first:
+    subject: ResolvedConfig | None = None
+    with world.on_rank_zero() as first:
         if first:  # beside the run folder: the ranks' machines share that place
             place = next(path for path in (out.resolve(), *out.resolve().parents) if path.is_dir())
             scratch = Path(tempfile.mkdtemp(prefix=".egmf-doctor-", dir=place))
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             subject = _alone(findings, config, overrides, out, local_size, scratch)
-    scratch, ready = world.share((scratch, subject is not None and subject.complete))
+    scratch, ready = world.broadcast_object((scratch, subject is not None and subject.complete))
     assert scratch is not None
     try:
-        chosen = _chosen(findings, config, subject) if world.first else None
+        chosen = _chosen(findings, config, subject) if world.is_rank_zero else None
         why = _on_this_rank(config, overrides, scratch, world, ready)
-        if world.first:
+        if world.is_rank_zero:
             _judge_trial(findings, scratch, out, why, batch=chosen is not None)
     finally:
-        if world.first:
+        if world.is_rank_zero:
             shutil.rmtree(scratch, ignore_errors=True)
     return findings.checks
 
 
 def _alone(
     findings: Findings, config: Path | None, overrides: Sequence[str], out: Path, procs: int, scratch: Path
-) -> Subject | None:
+) -> ResolvedConfig | None:
     """What one process finds."""
     subject = None
     if config is not None:
@@ -128,7 +128,7 @@ def _ask_nodes(findings: Findings, hostfile: Path, config: Path, overrides: Sequ
             out.rmdir()
 
 
-def _chosen(findings: Findings, config: Path | None, subject: Subject | None) -> Path | None:
+def _chosen(findings: Findings, config: Path | None, subject: ResolvedConfig | None) -> Path | None:
     """The config whose largest batch is tried; None, and a finding, where something of it is missing."""
     if subject is not None and subject.complete:
         return config
@@ -163,7 +163,7 @@ def _on_this_rank(
     try:
         trial.run(config if ready else None, overrides, scratch, world)
     except Exception as error:
-        if not world.first:
+        if not world.is_rank_zero:
             raise
         return f"{type(error).__name__}: {error}"
     return None

@@ -23,7 +23,7 @@ GB = 10**9
 
 
 @dataclass
-class Subject:
+class ResolvedConfig:
     """A config that can be read, and what of it is there."""
 
     config: RunConfig
@@ -36,12 +36,12 @@ class Subject:
         return bool(self.data) and self.model
 
 
-def check_subject(findings: Findings, path: Path, overrides: Sequence[str], scratch: Path) -> Subject | None:
+def check_subject(findings: Findings, path: Path, overrides: Sequence[str], scratch: Path) -> ResolvedConfig | None:
     """Config, data, model and answers; `scratch` is a folder for the offline backbone."""
     from trainer.run.assemble import open_data
 
     try:
-        subject = Subject(load_config(path, overrides), {}, {})
+        subject = ResolvedConfig(load_config(path, overrides), {}, {})
     except ValueError as error:
         findings.add(PART, "config", "fault", str(error), f"egmf config show {path} names every key")
         return None
@@ -68,7 +68,7 @@ def _check_data(findings: Findings, name: str, data: PreparedDataset) -> None:
         findings.add(PART, f"data of {name}", "ok", told, fingerprint=data.fingerprint, samples=sizes)
 
 
-def _check_model(findings: Findings, subject: Subject, scratch: Path) -> bool:
+def _check_model(findings: Findings, subject: ResolvedConfig, scratch: Path) -> bool:
     """Whether the weights are here. Looks at tokenizer, shape and files, and at the answers."""
     from trainer.models.backbone.loading import load_shape, load_tokenizer
     from trainer.models.backbone.tiny import build_tiny
@@ -96,7 +96,7 @@ def _check_model(findings: Findings, subject: Subject, scratch: Path) -> bool:
     return True if tiny else _check_weights(findings, backbone)
 
 
-def _check_answers(findings: Findings, subject: Subject, tokenizer: Any) -> None:
+def _check_answers(findings: Findings, subject: ResolvedConfig, tokenizer: Any) -> None:
     from trainer.answers.scoring import task_trie
     from trainer.data.collate import prompt_language
 

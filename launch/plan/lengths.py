@@ -22,7 +22,7 @@ from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
 from trainer.data.imbalance import training_order
-from trainer.data.sampling import Limits, MicroBatch, Order, Sizes, micro_batches
+from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, load_tokenizer
 from trainer.run.assemble import make_objective
 from trainer.run.probe import largest
@@ -136,7 +136,7 @@ def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[MicroBatc
     return micro_batches(indices, sizes, limits, 0, 1)
 
 
-def _order(config: RunConfig, needs: dict[str, _Needs]) -> Order | None:
+def _order(config: RunConfig, needs: dict[str, _Needs]) -> GlobalBatchSampler | None:
     data = {name: need.data for name, need in needs.items() if need.data is not None}
     if len(data) < len(needs):
         return None
@@ -176,7 +176,7 @@ def _needs(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | N
         modalities=fusion.modalities, seed=config.train.seed,
         objective=make_objective(config, task, trie, data["train"].targets()),
     )  # fmt: skip
-    if collate.objective.riding is not None:
+    if collate.objective.trie_in_batch is not None:
         notes.append(_riding(task, len(trie.token_N)))
     return _Needs(task.name, max(map(len, collate.answers)), collate.sizes(data["train"]), None, data)
 

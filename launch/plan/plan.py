@@ -67,7 +67,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """See :meth:`to_json` for units."""
 
     config: RunConfig
@@ -158,7 +158,7 @@ def make_plan(
     *,
     positions: int | None = None,
     samples: int | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Plan a run.
 
     Args:
@@ -187,7 +187,7 @@ def make_plan(
     work = model.passes[config.model.backbone.gradient_checkpointing]
     mean = lengths.step_positions / lengths.micro_batches
     flops = work.flops / lengths.largest[0].positions * mean * lengths.micro_steps  # of the fullest rank
-    return Plan(
+    return MemoryPlan(
         config=config,
         nodes=nodes,
         gpus_per_node=gpus_per_node,

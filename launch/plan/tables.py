@@ -10,10 +10,10 @@ from rich.table import Table
 
 from launch.plan.memory import GIB
 from launch.plan.meta_model import Rows
-from launch.plan.plan import LEFT_OUT, RESERVED, Option, Plan
+from launch.plan.plan import LEFT_OUT, RESERVED, MemoryPlan, Option
 
 
-def render(plan: Plan) -> Iterator[Any]:
+def render(plan: MemoryPlan) -> Iterator[Any]:
     """What is printed, top to bottom: tables and lines."""
     yield from _head(plan)
     yield _memory(plan)
@@ -37,7 +37,7 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _head(plan: Plan) -> Iterator[Any]:
+def _head(plan: MemoryPlan) -> Iterator[Any]:
     weights, lengths, config = plan.model.weights, plan.lengths, plan.config
     parts = ", ".join(f"{name} {_count(n)}" for name, n in weights.trainable_parts.items())
     bits = f", {_count(weights.four_bit)} of them in 4 bits" if weights.four_bit else ""
@@ -65,7 +65,7 @@ def _shape(rows: Rows) -> str:
     )
 
 
-def _idle(plan: Plan) -> Iterator[str]:
+def _idle(plan: MemoryPlan) -> Iterator[str]:
     """GPUs for which a step has no micro-batch, and the limits under which it has one for each."""
     train, lengths = plan.config.train, plan.lengths
     idle = math.floor(plan.ranks - lengths.micro_batches)
@@ -78,7 +78,7 @@ def _idle(plan: Plan) -> Iterator[str]:
     yield f"warning: {idle} of {plan.ranks} GPUs have nothing to do: {advice}"
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: MemoryPlan) -> Table:
     table = Table(title=f"memory of one GPU, {plan.config.train.precision}", title_justify="left")
     for name in ("ZeRO", "optimizer on", "checkpointing"):
         table.add_column(name)
@@ -120,7 +120,7 @@ def _row(option: Option) -> list[str]:
     ]
 
 
-def _advice(plan: Plan) -> Iterator[str]:
+def _advice(plan: MemoryPlan) -> Iterator[str]:
     chosen = plan.recommended
     if chosen is None:
         smallest = min(plan.options, key=lambda option: option.memory.total)
@@ -142,7 +142,7 @@ def _advice(plan: Plan) -> Iterator[str]:
         yield f"there is room for micro-batches of about {largest + more:,} positions (train.micro_tokens)"
 
 
-def _wire(plan: Plan) -> Table:
+def _wire(plan: MemoryPlan) -> Table:
     table = Table(title="bytes that one rank sends in a step", title_justify="left")
     for name in ("ZeRO", "gradients", "weights", "in all"):
         table.add_column(name, justify="left" if name == "ZeRO" else "right")
@@ -153,7 +153,7 @@ def _wire(plan: Plan) -> Table:
     return table
 
 
-def _time(plan: Plan) -> str:
+def _time(plan: MemoryPlan) -> str:
     flops = f"{plan.flops_per_step / 1e12:.3g} TFLOP for the fullest rank in a step"
     if plan.steps is None:
         return f"{flops}; steps: not known without data (state --samples, or train.steps)"

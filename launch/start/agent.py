@@ -38,7 +38,7 @@ def verdict_of(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-class Leash:
+class ControlChannel:
     """What the launcher says; lines, without a buffer that hides them from `select`."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Leash:
         return line.decode()
 
 
-def _obey(leash: Leash, workers: Workers) -> None:
+def _handle_commands(leash: ControlChannel, workers: Workers) -> None:
     while (word := leash.line(SILENCE)) is not None:
         if word == "END":
             workers.end()
@@ -70,7 +70,7 @@ def _obey(leash: Leash, workers: Workers) -> None:
 
 def main() -> int:
     """Start this node's part and see it to its end."""
-    leash = Leash()
+    leash = ControlChannel()
     first = leash.line(SILENCE)
     if first is None:
         return 1
@@ -78,7 +78,7 @@ def main() -> int:
     os.environ.update(asked["env"])
     part = Part(**{**asked["part"], "line": tuple(asked["part"]["line"])})
     with Workers(part, "agent") as workers, passing_signals(workers.signal):
-        threading.Thread(target=_obey, args=(leash, workers), daemon=True).start()
+        threading.Thread(target=_handle_commands, args=(leash, workers), daemon=True).start()
         outcome = workers.wait()
     _say(outcome, Path(asked["out"]))
     return outcome.exit_code

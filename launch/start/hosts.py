@@ -33,7 +33,7 @@ from typing import Any
 
 from launch.start.agent import BEAT, MARK, verdict_of
 from launch.start.local import PATIENCE, STOPPED, Part, passing_signals, run_state
-from trainer.distributed.consistency import differences, named, said
+from trainer.distributed.consistency import differences, format_faults, join_truncated
 
 SSH = (
     "ssh",
@@ -67,7 +67,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """What is started where."""
 
     hosts: tuple[Host, ...]
@@ -112,7 +112,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     if not hosts and not faults:
         faults.append("it names no node: write a line 'name slots=N' for each")
     if faults:
-        raise ValueError(said(faults, f"hostfile {path}"))
+        raise ValueError(format_faults(faults, f"hostfile {path}"))
     return tuple(hosts.values())
 
 
@@ -160,12 +160,12 @@ def check(hosts: Sequence[Host], config: Path, overrides: Sequence[str], out: Pa
         if "run_folder" in told
     }
     if any(sees.values()) and not all(sees.values()):
-        blind = named([name for name, seen in sees.items() if not seen])
+        blind = join_truncated([name for name, seen in sees.items() if not seen])
         faults.append(
             f"the run folder {out.resolve()} is not shared: {blind} sees another; choose --out on shared storage"
         )
     if faults:
-        raise ValueError(said(faults, "the nodes are not ready"))
+        raise ValueError(format_faults(faults, "the nodes are not ready"))
     return reports
 
 
@@ -211,7 +211,7 @@ def master_address(reports: Sequence[dict[str, Any]]) -> str:
     return str(chosen.ip)
 
 
-def placed(plan: Plan, reports: Sequence[dict[str, Any]]) -> Plan:
+def placed(plan: LaunchPlan, reports: Sequence[dict[str, Any]]) -> LaunchPlan:
     """The plan with rank 0's address and port, from the nodes' reports where they were not given."""
     return replace(
         plan,
@@ -220,7 +220,7 @@ def placed(plan: Plan, reports: Sequence[dict[str, Any]]) -> Plan:
     )
 
 
-def own_part(plan: Plan, number: int | None) -> Part:
+def own_part(plan: LaunchPlan, number: int | None) -> Part:
     """The ranks of node `number`, for a start without ssh.
 
     Raises:
@@ -232,11 +232,11 @@ def own_part(plan: Plan, number: int | None) -> Part:
     if plan.address is None:
         faults.append("--master-addr is missing: the first node's address that all others reach")
     if faults or number is None:
-        raise ValueError(said(faults, "--no-ssh"))
+        raise ValueError(format_faults(faults, "--no-ssh"))
     return replace(plan, port=plan.port or DEFAULT_PORT).parts()[number]
 
 
-def shown(parts: Sequence[Part], plan: Plan, env: dict[str, str]) -> str:
+def shown(parts: Sequence[Part], plan: LaunchPlan, env: dict[str, str]) -> str:
     """What will be done, for people."""
     lines = []
     for part in parts:
@@ -255,7 +255,7 @@ def shown(parts: Sequence[Part], plan: Plan, env: dict[str, str]) -> str:
 class Agents:
     """The agents of all nodes, over one ssh connection each."""
 
-    def __init__(self, plan: Plan, env: dict[str, str]) -> None:
+    def __init__(self, plan: LaunchPlan, env: dict[str, str]) -> None:
         self.plan = plan
         self.verdicts: dict[int, dict[str, Any]] = {}
         self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
@@ -337,7 +337,7 @@ class Agents:
         self._cut()
 
 
-def launch(plan: Plan, env: dict[str, str]) -> int:
+def launch(plan: LaunchPlan, env: dict[str, str]) -> int:
     """Run the plan to its end; see :func:`launch.start.local.launch` for what it returns.
 
     SIGINT, SIGTERM and SIGHUP (as SIGTERM) reach every worker: the run stops at one step, saves, and 85 is returned.
@@ -349,7 +349,7 @@ def launch(plan: Plan, env: dict[str, str]) -> int:
     return conclude(plan, agents.verdicts, before)
 
 
-def conclude(plan: Plan, verdicts: dict[int, dict[str, Any]], before: tuple[str | None, str | None]) -> int:
+def conclude(plan: LaunchPlan, verdicts: dict[int, dict[str, Any]], before: tuple[str | None, str | None]) -> int:
     """The exit code, from how each node ended and what the run's record says (`before`: said when it was started)."""
     failed = {n: v for n, v in verdicts.items() if v["code"] not in (0, STOPPED)}
     state = run_state(plan.out)

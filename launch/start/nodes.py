@@ -22,17 +22,15 @@ from typing import Any
 import psutil
 
 from trainer.config import RunConfig, load_config
-from trainer.distributed import consistency as agree
-from trainer.distributed.consistency import Report, differences, named
-
-__all__ = ["Report", "differences", "machine", "named", "report"]
+from trainer.distributed import consistency
+from trainer.distributed.consistency import Report
 
 GIB = 1 << 30
 
 
 def report(config: RunConfig) -> Report:
     """This node: what :func:`trainer.distributed.consistency.report` says, and the machine."""
-    return {**agree.report(config), **machine()}
+    return {**consistency.report(config), **machine()}
 
 
 def machine() -> Report:
@@ -82,7 +80,7 @@ def _gpus() -> list[str]:
 
 def _run_folder(out: Path, token: str | None) -> dict[str, Any]:
     place = next(p for p in (out, *out.resolve().parents) if p.exists())
-    seen = None if token is None else agree.wait_until((out / token).exists, 2.0)
+    seen = None if token is None else consistency.wait_until((out / token).exists, 2.0)
     return {"free_gib": round(shutil.disk_usage(place).free / GIB, 1), "sees_token": seen}
 
 

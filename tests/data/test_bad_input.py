@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.processes import environment, heed_interrupts
+from tests.distributed.processes import environment, restore_interrupts
 from trainer.tasks import get_task
 
 
@@ -46,7 +46,7 @@ def test_a_signal_is_told_and_leaves_nothing(number: signal.Signals, said: str, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=restore_interrupts,
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".d.preparing-*/train")) and worker.poll() is None and time.monotonic() < deadline:

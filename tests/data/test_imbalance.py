@@ -12,7 +12,7 @@ from tests.toy import prepare_toy
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
 from trainer.data.imbalance import answer_indices, class_weights, draw_probabilities, training_order
-from trainer.data.sampling import Order
+from trainer.data.sampling import GlobalBatchSampler
 from trainer.tasks import get_task
 
 SIZES = np.array([470, 120, 0, 30, 1])
@@ -43,7 +43,9 @@ def test_draws_follow_the_classes(how: str, power: float) -> None:
     probability_N = draw_probabilities(class_N, how)  # type: ignore[arg-type]
     np.testing.assert_allclose([probability_N[class_N == c].sum() for c in np.flatnonzero(there)], expected)
     lengths = {"meld": np.random.default_rng(1).integers(1, 90, len(class_N))}
-    order, again = (Order(lengths, global_batch=16, seed=3, draws={"meld": probability_N}) for _ in range(2))
+    order, again = (
+        GlobalBatchSampler(lengths, global_batch=16, seed=3, draws={"meld": probability_N}) for _ in range(2)
+    )
     steps = 40 * order.steps_per_epoch
     drawn = [order.step(s) for s in range(steps)]
     assert drawn[::-1] == [again.step(s) for s in reversed(range(steps))]  # of seed and epoch alone
@@ -58,10 +60,10 @@ def test_the_runs_order(tmp_path: Path) -> None:
     view = open_dataset(tmp_path / "simsv2")["train"]
     tiny = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
-    def order(*overrides: str) -> Order:
+    def order(*overrides: str) -> GlobalBatchSampler:
         return training_order(load_config(tiny, ["task=simsv2", "train.global_batch=48", *overrides]), {"simsv2": view})
 
-    plain = Order({"simsv2": view.lengths()}, global_batch=48, seed=0)
+    plain = GlobalBatchSampler({"simsv2": view.lengths()}, global_batch=48, seed=0)
     natural = order()
     assert [natural.step(s) for s in range(5)] == [plain.step(s) for s in range(5)]
     held_N = answer_indices(get_task("simsv2"), view.targets())

@@ -23,7 +23,7 @@ import pytest
 from rich.console import Console
 
 from tests.data.parts import broken_part, killed_part, read_part
-from tests.distributed.processes import heed_interrupts
+from tests.distributed.processes import restore_interrupts
 from trainer.data import rows
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
@@ -387,7 +387,7 @@ def test_signals_leave_nothing_and_the_next_cleans_up_after_a_kill(tmp_path: Pat
         running[number] = subprocess.Popen(
             command,
             stderr=subprocess.DEVNULL,
-            preexec_fn=heed_interrupts,
+            preexec_fn=restore_interrupts,
         )
     for number, process in running.items():
         deadline = time.time() + 60

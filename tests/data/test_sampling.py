@@ -11,8 +11,8 @@ import pytest
 from trainer.data.sampling import (
     GROUP_COST,
     MOST_GROUPS,
+    GlobalBatchSampler,
     Limits,
-    Order,
     Sizes,
     group,
     hidden_modalities,
@@ -26,7 +26,7 @@ def lengths(n: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1, 7, 32, 33, 1000])
 def test_an_epoch_holds_every_sample_once(n: int) -> None:
-    order = Order({"meld": lengths(n)}, global_batch=8, seed=3)
+    order = GlobalBatchSampler({"meld": lengths(n)}, global_batch=8, seed=3)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         seen = [i for step in steps for i in order.step(step).indices]
@@ -35,7 +35,7 @@ def test_an_epoch_holds_every_sample_once(n: int) -> None:
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    order, again, other = (Order({"meld": lengths(500)}, global_batch=16, seed=s) for s in (1, 1, 2))
+    order, again, other = (GlobalBatchSampler({"meld": lengths(500)}, global_batch=16, seed=s) for s in (1, 1, 2))
     last = order.steps_per_epoch * 3
     assert [again.step(s) for s in reversed(range(last))][::-1] == [order.step(s) for s in range(last)]
     assert [other.step(s).indices for s in range(5)] != [order.step(s).indices for s in range(5)]
@@ -45,7 +45,7 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 def test_like_lengths_stand_together() -> None:
     n = lengths(4096)
-    order = Order({"meld": n}, global_batch=32, seed=0)
+    order = GlobalBatchSampler({"meld": n}, global_batch=32, seed=0)
     bucketed = sum(n[list(order.step(s).indices)].max() * 32 for s in range(order.steps_per_epoch))
     shuffled = np.random.default_rng(0).permutation(n).reshape(-1, 32).max(1).sum() * 32
     assert n.sum() <= bucketed < 1.15 * n.sum() < shuffled
@@ -53,7 +53,9 @@ def test_like_lengths_stand_together() -> None:
 
 def test_tasks_share_the_steps_by_weight_and_finish_their_passes() -> None:
     sizes = {"meld": 640, "cherma": 160}
-    order = Order({t: lengths(n) for t, n in sizes.items()}, global_batch=16, seed=0, weights={"meld": 1, "cherma": 1})
+    order = GlobalBatchSampler(
+        {t: lengths(n) for t, n in sizes.items()}, global_batch=16, seed=0, weights={"meld": 1, "cherma": 1}
+    )
     epochs = 4
     batches = [order.step(s) for s in range(order.steps_per_epoch * epochs)]
     shares = Counter(b.task for b in batches)
@@ -67,7 +69,7 @@ def test_tasks_share_the_steps_by_weight_and_finish_their_passes() -> None:
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, (64, 4)), (2.0, (54.4, 13.6)), (np.inf, (34, 34))])
 def test_the_mixing_temperature_evens_out_the_shares(temperature: float, expected: tuple[float, float]) -> None:
     """Shares of 68 steps: 1,024 and 64 samples to the power of 1 / T are as 16, 4 and 1 to 1."""
-    order = Order({"a": lengths(1024), "b": lengths(64)}, global_batch=16, seed=0, temperature=temperature)
+    order = GlobalBatchSampler({"a": lengths(1024), "b": lengths(64)}, global_batch=16, seed=0, temperature=temperature)
     shares = Counter(order.step(s).task for s in range(order.steps_per_epoch))
     assert (shares["a"], shares["b"]) == pytest.approx(expected, abs=0.5)
 
@@ -153,7 +155,7 @@ def test_a_short_clip_is_not_padded_to_a_long_one() -> None:
 
 def test_faults_are_named() -> None:
     with pytest.raises(ValueError, match=r"meld has no training samples.*names mled"):
-        Order({"meld": np.zeros(0)}, global_batch=4, seed=0, weights={"mled": 1})
+        GlobalBatchSampler({"meld": np.zeros(0)}, global_batch=4, seed=0, weights={"mled": 1})
 
 
 def test_hidden_modalities_have_the_rate_and_do_not_depend_on_order() -> None:

@@ -81,7 +81,7 @@ def main(data: Path, out: Path) -> None:
         return held
 
     def on_first(work: Callable[[], Any]) -> None:
-        if world.first:
+        if world.is_rank_zero:
             work()
         world.barrier()
 
@@ -124,7 +124,7 @@ def main(data: Path, out: Path) -> None:
     gone = fill(out / "gone", (1,))
     on_first(lambda: shutil.rmtree(gone.folder))
     results["gone"] = attempt(lambda: gone.save(engine, 2, {}, None))
-    if world.first:
+    if world.is_rank_zero:
         results["gone stays gone"] = not gone.folder.exists()
         (out / "results.json").write_text(json.dumps(results))
     stop = time.monotonic() + 30

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 
-def heed_interrupts() -> None:
+def restore_interrupts() -> None:
     """For `preexec_fn`: SIGINT as in a terminal; a shell's background jobs, and what they start, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

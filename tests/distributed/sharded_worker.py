@@ -88,7 +88,9 @@ def faults(models: Path, world: World) -> dict[str, str]:
     from trainer.models.backbone.causal_lm import build_backbone
 
     def build(first: str, others: str, **changes: Any) -> str:
-        config = BackboneConfig(name=str(models / (first if world.first else others)), quantization="nf4", **changes)
+        config = BackboneConfig(
+            name=str(models / (first if world.is_rank_zero else others)), quantization="nf4", **changes
+        )
         told = said(lambda: build_backbone(config, AdapterConfig(), torch.float32, "cpu", zero3=ZERO3).fingerprint)
         everyone = world.gather_all(told)
         return everyone[0] if len(set(everyone)) == 1 else " | ".join(everyone)

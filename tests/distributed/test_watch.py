@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.processes import ROOT, egmf, environment
 from tests.distributed.watch_worker import CASES
 from tests.toy import prepare_toy
-from trainer.distributed.rank_snapshots import Frame, Standing, headline, report
+from trainer.distributed.rank_snapshots import Frame, RankSnapshot, headline, report
 
 pytestmark = pytest.mark.distributed
 
@@ -90,15 +90,15 @@ def place(collective: bool, line: int = 1) -> list[Frame]:
     return [ours, torch_] if collective else [ours]
 
 
-def rank(number: int, collective: bool, line: int = 1, entered: int = 5) -> Standing:
-    return Standing(
+def rank(number: int, collective: bool, line: int = 1, entered: int = 5) -> RankSnapshot:
+    return RankSnapshot(
         rank=number, host=f"node{number}", pid=1, doing="step 3", seconds=60.0,
         threads={"MainThread": place(collective, line)}, entered={"0": entered},
     )  # fmt: skip
 
 
 def test_who_is_to_blame() -> None:
-    def blamed(*ranks: Standing, silent: tuple[int, ...] = ()) -> str:
+    def blamed(*ranks: RankSnapshot, silent: tuple[int, ...] = ()) -> str:
         return headline({one.rank: one for one in ranks}, silent, 60.0)
 
     many = [rank(r, True) for r in range(6)]

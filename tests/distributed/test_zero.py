@@ -17,7 +17,7 @@ from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.data.imbalance import training_order
 from trainer.distributed.world import World
-from trainer.run.assemble import Parts, assemble
+from trainer.run.assemble import RunComponents, assemble
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +46,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
     """The same run in plain PyTorch: one process, sample by sample, torch's own AdamW, clipping and schedule."""
     config = config_of(case, data, engine=False)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    parts: Parts = assemble(config, backbones / "-".join(config.tasks), ALONE, dtype)
+    parts: RunComponents = assemble(config, backbones / "-".join(config.tasks), ALONE, dtype)
     model = parts.model.train()
     rates = config.train.lr
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -104,7 +104,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _probabilities(parts: Parts, dtype: torch.dtype) -> dict[str, list[float]]:
+def _probabilities(parts: RunComponents, dtype: torch.dtype) -> dict[str, list[float]]:
     out = {}
     model = parts.model.eval()
     for name, opened in parts.data.items():

@@ -40,14 +40,14 @@ def load_sample(rank: int, case: str) -> None:
 
 
 def step(number: int, rank: int, case: str, watch: Watch) -> None:
-    watch.beat(f"step {number}")
+    watch.heartbeat(f"step {number}")
     if number == PLANTED:
         load_sample(rank, case)
         if case == "mismatched" and rank == 1:
             dist.barrier()
         if case == "slow" and rank == 1:  # the other waits longer than is allowed, and this one moves
             for part in range(12):
-                watch.beat(f"step {number}, part {part}")
+                watch.heartbeat(f"step {number}, part {part}")
                 time.sleep(SECONDS / 8)
         if case == "alone" and rank == 0:
             time.sleep(600)
@@ -71,7 +71,7 @@ def work(rank: int, size: int, case: str, out: Path, port: int) -> None:
                 step(number, rank, case, watch)
                 watch.started()
         except RuntimeError as error:
-            watch.hold()
+            watch.block_while_aborting()
             logging.error("the step failed: %s", error)
             os._exit(7)
     dist.destroy_process_group()

@@ -30,19 +30,19 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
     from trainer.checkpoint.identity import identity
     from trainer.checkpoint.store import Checkpoints, check_fit, read_state, resume_engine
     from trainer.checkpoint.weights import trainable_state
-    from trainer.data.sampling import Order
+    from trainer.data.sampling import GlobalBatchSampler
     from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guard import Evidence, Guard
-    from trainer.run.step import Training, train_step
+    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.step import StepContext, train_step
 
     world = start_world()
     set_up_logging(None, world.rank)
     results: dict[str, Any] = {}
-    written = world.share((out / f"world{world.size}").exists())
+    written = world.broadcast_object((out / f"world{world.size}").exists())
     for case in CASES:
         for writer in (*writers, *(() if written else (None,))):
             config = config_of(case, data, engine=True)
@@ -50,9 +50,9 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
             engine = build_engine(parts.model, config)
             schedule = Schedule(engine, config.train, BEFORE + AFTER)
             guard = Guard(engine, world.device, gradients=True)
-            training = Training(engine, parts, config, world, guard, StopRequest())
+            training = StepContext(engine, parts, config, world, guard, StopRequest())
             lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-            order = Order(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+            order = GlobalBatchSampler(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
             ours = identity(
                 config, data=parts.fingerprints, base=parts.model.backbone.fingerprint, world_size=world.size
             )
@@ -70,7 +70,7 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
             for step in range(start, BEFORE + AFTER):
                 schedule.set(step)
                 batch = order.step(step)
-                result = train_step(training, batch, step, Evidence())
+                result = train_step(training, batch, step, NonFiniteDump())
                 losses.append(result.loss)
                 ids.append(list(map(int, batch.indices)))
                 if parts.model.fusion is not None:
@@ -86,7 +86,7 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
                 "groups": [[g.get("name"), g["weight_decay"], g["lr"]] for g in engine.optimizer.param_groups],
             }  # fmt: skip
             engine.destroy()
-    if world.first:
+    if world.is_rank_zero:
         (out / f"results{world.size}-{'-'.join(map(str, writers))}.json").write_text(json.dumps(results))
     stop_world()
 

@@ -61,8 +61,8 @@ def main(data: Path, out: Path, wanted: str) -> None:
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
     from trainer.run.evaluate import evaluate
-    from trainer.run.guard import Evidence, Guard
-    from trainer.run.step import Training, train_step
+    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.step import StepContext, train_step
 
     world = start_world()
     set_up_logging(None, world.rank)
@@ -73,13 +73,13 @@ def main(data: Path, out: Path, wanted: str) -> None:
         parts = assemble(config, out / "-".join(config.tasks), world, dtype, partition=True)
         engine = build_engine(parts.model, config)
         schedule = Schedule(engine, config.train, STEPS)
-        training = Training(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
+        training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
         order = training_order(config, {name: opened["train"] for name, opened in parts.data.items()})
         steps = []
         for s in range(STEPS):
             schedule.set(s)
             with planted(parts.model, case.plant if s == PLANTED and world.rank == world.size - 1 else None):
-                steps.append(train_step(training, order.step(s), s, Evidence()))
+                steps.append(train_step(training, order.step(s), s, NonFiniteDump()))
         engine.eval()
         table, metrics = evaluate(engine, parts, config, "valid", world, dtype)
         state = trainable_state(parts.model, world)
@@ -93,7 +93,7 @@ def main(data: Path, out: Path, wanted: str) -> None:
             "state": {name: float(t.double().square().sum().sqrt()) for name, t in state.items()},
         }
         engine.destroy()
-    if world.first:
+    if world.is_rank_zero:
         (out / "results.json").write_text(json.dumps(results))
     stop_world()
 

@@ -26,7 +26,7 @@ Pair = tuple[Node, Node]
 PLANTING = f"{ROOT}/tests/multinode/planting{os.pathsep}{ROOT}"
 BIN = Path(sys.executable).parent
 MOMENTS = {
-    "before the rendezvous": "trainer.distributed.rendezvous:meet:1",
+    "before the rendezvous": "trainer.distributed.rendezvous:rendezvous:1",
     "in a step": "trainer.run.loop:train_step:3",
     "in a save": "trainer.checkpoint.random_state:random_state:1",
     "in an evaluation": "trainer.answers.scoring:predict:1",

@@ -21,7 +21,7 @@ from trainer.batch import Sample
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
 from trainer.results.analysis import analyse
-from trainer.results.corruption import Damage, spread_of
+from trainer.results.corruption import Corruption, spread_of
 from trainer.results.report.report import write_report
 from trainer.results.robustness import Options, check_options, robustness, write_robustness
 from trainer.results.run_folder import read_run
@@ -77,9 +77,9 @@ def test_damage_is_of_the_sample_alone_and_grows_with_the_rate() -> None:
     clips = [clip(i) for i in range(400)]
     gone: list[set[str]] = []
     for rate in (0.25, 0.5, 1.0):
-        damage = Damage("missing", ("audio", "video"), rate, seed=3)
+        damage = Corruption("missing", ("audio", "video"), rate, seed=3)
         made = [damage("meld", sample) for sample in clips]
-        again = {s.id: s for s in (Damage("missing", ("audio",), rate, seed=3)("any", c) for c in reversed(clips))}
+        again = {s.id: s for s in (Corruption("missing", ("audio",), rate, seed=3)("any", c) for c in reversed(clips))}
         lost = {s.id for s in made if s.audio_TF is None}
         assert lost == {i for i, s in again.items() if s.audio_TF is None}  # whatever else is damaged, in any order
         assert lost != {s.id for s in made if s.video_TF is None} or rate == 1.0
@@ -87,8 +87,8 @@ def test_damage_is_of_the_sample_alone_and_grows_with_the_rate() -> None:
         gone.append(lost)
     assert gone[0] < gone[1] < gone[2]
     assert all(sample.audio_TF is not None for sample in clips)  # the data themselves stay
-    assert [Damage("missing", ("text",), 1.0)("meld", c).text for c in clips[:2]] == ["", ""]
-    assert Damage("missing", ("audio",), 0.5, seed=4)("meld", clips[0]) is not None
+    assert [Corruption("missing", ("text",), 1.0)("meld", c).text for c in clips[:2]] == ["", ""]
+    assert Corruption("missing", ("audio",), 0.5, seed=4)("meld", clips[0]) is not None
 
 
 def test_noise_has_the_features_own_deviation_on_the_frames_it_hits() -> None:
@@ -96,8 +96,8 @@ def test_noise_has_the_features_own_deviation_on_the_frames_it_hits() -> None:
     changes = []
     for i in range(50):
         sample = replace(clip(i), audio_mask_T=np.arange(40) > 4)
-        noisy = Damage("noise", ("audio",), 0.3, 1, spread)("meld", sample)
-        more = Damage("noise", ("audio",), 0.9, 1, spread)("meld", sample)
+        noisy = Corruption("noise", ("audio",), 0.3, 1, spread)("meld", sample)
+        more = Corruption("noise", ("audio",), 0.9, 1, spread)("meld", sample)
         assert noisy.audio_TF is not None
         assert sample.audio_TF is not None
         assert more.audio_TF is not None
@@ -114,12 +114,12 @@ def test_noise_has_the_features_own_deviation_on_the_frames_it_hits() -> None:
 
 def test_dropped_frames_are_masked_and_repaired_ones_stay_so() -> None:
     sample = replace(clip(0), video_mask_T=np.arange(40) % 2 == 0)
-    left = Damage("frames", ("audio", "video"), 0.5)("meld", sample)
+    left = Corruption("frames", ("audio", "video"), 0.5)("meld", sample)
     assert left.audio_mask_T is not None
     assert left.video_mask_T is not None
     assert 8 < left.audio_mask_T.sum() < 32
     assert not left.video_mask_T[1::2].any()
-    assert not Damage("frames", ("audio",), 1.0)("meld", sample).audio_mask_T.any()  # type: ignore[union-attr]
+    assert not Corruption("frames", ("audio",), 1.0)("meld", sample).audio_mask_T.any()  # type: ignore[union-attr]
 
 
 def test_the_spread_is_that_of_all_frames(data: Path) -> None:
@@ -154,7 +154,7 @@ def test_scores_are_those_of_damaged_samples_one_at_a_time(run: Path, opened: Sa
         gone = alone(opened, name, lambda s: replace(s, audio_TF=None, video_TF=None))
         for mode in ("missing", "frames"):
             assert curves[mode, "audio+video"][2]["scores"]["nll"] == pytest.approx(gone["nll"], rel=1e-5)
-        noisy = Damage("noise", ("audio",), 0.5, 0, spread)
+        noisy = Corruption("noise", ("audio",), 0.5, 0, spread)
         expected = alone(opened, name, lambda s, n=name, d=noisy: d(n, s))  # type: ignore[misc]
         assert curves["noise", "audio"][1]["scores"]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
         assert expected["nll"] != pytest.approx(clean[name]["nll"], rel=1e-5)

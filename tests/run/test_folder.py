@@ -11,7 +11,7 @@ import torch
 from tests.distributed.processes import ROOT, egmf
 from tests.toy import prepare_toy
 from trainer.distributed.world import World
-from trainer.run.folder import open_folder, set_aside
+from trainer.run.folder import archive_previous_run, open_folder
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -28,15 +28,15 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
-    assert set_aside(tmp_path) is None
+    assert archive_previous_run(tmp_path) is None
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     for name in ("config.yaml", "run.json", "journal.jsonl", "tracking.json", "log.txt"):
         (tmp_path / name).write_text(name)
-    aside = set_aside(tmp_path)
+    aside = archive_previous_run(tmp_path)
     assert aside is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == [aside.name, "log.txt"]
     assert (aside / "checkpoints" / "step-00000001").is_dir()
-    assert set_aside(tmp_path) is None
+    assert archive_previous_run(tmp_path) is None
 
 
 @pytest.mark.distributed

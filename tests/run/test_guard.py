@@ -16,7 +16,7 @@ from tests.toy import prepare_toy
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
 from trainer.run.assemble import assemble
-from trainer.run.guard import Health, load_batch, save_batch
+from trainer.run.guard import LossMonitor, load_batch, save_batch
 from trainer.run.probe import MemoryFault, memory_explained
 
 TINY = f"{ROOT}/configs/tiny.yaml"
@@ -32,23 +32,23 @@ def test_spikes_stand_far_above_the_recent_median() -> None:
     rng = np.random.default_rng(0)
     losses = np.concatenate([5.0 - 0.03 * np.arange(100), np.full(100, 2.0)]) + rng.normal(0, 0.05, 200)
     losses[[5, 60, 150]] += (9.0, 9.0, 0.15)  # too early to know, a spike, ordinary noise
-    health = Health(8.0)
+    health = LossMonitor(8.0)
     marked = []
     for i, loss in enumerate(losses):
-        before = losses[max(0, i - Health.WINDOW) : i]
+        before = losses[max(0, i - LossMonitor.WINDOW) : i]
         median = np.median(before) if len(before) else np.nan
         spread = 1.4826 * np.median(np.abs(before - median)) if len(before) else np.nan
-        expected = len(before) >= Health.LEAST and loss > median + 8.0 * max(spread, Health.FLOOR)
+        expected = len(before) >= LossMonitor.LEAST and loss > median + 8.0 * max(spread, LossMonitor.FLOOR)
         assert health.step(float(loss), False) == expected
         marked += [i] * int(expected)
     assert marked == [60]
-    again = Health(8.0)
+    again = LossMonitor(8.0)
     again.restore(json.loads(json.dumps(health.state())))
     assert again.state() == health.state()
 
 
 def test_among_losses_near_zero_small_ones_are_no_spikes() -> None:
-    health = Health(8.0)
+    health = LossMonitor(8.0)
     assert not any(health.step(1e-4 * (1 + i % 3), False) for i in range(32))
     assert not health.step(0.05, False)  # 500 times the others, and still a good answer
     assert health.step(0.5, False)

@@ -16,9 +16,9 @@ from tests.toy import prepare_toy
 from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
-from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Order, micro_batches
+from trainer.data.sampling import GlobalBatch, GlobalBatchSampler, Limits, MicroBatch, micro_batches
 from trainer.models.backbone.causal_lm import build_tiny, load_tokenizer
-from trainer.run.prefetch import Feed, Samples
+from trainer.run.prefetch import BatchPrefetcher, Samples
 from trainer.tasks import get_task
 
 
@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Samples, Any]:
         get_task("meld"), tokenizer, config,
         widths=view.widths, rates=view.rates, pseudo_tokens=4, modalities=("text", "audio", "video"),
     )  # fmt: skip
-    order, sizes = Order({"meld": view.lengths()}, global_batch=16, seed=0), collate.sizes(view)
+    order, sizes = GlobalBatchSampler({"meld": view.lengths()}, global_batch=16, seed=0), collate.sizes(view)
 
     def plan(step: int) -> tuple[GlobalBatch, list[MicroBatch]]:
         batch = order.step(step)
@@ -55,7 +55,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 def test_workers_make_the_same_batches_and_end(made: tuple[Samples, Any]) -> None:
     samples, plan = made
-    here, ahead = Feed(samples), Feed(samples)
+    here, ahead = BatchPrefetcher(samples), BatchPrefetcher(samples)
     ahead.work_ahead(2, plan, 7)
     for step in (0, 1, 2, 5, 6):  # a jump: a run that is continued
         expected, got = list(here.step(step, *plan(step))), list(ahead.step(step, *plan(step)))

@@ -54,7 +54,7 @@ class Checkpoints:
 
     def open(self) -> None:
         """Make the folder ready for writing: what an interrupted save or removal left is cleared away."""
-        with self.world.first_does() as first:
+        with self.world.on_rank_zero() as first:
             if first:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for pattern in (".writing-*", ".removing-*", ".converting-*"):
@@ -70,7 +70,7 @@ class Checkpoints:
         name = step_name(step)
         target, writing = self.folder / name, self.folder / f".writing-{name}"
         with _explained(f"the checkpoint of step {step}", self.folder):
-            with self.world.first_does() as first:
+            with self.world.on_rank_zero() as first:
                 if first and not self.folder.is_dir():
                     raise FileNotFoundError(f"{self.folder} is gone: it was removed while the run was going on")
             try:
@@ -78,7 +78,7 @@ class Checkpoints:
             except BaseException:
                 shutil.rmtree(writing, ignore_errors=True)  # a full disk must have room to say so
                 raise
-            with self.world.first_does() as first:
+            with self.world.on_rank_zero() as first:
                 if first:
                     writing.rename(target)
                     sync(self.folder)
@@ -89,19 +89,19 @@ class Checkpoints:
     def _write(self, engine: DeepSpeedEngine, writing: Path, state: dict[str, Any]) -> None:
         engine.save_checkpoint(str(writing), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
         weights = trainable_state(engine.module, self.world)
-        with self.world.together():
+        with self.world.fail_together():
             save_file(random_state(), writing / RANDOM.format(self.world.rank))
-            if self.world.first:
+            if self.world.is_rank_zero:
                 save_file(weights, writing / WEIGHTS)
                 write_json(writing / STATE, state)
-        names = self.world.share(_files(writing) if self.world.first else None)
+        names = self.world.broadcast_object(_files(writing) if self.world.is_rank_zero else None)
         mine: dict[str, dict[str, Any]] = {}
-        with self.world.together():
+        with self.world.fail_together():
             for name in names[self.world.rank :: self.world.size]:
                 sync(writing / name)
                 mine[name] = {"bytes": (writing / name).stat().st_size, "sha256": _digest(writing / name)}
         parts = self.world.gather(mine)
-        with self.world.first_does() as first:
+        with self.world.on_rank_zero() as first:
             if first:
                 assert parts is not None
                 everything = {name: about for part in parts for name, about in part.items()}
@@ -116,7 +116,7 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and every one of them is damaged.
         """
         damaged: dict[str, list[str]] = {}
-        for name in self.world.share(list(reversed(self.names()))):
+        for name in self.world.broadcast_object(list(reversed(self.names()))):
             faults = self.verify(self.folder / name)
             if not faults:
                 self._pass_over(damaged, self.folder / name, repair)
@@ -172,7 +172,7 @@ class Checkpoints:
             write_text(self.folder / BEST, best)
 
     def _pass_over(self, damaged: dict[str, list[str]], good: Path, repair: bool) -> None:
-        with self.world.first_does() as first:
+        with self.world.on_rank_zero() as first:
             for name, faults in damaged.items() if first else ():
                 log.warning("checkpoint %s is damaged (%s): %s is used", name, "; ".join(faults[:3]), good.name)
                 if repair:

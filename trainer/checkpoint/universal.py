@@ -38,18 +38,18 @@ def universal(folder: Path, place: Path, world: World) -> Iterator[Path]:
     Inside the block it is there, as `place`/universal; afterwards `place` is gone. Called by all ranks.
     """
     try:
-        with world.first_does() as first:
+        with world.on_rank_zero() as first:
             if first:
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()
                 _convert(folder, place / TAG)
         yield place
     except BaseException:
-        if world.first:
+        if world.is_rank_zero:
             shutil.rmtree(place, ignore_errors=True)
         raise
     world.barrier()  # all have read it
-    with world.first_does() as first:
+    with world.on_rank_zero() as first:
         if first:
             shutil.rmtree(place)
 

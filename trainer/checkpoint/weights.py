@@ -33,7 +33,7 @@ def trainable_state(model: EGMF, world: World) -> dict[str, Tensor]:
     """The trainable weights and the gate's usage, whole and on the CPU, on rank 0; an empty dictionary elsewhere."""
     state: dict[str, Tensor] = {}
     with gathered([p for p in model.parameters() if p.requires_grad]):
-        if world.first:
+        if world.is_rank_zero:
             state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in model.trainable_state().items()}
     return state
 

@@ -47,7 +47,7 @@ def doctor(
 
         def work(world: Any) -> int:
             checks = examine_here(config, overrides or [], place, world)
-            return _show(checks, strict, as_json) if world.first else 0
+            return _show(checks, strict, as_json) if world.is_rank_zero else 0
 
         return in_world(work, debug)
     count = procs or max(1, torch.cuda.device_count())

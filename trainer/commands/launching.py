@@ -69,7 +69,7 @@ def launch_hosts(
     check_tasks(loaded.tasks)
     folder = out or default_out(config, loaded.train.seed)
     line = command(config, overrides or [], folder, force=force, debug=debug)
-    plan = hosts.Plan(hosts.read_hostfile(hostfile), tuple(line), folder, master_addr, master_port)
+    plan = hosts.LaunchPlan(hosts.read_hostfile(hostfile), tuple(line), folder, master_addr, master_port)
     if no_ssh:
         part = hosts.own_part(plan, node_rank)
         if dry_run:

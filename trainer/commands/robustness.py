@@ -58,10 +58,10 @@ def robustness(
         check_options(options)
         opened = open_run(run, world, overrides or [])
         console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (world.first and console.is_terminal)) as bar:
+        with Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal)) as bar:
             task = bar.add_task(split, total=None)
             result, table = measure(opened, options, reference, lambda n: bar.advance(task, n * world.size))
-        if world.first:
+        if world.is_rank_zero:
             write_robustness(run, result, table)
             if opened.config.track.report:
                 write_report(run)

@@ -58,7 +58,7 @@ def train(
 
         set_up_logging(folder, world.rank, debug=debug)
         code = fit(loaded, folder, world, stop=stop, force=force, report=write_report if loaded.track.report else None)
-        if code == 0 and world.first:
+        if code == 0 and world.is_rank_zero:
             print_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             say(f"done: {folder}")
         return code
@@ -91,10 +91,10 @@ def evaluate(
         opened = open_run(run, world, overrides or [], data)
         total = sum(len(d[split]) for d in opened.parts.data.values())
         console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (world.first and console.is_terminal)) as bar:
+        with Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal)) as bar:
             task = bar.add_task(split, total=total)
             table, metrics = opened.evaluate(split, lambda n: bar.advance(task, n * world.size))
-        if world.first:
+        if world.is_rank_zero:
             if predictions is not None:
                 write_predictions(table, predictions)
             if as_json:
@@ -143,7 +143,7 @@ def predict(
         with contextlib.ExitStack() as stack:
             lines = sys.stdin.buffer if place is None else stack.enter_context(place.open("rb"))
             bar = stack.enter_context(
-                Progress(console=console, transient=True, disable=not (world.first and console.is_terminal))
+                Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal))
             )
             row = bar.add_task("lines", total=None)
             tally = predict(
@@ -155,7 +155,7 @@ def predict(
                 say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
                 advance=lambda n: bar.advance(row, n),
             )
-        if world.first:
+        if world.is_rank_zero:
             say(f"answered: {tally.answered} line(s); left out: {tally.bad}")
         return 1 if tally.bad else 0
 

@@ -105,7 +105,7 @@ class Collator:
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
             weight_B=objective.weights(self.task, samples, weight),
             choices=objective.choices(chosen, max(map(len, targets))),
-            trie=objective.riding,
+            trie=objective.trie_in_batch,
             error_weight=objective.error_weight,
             answer_B=torch.tensor(chosen) if chosen else None,
         )
@@ -130,16 +130,18 @@ class Collator:
         chosen = [self.task.answer_index(s.target) for s in samples] if trie is None else []
         answers = [self.answers[c] for c in chosen] if trie is None else [[] for _ in samples]
         objective = self.objective if trie is None else Objective()  # what is scored may have no truth
-        riding = objective.riding if trie is None else trie
-        if riding is not None:
-            own = [c + riding.token_N.tolist() for c in contexts]
+        trie_in_batch = objective.trie_in_batch if trie is None else trie
+        if trie_in_batch is not None:
+            own = [c + trie_in_batch.token_N.tolist() for c in contexts]
         else:
             own = [c + a[:-1] for c, a in zip(contexts, answers, strict=True)]
         lengths = [len(row) for row in own]
         starts = np.cumsum([0, *lengths[:-1]])
         cues = starts + [len(c) - 1 for c in contexts]
         longest = max(map(len, answers))
-        tokens_at = [objective.places[c] if riding is not None else list(range(len(self.answers[c]))) for c in chosen]
+        tokens_at = [
+            objective.places[c] if trie_in_batch is not None else list(range(len(self.answers[c]))) for c in chosen
+        ]
         at = [cue + place for cue, held in zip(cues, tokens_at, strict=False) for place in held]
         slots = [b * longest + i for b, answer in enumerate(answers) for i in range(len(answer))]
         hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
@@ -150,7 +152,7 @@ class Collator:
             own_ids_T=torch.tensor([token for row in own for token in row]),
             place_BK=torch.from_numpy(starts[:, None] + np.arange(self.pseudo_tokens)),
             cue_at_B=torch.from_numpy(cues),
-            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), riding),
+            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), trie_in_batch),
             answer_at_n=torch.tensor(at, dtype=torch.long),
             answer_id_n=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
             answer_slot_n=torch.tensor(slots, dtype=torch.long),
@@ -182,8 +184,8 @@ class Collator:
         tokens_N = text_N + self.pseudo_tokens + len(self.suffix)
         if self.config.history:
             tokens_N += [len(self._history(sample)) for sample in samples]
-        if nodes is None and self.objective.riding is not None:
-            nodes = len(self.objective.riding.token_N)
+        if nodes is None and self.objective.trie_in_batch is not None:
+            nodes = len(self.objective.trie_in_batch.token_N)
         if nodes is None:
             targets = view.targets() if view is not None else [s.target for s in samples]
             longer = np.array([len(answer) - 1 for answer in self.answers])

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.config import RunConfig
 from trainer.data.dataset import SplitView
-from trainer.data.sampling import Order
+from trainer.data.sampling import GlobalBatchSampler
 from trainer.tasks import Task
 
 
@@ -44,7 +44,7 @@ def draw_probabilities(class_N: np.ndarray, how: Literal["balanced", "sqrt"]) ->
     return np.asarray(probability_N / probability_N.sum())
 
 
-def training_order(config: RunConfig, views: Mapping[str, SplitView]) -> Order:
+def training_order(config: RunConfig, views: Mapping[str, SplitView]) -> GlobalBatchSampler:
     """The run's order of training samples. `views`: task -> its training split."""
     how = config.data.sampling
     draws = {}
@@ -54,4 +54,4 @@ def training_order(config: RunConfig, views: Mapping[str, SplitView]) -> Order:
             for name, view in views.items()
             if len(view)
         }
-    return Order.of_training(config, {name: view.lengths() for name, view in views.items()}, draws)
+    return GlobalBatchSampler.of_training(config, {name: view.lengths() for name, view in views.items()}, draws)

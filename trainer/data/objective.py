@@ -34,7 +34,7 @@ class Objective:
     trie: AnswerTrie | None = None
 
     @property
-    def riding(self) -> AnswerTrie | None:
+    def trie_in_batch(self) -> AnswerTrie | None:
         """The tree whose nodes every training sample carries: the loss needs the probabilities of all answers."""
         return self.trie if self.error_weight else None
 

@@ -34,7 +34,7 @@ MASKED = "frames masked"
 MISSING = "counted as missing"
 
 
-class Stream(NamedTuple):
+class FeatureSequence(NamedTuple):
     """The features of one clip: `values_TF` without padding, `mask_T` False on repaired frames (None: all are fine)."""
 
     values_TF: np.ndarray
@@ -49,7 +49,7 @@ class Row:
     text: str
     target: float
     label: str | None
-    streams: dict[str, Stream | None]
+    streams: dict[str, FeatureSequence | None]
     extra: dict[str, Any]
 
     def digest(self) -> bytes:
@@ -194,7 +194,7 @@ def _printable(text: str) -> str:
     return text if _unicode(text) else text.encode(errors="backslashreplace").decode()
 
 
-def _stream(name: str, array: Any, length: Any, fault: Callable[..., None]) -> Stream | None:
+def _stream(name: str, array: Any, length: Any, fault: Callable[..., None]) -> FeatureSequence | None:
     """Cut the padding, mask frames that hold nan or inf, name what cannot be repaired."""
     array = np.empty(0) if array is None else np.asarray(array)
     if array.size == 0:
@@ -224,13 +224,13 @@ def _stream(name: str, array: Any, length: Any, fault: Callable[..., None]) -> S
         values = np.array(array[:frames], dtype=np.float32, order="C")
     mask = np.asarray(np.isfinite(values).all(axis=1))
     if mask.all():
-        return Stream(values, None)
+        return FeatureSequence(values, None)
     if not mask.any():
         fault(f"no finite frame in {name}", repair=MISSING)
         return None
     fault(f"nan or inf in {name}", repair=MASKED)
     values[~mask] = 0.0
-    return Stream(values, mask)
+    return FeatureSequence(values, mask)
 
 
 def convert(
@@ -353,9 +353,9 @@ def _seen(row: Row, where: str) -> Seen:
     )
 
 
-def _size(stream: Stream | None, axis: int) -> int:
+def _size(stream: FeatureSequence | None, axis: int) -> int:
     return 0 if stream is None else int(stream.values_TF.shape[axis])
 
 
-def _masked(stream: Stream | None) -> int:
+def _masked(stream: FeatureSequence | None) -> int:
     return 0 if stream is None or stream.mask_T is None else int((~stream.mask_T).sum())

@@ -78,7 +78,7 @@ class Limits:
         return cls(config.train.micro_tokens, config.train.micro_batch, config.data.layout == "packed")
 
 
-class Order:
+class GlobalBatchSampler:
     """The training order of one or several tasks.
 
     An epoch has as many steps as the tasks' global batches together. With `weights`, a task's share of these steps is
@@ -135,7 +135,7 @@ class Order:
         config: RunConfig,
         lengths: Mapping[str, np.ndarray],
         draws: Mapping[str, np.ndarray] | None = None,
-    ) -> Order:
+    ) -> GlobalBatchSampler:
         """The order in which a run of this config sees samples of these lengths."""
         train, data = config.train, config.data
         return cls(

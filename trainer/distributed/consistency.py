@@ -31,7 +31,7 @@ class DisagreementError(ValueError):
     """The processes of a run are not alike."""
 
 
-def agree(config: RunConfig, out: Path, world: World) -> None:
+def check_consistency(config: RunConfig, out: Path, world: World) -> None:
     """Compare all ranks' reports, and see that the run folder is one folder; called by all ranks.
 
     Raises:
@@ -42,7 +42,7 @@ def agree(config: RunConfig, out: Path, world: World) -> None:
     ours = {**report(config), "where": f"rank {world.rank} on {socket.gethostname()}", "shared": _sees(out, world)}
     faults = differences(world.gather_all(ours))
     if faults:
-        raise DisagreementError(said(faults, "the processes of this run are not alike"))
+        raise DisagreementError(format_faults(faults, "the processes of this run are not alike"))
 
 
 def report(config: RunConfig) -> Report:
@@ -75,24 +75,24 @@ def differences(reports: Sequence[Report]) -> list[str]:
             held = _by_value((where, str(part.get(key, ABSENT))) for where, part in parts)
             at_fault = any(key in r.get("faults", {}) for r in reports)
             if len(held) > 1 and not at_fault:
-                shown = "; ".join(f"{value[:60]} on {named(places)}" for value, places in held.items())
+                shown = "; ".join(f"{value[:60]} on {join_truncated(places)}" for value, places in held.items())
                 lines.append(f"{noun}{key} differs: {shown}")
     blind = [r["where"] for r in reports if r.get("shared") is False]
     if blind:
         lines.append(
-            f"the run folder is not shared: {named(blind)} cannot see what another process wrote there; "
+            f"the run folder is not shared: {join_truncated(blind)} cannot see what another process wrote there; "
             "choose an --out on storage that all nodes share"
         )
     return lines
 
 
-def named(places: Sequence[str]) -> str:
+def join_truncated(places: Sequence[str]) -> str:
     """Some names, and how many more."""
     more = len(places) - SHOWN
     return ", ".join(places[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def said(faults: Sequence[str], head: str) -> str:
+def format_faults(faults: Sequence[str], head: str) -> str:
     """Several faults as one message."""
     return "\n".join(
         [f"{head}: {len(faults)} fault{'' if len(faults) == 1 else 's'}", *(f"  {line}" for line in faults)]
@@ -101,7 +101,7 @@ def said(faults: Sequence[str], head: str) -> str:
 
 def _faults(reports: Sequence[Report]) -> list[str]:
     held = _by_value((r["where"], what) for r in reports for what in r.get("faults", {}).values())
-    return [f"{what} (on {named(places)})" for what, places in held.items()]
+    return [f"{what} (on {join_truncated(places)})" for what, places in held.items()]
 
 
 def _by_value(pairs: Any) -> dict[str, list[str]]:
@@ -171,8 +171,8 @@ def folder_fingerprint(folder: Path) -> str:
 
 def _sees(out: Path, world: World) -> bool:
     """Whether a file that rank 0 writes into the run folder is there for this rank too."""
-    token = out / f".shared-{world.share(secrets.token_hex(8))}"
-    with world.first_does() as first:
+    token = out / f".shared-{world.broadcast_object(secrets.token_hex(8))}"
+    with world.on_rank_zero() as first:
         if first:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _sees(out: Path, world: World) -> bool:
                 ) from error
     seen = wait_until(token.exists, PATIENCE)
     world.barrier()
-    if world.first:
+    if world.is_rank_zero:
         token.unlink(missing_ok=True)
     return seen
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from trainer.distributed.rendezvous import SECONDS, meet
+from trainer.distributed.rendezvous import SECONDS, rendezvous
 from trainer.distributed.world import World
 from trainer.logs import captured_stdout
 
@@ -39,7 +39,7 @@ def start_world(seconds: float = SECONDS) -> World:
 
     Raises:
         ValueError: a launcher set some but not all of the variables that processes need to meet, or they cannot meet
-            (:func:`trainer.distributed.rendezvous.meet`).
+            (:func:`trainer.distributed.rendezvous.rendezvous`).
     """
     _check_launcher()
     import deepspeed
@@ -52,7 +52,7 @@ def start_world(seconds: float = SECONDS) -> World:
         device = torch.device("cpu")
         _share_cores()
         _shared_memory_op()
-    with meet(seconds), captured_stdout():
+    with rendezvous(seconds), captured_stdout():
         deepspeed.init_distributed(verbose=False)
     world = World(dist.get_rank(), dist.get_world_size(), device)
     _unlink_shared_memory(world)

@@ -43,7 +43,7 @@ class Frame(BaseModel):
         return f"{_short(self.file)}:{self.line} in {self.function}"
 
 
-class Standing(BaseModel):
+class RankSnapshot(BaseModel):
     """What one rank says of itself: what it did last, and the stacks of its threads, the main thread's first."""
 
     rank: int
@@ -79,7 +79,7 @@ class Standing(BaseModel):
         return f"{ours} (there {last})"
 
 
-def standing(rank: int, doing: str, seconds: float, hidden: Iterable[int | None] = ()) -> Standing:
+def standing(rank: int, doing: str, seconds: float, hidden: Iterable[int | None] = ()) -> RankSnapshot:
     """This process's own; `hidden` threads (their identifiers) are left out."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     first = threading.main_thread().ident
@@ -92,7 +92,7 @@ def standing(rank: int, doing: str, seconds: float, hidden: Iterable[int | None]
         for ident, frame in stacks
         if ident not in set(hidden)
     }
-    return Standing(
+    return RankSnapshot(
         rank=rank,
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -103,7 +103,7 @@ def standing(rank: int, doing: str, seconds: float, hidden: Iterable[int | None]
     )
 
 
-def headline(said: Mapping[int, Standing], silent: Iterable[int], seconds: float) -> str:
+def headline(said: Mapping[int, RankSnapshot], silent: Iterable[int], seconds: float) -> str:
     """Who is to blame, in one sentence: the ranks that do not answer, else those that are not where the others wait."""
     silent = sorted(silent)
     head = f"no progress for {seconds:.0f} s"
@@ -126,9 +126,9 @@ def headline(said: Mapping[int, Standing], silent: Iterable[int], seconds: float
     return f"{head}, and no rank waits for another; {_where(said)}"
 
 
-def report(said: Mapping[int, Standing], silent: Iterable[int]) -> str:
+def report(said: Mapping[int, RankSnapshot], silent: Iterable[int]) -> str:
     """The stacks of all ranks; those that stand at the same place are shown once."""
-    groups: dict[str, list[Standing]] = defaultdict(list)
+    groups: dict[str, list[RankSnapshot]] = defaultdict(list)
     for one in said.values():
         groups[repr((one.collective, one.main))].append(one)
     lines = []
@@ -146,14 +146,14 @@ def report(said: Mapping[int, Standing], silent: Iterable[int]) -> str:
     return "\n".join(lines)
 
 
-def _where(said: Mapping[int, Standing]) -> str:
+def _where(said: Mapping[int, RankSnapshot]) -> str:
     places: dict[str, list[int]] = defaultdict(list)
     for rank, one in said.items():
         places[f"in {one.collective}, from {one.place}" if one.collective else f"at {one.place}"].append(rank)
     return "; ".join(f"{_ranks(ranks)} {_are(ranks)} {place}" for place, ranks in places.items())
 
 
-def _behind(said: Mapping[int, Standing]) -> list[int]:
+def _behind(said: Mapping[int, RankSnapshot]) -> list[int]:
     most: dict[str, int] = {}
     for one in said.values():
         for group, count in one.entered.items():

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from trainer.distributed.consistency import differences, said
+from trainer.distributed.consistency import differences, format_faults
 from trainer.distributed.versions import versions
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class RendezvousError(ValueError):
 
 
 @contextlib.contextmanager
-def meet(seconds: float = SECONDS) -> Iterator[None]:
+def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
     """Find the interface, wait for all ranks, and see that they fit and reach each other; inside, make the process group.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are unset
@@ -61,7 +61,7 @@ def meet(seconds: float = SECONDS) -> Iterator[None]:
         store.set(LAST, address)
     with _listening(address) as port:
         about = {"host": socket.gethostname(), "address": address, "port": port}
-        Greeting(store, rank, size).exchange(about, seconds)
+        Handshake(store, rank, size).exchange(about, seconds)
     yield  # the store's server lives in rank 0 for as long as `store` does
 
 
@@ -254,7 +254,7 @@ def _listening(address: str | None) -> Iterator[int | None]:
         yield int(listener.getsockname()[1])
 
 
-class Greeting:
+class Handshake:
     """All ranks' first words, over the store: rank 0 collects, judges, and tells all."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
@@ -344,7 +344,7 @@ def ranks_shown(ranks: Sequence[int]) -> str:
 def _faults_of_versions(told: Sequence[dict[str, Any]]) -> list[str]:
     reports = [{"where": f"rank {x['rank']} on {x['host']}", "versions": x["versions"]} for x in told]
     faults = differences(reports)
-    return [said(faults, "the processes of this run are not alike")] if faults else []
+    return [format_faults(faults, "the processes of this run are not alike")] if faults else []
 
 
 def _unreachable(rank: int, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:

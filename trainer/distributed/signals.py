@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 STOPPED = 85  # exit code: stopped and resumable
 
 
-class StopAsked(Exception):
+class StopRequested(Exception):
     """All ranks agreed to stop here; nothing is lost by it."""
 
 
@@ -49,14 +49,14 @@ class StopRequest:
         world.sum(told)
         return bool(told.item() > 0)
 
-    def heed(self, world: World) -> None:
+    def raise_if_stop_requested(self, world: World) -> None:
         """Stop here when any rank was asked to; called by all ranks.
 
         Raises:
-            StopAsked: on every rank alike.
+            StopRequested: on every rank alike.
         """
         if self.agreed(world):
-            raise StopAsked
+            raise StopRequested
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.asked:

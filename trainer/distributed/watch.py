@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from trainer.distributed.process_group import tell_launcher
-from trainer.distributed.rank_snapshots import Standing, headline, report, standing
+from trainer.distributed.rank_snapshots import RankSnapshot, headline, report, standing
 from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class _Silent(Exception):
 class Watch:
     """Ends the run on all ranks when no rank makes progress for `seconds`; 0 switches it off. Entered by all ranks.
 
-    Progress is a call of :meth:`beat`. A rank that is slow but moves keeps the others from being judged. Until
+    Progress is a call of :meth:`heartbeat`. A rank that is slow but moves keeps the others from being judged. Until
     :meth:`started` (loading, compiling, the first step) at least `START` seconds are allowed, and always `SLOWER` times
     the longest pause there has been between two beats.
     """
@@ -79,7 +79,7 @@ class Watch:
         if not self.seconds:
             return self
         self._lengthen_timeouts()
-        key = self.world.share(secrets.token_hex(4))
+        key = self.world.broadcast_object(secrets.token_hex(4))
         if self.world.size > 1:
             self._store = _Store(f"egmf/watch/{key}", self.patience)
             self._store.ask(lambda store: store.set(f"life/{self.world.rank}", "starting"))
@@ -90,13 +90,13 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.hold()
+        self.block_while_aborting()
         self._leaving.set()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
             faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, what: str, slack: float = 1.0) -> None:
+    def heartbeat(self, what: str, slack: float = 1.0) -> None:
         """There is progress: `what` begins, which may take `slack` times as long as other things."""
         moment = time.monotonic()
         if self._doing != "starting" and self._slack == 1.0:
@@ -109,7 +109,7 @@ class Watch:
             self._start = 0.0
             self._lengthen_timeouts()
 
-    def hold(self) -> None:
+    def block_while_aborting(self) -> None:
         """While an alarm ends the process, wait for it: what fails now fails since the other ranks are ending."""
         if self._alarmed.is_set():
             time.sleep(3600)
@@ -195,7 +195,7 @@ class Watch:
             logging.shutdown()
             os._exit(1)
 
-    def _say(self, judge: int, ours: Standing) -> None:
+    def _say(self, judge: int, ours: RankSnapshot) -> None:
         rank = self.world.rank
         if judge != rank:
             log.info("rank %d raised an alarm; this one:\n%s", judge, report({rank: ours}, []))
@@ -227,7 +227,7 @@ class Watch:
             if self._store is not None and not alone:
                 self._leave_together()
 
-    def _collect(self, ours: Standing) -> tuple[dict[int, Standing], list[int]]:
+    def _collect(self, ours: RankSnapshot) -> tuple[dict[int, RankSnapshot], list[int]]:
         """What every rank says of itself, and the ranks that do not answer; those that have left the run are neither."""
         said = {self.world.rank: ours}
         if self._store is None:
@@ -238,11 +238,11 @@ class Watch:
             for rank in missing:
                 text = self._read(f"standing/{rank}")
                 if text is not None:
-                    said[rank] = Standing.model_validate_json(text)
+                    said[rank] = RankSnapshot.model_validate_json(text)
             time.sleep(0.1)
         return dict(sorted(said.items())), missing
 
-    def _hear(self, judge: int, ours: Standing) -> str:
+    def _hear(self, judge: int, ours: RankSnapshot) -> str:
         """Answer the rank that raised the alarm, and wait for what it finds."""
         assert self._store is not None
         self._store.ask(lambda store: store.set(f"standing/{self.world.rank}", ours.model_dump_json()))

@@ -25,7 +25,7 @@ class World:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -41,11 +41,11 @@ class World:
         """Every rank's picklable `value`, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size if self.first else None
+        values = [None] * self.size if self.is_rank_zero else None
         dist.gather_object(value, values)
         return values
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         if self.size == 1:
             return value
@@ -62,7 +62,7 @@ class World:
         return values
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Every rank does the block's work, without collectives in it; where one fails, all of them do."""
         fault: Exception | None = None
         try:
@@ -77,18 +77,18 @@ class World:
                 raise PeerFault(f"stopped, since rank {failed} failed: {told[failed]}")
 
     @contextlib.contextmanager
-    def first_does(self) -> Iterator[bool]:
+    def on_rank_zero(self) -> Iterator[bool]:
         """Rank 0 runs the block's work while the others wait behind it; its failure fails all of them.
 
         The block gets whether this is rank 0 and must do nothing elsewhere.
         """
         fault: BaseException | None = None
         try:
-            yield self.first
+            yield self.is_rank_zero
         except Exception as error:
             fault = error
             raise
         finally:
-            told = self.share(None if fault is None else f"{type(fault).__name__}: {fault}")
+            told = self.broadcast_object(None if fault is None else f"{type(fault).__name__}: {fault}")
             if fault is None and told is not None:
                 raise PeerFault(f"stopped, since rank 0 failed: {told}")

@@ -25,7 +25,7 @@ Spread = Mapping[str, np.ndarray]  # stream -> standard deviation of each of its
 
 
 @dataclass(frozen=True)
-class Damage:
+class Corruption:
     """What is done to the samples of an evaluation.
 
     Modes: ``missing`` takes the modality away, from a sample with probability `rate`. ``noise`` adds to a frame, with

@@ -78,7 +78,7 @@ def predict(
     with contextlib.ExitStack() as stack:
         chunks: Iterator[list[Checked]] = iter(())
         write: Callable[[Iterable[Row]], None] = lambda rows: None  # noqa: E731
-        if run.world.first:
+        if run.world.is_rank_zero:
             stack.enter_context(terminable())
             reader = UnlabelledReader(source, folder, _asked(run), task=options.task, history=run.config.data.history)
             chunks = _chunks(stack.enter_context(reader), CHUNK_LINES)
@@ -86,17 +86,17 @@ def predict(
         scorers = {
             name: Scorer(run.forward, run.parts, run.config, name, run.world, run.dtype) for name in run.parts.tasks
         }
-        while (chunk := run.world.share(next(chunks, None))) is not None:
+        while (chunk := run.world.broadcast_object(next(chunks, None))) is not None:
             answered = _answered(run, scorers, chunk)
-            if run.world.first:
+            if run.world.is_rank_zero:
                 _tell(chunk, say)
                 write(_line(run, checked, row, options) for checked, row in answered)
                 tally.answered += len(answered)
                 tally.bad += sum(bool(checked.faults) for checked in chunk)
                 advance(len(chunk))
-        if run.world.first and not tally.answered + tally.bad:
+        if run.world.is_rank_zero and not tally.answered + tally.bad:
             raise PredictError("the input holds no samples: it is empty; nothing was written")
-    return run.world.share(tally)
+    return run.world.broadcast_object(tally)
 
 
 def _check_options(run: SavedRun, options: Options) -> None:

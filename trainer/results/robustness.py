@@ -16,7 +16,7 @@ from trainer.config import MODALITIES, Modality
 from trainer.files import write_json
 from trainer.results.compare.sources import Answers, run_from_folder
 from trainer.results.compare.statistics import columns, estimate, resample_counts, value
-from trainer.results.corruption import Damage, Mode, spread_of
+from trainer.results.corruption import Corruption, Mode, spread_of
 from trainer.run.saved import SavedRun
 from trainer.tasks import Task
 
@@ -126,7 +126,7 @@ def robustness(
             for rate in rates:
                 table, scores = clean, clean_scores
                 if rate:
-                    damage = Damage(mode, chosen, rate, options.seed, spread)
+                    damage = Corruption(mode, chosen, rate, options.seed, spread)
                     table, scores = opened.evaluate(options.split, advance, damage)
                     tables.append(_marked(table, mode, "+".join(chosen), rate))
                 for name, curve in made.items():

@@ -15,7 +15,7 @@ import pandas as pd
 
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
-from trainer.data.sampling import Order
+from trainer.data.sampling import GlobalBatchSampler
 from trainer.tasks import Task, TaskError, define_task, get_task
 from trainer.tracking.journal import JOURNAL, read_journal
 
@@ -77,7 +77,7 @@ class RunFolder:
         lengths = {name: np.zeros(record["splits"]["train"]["n"]) for name, record in self.data.items()}
         if not lengths or len(lengths) < len(self.config.tasks):
             return None
-        order = Order.of_training(self.config, lengths)
+        order = GlobalBatchSampler.of_training(self.config, lengths)
         return math.ceil(train.epochs * order.steps_per_epoch)
 
     def selected(self) -> dict[str, Series]:

@@ -30,7 +30,7 @@ BACKBONE = "backbone"  # the offline backbone's folder in the run folder
 
 
 @dataclass
-class Parts:
+class RunComponents:
     """What a run is made of."""
 
     tasks: dict[str, Task]
@@ -80,7 +80,9 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
     return tasks, data
 
 
-def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False) -> Parts:
+def assemble(
+    config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False
+) -> RunComponents:
     """Build all parts; the same on every rank (module initialisation is seeded by the run's seed).
 
     `partition`: under ZeRO-3 each rank loads its part of the backbone alone, for an engine that is built next. Else the
@@ -91,7 +93,7 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
         resolve_kernel(config.model.fusion.gate.kernel, world.device.type, config.model.fusion.width)
     folder = out / BACKBONE
     if config.model.backbone.name == "tiny":
-        with world.first_does() as first:
+        with world.on_rank_zero() as first:
             if first and not folder.exists():
                 build_tiny(config.model.backbone.tiny, tiny_texts(config, tasks, data), folder)
     tokenizer = load_tokenizer(config.model.backbone, folder)
@@ -128,7 +130,7 @@ def assemble(config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, 
             seed=config.train.seed,
             objective=make_objective(config, task, tries[name], data[name]["train"].targets()),
         )
-    return Parts(tasks, data, collators, tries, EGMF(backbone, fusion))
+    return RunComponents(tasks, data, collators, tries, EGMF(backbone, fusion))
 
 
 def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, target_N: np.ndarray) -> Objective:

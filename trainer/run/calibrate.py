@@ -12,8 +12,8 @@ import pandas as pd
 
 from trainer.answers.calibration import Calibration, Scored, calibrate
 from trainer.files import write_json
-from trainer.run.assemble import Parts
-from trainer.run.evaluate import named
+from trainer.run.assemble import RunComponents
+from trainer.run.evaluate import flatten_metrics
 from trainer.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 CALIBRATION = "calibration.json"
 
 
-def calibrated(parts: Parts, tables: Mapping[str, pd.DataFrame]) -> dict[str, Calibration | None]:
+def calibrated(parts: RunComponents, tables: Mapping[str, pd.DataFrame]) -> dict[str, Calibration | None]:
     """Task -> what its temperature does; None without validation predictions that have probabilities.
 
     Args:
@@ -40,7 +40,7 @@ def calibrated(parts: Parts, tables: Mapping[str, pd.DataFrame]) -> dict[str, Ca
 
 
 def write_calibration(
-    parts: Parts, tables: Mapping[str, pd.DataFrame], out: Path, checkpoint: str, tracker: Tracker, step: int
+    parts: RunComponents, tables: Mapping[str, pd.DataFrame], out: Path, checkpoint: str, tracker: Tracker, step: int
 ) -> None:
     """Write ``calibration.json``; predictions and metrics stay as they are."""
     held = calibrated(parts, tables)
@@ -56,4 +56,4 @@ def write_calibration(
     for split in tables:
         told = {name: c.splits.get(split, {}) if c is not None else {} for name, c in held.items()}
         values = {n: {k: v for k, v in s.items() if k.endswith("_calibrated")} for n, s in told.items()}
-        tracker.metrics(named(f"best/{split}", values), step)
+        tracker.metrics(flatten_metrics(f"best/{split}", values), step)

@@ -18,7 +18,7 @@ from trainer.data.dataset import SplitView
 from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
 from trainer.distributed.world import World
 from trainer.models.backbone.packed import PrefixCache
-from trainer.run.assemble import Parts
+from trainer.run.assemble import RunComponents
 from trainer.tasks import Task
 
 Change = Callable[[str, Sample], Sample]  # task, sample -> the one that is answered in its place
@@ -40,7 +40,7 @@ COLUMNS = (
 @torch.no_grad()
 def evaluate(
     forward: Callable[..., Any],
-    parts: Parts,
+    parts: RunComponents,
     config: RunConfig,
     split: str,
     world: World,
@@ -64,10 +64,10 @@ def evaluate(
         table = pd.DataFrame([row for rows in everyone for row in rows], columns=[*COLUMNS, "target", "value"])
         table = table.sort_values(["task", "id"], kind="stable", ignore_index=True)
         metrics = {name: score_table(parts, table[table["task"] == name], name) for name in parts.tasks}
-    return world.share((table, metrics))
+    return world.broadcast_object((table, metrics))
 
 
-def score_table(parts: Parts, rows: pd.DataFrame, name: str) -> dict[str, Any]:
+def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> dict[str, Any]:
     """The task's metrics over its rows of a table that :func:`evaluate` makes."""
     valid = rows["valid"].to_numpy(dtype=bool)
     probabilities = None
@@ -77,12 +77,12 @@ def score_table(parts: Parts, rows: pd.DataFrame, name: str) -> dict[str, Any]:
     return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
 
 
-def selecting(parts: Parts, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def selection_values(parts: RunComponents, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     """The metric of each task that chooses a checkpoint."""
     return {name: primary(task, metrics[name]) for name, task in parts.tasks.items()}
 
 
-def named(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def flatten_metrics(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     """Scalar metrics under slashed names; the task's name stands in them when there are several."""
     out: dict[str, float | None] = {}
     for task, values in metrics.items():
@@ -93,7 +93,7 @@ def named(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | No
     return out
 
 
-def shown(split: str, parts: Parts, metrics: dict[str, dict[str, Any]]) -> str:
+def format_selection_metrics(split: str, parts: RunComponents, metrics: dict[str, dict[str, Any]]) -> str:
     """The selecting metrics in words, for the log."""
     told = []
     for name, task in parts.tasks.items():
@@ -126,7 +126,7 @@ class Scorer:
     def __init__(
         self,
         forward: Callable[..., Any],
-        parts: Parts,
+        parts: RunComponents,
         config: RunConfig,
         name: str,
         world: World,
@@ -174,7 +174,7 @@ class Scorer:
 
 def _task_rows(
     forward: Callable[..., Any],
-    parts: Parts,
+    parts: RunComponents,
     config: RunConfig,
     name: str,
     split: str,

@@ -37,7 +37,7 @@ def open_folder(out: Path, world: World) -> Iterator[None]:
         ValueError: it cannot be written, or another process trains in it.
     """
     with contextlib.ExitStack() as stack:
-        with world.first_does() as first:
+        with world.on_rank_zero() as first:
             if first:
                 stack.enter_context(hold(out))
         yield
@@ -70,7 +70,7 @@ def hold(out: Path) -> Iterator[None]:
         yield
 
 
-def set_aside(out: Path) -> Path | None:
+def archive_previous_run(out: Path) -> Path | None:
     """Move an earlier run's files into ``before-TIME`` inside the folder; None where there are none. Logs stay."""
     there = sorted(path for pattern in RESULTS for path in out.glob(pattern))
     if not there:

@@ -68,7 +68,7 @@ class Guard:
         return bad
 
     @contextlib.contextmanager
-    def still(self, still: bool) -> Iterator[None]:
+    def freeze_optimizer(self, still: bool) -> Iterator[None]:
         """Inside the block the optimizer does not move, if `still`."""
         self._still = still
         try:
@@ -77,7 +77,7 @@ class Guard:
             self._still = False
 
 
-class Health:
+class LossMonitor:
     """How the steps have gone: skipped ones, and losses that stand far above the recent ones. Part of a checkpoint.
 
     A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
@@ -121,7 +121,7 @@ class Health:
         self._recent.extend(state["recent"])
 
 
-class Evidence:
+class NonFiniteDump:
     """The micro-batches of a step, kept until it is known to be good, to be written down when it is not."""
 
     def __init__(self) -> None:
@@ -141,19 +141,19 @@ class Evidence:
 
     def write(self, folder: Path, world: World, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """rankR.microJ.safetensors for every micro-batch, model.safetensors, about.json; called by all ranks."""
-        with world.first_does() as first:
+        with world.on_rank_zero() as first:
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(weights, folder / WEIGHTS)
         told = []
-        with world.together():
+        with world.fail_together():
             for place, (batch, loss_B) in enumerate(self._micros):
                 name = f"rank{world.rank}.micro{place}.safetensors"
                 save_batch(batch, folder / name)
                 losses = {i: x if math.isfinite(x) else str(x) for i, x in zip(batch.ids, loss_B.tolist(), strict=True)}
                 told.append({"file": name, "rank": world.rank, "micro_step": place, "losses": losses})
         parts = world.gather(told)
-        with world.first_does() as first:
+        with world.on_rank_zero() as first:
             if first:
                 assert parts is not None
                 write_json(folder / ABOUT, {**about, "micro_batches": [micro for part in parts for micro in part]})

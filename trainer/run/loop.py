@@ -23,25 +23,31 @@ from trainer.checkpoint.weights import load_weights, trainable_state
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatch, MicroBatch, micro_batches
-from trainer.distributed.consistency import agree
+from trainer.distributed.consistency import check_consistency
 from trainer.distributed.deepspeed_config import check_machine, dtype_of
 from trainer.distributed.process_group import tell_launcher
-from trainer.distributed.signals import STOPPED, StopAsked, StopRequest
+from trainer.distributed.signals import STOPPED, StopRequest, StopRequested
 from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
 from trainer.distributed.world import World
 from trainer.files import write_json, write_text
-from trainer.run.assemble import Parts, assemble
+from trainer.run.assemble import RunComponents, assemble
 from trainer.run.calibrate import write_calibration
 from trainer.run.engine import Schedule, build_engine
-from trainer.run.evaluate import evaluate, named, selecting, shown, write_predictions
+from trainer.run.evaluate import (
+    evaluate,
+    flatten_metrics,
+    format_selection_metrics,
+    selection_values,
+    write_predictions,
+)
 from trainer.run.expert_load import warn_of_dead
-from trainer.run.folder import open_folder, set_aside
-from trainer.run.guard import Evidence, Guard, Health, NonFiniteError
+from trainer.run.folder import archive_previous_run, open_folder
+from trainer.run.guard import Guard, LossMonitor, NonFiniteDump, NonFiniteError
 from trainer.run.prefetch import workers
 from trainer.run.probe import memory_explained, probe
 from trainer.run.record import RunRecord, now, record_failure
-from trainer.run.step import StepResult, Training, train_step
+from trainer.run.step import StepContext, StepResult, train_step
 from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.tracking.progress import Progress
 from trainer.tracking.tracker import Tracker
@@ -76,11 +82,11 @@ def fit(
         ValueError: the run cannot be what was asked for, its folder cannot be written, or its loss is no number.
     """
     check_machine(config, world.device)
-    agree(config, out, world)
+    check_consistency(config, out, world)
     with open_folder(out, world), _watch(config, out, world) as watch:
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
-        _make_way(config, out, world, checkpoints)
-        record = RunRecord(out, enabled=world.first)
+        _archive_stale_run(config, out, world, checkpoints)
+        record = RunRecord(out, enabled=world.is_rank_zero)
         fresh, begun, state = not record.values, False, "failed"
         tracker: Tracker | None = None
         try:
@@ -91,13 +97,13 @@ def fit(
             saved = None if last is None else read_state(last)
             if saved is not None and last is not None:
                 check_fit(saved, ours, last, force=force)
-            with world.first_does() as first:
+            with world.on_rank_zero() as first:
                 if first:
                     write_text(out / "config.yaml", dump_config(config))
             begun = True
             record.update(state="running", started=now(), ended=None, failure=None, **environment(), **_process())
             known = (record.values.get("mlflow") or {}).get("run_id") or (saved or {}).get("mlflow_run")
-            tracker = Tracker(config, out, enabled=world.first, run_id=known)
+            tracker = Tracker(config, out, enabled=world.is_rank_zero, run_id=known)
             run = Run(config, out, world, parts, ours, tracker, stop, checkpoints, watch)
             record.update(
                 precision=config.train.precision,
@@ -108,10 +114,10 @@ def fit(
             )
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
-            watch.closing = functools.partial(_stuck, out, record, tracker) if world.first else None
+            watch.closing = functools.partial(_stuck, out, record, tracker) if world.is_rank_zero else None
             state = run.train(last, saved)
         except BaseException as error:
-            watch.hold()
+            watch.block_while_aborting()
             tell_launcher(error)
             if begun or fresh:
                 with contextlib.suppress(OSError):  # the disk may be what failed
@@ -119,7 +125,7 @@ def fit(
             raise
         finally:
             if begun:
-                _end(out, record, tracker, state, report if world.first else None)
+                _end(out, record, tracker, state, report if world.is_rank_zero else None)
     return 0 if state == "done" else STOPPED
 
 
@@ -127,12 +133,12 @@ def _watch(config: RunConfig, out: Path, world: World) -> Watch:
     return Watch(out, world, config.train.stuck_seconds, record_failure=functools.partial(record_failure, out))
 
 
-def _make_way(config: RunConfig, out: Path, world: World, checkpoints: Checkpoints) -> None:
+def _archive_stale_run(config: RunConfig, out: Path, world: World, checkpoints: Checkpoints) -> None:
     """Put aside what another run left in the folder: asked for, or of other settings and with nothing to continue."""
-    with world.first_does() as first:
+    with world.on_rank_zero() as first:
         if first:
             anew = config.train.resume == "never" or (not checkpoints.names() and _other_settings(config, out))
-            aside = set_aside(out) if anew else None
+            aside = archive_previous_run(out) if anew else None
             if aside is not None:
                 log.warning("an earlier run's files in %s were put into %s", out, aside.name)
     checkpoints.open()
@@ -198,7 +204,7 @@ class Run:
         config: RunConfig,
         out: Path,
         world: World,
-        parts: Parts,
+        parts: RunComponents,
         ours: dict[str, Any],
         tracker: Tracker,
         stop: StopRequest,
@@ -216,10 +222,10 @@ class Run:
         self.schedule = Schedule(self.engine, train, self.steps)
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
         self.stop = stop
-        self.training = Training(self.engine, parts, config, world, self.guard, stop, watch.beat)
+        self.training = StepContext(self.engine, parts, config, world, self.guard, stop, watch.heartbeat)
         self.training.feed.work_ahead(workers(config, world.device), self._planned, self.steps)
-        self.health = Health(train.spike)
-        self.progress = Progress(self.steps, enabled=world.first)
+        self.health = LossMonitor(train.spike)
+        self.progress = Progress(self.steps, enabled=world.is_rank_zero)
         self.selection = Selection({name: task.maximise for name, task in parts.tasks.items()})
         self.at = 0  # optimizer steps taken
 
@@ -232,7 +238,7 @@ class Run:
         state = "done"
         try:
             self._train(last, saved)
-        except StopAsked:
+        except StopRequested:
             log.warning("stopped at step %d of %d; the same command continues it", self.at, self.steps)
             state = "stopped"
         finally:
@@ -245,10 +251,10 @@ class Run:
         eval_every = train.eval_every or self.order.steps_per_epoch
         save_every = train.save_every or eval_every
         self.at = start = self._resume(last, saved)
-        self.stop.heed(self.world)
+        self.stop.raise_if_stop_requested(self.world)
         if train.probe and start < self.steps:
             probe(self.engine, self.parts, self.config, self.world, self.guard, self.dtype)
-            self.stop.heed(self.world)
+            self.stop.raise_if_stop_requested(self.world)
         if saved is not None and saved.get("validation_due"):
             self._validate_late(start)
         _log_start(self, start)
@@ -267,7 +273,7 @@ class Run:
                     self._save(step + 1)
                 else:
                     continue
-                self.stop.heed(self.world)  # asked for during the step, or since
+                self.stop.raise_if_stop_requested(self.world)  # asked for during the step, or since
             self._finish()
 
     def _resume(self, last: Path | None, saved: dict[str, Any] | None) -> int:
@@ -280,7 +286,7 @@ class Run:
             )
         self.selection.restore(saved["selection"])
         self.health.restore(saved["health"])
-        with self.world.first_does() as first:
+        with self.world.on_rank_zero() as first:
             if first:  # a kill between a checkpoint and its mark
                 self.checkpoints.mark(self.selection.best)
         log.info("continuing from %s", last)
@@ -288,7 +294,7 @@ class Run:
 
     def _step(self, step: int) -> tuple[StepResult, bool]:
         batch = self.order.step(step)
-        evidence = Evidence()
+        evidence = NonFiniteDump()
         what = f"a micro-batch of step {step + 1}"
         with memory_explained(what, "train.micro_tokens", self.config.train.micro_tokens):
             result = train_step(self.training, batch, step, evidence)
@@ -305,7 +311,7 @@ class Run:
                 self._give_up(step, batch, evidence, ids)
         return result, spike
 
-    def _give_up(self, step: int, batch: GlobalBatch, evidence: Evidence, ids: list[str]) -> None:
+    def _give_up(self, step: int, batch: GlobalBatch, evidence: NonFiniteDump, ids: list[str]) -> None:
         folder = self.out / "nonfinite" / step_name(step + 1)
         about = {
             "step": step + 1,
@@ -324,7 +330,7 @@ class Run:
         """A stop during the validation breaks it off: the checkpoint says that it is due."""
         try:
             self._validate(step)
-        except StopAsked:
+        except StopRequested:
             self._save(step, validation_due=True)
             raise
         self._save(step)
@@ -332,12 +338,12 @@ class Run:
     def _validate_late(self, step: int) -> None:
         """The validation of the checkpoint that was just loaded, which a stop had broken off."""
         self._validate(step)
-        with self.world.first_does() as first:
+        with self.world.on_rank_zero() as first:
             if first:
                 self.checkpoints.mark(self.selection.best)
 
     def _save(self, step: int, *, validation_due: bool = False) -> None:
-        self.watch.beat(f"saving the checkpoint of step {step}", slack=3.0)
+        self.watch.heartbeat(f"saving the checkpoint of step {step}", slack=3.0)
         state = {
             **self.identity,
             "selection": self.selection.state(),
@@ -353,9 +359,9 @@ class Run:
         """Score the validation split, and say whether this step is the best so far."""
         _, metrics = self._evaluate("valid")
         nll = {name: values.get("nll") for name, values in metrics.items()}
-        self.selection.add(step_name(step), selecting(self.parts, metrics), nll)
-        self.tracker.metrics(named("valid", metrics), step)
-        log.info("step %d: %s", step, shown("valid", self.parts, metrics))
+        self.selection.add(step_name(step), selection_values(self.parts, metrics), nll)
+        self.tracker.metrics(flatten_metrics("valid", metrics), step)
+        log.info("step %d: %s", step, format_selection_metrics("valid", self.parts, metrics))
 
     def _finish(self) -> None:
         """Evaluate the best checkpoint on the configured splits and write what it says."""
@@ -364,7 +370,7 @@ class Run:
             chosen = self.checkpoints.newest()
             log.warning("validation chose no checkpoint (its metric was undefined): the last one is evaluated")
         assert chosen is not None
-        if self.world.first:
+        if self.world.is_rank_zero:
             speeds = [speed for _, speed in read_journal(self.out / JOURNAL).get(SPEED, [])]
             self.tracker.metrics({MEDIAN_SPEED: statistics.median(speeds) if speeds else None}, self.steps)
         load_weights(self.parts.model, chosen, self.world)
@@ -373,14 +379,14 @@ class Run:
         for split in self.config.eval.splits:
             table, results[split] = self._evaluate(split)
             tables[split] = table
-            self.tracker.metrics(named(f"best/{split}", results[split]), self.steps)
-            log.info("%s: %s", chosen.name, shown(split, self.parts, results[split]))
-            with self.world.first_does() as first:
+            self.tracker.metrics(flatten_metrics(f"best/{split}", results[split]), self.steps)
+            log.info("%s: %s", chosen.name, format_selection_metrics(split, self.parts, results[split]))
+            with self.world.on_rank_zero() as first:
                 if first:
                     path = self.out / "predictions" / f"{split}.parquet"
                     write_predictions(table, path)
                     self.tracker.artifact(path, "predictions")
-        with self.world.first_does() as first:
+        with self.world.on_rank_zero() as first:
             if first:
                 write_json(self.out / "metrics.json", results)
                 self.tracker.artifact(self.out / "metrics.json")
@@ -392,11 +398,11 @@ class Run:
     def _evaluate(self, split: str) -> Any:
         self.engine.eval()
         try:
-            self.watch.beat(f"evaluating {split}")
+            self.watch.heartbeat(f"evaluating {split}")
             return evaluate(
                 self.engine, self.parts, self.config, split, self.world, self.dtype,
-                advance=lambda n: self.watch.beat(f"evaluating {split}"),
-                before_batch=functools.partial(self.stop.heed, self.world),
+                advance=lambda n: self.watch.heartbeat(f"evaluating {split}"),
+                before_batch=functools.partial(self.stop.raise_if_stop_requested, self.world),
             )  # fmt: skip
         finally:
             self.engine.train()

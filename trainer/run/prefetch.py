@@ -20,7 +20,7 @@ WORKERS_PER_GPU = 2
 
 
 Wanted = tuple[GlobalBatch, MicroBatch]
-Plan = Callable[[int], tuple[GlobalBatch, list[MicroBatch]]]
+PlannedSteps = Callable[[int], tuple[GlobalBatch, list[MicroBatch]]]
 
 
 class Samples(Dataset[Any]):
@@ -35,7 +35,7 @@ class Samples(Dataset[Any]):
         return self.collators[batch.task].training([view[i] for i in micro.indices], micro, batch.epoch)
 
 
-class Feed:
+class BatchPrefetcher:
     """Batches of one step after the other.
 
     Without workers a batch is made when it is asked for. With them, processes make the next ones meanwhile; they are
@@ -48,7 +48,7 @@ class Feed:
         self._ahead: Iterator[Any] | None = None
         self._next = -1
 
-    def work_ahead(self, workers: int, plan: Plan, stop: int) -> None:
+    def work_ahead(self, workers: int, plan: PlannedSteps, stop: int) -> None:
         """Let `workers` processes make the batches; 0 leaves it as it is.
 
         Args:
@@ -83,13 +83,13 @@ class Feed:
             num_workers=self.workers,
             prefetch_factor=AHEAD,
             pin_memory=self.pin,
-            worker_init_fn=_deaf,
+            worker_init_fn=_ignore_stop_signals,
             multiprocessing_context="spawn",  # a fork would copy the locks of our threads
         )
 
 
 class _Endless:
-    def __init__(self, feed: Feed, first: int) -> None:
+    def __init__(self, feed: BatchPrefetcher, first: int) -> None:
         self.feed, self.first = feed, first
 
     def __iter__(self) -> Iterator[Wanted]:
@@ -98,7 +98,7 @@ class _Endless:
             yield from ((batch, micro) for micro in micros)
 
 
-def _deaf(worker: int) -> None:
+def _ignore_stop_signals(worker: int) -> None:
     """A stop is the training process's to handle; workers end with it."""
     for name in (*STOP_SIGNALS, "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

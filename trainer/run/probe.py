@@ -15,7 +15,7 @@ from trainer.batch import Batch, PackedBatch
 from trainer.config import RunConfig
 from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
 from trainer.distributed.world import World
-from trainer.run.assemble import Parts
+from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
 from trainer.run.guard import Guard
 
@@ -34,7 +34,7 @@ class MemoryFault(ValueError):
 
 
 def probe(
-    engine: DeepSpeedEngine, parts: Parts, config: RunConfig, world: World, guard: Guard, dtype: torch.dtype
+    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, world: World, guard: Guard, dtype: torch.dtype
 ) -> None:
     """Pass each task's worst-case micro-batch through a whole step that moves nothing, and score its worst-case batch.
 
@@ -59,7 +59,7 @@ def probe(
                 output = engine(batch)
                 loss = output.loss_B.mean()
                 engine.backward(loss + output.auxiliary_B.mean() + output.idle, scale_wrt_gas=False)
-                with guard.still(True):
+                with guard.freeze_optimizer(True):
                     engine.step()
             if not math.isfinite(float(loss.detach())):
                 ids = ", ".join(sample.id for sample in samples)
@@ -97,7 +97,7 @@ def _shape(batch: Batch | PackedBatch) -> str:
 
 
 def _score(
-    engine: DeepSpeedEngine, parts: Parts, config: RunConfig, name: str, world: World, dtype: torch.dtype
+    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, world: World, dtype: torch.dtype
 ) -> None:
     view, scorer = parts.data[name]["valid"], Scorer(engine, parts, config, name, world, dtype)
     if not len(view) or config.eval.mode != "score":

@@ -16,7 +16,7 @@ from trainer.checkpoint.weights import CheckpointError, load_weights
 from trainer.config import RunConfig, saved_config
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
-from trainer.run.assemble import Parts, assemble
+from trainer.run.assemble import RunComponents, assemble
 from trainer.run.engine import build_inference_engine
 from trainer.run.evaluate import Change, evaluate
 
@@ -28,7 +28,7 @@ class SavedRun:
     """A run whose weights are loaded. `forward` is the model, or its ZeRO-3 engine where the config and world ask it."""
 
     config: RunConfig
-    parts: Parts
+    parts: RunComponents
     world: World
     dtype: torch.dtype
     checkpoint: Path

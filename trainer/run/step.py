@@ -18,29 +18,29 @@ from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
-from trainer.run.assemble import Parts
-from trainer.run.guard import Evidence, Guard
-from trainer.run.prefetch import Feed, Samples
+from trainer.run.assemble import RunComponents
+from trainer.run.guard import Guard, NonFiniteDump
+from trainer.run.prefetch import BatchPrefetcher, Samples
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
 @dataclass
-class Training:
+class StepContext:
     """What a step works with."""
 
     engine: DeepSpeedEngine
-    parts: Parts
+    parts: RunComponents
     config: RunConfig
     world: World
     guard: Guard
     stop: StopRequest
-    beat: Callable[[str], None] = lambda what: None  # told before every micro-batch
+    heartbeat: Callable[[str], None] = lambda what: None  # told before every micro-batch
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
     weights: dict[str, np.ndarray] = field(init=False)  # of the training samples, by task; none where all weigh 1
     limits: Limits = field(init=False)
-    feed: Feed = field(init=False)
+    feed: BatchPrefetcher = field(init=False)
 
     def __post_init__(self) -> None:
         parts = self.parts
@@ -51,7 +51,7 @@ class Training:
             if collate.objective.weight_C is not None
         }
         self.limits = Limits.of_training(self.config)
-        self.feed = Feed(
+        self.feed = BatchPrefetcher(
             Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators),
             pin=self.world.device.type == "cuda",
         )
@@ -84,7 +84,7 @@ class StepResult:
     stop: bool  # some rank was asked to stop
 
 
-def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evidence) -> StepResult:
+def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: NonFiniteDump) -> StepResult:
     """One optimizer step over a global batch; a step whose loss or gradient is no number on any rank moves nothing.
 
     loss = Σ_i w_i (loss_i + gate_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
@@ -98,7 +98,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     told = torch.zeros(2, dtype=torch.float64, device=device)
     positions = 0
     for place, (micro, rows) in enumerate(zip(micros, training.feed.step(step, batch, micros), strict=True)):
-        training.beat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
+        training.heartbeat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         rows = rows.to(world.device, dtype)
         positions += rows.positions if micro.weight else 0
         torch.manual_seed(mix(config.train.seed, step, place, world.rank))
@@ -114,7 +114,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
     loss, auxiliary_loss, bad, asked, positions, *usage = told.tolist()
     skipped = bad > 0 or not math.isfinite(loss + auxiliary_loss)
-    with guard.still(skipped):
+    with guard.freeze_optimizer(skipped):
         engine.step()
     if training.parts.model.fusion is not None:
         gate = training.parts.model.fusion.gate
@@ -127,7 +127,7 @@ def train_step(training: Training, batch: GlobalBatch, step: int, evidence: Evid
     return StepResult(loss / total, auxiliary_loss / total, samples, int(positions), usage, skipped, asked > 0)
 
 
-def _usage(training: Training) -> list[Tensor]:
+def _usage(training: StepContext) -> list[Tensor]:
     """What the gate adds to the sum over ranks: its usage, shared out, and what this step collected."""
     if training.parts.model.fusion is None:
         return []

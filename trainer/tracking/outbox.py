@@ -41,7 +41,7 @@ class OutboxBusy(RuntimeError):
 
 
 @dataclass
-class Batch:
+class RecordBatch:
     """Records of one request: many with metrics, or a single one of another kind; `end` is the offset behind them."""
 
     records: list[dict[str, Any]]
@@ -137,7 +137,7 @@ class Outbox:
         self._found = True
         return self._remote
 
-    def _send_batch(self, remote: MlflowRun, batch: Batch) -> None:
+    def _send_batch(self, remote: MlflowRun, batch: RecordBatch) -> None:
         record = batch.records[0]
         if "metrics" in record:
             in_doubt = self._in_doubt or self._progress["sent"] < self._compared_until
@@ -156,19 +156,19 @@ class Outbox:
         else:
             log.warning("%s: records of kind %r are unknown and left out", self.journal, kind)
 
-    def _batches(self) -> Iterator[Batch]:
-        batch, values = Batch([], 0), 0
+    def _batches(self) -> Iterator[RecordBatch]:
+        batch, values = RecordBatch([], 0), 0
         for end, record in entries(self.journal, self._progress["sent"]):
             if record is None:
                 continue
             size = len(record.get("metrics", ()))
             if batch.records and (not size or values + size > METRICS):
                 yield batch
-                batch, values = Batch([], 0), 0
+                batch, values = RecordBatch([], 0), 0
             if size:
-                batch, values = Batch([*batch.records, record], end), values + size
+                batch, values = RecordBatch([*batch.records, record], end), values + size
             else:
-                yield Batch([record], end)
+                yield RecordBatch([record], end)
         if batch.records:
             yield batch
 

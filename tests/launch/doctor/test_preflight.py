@@ -19,7 +19,7 @@ from launch.doctor import collective_probe as trial
 from launch.doctor import machine, versions
 from launch.doctor.findings import Check, Findings
 from launch.doctor.machine import check_attention, check_build, check_folder, check_machine
-from launch.doctor.resolved_config import Subject, check_subject
+from launch.doctor.resolved_config import ResolvedConfig, check_subject
 from launch.doctor.versions import PAIRS, Facts, check_pairs, check_ranges
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.toy import prepare_toy
@@ -42,7 +42,7 @@ def asked(work: Path, *more: str) -> list[str]:
     return ["task=meld", f"data.path={work}/{{task}}", "model.backbone.tiny.vocab_size=400", *more]
 
 
-def subject(work: Path, scratch: Path, *more: str) -> tuple[Subject | None, dict[str, Check]]:
+def subject(work: Path, scratch: Path, *more: str) -> tuple[ResolvedConfig | None, dict[str, Check]]:
     findings = Findings()
     found = check_subject(findings, TINY, asked(work, *more), scratch)
     return found, {check.name: check for check in findings.checks}

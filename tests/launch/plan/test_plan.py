@@ -25,7 +25,7 @@ from trainer.batch import Batch, PackedBatch
 from trainer.config import AdapterConfig, RunConfig, check_config
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
-from trainer.data.sampling import Limits, Order, micro_batches
+from trainer.data.sampling import GlobalBatchSampler, Limits, micro_batches
 from trainer.models.backbone.loading import load_tokenizer
 from trainer.run.probe import largest
 from trainer.tasks import get_task
@@ -237,7 +237,7 @@ def test_counts_positions_of_prepared_data(tmp_path, layout, limits, history):
         widths=view.widths, rates=view.rates, pseudo_tokens=3, modalities=("text", "audio", "video"),
     )  # fmt: skip
     chosen = Limits(config.train.micro_tokens, config.train.micro_batch, layout == "packed")
-    order, sizes = Order({"meld": view.lengths()}, global_batch=10, seed=0), collate.sizes(view)
+    order, sizes = GlobalBatchSampler({"meld": view.lengths()}, global_batch=10, seed=0), collate.sizes(view)
     steps = [
         [collate.training([view[i] for i in micro.indices], micro, None) for micro in cut]
         for step in range(order.steps_per_epoch)

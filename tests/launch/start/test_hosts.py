@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from launch.start.hosts import Host, Plan, conclude, environment, master_address, own_part, placed, read_hostfile, shown
+from launch.start.hosts import (
+    Host,
+    LaunchPlan,
+    conclude,
+    environment,
+    master_address,
+    own_part,
+    placed,
+    read_hostfile,
+    shown,
+)
 from tests.distributed.processes import ROOT
 
 HOSTS = (Host("a", 4), Host("b", 2), Host("c", 1))
@@ -39,7 +49,7 @@ def test_every_fault_of_a_hostfile_is_told(tmp_path: Path) -> None:
 
 
 def test_every_rank_stands_on_one_node() -> None:
-    parts = Plan(HOSTS, ("train",), Path("out"), "10.0.0.1", 29500).parts()
+    parts = LaunchPlan(HOSTS, ("train",), Path("out"), "10.0.0.1", 29500).parts()
     ranks = [rank for part in parts for rank in range(part.first, part.first + part.slots)]
     assert ranks == list(range(7))
     assert {part.world for part in parts} == {7}
@@ -61,7 +71,7 @@ def report(where: str, *addresses: str, reached_at: str | None = None) -> dict[s
 def test_rank_0_is_met_where_the_others_can(first: dict[str, Any], chosen: str) -> None:
     others = report("b", "172.17.0.1/16", "10.1.0.2/24")
     assert master_address([first, others]) == chosen
-    plan = placed(Plan(HOSTS, ("train",), Path("out")), [first, others])
+    plan = placed(LaunchPlan(HOSTS, ("train",), Path("out")), [first, others])
     assert (plan.address, plan.port) == (chosen, 40001)
 
 
@@ -71,10 +81,10 @@ def test_no_address_at_all_is_told() -> None:
 
 
 def test_without_ssh_the_place_of_this_node_is_needed() -> None:
-    plan = Plan(HOSTS, ("train",), Path("out"))
+    plan = LaunchPlan(HOSTS, ("train",), Path("out"))
     with pytest.raises(ValueError, match="2 faults"):
         own_part(plan, 3)
-    part = own_part(Plan(HOSTS, ("train",), Path("out"), "node-a"), 1)
+    part = own_part(LaunchPlan(HOSTS, ("train",), Path("out"), "node-a"), 1)
     assert (part.first, part.slots, part.address, part.port) == (4, 2, "node-a", 29500)
     assert shown([part], plan, {}).splitlines() == [
         "b: ranks 4-5 of 7: train",
@@ -94,7 +104,7 @@ def test_without_ssh_the_place_of_this_node_is_needed() -> None:
 def test_the_first_cause_is_told_and_success_needs_the_runs_own_word(
     verdicts: dict[int, dict[str, Any]], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan(HOSTS, ("train",), tmp_path)
+    plan = LaunchPlan(HOSTS, ("train",), tmp_path)
     assert conclude(plan, verdicts, (None, None)) == code
     assert words in capsys.readouterr().err
 
@@ -107,7 +117,7 @@ def test_variables_reach_the_nodes_and_values_are_not_shown(monkeypatch: pytest.
     assert wanted.items() <= held.items()
     assert held["MINE"] == "x"
     assert not {"CUDA_VISIBLE_DEVICES", "RANK"} & set(held)
-    plan = Plan(HOSTS, ("train", "my config.yaml"), Path("out"))
+    plan = LaunchPlan(HOSTS, ("train", "my config.yaml"), Path("out"))
     text = shown(plan.parts(), plan, held)
     assert "a: ranks 0-3 of 7: train 'my config.yaml'" in text
     assert "c: rank 6 of 7" in text

@@ -9,7 +9,7 @@ import torch
 
 from trainer.batch import Features
 from trainer.config import FusionConfig
-from trainer.models.fusion.encoders import Stream, sinusoidal_positions
+from trainer.models.fusion.encoders import EncodedModality, sinusoidal_positions
 from trainer.models.fusion.heads import expert_losses
 from trainer.models.fusion.network import Fusion
 
@@ -125,7 +125,7 @@ def stream(mask, D=8, seed=0, rate=10.0, dtype=torch.float64):
     content = torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     position = sinusoidal_positions((torch.arange(T) / rate).expand(B, T), D).to(dtype)
     content, position = (t.masked_fill(~mask[..., None], 0.0) for t in (content, position))
-    return Stream(content + position, mask, content, position)
+    return EncodedModality(content + position, mask, content, position)
 
 
 def streams(lengths, T=(6, 11, 7), D=8, seed=0, dtype=torch.float64, modalities=("text", "audio", "video")):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models.fusion.fusion_cases import config, lengths_mask, stream, streams
-from trainer.models.fusion.encoders import Stream, sinusoidal_positions
+from trainer.models.fusion.encoders import EncodedModality, sinusoidal_positions
 from trainer.models.fusion.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert, _Source
 from trainer.models.fusion.masked import (
     SlotAttention,
@@ -188,7 +188,7 @@ def with_holes(given):
         mask = s.mask_BT.clone()
         mask[:, 1] = False
         hide = ~mask[..., None]
-        out[m] = Stream(
+        out[m] = EncodedModality(
             s.values_BTD.masked_fill(hide, 0),
             mask,
             s.content_BTD.masked_fill(hide, 0),
@@ -231,7 +231,7 @@ def test_validity(kind):
 def test_nothing_present_is_zero_with_finite_gradients(kind, pooling):
     expert = build(kind, local_pooling=pooling)
     given = {
-        m: Stream(*(t.requires_grad_() if t.is_floating_point() else t for t in s))
+        m: EncodedModality(*(t.requires_grad_() if t.is_floating_point() else t for t in s))
         for m, s in streams([[0] * 3]).items()
     }
     values_BKMD, valid_BM = answer(expert, given)
@@ -261,7 +261,7 @@ def test_right_padding_changes_nothing(kind, pooling):
     values, valid = answer(expert, streams(LENGTHS))
 
     def padded(s):
-        return Stream(*(torch.nn.functional.pad(t, (0, 9) if t.ndim == 2 else (0, 0, 0, 9)) for t in s))
+        return EncodedModality(*(torch.nn.functional.pad(t, (0, 9) if t.ndim == 2 else (0, 0, 0, 9)) for t in s))
 
     wider, still = answer(expert, {m: padded(s) for m, s in streams(LENGTHS).items()})
     assert torch.equal(valid, still)
@@ -304,7 +304,7 @@ def test_semantic_moments_are_relative():
             s = stream(mask, seed=seed)
             from_zero = torch.arange(6).expand(2, 6) / 10.0
             position = sinusoidal_positions(from_zero + shift, 8).double().masked_fill(~mask[..., None], 0)
-            out[m] = Stream(s.content_BTD + position, mask, s.content_BTD, position)
+            out[m] = EncodedModality(s.content_BTD + position, mask, s.content_BTD, position)
         return out
 
     base, _ = answer(expert, given(0.0, 0.0))

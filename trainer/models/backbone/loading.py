@@ -30,7 +30,7 @@ from trainer.config import BackboneConfig
 from trainer.models.backbone import quantization
 from trainer.models.backbone.fingerprint import Measured
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
-from trainer.models.backbone.sharded import Partitioner, Stream
+from trainer.models.backbone.sharded import Partitioner, StreamingLoad
 from trainer.text import end_token
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def load_model(
     if config.quantization == "nf4":
         quantization.check_sizes(shape, config.name, config.trust_remote_code)
         four_bit = quantization.nf4_config(dtype, config.double_quantization)
-    stream = Stream(four_bit, None if zero3 is None else Partitioner(zero3), dtype, device)
+    stream = StreamingLoad(four_bit, None if zero3 is None else Partitioner(zero3), dtype, device)
     options: dict[str, Any] = {
         "config": shape,
         "dtype": dtype,

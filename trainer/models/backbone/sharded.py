@@ -50,7 +50,7 @@ class Partitioner:
             parameter.partition()
 
 
-class Stream(QuantizationConfigMixin):
+class StreamingLoad(QuantizationConfigMixin):
     """What happens to every weight on its way, given to `from_pretrained` as its `quantization_config`.
 
     Attributes: `faults`, weights whose shape is not the model's.
@@ -69,7 +69,7 @@ class Stream(QuantizationConfigMixin):
         if METHOD not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(METHOD)(StreamQuantizer)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamingLoad:
         return self  # configs are copied while they load; process groups cannot be
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,9 +130,9 @@ class Stream(QuantizationConfigMixin):
 
 
 class StreamQuantizer(Bnb4BitHfQuantizer):
-    """transformers' hook for :class:`Stream`: it sees every weight, quantised or not."""
+    """transformers' hook for :class:`StreamingLoad`: it sees every weight, quantised or not."""
 
-    def __init__(self, quantization_config: Stream, **options: Any) -> None:
+    def __init__(self, quantization_config: StreamingLoad, **options: Any) -> None:
         super().__init__(quantization_config.four_bit or quantization_config, **options)
         self.stream = quantization_config
 
@@ -144,7 +144,7 @@ class StreamQuantizer(Bnb4BitHfQuantizer):
         return device_map
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
-        """Whether a weight comes to :meth:`Stream.take`. The few of another dtype than training's would be cast on their
+        """Whether a weight comes to :meth:`StreamingLoad.take`. The few of another dtype than training's would be cast on their
         way there: they load as they always do, and are settled at the end."""
         if self.stream.four_bit is not None and super().param_needs_quantization(model, param_name, **options):
             return True
@@ -181,7 +181,7 @@ class StreamQuantizer(Bnb4BitHfQuantizer):
 class _Take(ConversionOps):
     """The last step of a weight's way into the model."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: StreamingLoad) -> None:
         self.stream = stream
 
     def convert(

@@ -19,7 +19,7 @@ SHORTEST, LONGEST = 0.1, 100.0  # wavelengths of the positions, in seconds
 SECONDS_PER_TOKEN = 0.3  # nominal: about 200 words a minute; text has no clock
 
 
-class Stream(NamedTuple):
+class EncodedModality(NamedTuple):
     """An encoded modality: `values = content + position`, all 0 where the mask is False (a missing modality: everywhere).
 
     A tuple and no dataclass: the hooks of ZeRO-3 find tensors inside tuples only.
@@ -54,13 +54,13 @@ class FeatureEncoder(nn.Module):
         self.project = nn.Linear(features, width)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> Stream:
+    def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> EncodedModality:
         hidden_mask_BT1 = ~mask_BT.unsqueeze(-1)
         values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(hidden_mask_BT1, 0.0)
         content_BTD = self.norm(self.project(values_BTF)).masked_fill(hidden_mask_BT1, 0.0)
         position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(hidden_mask_BT1, 0.0)
         position_BTD = position_BTD.to(content_BTD.dtype)
-        return Stream(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
+        return EncodedModality(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
 
 
 class Encoders(nn.Module):
@@ -89,14 +89,14 @@ class Encoders(nn.Module):
 
     def forward(
         self, task: str, text_BSH: Tensor, text_mask_BS: Tensor, features: Mapping[str, Features]
-    ) -> tuple[dict[Modality, Stream], Tensor]:
+    ) -> tuple[dict[Modality, EncodedModality], Tensor]:
         """The streams of `task` by modality, and the idle term: a scalar 0 that holds on to the other encoders.
 
         Raises:
             ValueError: a task that this network was not built for, or features of another width.
         """
         self._check(task, features)
-        streams: dict[Modality, Stream] = {}
+        streams: dict[Modality, EncodedModality] = {}
         idle = text_BSH.new_zeros((), dtype=torch.float32)
         if "text" in self.modalities:
             index_S = torch.arange(text_BSH.shape[1], device=text_BSH.device, dtype=torch.float32)
@@ -115,7 +115,7 @@ class Encoders(nn.Module):
             if modality not in streams:  # the task has no such modality: it is missing in every sample
                 mask_BT = torch.zeros_like(features[modality].mask_BT)
                 nothing_BTD = text_BSH.new_zeros(*mask_BT.shape, self.width)
-                streams[modality] = Stream(nothing_BTD, mask_BT, nothing_BTD, nothing_BTD)
+                streams[modality] = EncodedModality(nothing_BTD, mask_BT, nothing_BTD, nothing_BTD)
         return {modality: streams[modality] for modality in self.modalities}, idle
 
     def _check(self, task: str, features: Mapping[str, Features]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from trainer.config import FusionConfig, Modality
-from trainer.models.fusion.encoders import Stream
+from trainer.models.fusion.encoders import EncodedModality
 from trainer.models.fusion.masked import (
     SlotAttention,
     SlotLinear,
@@ -28,7 +28,7 @@ from trainer.models.fusion.masked import (
     pool,
 )
 
-Streams = Mapping[Modality, Stream]
+Streams = Mapping[Modality, EncodedModality]
 Answer = tuple[tuple[Tensor, ...], Tensor]  # values, M times [B, K, D], and validity [B, M]
 NEARNESS = 3.0  # score of two equal moments before training
 SHARPNESS = 4.0  # of log-sum-exp pooling
@@ -73,7 +73,7 @@ class _LocalStream(nn.Module):
         self.slot_KD = nn.Parameter(torch.randn(config.pseudo_tokens, width))
         self.out = nn.Linear(width, width)
 
-    def forward(self, stream: Stream) -> Tensor:
+    def forward(self, stream: EncodedModality) -> Tensor:
         stream_BDT = stream.content_BTD.transpose(1, 2).contiguous()
         scales_BnT = torch.cat([convolve(stream_BDT) for convolve in self.depthwise], 1)
         found_BTD = self.detect(gelu(self.pointwise(scales_BnT.transpose(1, 2))))
@@ -105,7 +105,7 @@ class LocalExpert(nn.Module):
         return self.answer([self.streams[m](stream) for m, stream in streams.items()], presence(streams))
 
 
-class _Question(nn.Module):
+class SlotQuery(nn.Module):
     """One question per slot and head of a modality: what its pooled frames hold and, if `timed`, when they are."""
 
     def __init__(self, config: FusionConfig, timed: bool) -> None:
@@ -118,7 +118,7 @@ class _Question(nn.Module):
             waves = (config.width + 1) // 2
             self.near_hKn = nn.Parameter(torch.full((config.heads, config.pseudo_tokens, waves), NEARNESS / waves))
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
+    def forward(self, stream: EncodedModality) -> tuple[Tensor, Tensor | None]:
         weight_BhKT = self.attention(stream.content_BTD, stream.mask_BT)
         query_BKD = self.content(self.norm(pool(weight_BhKT, stream.content_BTD)))
         if not self.timed:
@@ -127,7 +127,7 @@ class _Question(nn.Module):
         return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BhKD.shape[-1]]
 
 
-class _Source(nn.Linear):
+class FoldedCrossAttention(nn.Linear):
     """Multi-head attention of few queries to many frames: keys and values, the two halves of the layer, are never made.
 
         q . (K x_s) = (K^T q) . x_s,    sum_s a_s (V x_s + b) = V (sum_s a_s x_s) + b
@@ -183,8 +183,10 @@ class SemanticExpert(nn.Module):
             raise ValueError("the semantic expert relates modalities: it needs at least two of them")
         self.heads = config.heads
         self.timed = [m for m in modalities if m != "text"] if {"audio", "video"} <= set(modalities) else []
-        self.ask = nn.ModuleDict({modality: _Question(config, modality in self.timed) for modality in modalities})
-        self.source = nn.ModuleDict({modality: _Source(config.width, config.heads) for modality in modalities})
+        self.ask = nn.ModuleDict({modality: SlotQuery(config, modality in self.timed) for modality in modalities})
+        self.source = nn.ModuleDict(
+            {modality: FoldedCrossAttention(config.width, config.heads) for modality in modalities}
+        )
         self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
         self.answer = _Answer(config.width)
 
@@ -204,7 +206,11 @@ class SemanticExpert(nn.Module):
         return self.answer(values, present_BM & (present_BM.sum(1, keepdim=True) > 1))
 
     def _near(
-        self, asked: Mapping[Any, tuple[Tensor, Tensor | None]], askers: Sequence[Any], other: str, stream: Stream
+        self,
+        asked: Mapping[Any, tuple[Tensor, Tensor | None]],
+        askers: Sequence[Any],
+        other: str,
+        stream: EncodedModality,
     ) -> Tensor | None:
         """How near in time each asker's moment is to the frames of `other`; 0 for one without a clock."""
         if other not in self.timed or not any(m in self.timed for m in askers):
@@ -240,7 +246,7 @@ class _GlobalBlock(nn.Module):
         return joined_BTD + self.dropout(self.down(hidden_BTn))
 
 
-class _Tag(nn.Module):
+class ModalityEmbedding(nn.Module):
     """Adds a modality's learned vector to its stream."""
 
     def __init__(self, width: int) -> None:
@@ -251,7 +257,7 @@ class _Tag(nn.Module):
         return values_BTD + self.vector_D
 
 
-class _Reading(nn.Module):
+class SlotPooling(nn.Module):
     """Attention pooling of one modality's windows, per slot."""
 
     def __init__(self, config: FusionConfig) -> None:
@@ -274,10 +280,10 @@ class GlobalExpert(nn.Module):
     def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         super().__init__()
         self.stride = config.global_stride
-        self.tag = nn.ModuleDict({modality: _Tag(config.width) for modality in modalities})
+        self.tag = nn.ModuleDict({modality: ModalityEmbedding(config.width) for modality in modalities})
         self.blocks = nn.ModuleList(_GlobalBlock(config) for _ in range(config.global_layers))
         self.norm = nn.LayerNorm(config.width)
-        self.read = nn.ModuleDict({modality: _Reading(config) for modality in modalities})
+        self.read = nn.ModuleDict({modality: SlotPooling(config) for modality in modalities})
         self.answer = _Answer(config.width)
 
     def forward(self, streams: Streams) -> Answer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config import FusionConfig, Modality
 from trainer.kernels.gate import gate_mix
-from trainer.models.fusion.encoders import Stream
+from trainer.models.fusion.encoders import EncodedModality
 from trainer.models.fusion.experts import Streams, presence
 from trainer.models.fusion.masked import masked_mean
 
@@ -169,7 +169,7 @@ class HierarchicalGate(Float32Buffers):
         self.step_weight.zero_()
 
 
-def _statistics(stream: Stream) -> Tensor:
+def _statistics(stream: EncodedModality) -> Tensor:
     """Mean and log of the standard deviation over time [B, 2 D]."""
     mean_BD = masked_mean(stream.content_BTD, stream.mask_BT)
     variance_BD = masked_mean((stream.content_BTD - mean_BD.unsqueeze(1)).square(), stream.mask_BT)
