@@ -109,7 +109,7 @@ class Ours:
         total = len(self.order.step(index).indices)
         for rows in self.rows(index):
             out = self.model(rows)
-            (((out.loss_B + out.auxiliary_B) * rows.weight_B).sum() / total + out.idle).backward()
+            (((out.loss_B + out.auxiliary_B) * rows.weight_B).sum() / total + out.unused_param_zero).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         assert self.model.fusion is not None

@@ -51,14 +51,16 @@ class Features:
 
 @dataclass
 class FusionInput:
-    """What the fusion network reads of some samples, padded to the longest of them. A filler's result is used nowhere: it
-    keeps the ranks' calls equal in number."""
+    """What the fusion network reads of some samples, padded to the longest of them.
+
+    A dummy group's output is ignored: it keeps the number of calls equal across ranks.
+    """
 
     text_ids_BS: Tensor  # the sample's own text; S is at least 1
     text_mask_BS: Tensor
     audio: Features
     video: Features
-    filler: bool = False
+    dummy: bool = False
 
     def __len__(self) -> int:
         return int(self.text_ids_BS.shape[0])

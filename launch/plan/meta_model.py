@@ -181,7 +181,7 @@ def build(
 
 
 def _attention(base: PreTrainedModel, asked: str) -> str:
-    """The way to attend that is recorded: as asked the mask of a whole row, else blocks, which hold the most of what `auto`
+    """The attention backend that is recorded: as asked the mask of a whole row, else blocks, which hold the most of what `auto`
     may choose on a GPU, where the family can."""
     own = str(base.config._attn_implementation)
     if own == "sdpa" and base._supports_attention_backend:
@@ -261,7 +261,7 @@ def record_pass(model: EGMF, rows: Rows, dtype: torch.dtype) -> Pass:
     with watch:
         output = model(batch)
         assert isinstance(output, LossOutput)
-        (output.loss_B.sum() + output.auxiliary_B.sum() + output.idle).backward()
+        (output.loss_B.sum() + output.auxiliary_B.sum() + output.unused_param_zero).backward()
     for hook in hooks:
         hook.remove()
     return Pass(watch.peak, watch.peak_with_gradients, watch.flops)

@@ -106,7 +106,7 @@ def test_a_packed_row_is_its_pieces_token_by_token(tokenizer: PreTrainedTokenize
     got = zip(row.answer_at_n.tolist(), row.answer_id_n.tolist(), slots, strict=True)
     assert [(at, token, *slot) for at, token, slot in got] == targets
     assert [len(i) for i in row.inputs] == [2, 1, 1]  # the one between is of no use
-    assert [i.filler for i in row.inputs] == [False, True, False]
+    assert [i.dummy for i in row.inputs] == [False, True, False]
     assert row.inputs[0].audio.mask_BT.sum(1).tolist() == [5, 8]
     assert row.inputs[1].audio.mask_BT.shape == (1, 1)
     assert row.positions == len(row.prefix_ids_P) + len(own)

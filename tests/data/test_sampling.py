@@ -14,8 +14,8 @@ from trainer.data.sampling import (
     GlobalBatchSampler,
     Limits,
     Sizes,
+    dropped_modalities,
     group,
-    hidden_modalities,
     micro_batches,
 )
 
@@ -158,10 +158,10 @@ def test_faults_are_named() -> None:
         GlobalBatchSampler({"meld": np.zeros(0)}, global_batch=4, seed=0, weights={"mled": 1})
 
 
-def test_hidden_modalities_have_the_rate_and_do_not_depend_on_order() -> None:
-    draws = [hidden_modalities(0.3, 5, epoch, f"s{i}") for epoch in range(4) for i in range(1000)]
+def test_dropped_modalities_have_the_rate_and_do_not_depend_on_order() -> None:
+    draws = [dropped_modalities(0.3, 5, epoch, f"s{i}") for epoch in range(4) for i in range(1000)]
     for name in ("audio", "video"):
         share = np.mean([name in d for d in draws])
         assert abs(share - 0.3) < 5 * np.sqrt(0.3 * 0.7 / len(draws))
-    assert hidden_modalities(0.3, 5, 2, "s7") == draws[2007]
-    assert hidden_modalities(0.0, 5, 2, "s7") == set()
+    assert dropped_modalities(0.3, 5, 2, "s7") == draws[2007]
+    assert dropped_modalities(0.0, 5, 2, "s7") == set()

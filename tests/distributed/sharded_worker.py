@@ -135,7 +135,7 @@ def held_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
             gc.collect()
             alive.append(sum({ref.cdata: size for ref, size in seen if not ref.expired()}.values()))
             assert len(seen) >= len(layers)
-            engine.backward(output.loss_B.mean() + output.idle)
+            engine.backward(output.loss_B.mean() + output.unused_param_zero)
             if step == 0:
                 trained = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
                 gradients = {name: float(safe_get_full_grad(p).double().norm()) for name, p in trained.items()}

@@ -70,7 +70,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
         weights = [float(collate([view[i]]).weight_B) for i in batch.indices]
         for i, weight in zip(batch.indices, np.array(weights) / sum(weights), strict=True):
             output = model(collate([view[i]], epoch=batch.epoch).to("cpu", dtype))
-            share = float(weight) * (output.loss_B.sum() + output.auxiliary_B.sum()) + output.idle
+            share = float(weight) * (output.loss_B.sum() + output.auxiliary_B.sum()) + output.unused_param_zero
             share.backward()
             loss += float(output.loss_B.detach().sum()) * weight
             auxiliary_loss += float(output.auxiliary_B.detach().sum()) * weight

@@ -68,7 +68,7 @@ def test_a_micro_step_never_waits_for_the_gpu(data: Path, tmp_path: Path, layout
         torch.cuda.set_sync_debug_mode("error" if watched else "default")
         try:
             output = model(batch)
-            (output.loss_B.sum() + output.auxiliary_B.sum() + output.idle).backward()
+            (output.loss_B.sum() + output.auxiliary_B.sum() + output.unused_param_zero).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -109,7 +109,7 @@ def test_the_loss_is_minus_the_score_of_the_answer(folders):
     assert isinstance(out, LossOutput)
     assert out.loss_B.dtype == torch.float32
     torch.testing.assert_close(out.loss_B, -table.diag().detach(), atol=1e-5, rtol=0)
-    assert out.idle == 0
+    assert out.unused_param_zero == 0
     assert out.auxiliary_B.tolist() == [0.0] * 4
 
 
@@ -117,7 +117,7 @@ def test_gradients_equal_a_plain_forward_over_all_positions(folders):
     model = make_model(folders("qwen3"), quantization="nf4").train()
     batch = train_batch(pad=2)
     out = model(batch)
-    (out.loss_B.sum() + out.idle).backward()
+    (out.loss_B.sum() + out.unused_param_zero).backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     assert all(grad is not None for grad in got.values())
     model.zero_grad()

@@ -66,7 +66,10 @@ def gradients(model: EGMF, outputs: Sequence[LossOutput]) -> tuple[Tensor, dict[
     weights = torch.linspace(0.5, 1.5, len(TEXTS))
     loss_B = torch.cat([out.loss_B for out in outputs])
     model.zero_grad()
-    ((loss_B + torch.cat([out.auxiliary_B for out in outputs])) @ weights + sum(out.idle for out in outputs)).backward()
+    (
+        (loss_B + torch.cat([out.auxiliary_B for out in outputs])) @ weights
+        + sum(out.unused_param_zero for out in outputs)
+    ).backward()
     return loss_B.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -87,7 +90,7 @@ def magnitudes(model: EGMF, losses: Sequence[Tensor]) -> dict[str, float]:
     return {name: max(float(total.max()), 1e-3 * largest) for name, total in sums.items()}
 
 
-WAYS = [
+BACKENDS = [
     pytest.param({}, id="plain"),
     pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
     pytest.param({"gradient_checkpointing": True, "reentrant": True}, id="reentrant"),
@@ -95,16 +98,16 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_loss_and_every_gradient_equal_the_samples_one_at_a_time(
-    folder: Path, quantization: str, way: dict[str, Any]
+    folder: Path, quantization: str, backend: dict[str, Any]
 ) -> None:
-    model = make(folder, quantization=quantization, **way).train()
+    model = make(folder, quantization=quantization, **backend).train()
     collate, held = collator(model), samples()
     alone, reference = gradients(model, [model(collate([sample])) for sample in held])
     weighted = zip(torch.linspace(0.5, 1.5, len(TEXTS)), (model(collate([sample])) for sample in held), strict=True)
-    scale = magnitudes(model, [w * (out.loss_B + out.auxiliary_B).sum() + out.idle for w, out in weighted])
+    scale = magnitudes(model, [w * (out.loss_B + out.auxiliary_B).sum() + out.unused_param_zero for w, out in weighted])
     for groups in ([6], [2, 1, 3], [1, 0, 5, 0]):
         packed, got = gradients(model, [model(collate.pack(held, groups))])
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
@@ -248,7 +251,7 @@ def test_a_micro_step_never_waits_for_the_device(folder: Path, layout: str, atte
     batch = collate.pack(held, [2, 0, 4]) if layout == "packed" else collate(held)
     with Waits() as seen:
         out = model(batch)
-        (out.loss_B.sum() + out.auxiliary_B.sum() + out.idle).backward()
+        (out.loss_B.sum() + out.auxiliary_B.sum() + out.unused_param_zero).backward()
     assert seen.found == []
     with Waits() as seen:
         assert bool(torch.ones(3)[torch.tensor([True, False, True])].sum() > 1)

@@ -18,7 +18,7 @@ from trainer.batch import AnswerTrie, Batch, Features, FusionInput, PackedBatch,
 from trainer.config import DataConfig
 from trainer.data.dataset import SplitView
 from trainer.data.objective import Objective
-from trainer.data.sampling import MicroBatch, Sizes, hidden_modalities
+from trainer.data.sampling import MicroBatch, Sizes, dropped_modalities
 from trainer.tasks import Language, Task
 from trainer.text import count_tokens, encode, end_token, start_tokens
 
@@ -88,7 +88,7 @@ class Collator:
         targets = [self.answers[c] for c in chosen] if answers else [[] for _ in samples]
         objective = self.objective if answers else Objective()  # what is scored may have no truth
         rows = [context + target[:-1] for context, target in zip(contexts, targets, strict=True)]
-        hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
+        dropped = [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
         return Batch(
             task=self.task.name,
             ids=[sample.id for sample in samples],
@@ -100,8 +100,8 @@ class Collator:
             answer_mask_BA=_pad(targets)[1],
             text_ids_BS=_pad(texts, least=1)[0],
             text_mask_BS=_pad(texts, least=1)[1],
-            audio=self._features("audio", samples, hidden),
-            video=self._features("video", samples, hidden),
+            audio=self._features("audio", samples, dropped),
+            video=self._features("video", samples, dropped),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
             weight_B=objective.weights(self.task, samples, weight),
             choices=objective.choices(chosen, max(map(len, targets))),
@@ -144,7 +144,7 @@ class Collator:
         ]
         at = [cue + place for cue, held in zip(cues, tokens_at, strict=False) for place in held]
         slots = [b * longest + i for b, answer in enumerate(answers) for i in range(len(answer))]
-        hidden = [self._hidden(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
+        dropped = [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
         return PackedBatch(
             task=self.task.name,
             ids=[sample.id for sample in samples],
@@ -157,7 +157,7 @@ class Collator:
             answer_id_n=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
             answer_slot_n=torch.tensor(slots, dtype=torch.long),
             longest_answer=longest,
-            inputs=self._inputs(samples, texts, hidden, [len(samples)] if groups is None else groups),
+            inputs=self._inputs(samples, texts, dropped, [len(samples)] if groups is None else groups),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
             weight_B=objective.weights(self.task, samples, weight),
             choices=objective.choices(chosen),
@@ -202,7 +202,7 @@ class Collator:
         self,
         samples: Sequence[Sample],
         texts: Sequence[list[int]],
-        hidden: Sequence[set[str]],
+        dropped: Sequence[set[str]],
         groups: Sequence[int],
     ) -> list[FusionInput]:
         out, start = [], 0
@@ -211,24 +211,24 @@ class Collator:
             ids, mask = _pad(texts[chosen] if size else [[]], least=1)
             nothing = [{"audio", "video"}]
             audio, video = (
-                self._features(name, samples[chosen], hidden[chosen] if size else nothing)
+                self._features(name, samples[chosen], dropped[chosen] if size else nothing)
                 for name in ("audio", "video")
             )
-            out.append(FusionInput(ids, mask, audio, video, filler=not size))
+            out.append(FusionInput(ids, mask, audio, video, dummy=not size))
             start += size
         return out
 
-    def _hidden(self, sample: Sample, text: Sequence[int], epoch: int | None) -> set[str]:
-        """The modalities that dropout hides. Where a sample has no text, the longest of its streams stays."""
+    def _dropped(self, sample: Sample, text: Sequence[int], epoch: int | None) -> set[str]:
+        """The modalities that dropout removes. Where a sample has no text, the longest of its streams stays."""
         if epoch is None:
             return set()
-        hidden = hidden_modalities(self.config.modality_dropout, self.seed, epoch, sample.id)
-        if hidden and not text:
+        dropped = dropped_modalities(self.config.modality_dropout, self.seed, epoch, sample.id)
+        if dropped and not text:
             frames = {name: _frames(getattr(sample, f"{name}_TF")) for name in ("audio", "video")}
             there = [name for name in frames if name in self.modalities and frames[name]]
-            if there and hidden.issuperset(there):
-                hidden = hidden - {max(there, key=lambda name: frames[name])}
-        return hidden
+            if there and dropped.issuperset(there):
+                dropped = dropped - {max(there, key=lambda name: frames[name])}
+        return dropped
 
     def _text(self, text: str) -> list[int]:
         if text not in self._tokens:
@@ -244,11 +244,11 @@ class Collator:
     def _context(self, sample: Sample, text: list[int]) -> list[int]:
         return self.prefix + [self.end] * self.pseudo_tokens + self._history(sample) + text + self.suffix
 
-    def _features(self, name: str, samples: Sequence[Sample], hidden: Sequence[set[str]]) -> Features:
+    def _features(self, name: str, samples: Sequence[Sample], dropped: Sequence[set[str]]) -> Features:
         width, rate = max(self.widths[name], 1), self.rates[name]
         used = name in self.modalities and self.widths[name] > 0
         values = [
-            getattr(s, f"{name}_TF") if used and name not in h else None for s, h in zip(samples, hidden, strict=True)
+            getattr(s, f"{name}_TF") if used and name not in h else None for s, h in zip(samples, dropped, strict=True)
         ]
         longest = max([1, *(len(v) for v in values if v is not None)])
         out = torch.zeros(len(samples), longest, width)

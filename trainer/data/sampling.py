@@ -258,8 +258,8 @@ def group(indices: Sequence[int], read_N3: np.ndarray) -> tuple[tuple[int, ...],
     return tuple(int(i) for i in chosen), (stop, *groups)
 
 
-def hidden_modalities(rate: float, seed: int, epoch: int, sample: str) -> set[str]:
-    """The modalities hidden from a training sample: a function of (seed, epoch, sample) alone."""
+def dropped_modalities(rate: float, seed: int, epoch: int, sample: str) -> set[str]:
+    """The modalities that modality dropout removes from a training sample: a function of (seed, epoch, sample) alone."""
     if rate == 0.0:
         return set()
     draw = np.random.default_rng([seed, 3, epoch, zlib.crc32(sample.encode())]).random(2)

@@ -28,11 +28,11 @@ LOGITS_AT_ONCE = 2**25  # entries of [B x P, V] held at a time in scoring
 class LossOutput(NamedTuple):
     """Per-sample losses, unweighted, float32: `loss_B` = -sum log p of the answer's tokens, end included (smoothed, and with
     an expected error, where the batch asks for it); `auxiliary_B` are the fusion network's own terms, already times their
-    weights: the gate's balance, the experts' answers, the gate's trust in them. `idle` is 0 and belongs in the sum, so that every parameter has a gradient."""
+    weights: the gate's balance, the experts' answers, the gate's trust in them. `unused_param_zero` is 0 and belongs in the sum, so that every parameter has a gradient."""
 
     loss_B: Tensor
     auxiliary_B: Tensor
-    idle: Tensor
+    unused_param_zero: Tensor
     gate_expert_BKE: Tensor | None
     gate_modality_BKEM: Tensor | None
 
@@ -64,13 +64,13 @@ class EGMF(nn.Module):
         if isinstance(batch, PackedBatch):
             own_TH, fused = self._embed_packed(batch)
             score = batch.packing.trie is not None and not batch.longest_answer
-            hidden_TH = self._hidden_packed(own_TH, batch, prefix, exact=score)
+            hidden_TH = self._hidden_packed(own_TH, batch, prefix, fp32_attention=score)
             out = self._score_packed(hidden_TH, batch) if score else self._loss_packed(hidden_TH, batch)
         else:
             embeds_BLH, fused = self._embed(batch)
             score = trie is not None
             held = trie if score else batch.trie
-            hidden_BLH = self._hidden_padded(embeds_BLH, batch, held, exact=score)
+            hidden_BLH = self._hidden_padded(embeds_BLH, batch, held, fp32_attention=score)
             out = self._score(hidden_BLH, batch, trie) if trie is not None else self._loss(hidden_BLH, batch)
         gates = (None, None) if fused is None else (fused.gate_expert_BKE, fused.gate_modality_BKEM)
         if score:
@@ -87,7 +87,7 @@ class EGMF(nn.Module):
             auxiliary_B = auxiliary_B + self.fusion.config.expert_loss_weight * (terms[0] + terms[1])
         if self.training:
             gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B)
-        return LossOutput(out, auxiliary_B, fused.idle.float(), *gates)
+        return LossOutput(out, auxiliary_B, fused.unused_param_zero.float(), *gates)
 
     @torch.no_grad()
     def prefix(self, ids_P: Tensor) -> PrefixCache:
@@ -95,7 +95,7 @@ class EGMF(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self.backbone.prefix(self.backbone.embed(ids_P), exact=True)
+            return self.backbone.prefix(self.backbone.embed(ids_P), fp32_attention=True)
         finally:
             self.train(was_training)
 
@@ -199,24 +199,26 @@ class EGMF(nn.Module):
                 )
             return None
         made = [self._fuse_group(self.fusion, batch.task, group) for group in batch.inputs]
-        used = [out for out, group in zip(made, batch.inputs, strict=True) if not group.filler]
-        idle = torch.stack([out.idle.float() for out in used]).sum()
+        used = [out for out, group in zip(made, batch.inputs, strict=True) if not group.dummy]
+        unused_param_zero = torch.stack([out.unused_param_zero.float() for out in used]).sum()
         for out, group in zip(made, batch.inputs, strict=True):
-            if group.filler:
-                idle = idle + 0.0 * (out.pseudo_BKH.float().sum() + out.idle.float())
+            if group.dummy:
+                unused_param_zero = unused_param_zero + 0.0 * (
+                    out.pseudo_BKH.float().sum() + out.unused_param_zero.float()
+                )
                 if out.expert_logprob_BEC is not None:
-                    idle = idle + 0.0 * out.expert_logprob_BEC.sum()
+                    unused_param_zero = unused_param_zero + 0.0 * out.expert_logprob_BEC.sum()
         built = used[0].pseudo_BKH.shape[1]
         if built != batch.pseudo_tokens:
             raise ValueError(f"the batch keeps {batch.pseudo_tokens} places for pseudo tokens, the model makes {built}")
         if len(used) == 1:
-            return used[0]._replace(idle=idle)
+            return used[0]._replace(unused_param_zero=unused_param_zero)
         told = [out.expert_logprob_BEC for out in used if out.expert_logprob_BEC is not None]
         return FusionOutput(
             torch.cat([out.pseudo_BKH for out in used]),
             torch.cat([out.gate_expert_BKE for out in used]),
             torch.cat([out.gate_modality_BKEM for out in used]),
-            idle,
+            unused_param_zero,
             torch.cat([out.expert_valid_BE for out in used]),
             torch.cat(told) if told else None,
         )
@@ -225,12 +227,14 @@ class EGMF(nn.Module):
         text_BSH = self.backbone.embed(group.text_ids_BS).detach()
         return fusion(task, text_BSH, group.text_mask_BS, group.audio, group.video)
 
-    def _hidden_packed(self, own_TH: Tensor, batch: PackedBatch, prefix: PrefixCache | None, *, exact: bool) -> Tensor:
+    def _hidden_packed(
+        self, own_TH: Tensor, batch: PackedBatch, prefix: PrefixCache | None, *, fp32_attention: bool
+    ) -> Tensor:
         """Hidden states of the samples' own tokens."""
         if prefix is not None:
-            return self.backbone.packed(own_TH, batch.packing, prefix, exact=exact)
+            return self.backbone.packed(own_TH, batch.packing, prefix, fp32_attention=fp32_attention)
         embeds_TH = torch.cat([self.backbone.embed(batch.prefix_ids_P), own_TH])
-        return self.backbone.packed(embeds_TH, batch.packing, exact=exact)[batch.packing.prefix :]
+        return self.backbone.packed(embeds_TH, batch.packing, fp32_attention=fp32_attention)[batch.packing.prefix :]
 
     def _loss_packed(self, hidden_TH: Tensor, batch: PackedBatch) -> Tensor:
         if not len(batch.answer_at_n):
@@ -251,7 +255,9 @@ class EGMF(nn.Module):
         hidden_BPH = hidden_TH.index_select(0, at_BP.flatten()).unflatten(0, tuple(at_BP.shape))
         return self._answer_logprobs(hidden_BPH, trie)
 
-    def _hidden_padded(self, embeds_BLH: Tensor, batch: Batch, trie: AnswerTrie | None, *, exact: bool) -> Tensor:
+    def _hidden_padded(
+        self, embeds_BLH: Tensor, batch: Batch, trie: AnswerTrie | None, *, fp32_attention: bool
+    ) -> Tensor:
         """Hidden states of padded rows, and behind them of the trie; each node sees its row's context and its ancestors."""
         B, L, _ = embeds_BLH.shape
         device = embeds_BLH.device
@@ -260,7 +266,9 @@ class EGMF(nn.Module):
         nodes_BNH = self.backbone.embed(trie.token_N)[None].expand(B, trie.token_N.shape[0], -1)
         positions_BL = torch.cat([_arange(B, L, device), batch.context_length_B[:, None] + trie.depth_N], 1)
         mask_B1LL = _trie_mask(batch.context_length_B, L, trie)
-        return self.backbone.hidden(torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, exact=exact)
+        return self.backbone.hidden(
+            torch.cat([embeds_BLH, nodes_BNH], 1), positions_BL, mask_B1LL, fp32_attention=fp32_attention
+        )
 
     def _loss(self, hidden_BLH: Tensor, batch: Batch) -> Tensor:
         B, A = batch.answer_ids_BA.shape

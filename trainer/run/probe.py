@@ -58,7 +58,7 @@ def probe(
                 engine.set_gradient_accumulation_boundary(True)
                 output = engine(batch)
                 loss = output.loss_B.mean()
-                engine.backward(loss + output.auxiliary_B.mean() + output.idle, scale_wrt_gas=False)
+                engine.backward(loss + output.auxiliary_B.mean() + output.unused_param_zero, scale_wrt_gas=False)
                 with guard.freeze_optimizer(True):
                     engine.step()
             if not math.isfinite(float(loss.detach())):

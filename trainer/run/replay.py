@@ -55,7 +55,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
         torch.manual_seed(mix(about["seed"], about["step"] - 1, micro["micro_step"], micro["rank"]))
         batch = load_batch(folder / micro["file"]).to(world.device)
         output = model(batch)
-        (output.loss_B.sum() + output.auxiliary_B.sum() + output.idle).backward()
+        (output.loss_B.sum() + output.auxiliary_B.sum() + output.unused_param_zero).backward()
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         losses = dict(zip(batch.ids, output.loss_B.detach().tolist(), strict=True))
         told.append(Replay(micro["file"], losses, found[0] if found else None, bad))

@@ -105,7 +105,9 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: N
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
         loss_B, auxiliary_B = output.loss_B * rows.weight_B, output.auxiliary_B * rows.weight_B
-        engine.backward((loss_B.sum() + auxiliary_B.sum()) * (world.size / total) + output.idle, scale_wrt_gas=False)
+        engine.backward(
+            (loss_B.sum() + auxiliary_B.sum()) * (world.size / total) + output.unused_param_zero, scale_wrt_gas=False
+        )
         told[0] += loss_B.detach().sum().double()
         told[1] += auxiliary_B.detach().sum().double()
         evidence.add(rows, loss_B.detach())

@@ -140,7 +140,7 @@ def test_an_exact_pass_in_half_precision_attends_in_float32(qwen, monkeypatch):
     embeds, positions = backbone.embed(torch.arange(2, 11)[None]), torch.arange(9)[None]
     mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     with torch.no_grad():
-        exact = backbone.hidden(embeds, positions, mask, exact=True)
+        exact = backbone.hidden(embeds, positions, mask, fp32_attention=True)
         assert set(seen) == {torch.float32}
         assert exact.dtype == torch.bfloat16
         seen.clear()

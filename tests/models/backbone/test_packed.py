@@ -16,7 +16,7 @@ from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.backbone.loading import BackboneError
 from trainer.models.backbone.packed import PackedRow
 
-WAYS = ("sdpa", "eager", "blocks", "varlen")
+BACKENDS = ("sdpa", "eager", "blocks", "varlen")
 LENGTHS = (4, 1, 7, 5)
 ANSWERS = [[5], [5, 6], [7, 8, 9], [7, 8, 10], [11]]
 WINDOWS = [
@@ -39,9 +39,9 @@ def backbones(tmp_path_factory):
         attention = "eager" if eager else "blocks"
         return load(folder(family), dtype, quantization=quantization, attention=attention)
 
-    def get(way="blocks", family="qwen3", dtype=torch.float32, quantization="none"):
-        backbone = loaded(family, dtype, quantization, way == "eager")
-        backbone.attention = way
+    def get(backend="blocks", family="qwen3", dtype=torch.float32, quantization="none"):
+        backbone = loaded(family, dtype, quantization, backend == "eager")
+        backbone.attention = backend
         backbone.zero_grad()
         return backbone.eval()
 
@@ -90,10 +90,10 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_hidden_states_equal_separate_passes(backbones, way, family, dtype, quantization):
-    backbone = backbones(way, family, dtype, quantization)
+def test_hidden_states_equal_separate_passes(backbones, backend, family, dtype, quantization):
+    backbone = backbones(backend, family, dtype, quantization)
     packing = make_packing()
     embeds = make_embeds(backbone, packing)
     got, want = backbone.packed(embeds, packing), one_by_one(backbone, embeds, packing)
@@ -102,14 +102,14 @@ def test_hidden_states_equal_separate_passes(backbones, way, family, dtype, quan
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     else:
         assert relative(got.float(), want.float()) < 2e-2
-        exact = backbone.packed(embeds, packing, exact=True)
+        exact = backbone.packed(embeds, packing, fp32_attention=True)
         assert relative(exact.float(), want.float()) < 2e-2
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_loss_and_every_gradient_equal_separate_passes(backbones, way, quantization):
-    backbone = backbones(way, quantization=quantization)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_and_every_gradient_equal_separate_passes(backbones, backend, quantization):
+    backbone = backbones(backend, quantization=quantization)
     packing = make_packing()
     embeds = make_embeds(backbone, packing).requires_grad_()
     want = loss_of(backbone, one_by_one(backbone, embeds, packing), packing)
@@ -127,21 +127,23 @@ def test_the_loss_and_every_gradient_equal_separate_passes(backbones, way, quant
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_checkpointing_recomputes_the_same(backbones, way, reentrant):
-    plain, packing = backbones(way), make_packing()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointing_recomputes_the_same(backbones, backend, reentrant):
+    plain, packing = backbones(backend), make_packing()
     embeds = make_embeds(plain, packing)
     loss_of(plain, plain.packed(embeds, packing), packing).backward()
     wanted = lora_gradients(plain)
-    saving = load(backbones.folder("qwen3"), attention=way, gradient_checkpointing=True, reentrant=reentrant).train()
+    saving = load(
+        backbones.folder("qwen3"), attention=backend, gradient_checkpointing=True, reentrant=reentrant
+    ).train()
     loss_of(saving, saving.packed(embeds.clone().requires_grad_(), packing), packing).backward()
     for name, grad in lora_gradients(saving).items():
         torch.testing.assert_close(grad, wanted[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_gradient_goes_from_one_sample_to_another(backbones, way):
-    backbone, packing = backbones(way), make_packing()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_goes_from_one_sample_to_another(backbones, backend):
+    backbone, packing = backbones(backend), make_packing()
     embeds = make_embeds(backbone, packing).requires_grad_()
     where = spans(packing)
     backbone.packed(embeds, packing)[where[2]].square().sum().backward()
@@ -154,10 +156,10 @@ def test_no_gradient_goes_from_one_sample_to_another(backbones, way):
 @pytest.mark.parametrize(
     ("prefix", "lengths"), [(0, LENGTHS), (3, (1,)), (0, (1, 1)), (1, (6,)), (4, (2, 2, 2))], ids=str
 )
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_odd_shapes(backbones, way, prefix, lengths):
-    backbone, packing = backbones(way), make_packing(prefix, lengths)
+def test_odd_shapes(backbones, backend, prefix, lengths):
+    backbone, packing = backbones(backend), make_packing(prefix, lengths)
     embeds = make_embeds(backbone, packing)
     got = backbone.packed(embeds, packing)
     torch.testing.assert_close(got, one_by_one(backbone, embeds, packing), atol=1e-5, rtol=1e-5)
@@ -167,10 +169,10 @@ def test_odd_shapes(backbones, way, prefix, lengths):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_a_cached_prefix_is_the_prefix_and_stays_as_it_is(backbones, way, family):
-    backbone, packing = backbones(way, family), make_packing()
+def test_a_cached_prefix_is_the_prefix_and_stays_as_it_is(backbones, backend, family):
+    backbone, packing = backbones(backend, family), make_packing()
     embeds = make_embeds(backbone, packing)
     cache = backbone.prefix(embeds[:5])
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
@@ -185,10 +187,10 @@ def test_a_cached_prefix_is_the_prefix_and_stays_as_it_is(backbones, way, family
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "glm4"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_nodes_of_a_trie_see_their_context_and_ancestors(backbones, way, family, cached):
-    backbone, trie = backbones(way, family), make_trie(ANSWERS)
+def test_nodes_of_a_trie_see_their_context_and_ancestors(backbones, backend, family, cached):
+    backbone, trie = backbones(backend, family), make_trie(ANSWERS)
     nodes, contexts = len(trie.token_N), (6, 3, 9)
     packing = make_packing(4, [n + nodes for n in contexts], trie)
     embeds = make_embeds(backbone, packing)
@@ -208,16 +210,16 @@ def test_nodes_of_a_trie_see_their_context_and_ancestors(backbones, way, family,
         torch.testing.assert_close(got[span][:context], want[4 : 4 + context], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["sdpa", "blocks"])
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @torch.no_grad()
-def test_exact_values_in_half_precision_do_not_hang_on_neighbours(backbones, way):
-    backbone = backbones(way, dtype=torch.bfloat16)
+def test_exact_values_in_half_precision_do_not_hang_on_neighbours(backbones, backend):
+    backbone = backbones(backend, dtype=torch.bfloat16)
     packing = make_packing()
     embeds = make_embeds(backbone, packing)
-    got = backbone.packed(embeds, packing, exact=True)
+    got = backbone.packed(embeds, packing, fp32_attention=True)
     for span in spans(packing):
         alone = make_packing(5, (span.stop - span.start,))
-        want = backbone.packed(torch.cat([embeds[:5], embeds[span]]), alone, exact=True)[5:]
+        want = backbone.packed(torch.cat([embeds[:5], embeds[span]]), alone, fp32_attention=True)[5:]
         torch.testing.assert_close(got[span], want, atol=2e-2, rtol=2e-2)
 
 
@@ -271,12 +273,12 @@ def by_mask(row, query, key, value):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("prefix", "lengths"), [(5, LENGTHS), (0, LENGTHS), (7, (1,)), (2, (3, 1, 1))], ids=str)
-@pytest.mark.parametrize("way", ["blocks", "varlen"])
-def test_a_kernel_equals_the_mask_to_the_last_digits(way, prefix, lengths, cached):
+@pytest.mark.parametrize("backend", ["blocks", "varlen"])
+def test_a_kernel_equals_the_mask_to_the_last_digits(backend, prefix, lengths, cached):
     packing = make_packing(prefix, lengths)
     row = PackedRow(packing, cached)
     query, key, value = random_heads(packing, cached)
-    got = row.kernel(way)(query, key, value, scale=0.3, dropout=0.0)
+    got = row.kernel(backend)(query, key, value, scale=0.3, dropout=0.0)
     torch.testing.assert_close(got, by_mask(row, query, key, value), atol=1e-15, rtol=1e-15)
 
 
@@ -375,9 +377,9 @@ def test_what_takes_no_tree_leaves_scoring_to_blocks_and_says_it_once(backbones,
     backbone, trie = load(backbones.folder("qwen3"), attention="varlen").eval(), make_trie(ANSWERS)
     packing = make_packing(4, [12, 15], trie)
     embeds = make_embeds(backbone, packing)
-    got = [backbone.packed(embeds, packing, exact=True) for _ in range(2)]
+    got = [backbone.packed(embeds, packing, fp32_attention=True) for _ in range(2)]
     backbone.attention = "blocks"
-    assert torch.equal(got[0], backbone.packed(embeds, packing, exact=True))
+    assert torch.equal(got[0], backbone.packed(embeds, packing, fp32_attention=True))
     assert caplog.text.count("varlen takes no tree of answers: blocks score") == 1
 
 
@@ -395,7 +397,7 @@ def test_a_family_that_drops_the_kernel_attends_by_the_mask(backbones, monkeypat
 
     own = Qwen3DecoderLayer.forward
 
-    def dropping(self, hidden_states, kernel=None, exact=False, **options):
+    def dropping(self, hidden_states, kernel=None, fp32_attention=False, **options):
         return own(self, hidden_states, **options)
 
     monkeypatch.setattr(Qwen3DecoderLayer, "forward", dropping)

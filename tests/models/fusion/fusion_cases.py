@@ -103,7 +103,7 @@ def widen(batch, more=(5, 3, 9)):
 
 def total(out):
     """A loss that every output of a fusion network is in."""
-    loss = out.pseudo_BKH.float().square().sum() + out.gate_expert_BKE.square().sum() + out.idle
+    loss = out.pseudo_BKH.float().square().sum() + out.gate_expert_BKE.square().sum() + out.unused_param_zero
     if out.expert_logprob_BEC is not None:
         answer_B = torch.arange(len(out.pseudo_BKH)) % out.expert_logprob_BEC.shape[2]
         terms = expert_losses(out.expert_logprob_BEC, answer_B, out.gate_expert_BKE, out.expert_valid_BE)

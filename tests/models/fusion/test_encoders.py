@@ -94,11 +94,11 @@ def test_other_tasks_encoders_take_part_with_nothing():
     net = Encoders(INPUTS, MODALITIES, H, 8)
     args = (torch.randn(2, 4, H), lengths_mask([4, 2], 4))
     given = {"audio": features([3, 2], 3, 5), "video": features([3, 2], 3, 3)}
-    streams, idle = net("meld", *args, given)
+    streams, unused_param_zero = net("meld", *args, given)
     assert list(streams) == list(MODALITIES)
-    assert idle.shape == ()
-    assert idle.item() == 0.0
-    idle.backward()
+    assert unused_param_zero.shape == ()
+    assert unused_param_zero.item() == 0.0
+    unused_param_zero.backward()
     for name, parameter in net.mosi.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name

@@ -10,7 +10,14 @@ import torch
 
 from tests.models.fusion.fusion_cases import config, lengths_mask, stream, streams
 from trainer.models.fusion.encoders import EncodedModality, sinusoidal_positions
-from trainer.models.fusion.experts import NEARNESS, SHARPNESS, GlobalExpert, LocalExpert, SemanticExpert, _Source
+from trainer.models.fusion.experts import (
+    NEARNESS,
+    SHARPNESS,
+    FoldedCrossAttention,
+    GlobalExpert,
+    LocalExpert,
+    SemanticExpert,
+)
 from trainer.models.fusion.masked import (
     SlotAttention,
     masked_attention,
@@ -359,7 +366,7 @@ def test_window_means_count_valid_frames_only():
 def test_attention_to_nothing_is_zero_with_finite_gradients(biased):
     q, k, v = (torch.randn(2, n, 8, requires_grad=True) for n in (3, 5, 5))
     bias = torch.randn(2, 2, 3, 5, requires_grad=True) if biased else None
-    mask, source = lengths_mask([4, 0], 5), _Source(8, 2)
+    mask, source = lengths_mask([4, 0], 5), FoldedCrossAttention(8, 2)
     for out, given in ((masked_attention(q, k, v, mask, 2), (q, k, v)), (source(q, k, mask, bias), (q, k, bias))):
         assert not out[1].any()
         assert out[0].any()
@@ -372,7 +379,7 @@ def test_attention_to_nothing_is_zero_with_finite_gradients(biased):
 def test_a_source_is_attention_to_its_keys_and_values():
     """Folding the layer into queries and sums is the attention that makes its keys and values first."""
     torch.manual_seed(0)
-    source, mask = _Source(8, 2).double(), lengths_mask([4, 5, 1], 5)
+    source, mask = FoldedCrossAttention(8, 2).double(), lengths_mask([4, 5, 1], 5)
     query, frames = (torch.randn(3, n, 8, dtype=torch.float64) for n in (3, 5))
     key, value = torch.nn.functional.linear(frames, source.weight, source.bias).chunk(2, -1)
     for b in range(3):

@@ -26,7 +26,7 @@ def test_shapes():
     assert out.pseudo_BKH.shape == (3, 3, H)
     assert out.gate_expert_BKE.shape == (3, 3, 3)
     assert out.gate_modality_BKEM.shape == (3, 3, 3, 3)
-    assert out.idle.shape == ()
+    assert out.unused_param_zero.shape == ()
     assert net.experts_built == ("local", "semantic", "global")
     assert net.modalities == ("text", "audio", "video")
 
@@ -209,7 +209,7 @@ def test_half_precision(dtype):
     net.to(dtype)
     out, grads = backward(net, inputs(dtype=dtype))
     assert out.pseudo_BKH.dtype == dtype
-    assert out.idle.dtype == torch.float32
+    assert out.unused_param_zero.dtype == torch.float32
     assert out.gate_expert_BKE.dtype == torch.float32
     assert all(torch.isfinite(g).all() for g in grads.values())
     torch.testing.assert_close(out.pseudo_BKH.float(), reference.pseudo_BKH, rtol=0, atol=0.25)

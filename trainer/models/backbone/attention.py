@@ -45,7 +45,7 @@ class Attending(Protocol):
 
 
 def choose_attention(backbone: Attending, asked: str, usable: str | None, name: str) -> None:
-    """Set `backbone.attention` to what was asked for, or for `auto` to the first way that gives the model's own values.
+    """Set `backbone.attention` to what was asked for, or for `auto` to the first backend that gives the model's own values.
 
     Args:
         asked: `model.backbone.attention`.
@@ -61,32 +61,40 @@ def choose_attention(backbone: Attending, asked: str, usable: str | None, name: 
         install(base)
     backbone.attention = own
     faults: list[str] = []
-    ways = [asked] if asked != "auto" else [*([usable] if usable else []), "blocks", own]
+    backends = [asked] if asked != "auto" else [*([usable] if usable else []), "blocks", own]
     if not backbone.takes_kernels:
         if own == "sdpa" and next(base.parameters()).dtype in HALF:
             log.warning("%s: models of type %r attend in half precision in scoring as well", name, kind)
-        faults = [f"{way}: layers of type {kind!r} take no other attention than {own}" for way in ways if way != own]
-        ways = [way for way in ways if way == own]
+        faults = [
+            f"{backend}: layers of type {kind!r} take no other attention than {own}"
+            for backend in backends
+            if backend != own
+        ]
+        backends = [backend for backend in backends if backend == own]
     dropped = getattr(base.config, "attention_dropout", 0.0)
     if dropped:
-        faults += [f"{way} has no dropout, and the model drops {dropped:g}" for way in ways if way in WITHOUT_DROPOUT]
-        ways = [way for way in ways if way not in WITHOUT_DROPOUT]
+        faults += [
+            f"{backend} has no dropout, and the model drops {dropped:g}"
+            for backend in backends
+            if backend in WITHOUT_DROPOUT
+        ]
+        backends = [backend for backend in backends if backend not in WITHOUT_DROPOUT]
     was_training = backbone.training
     backbone.eval()
     try:
         probe = _Probe(backbone, name)
         probe.check_masks()
-        for way in ways:
-            backbone.attention = way
+        for backend in backends:
+            backbone.attention = backend
             fault = probe.fault_of_packed()
             if fault is None:
                 left = f", without {'; '.join(faults)}" if faults else ""
-                log.info("attention: %s (%s%s)", way, "auto" if asked == "auto" else "as asked", left)
+                log.info("attention: %s (%s%s)", backend, "auto" if asked == "auto" else "as asked", left)
                 return
-            faults.append(f"{way}: {fault}")
+            faults.append(f"{backend}: {fault}")
     finally:
         backbone.train(was_training)
-    advice = "" if own in (asked, *ways) else f". Use model.backbone.attention=auto, or {own}"
+    advice = "" if own in (asked, *backends) else f". Use model.backbone.attention=auto, or {own}"
     raise BackboneError(f"{name}: packed rows cannot be attended to: {'; '.join(faults)}{advice}")
 
 

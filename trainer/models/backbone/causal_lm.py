@@ -83,12 +83,12 @@ class Backbone(nn.Module):
         return self.base.get_input_embeddings()(ids)
 
     def hidden(
-        self, embeds_BLH: Tensor, positions_BL: Tensor, mask_B1LL: Tensor | None = None, *, exact: bool = False
+        self, embeds_BLH: Tensor, positions_BL: Tensor, mask_B1LL: Tensor | None = None, *, fp32_attention: bool = False
     ) -> Tensor:
         """Hidden states `[B, L, H]` after the final norm.
 
         Without a mask attention is causal, which is all that rows padded on the right need. `mask_B1LL[b, 0, q, k]`
-        true: q sees k; flash-attn takes no such mask, and leaves this pass to sdpa. `exact`: half precision attends in
+        true: q sees k; flash-attn takes no such mask, and leaves this pass to sdpa. `fp32_attention`: half precision attends in
         float32, so that a row's values do not hang on its padding and neighbours.
         """
         kernel: Kernel | None = None
@@ -97,14 +97,14 @@ class Backbone(nn.Module):
             mask = self._layer_masks(mask_B1LL, positions_BL, positions_BL, embeds_BLH.dtype)
         elif self.takes_kernels and self._within_window(embeds_BLH.shape[1]):
             kernel = causal_flash if self.attention == "flash_attention_2" else causal
-        return self._decode(embeds_BLH, positions_BL, mask, kernel, exact)
+        return self._decode(embeds_BLH, positions_BL, mask, kernel, fp32_attention)
 
     def packed(
-        self, embeds_TH: Tensor, packing: Packing, cache: PrefixCache | None = None, *, exact: bool = False
+        self, embeds_TH: Tensor, packing: Packing, cache: PrefixCache | None = None, *, fp32_attention: bool = False
     ) -> Tensor:
         """Hidden states `[T, H]` of one packed row, after the final norm.
 
-        T = prefix + total; with a `cache` of the prefix (from :meth:`prefix`, left as it is) T = total. `exact` as in
+        T = prefix + total; with a `cache` of the prefix (from :meth:`prefix`, left as it is) T = total. `fp32_attention` as in
         :meth:`hidden`.
 
         Raises:
@@ -116,16 +116,16 @@ class Backbone(nn.Module):
         if embeds_TH.shape[0] != tokens:
             raise ValueError(f"the row has {embeds_TH.shape[0]} tokens, its packing names {tokens}")
         row = PackedRow(packing, cached=cache is not None)
-        kernel = self._packed_kernel(row, exact, embeds_TH.dtype)
+        kernel = self._packed_kernel(row, fp32_attention, embeds_TH.dtype)
         mask: Tensor | dict[str, Tensor] | None = None
         positions_1T = row.positions_R[None]
         if kernel is None:
             keys_1K = row.key_positions_K[None]
             mask = self._layer_masks(row.mask_RK[None, None], positions_1T, keys_1K, embeds_TH.dtype)
-        return self._decode(embeds_TH[None], positions_1T, mask, kernel, exact, cache)[0]
+        return self._decode(embeds_TH[None], positions_1T, mask, kernel, fp32_attention, cache)[0]
 
     @torch.no_grad()
-    def prefix(self, embeds_PH: Tensor, *, exact: bool = False) -> PrefixCache:
+    def prefix(self, embeds_PH: Tensor, *, fp32_attention: bool = False) -> PrefixCache:
         """Keys and values of a prefix, for :meth:`packed`: constants, without gradients."""
         length = embeds_PH.shape[0]
         cache = PrefixCache(length)
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
             positions_1P = torch.arange(length, device=embeds_PH.device)[None]
             seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=embeds_PH.device).tril()
             mask = self._layer_masks(seen, positions_1P, positions_1P, embeds_PH.dtype)
-            cache.fill(lambda: self._decode(embeds_PH[None], positions_1P, mask, None, exact, cache))
+            cache.fill(lambda: self._decode(embeds_PH[None], positions_1P, mask, None, fp32_attention, cache))
         return cache
 
     def _decode(
@@ -142,12 +142,12 @@ class Backbone(nn.Module):
         positions_BL: Tensor,
         mask: Tensor | dict[str, Tensor] | None,
         kernel: Kernel | None,
-        exact: bool,
+        fp32_attention: bool,
         cache: PrefixCache | None = None,
     ) -> Tensor:
         if cache is not None and self.base.training and getattr(self.base, "is_gradient_checkpointing", False):
             raise ValueError("gradient checkpointing takes no cache of a prefix in training: evaluate with eval()")
-        options: dict[str, Any] = {"kernel": kernel, "exact": exact} if self.takes_kernels else {}
+        options: dict[str, Any] = {"kernel": kernel, "fp32_attention": fp32_attention} if self.takes_kernels else {}
         out = self.base.get_decoder()(
             inputs_embeds=embeds_BLH,
             position_ids=positions_BL,
@@ -158,21 +158,21 @@ class Backbone(nn.Module):
         )
         return out.last_hidden_state
 
-    def _packed_kernel(self, row: PackedRow, exact: bool, dtype: torch.dtype) -> Kernel | None:
+    def _packed_kernel(self, row: PackedRow, fp32_attention: bool, dtype: torch.dtype) -> Kernel | None:
         """What attends in a packed row; None: the mask of the whole row."""
         if self.attention in MASKED or not self.takes_kernels:
             return None
         if not self._within_window(row.prefix + row.longest):
             self._say("samples longer than the layers' sliding window attend by a mask of the whole row")
             return None
-        way = self.attention
-        if way in CAUSAL_ONLY and row.packing.trie is not None:
-            self._say(f"{way} takes no tree of answers: blocks score")
-            way = "blocks"
-        elif way in CAUSAL_ONLY and exact and dtype in HALF:
-            self._say(f"{way} does not compute half precision in float32: blocks do where that is needed")
-            way = "blocks"
-        return row.kernel(way)
+        backend = self.attention
+        if backend in CAUSAL_ONLY and row.packing.trie is not None:
+            self._say(f"{backend} takes no tree of answers: blocks score")
+            backend = "blocks"
+        elif backend in CAUSAL_ONLY and fp32_attention and dtype in HALF:
+            self._say(f"{backend} does not compute half precision in float32: blocks do where that is needed")
+            backend = "blocks"
+        return row.kernel(backend)
 
     def _within_window(self, length: int) -> bool:
         """Whether no layer's sliding window is shorter than a sample of this length."""
@@ -269,8 +269,8 @@ def build_backbone(
 
     With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight: called by all ranks together.
 
-    At the end a few tokens go through it, whole and as packed rows, and must agree: a family whose logits are made in a way
-    that is not reproduced here, or whose layers cannot attend to packed rows, is refused by name.
+    At the end a few tokens go through it, whole and as packed rows, and must agree: a family whose logits are computed
+    by steps that are not reproduced here, or whose layers cannot attend to packed rows, is refused by name.
 
     Raises:
         ValueError: with what is wrong and what to do.
@@ -293,7 +293,7 @@ def build_backbone(
     if config.gradient_checkpointing:
         enable = getattr(backbone.base, "activation_checkpointing_enable", backbone.base.gradient_checkpointing_enable)
         enable({"use_reentrant": config.reentrant})
-        if config.reentrant:  # the reentrant way asks for a gradient of its input, or gives the layers none
+        if config.reentrant:  # reentrant checkpointing needs an input that requires a gradient, or the layers get none
             backbone.base.enable_input_require_grads()
     with gathered_by_layer(backbone):
         choose_attention(backbone, config.attention, usable, config.name)

@@ -214,28 +214,28 @@ def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> s
     raise BackboneError(f"model.backbone.attention={asked} cannot run: {'; '.join(reasons)}. Use auto, or sdpa")
 
 
-def _why_not(way: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Why a way to attend cannot run on this device, in this dtype, with what is installed."""
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why an attention backend cannot run on this device, in this dtype, with what is installed."""
     reasons = []
     cuda, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
-    if way in ("flash_attention_2", "flex") and not cuda:
+    if backend in ("flash_attention_2", "flex") and not cuda:
         reasons.append(f"it needs a CUDA device, and this run is on {device.type}")
-    if (way == "flash_attention_2" or (way == "varlen" and cuda)) and not half:
+    if (backend == "flash_attention_2" or (backend == "varlen" and cuda)) and not half:
         reasons.append(f"it needs bf16 or fp16, and train.precision gives {str(dtype).removeprefix('torch.')}")
-    if way == "flash_attention_2":
+    if backend == "flash_attention_2":
         try:
             if not hasattr(importlib.import_module("flash_attn"), "flash_attn_func"):
                 reasons.append("the installed flash_attn is hollow (it was built without CUDA)")
         except ImportError as error:
             reasons.append(f"flash_attn cannot be imported ({error}); docs/clusters.md says how to install it")
-    if way == "varlen" and cuda:
+    if backend == "varlen" and cuda:
         try:
             signature = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
             if not {"window_size", "enable_gqa"} <= signature.parameters.keys():
                 reasons.append(f"PyTorch {torch.__version__} is too old for it")
         except ImportError:
             reasons.append(f"PyTorch {torch.__version__} is too old for it")
-    if way == "flex" and importlib.util.find_spec("triton") is None:
+    if backend == "flex" and importlib.util.find_spec("triton") is None:
         reasons.append("it is compiled by Triton, which is not installed")
     return reasons
 

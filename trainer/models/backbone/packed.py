@@ -5,7 +5,7 @@ tokens of the longest sample, S = P + L, Q and K rows of a mask, N nodes of an a
 keys and values (H = h x g), d width of a head. Attention functions get `[1, H, R, d]` and give `[1, R, H, d]`, as in
 transformers.
 
-Four ways to the same numbers. `mask`: one boolean mask over the whole row. `blocks`: every sample padded to the longest,
+Four backends give the same numbers. `mask`: one boolean mask over the whole row. `blocks`: every sample padded to the longest,
 its keys behind a copy of the prefix's; only attention is padded. `varlen`: nothing is padded, kernels for sequences of
 unequal length take as keys of a sample the prefix and its own (`cu_seqlens_q` differs from `cu_seqlens_k`, causality aligned
 bottom right), and the prefix is one more sequence. `flex`: the mask as a rule, compiled.
@@ -32,7 +32,7 @@ from trainer.batch import Packing
 
 NAME = "egmf_attention"  # of :func:`attend`, in transformers' registry
 HALF = (torch.bfloat16, torch.float16)
-MASKED = ("sdpa", "eager")  # the ways that take the mask of a whole row
+MASKED = ("sdpa", "eager")  # the backends that take the mask of a whole row
 CAUSAL_ONLY = ("flash_attention_2", "varlen", "flex")  # no tree of answers, and half precision as it is
 FLEX_BLOCK = 128  # torch's own; rows padded to it have few shapes, each of which is compiled
 
@@ -58,18 +58,18 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     kernel: Kernel | None = None,
-    exact: bool = False,
+    fp32_attention: bool = False,
     dropout: float = 0.0,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by `kernel`, or by sdpa with the mask; `exact`: half precision is computed in float32.
+    """Attention by `kernel`, or by sdpa with the mask; `fp32_attention`: half precision is computed in float32.
 
     Raises:
         ValueError: the layer asks for something that kernels here do not do.
     """
     dtype = query.dtype
-    if exact and dtype in HALF:
+    if fp32_attention and dtype in HALF:
         query, key, value = query.float(), key.float(), value.float()
     if kernel is None:
         out, _ = sdpa_attention_forward(
@@ -182,7 +182,7 @@ class PackedRow:
         self.context_B = length_B - nodes
         self._block_masks: dict[int, Tensor] = {}  # by g: layers share them
 
-    def kernel(self, way: str) -> Kernel:
+    def kernel(self, backend: str) -> Kernel:
         """The attention of this row by its name in the configuration."""
         kernels: dict[str, Kernel] = {
             "blocks": self.blocks,
@@ -190,7 +190,7 @@ class PackedRow:
             "flash_attention_2": self.flash,
             "flex": self.flex,
         }
-        return kernels[way]
+        return kernels[backend]
 
     @cached_property
     def positions_R(self) -> Tensor:
@@ -432,8 +432,8 @@ def _whole_blocks(length: int) -> int:
     return -(-length // FLEX_BLOCK) * FLEX_BLOCK
 
 
-def _refuse_dropout(way: str, dropout: float) -> None:
+def _refuse_dropout(backend: str, dropout: float) -> None:
     if dropout:
         raise ValueError(
-            f"attention={way} has no dropout, and the model drops {dropout:g} of its attention: use blocks"
+            f"attention={backend} has no dropout, and the model drops {dropout:g} of its attention: use blocks"
         )

@@ -55,10 +55,10 @@ class FeatureEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> EncodedModality:
-        hidden_mask_BT1 = ~mask_BT.unsqueeze(-1)
-        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(hidden_mask_BT1, 0.0)
-        content_BTD = self.norm(self.project(values_BTF)).masked_fill(hidden_mask_BT1, 0.0)
-        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(hidden_mask_BT1, 0.0)
+        padding_BT1 = ~mask_BT.unsqueeze(-1)
+        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(padding_BT1, 0.0)
+        content_BTD = self.norm(self.project(values_BTF)).masked_fill(padding_BT1, 0.0)
+        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(padding_BT1, 0.0)
         position_BTD = position_BTD.to(content_BTD.dtype)
         return EncodedModality(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
 
@@ -67,7 +67,7 @@ class Encoders(nn.Module):
     """All encoders of a run: `text`, shared by the tasks, and one per task and modality (``meld.audio``).
 
     Every forward runs every encoder in one fixed order, those of the other tasks on one zero frame, so that under ZeRO
-    all ranks use the same parameters in every pass; their outputs, times 0, are the idle term.
+    all ranks use the same parameters in every pass; their outputs, times 0, sum to `unused_param_zero`.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class Encoders(nn.Module):
     def forward(
         self, task: str, text_BSH: Tensor, text_mask_BS: Tensor, features: Mapping[str, Features]
     ) -> tuple[dict[Modality, EncodedModality], Tensor]:
-        """The streams of `task` by modality, and the idle term: a scalar 0 that holds on to the other encoders.
+        """The streams of `task` by modality, and `unused_param_zero`: a scalar 0 through which the other encoders get gradients.
 
         Raises:
             ValueError: a task that this network was not built for, or features of another width.
         """
         self._check(task, features)
         streams: dict[Modality, EncodedModality] = {}
-        idle = text_BSH.new_zeros((), dtype=torch.float32)
+        unused_param_zero = text_BSH.new_zeros((), dtype=torch.float32)
         if "text" in self.modalities:
             index_S = torch.arange(text_BSH.shape[1], device=text_BSH.device, dtype=torch.float32)
             time_BS = (index_S * SECONDS_PER_TOKEN).expand(text_mask_BS.shape)
@@ -110,13 +110,15 @@ class Encoders(nn.Module):
                 else:
                     zero = text_BSH.new_zeros(1, 1, widths[modality])
                     seen = torch.ones(1, 1, dtype=torch.bool, device=zero.device)
-                    idle = idle + 0.0 * encoder(zero, seen, zero[..., 0]).values_BTD.float().sum()
+                    unused_param_zero = (
+                        unused_param_zero + 0.0 * encoder(zero, seen, zero[..., 0]).values_BTD.float().sum()
+                    )
         for modality in self.modalities:
             if modality not in streams:  # the task has no such modality: it is missing in every sample
                 mask_BT = torch.zeros_like(features[modality].mask_BT)
                 nothing_BTD = text_BSH.new_zeros(*mask_BT.shape, self.width)
                 streams[modality] = EncodedModality(nothing_BTD, mask_BT, nothing_BTD, nothing_BTD)
-        return {modality: streams[modality] for modality in self.modalities}, idle
+        return {modality: streams[modality] for modality in self.modalities}, unused_param_zero
 
     def _check(self, task: str, features: Mapping[str, Features]) -> None:
         if task not in self.inputs:

@@ -21,10 +21,10 @@ def masked_mean(values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 
 def masked_scaled_max(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor) -> Tensor:
     """max_t(scale_kd x_td) over the valid frames [B, K, D]; a negative scale reads the lowest value."""
-    hidden_BT1 = ~mask_BT.unsqueeze(-1)
+    padding_BT1 = ~mask_BT.unsqueeze(-1)
     limit = torch.finfo(values_BTD.dtype).max
-    high_B1D = values_BTD.masked_fill(hidden_BT1, -limit).amax(1, keepdim=True)
-    low_B1D = values_BTD.masked_fill(hidden_BT1, limit).amin(1, keepdim=True)
+    high_B1D = values_BTD.masked_fill(padding_BT1, -limit).amax(1, keepdim=True)
+    low_B1D = values_BTD.masked_fill(padding_BT1, limit).amin(1, keepdim=True)
     peak_BKD = torch.where(scale_KD > 0, high_B1D, low_B1D)
     return peak_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0) * scale_KD
 

@@ -30,7 +30,7 @@ _BUILD: dict[Expert, type[LocalExpert] | type[SemanticExpert] | type[GlobalExper
 
 
 class FusionOutput(NamedTuple):
-    """Pseudo tokens and what the gate decided; `idle` is a scalar 0 to be added to the loss (see :class:`Encoders`).
+    """Pseudo tokens and what the gate decided; `unused_param_zero` is a scalar 0 to be added to the loss (see :class:`Encoders`).
 
     Experts and modalities stand in the order of `Fusion.experts_built` and `Fusion.modalities`: an ablated one has no
     place. `expert_logprob_BEC` is what each expert alone says of the task's answers, None without expert heads; an
@@ -40,7 +40,7 @@ class FusionOutput(NamedTuple):
     pseudo_BKH: Tensor
     gate_expert_BKE: Tensor
     gate_modality_BKEM: Tensor
-    idle: Tensor
+    unused_param_zero: Tensor
     expert_valid_BE: Tensor
     expert_logprob_BEC: Tensor | None
 
@@ -116,14 +116,16 @@ class Fusion(nn.Module):
     ) -> FusionOutput:
         """The pseudo tokens of samples of one task; every submodule runs, whatever is missing."""
         features = {"audio": audio, "video": video}
-        streams, idle = self.encoders(task, text_BSH, text_mask_BS, features)
+        streams, unused_param_zero = self.encoders(task, text_BSH, text_mask_BS, features)
         answers = [expert(streams) for expert in self.experts.values()]
         values = [value for values, _ in answers for value in values]
         valid_BEM = torch.stack([valid for _, valid in answers], 1)
         gated = self.gate(values, valid_BEM, streams, self.tasks[task])
         told_BEC = None if self.heads is None else self.heads(values, gated.modality_BKEM, valid_BEM, task)
         pseudo_BKH = self.pseudo(gated.mixed_BKD)
-        return FusionOutput(pseudo_BKH, gated.expert_BKE, gated.modality_BKEM, idle, valid_BEM.any(-1), told_BEC)
+        return FusionOutput(
+            pseudo_BKH, gated.expert_BKE, gated.modality_BKEM, unused_param_zero, valid_BEM.any(-1), told_BEC
+        )
 
 
 def _modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:
