@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
         ("demo",),
         ("doctor",),
         ("data", "show"),
+        ("config", "list"),
         ("config", "show"),
         ("config", "check"),
         ("launch", "local"),

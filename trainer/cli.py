@@ -11,9 +11,11 @@ import itertools
 import os
 import re
 import sys
+from typing import Annotated
 
 import typer
 
+from trainer import __version__
 from trainer.commands import (
     compare,
     data,
@@ -46,6 +48,20 @@ app.add_typer(runs.config_app, name="config")
 launching.launch_app.command("slurm")(slurm.launch_slurm)
 app.add_typer(launching.launch_app, name="launch")
 app.add_typer(runs.track_app, name="track")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"egmf-trainer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

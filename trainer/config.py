@@ -1,8 +1,9 @@
 """The schema of a run, and how a run's YAML becomes one checked object.
 
 A config file is YAML. ``extends: other.yaml`` (a path or a list of paths, relative to the file) is merged underneath it,
-and dotted overrides (``train.lr.fusion=1e-3``) are merged on top. The result is validated by one schema, and every fault
-is reported in one message, unknown keys with the nearest valid name.
+and dotted overrides (``train.lr.fusion=1e-3``) are merged on top. A config that comes with the package goes by its name,
+``meld``, on the command line and behind ``extends``. The result is validated by one schema, and every fault is reported in
+one message, unknown keys with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
+
+from trainer.shipped import list_configs, locate
 
 Modality = Literal["text", "audio", "video"]
 Expert = Literal["local", "semantic", "global"]
@@ -324,11 +327,13 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, what it extends, and `overrides` (``dotted.key=value``) into one checked config.
 
+    `path` is a file, or the name of a shipped config.
+
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
     over = _parse_overrides(overrides)
-    merged = OmegaConf.merge(_read(Path(path), ()), over)
+    merged = OmegaConf.merge(_read(locate(path), ()), over)
     try:
         raw = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -387,9 +392,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Any:
         loop = " -> ".join(str(p) for p in (*chain, here))
         raise ConfigError(f"{path}: extends itself: {loop}")
     if not here.is_file():
-        near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         by = f", extended by {chain[-1]}" if chain else ""
-        raise ConfigError(f"no config file {path}{by}{near}")
+        raise ConfigError(f"no config file {path}{by}{_nearest_config(path)}")
     try:
         node = OmegaConf.load(here)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -398,8 +402,18 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path} must hold a mapping of sections, such as 'task: meld'")
     bases = node.pop("extends", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
-    parents = [_read(here.parent / base, (*chain, here)) for base in bases]
+    parents = [_read(locate(base, here.parent), (*chain, here)) for base in bases]
     return OmegaConf.merge(*parents, node)
+
+
+def _nearest_config(path: Path) -> str:
+    """What may have been meant by a path that does not exist: a file beside it, or a shipped config."""
+    shipped = [config.name for config in list_configs()]
+    beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if not path.suffix:
+        return f"{_nearest(path.name, shipped)}; 'egmf config list' shows the shipped configs"
+    by_name = f"; '{path.stem}' is a shipped config" if path.stem in shipped else ""
+    return _nearest(path.name, beside) + by_name
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Any:

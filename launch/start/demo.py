@@ -13,8 +13,8 @@ from rich.table import Table
 from launch.start.local import alone, command, launch
 from trainer.data.dataset import open_dataset
 from trainer.data.generated.diagnostic import generate
+from trainer.shipped import shipped_folder
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = {"full model": "demo", "text only": "demo-text"}
 
 
@@ -22,18 +22,13 @@ def demo(runs: Path, procs: int) -> int:
     """Generate the diagnostic data, train the full and the text-only model, print one table. Returns the exit code.
 
     What is finished already is not done again, and what was interrupted is continued.
-
-    Raises:
-        ValueError: the configs are not beside the package (the demo runs from a checkout).
     """
-    if not (CONFIGS / "demo.yaml").is_file():
-        raise ValueError(f"no {CONFIGS / 'demo.yaml'}: run the demo from a checkout of the project")
     data = runs / "demo-data"
     generate("diagnostic", data)
     for name, config in RUNS.items():
         out = runs / config
         _say(f"\n{name}: {out}")
-        code = launch(alone(command(CONFIGS / f"{config}.yaml", [f"data.path={data}"], out), procs), out)
+        code = launch(alone(command(shipped_folder() / f"{config}.yaml", [f"data.path={data}"], out), procs), out)
         if code:
             return code
     Console().print(_table(runs, data))
@@ -68,8 +63,8 @@ Try next:
   {bin_folder}/mlflow ui --backend-store-uri sqlite:///{(runs / "mlflow.db").resolve()}   # both runs side by side
   {bin_folder}/egmf evaluate {runs / "demo"} --split valid
   {bin_folder}/egmf data show {data}
-  {bin_folder}/egmf train configs/demo.yaml data.path={data} model.fusion.experts='[local,global]' --out {runs / "no-semantic"}
-  {bin_folder}/egmf config show configs/meld.yaml"""
+  {bin_folder}/egmf train demo data.path={data} model.fusion.experts='[local,global]' --out {runs / "no-semantic"}
+  {bin_folder}/egmf config show meld"""
     )
 
 

@@ -14,8 +14,7 @@ from yaml import YAMLError
 
 from launch.sweep.sweep import check_distinct, load_variant
 from trainer.config import RunConfig
-
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "suites"
+from trainer.shipped import list_suites
 
 
 class Strict(BaseModel):
@@ -117,20 +116,17 @@ class Suite(Strict):
 
 
 def load_suite(name: str) -> Suite:
-    """A suite by its name in configs/suites, or by its file.
+    """A suite by its name among the shipped ones, or by its file.
 
     Raises:
         ValueError: there is none, or it cannot be used; every fault in one message.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        path = FOLDER / f"{name}.yaml"
-        if not path.is_file():
-            known = (
-                ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-                or "none: run it from a checkout of the project"
-            )
-            raise ValueError(f"no suite {name}; there are: {known}; or name a YAML file")
+        shipped = {suite.name: suite.path for suite in list_suites()}
+        if name not in shipped:
+            raise ValueError(f"no suite {name}; there are: {', '.join(shipped)}; or name a YAML file")
+        path = shipped[name]
     raw = _read(path)
     try:
         return Suite.model_validate(raw)

@@ -18,7 +18,9 @@ COLOURS = {"ok": "green", "warning": "yellow", "fault": "bold red", "skipped": "
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="a run's YAML config", metavar="[CONFIG]")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="a run's YAML file, or a name of egmf config list", metavar="[CONFIG]")
+    ] = None,
     overrides: Overrides = None,
     procs: Annotated[int | None, typer.Option(min=1, help="ranks to try; default one per GPU, or one")] = None,
     nodes: Annotated[Path | None, typer.Option(help="ask every node of this hostfile", metavar="HOSTFILE")] = None,

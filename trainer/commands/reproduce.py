@@ -18,7 +18,7 @@ app = typer.Typer()
 
 @app.command()
 def reproduce(
-    suite: Annotated[str, typer.Option(help="diagnostic, diagnostic-full, paper; or a YAML file like configs/suites")],
+    suite: Annotated[str, typer.Option(help="diagnostic, paper, … (egmf config list), or a suite's YAML file")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="folder of the suite; default runs/<suite>", metavar="DIR")] = None,
     data: Annotated[Path | None, typer.Option(help="prepared datasets, DIR/<task>", metavar="DIR")] = None,

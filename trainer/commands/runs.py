@@ -1,4 +1,4 @@
-"""Looking at configs and runs: show, runs, report, track sync, config show and check."""
+"""Looking at configs and runs: show, runs, report, track sync, config list, show and check."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from trainer.commands.shared import (
     ConfigFile,
@@ -81,6 +83,24 @@ def track_sync(
             say(f"error: MLflow does not take the records of {run}: {result.trouble}; they wait in its journal")
             code = 1
     return code
+
+
+@config_app.command("list")
+def config_list(as_json: Json = False) -> None:
+    """List the configs and suites that come with the package; each goes by its name wherever a CONFIG or SUITE is asked for."""
+    from trainer.shipped import list_configs, list_suites
+
+    shipped = {"configs": list_configs(), "suites": list_suites()}
+    if as_json:
+        print_json(
+            {kind: [{**one._asdict(), "path": str(one.path)} for one in found] for kind, found in shipped.items()}
+        )
+        return
+    for kind, found in shipped.items():
+        table = Table(kind, "description")
+        for one in found:
+            table.add_row(one.name, Text(one.description))
+        wide().print(table)
 
 
 @config_app.command("show")

@@ -15,7 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML config", metavar="CONFIG")]
+ConfigFile = Annotated[
+    Path, typer.Argument(help="the run's YAML file, or a name of egmf config list", metavar="CONFIG")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="values that replace the config's, such as train.zero=3", metavar="[KEY=VALUE]..."),

@@ -9,9 +9,10 @@ import pytest
 
 from launch.sweep.pool import Budget
 from launch.sweep.reproduce import Machine, costs, hours, make_sweep, missing
-from launch.sweep.suites import FOLDER, load_suite
+from launch.sweep.suites import load_suite
 from tests.distributed.processes import egmf
 from trainer.data.generated.synthetic_benchmark import generate
+from trainer.shipped import list_suites, shipped_folder
 from trainer.tasks import get_task
 
 SMALL = (
@@ -25,7 +26,7 @@ TINY = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [path.stem for path in FOLDER.glob("*.yaml")])
+@pytest.mark.parametrize("name", [suite.name for suite in list_suites()])
 def test_every_suite_is_sound(name: str, tmp_path: Path) -> None:
     suite = load_suite(name)
     sweep = make_sweep(suite, tmp_path, None, suite.seeds, [])
@@ -53,7 +54,7 @@ def test_the_words_on_the_command_line_come_under_what_makes_a_variant(tmp_path:
 def test_faults_of_a_suite_come_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(
-        f"title: x\nconfig: {FOLDER}/../demo.yaml\nseeds: [1]\nbaseline: ful\nvariants: {{a: {{}}}}\nminutes: 0\n"
+        f"title: x\nconfig: {shipped_folder()}/demo.yaml\nseeds: [1]\nbaseline: ful\nvariants: {{a: {{}}}}\nminutes: 0\n"
     )
     with pytest.raises(ValueError, match="is no suite") as told:
         load_suite(str(path))
@@ -62,7 +63,7 @@ def test_faults_of_a_suite_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="baseline: no variant ful"):
         load_suite(str(path))
     path.write_text(
-        f"title: x\nconfig: {FOLDER}/../demo.yaml\nseeds: [1]\nvariants: {{a: {{train.zer: 2}}, b: {{train.zero: 9}}}}\n"
+        f"title: x\nconfig: {shipped_folder()}/demo.yaml\nseeds: [1]\nvariants: {{a: {{train.zer: 2}}, b: {{train.zero: 9}}}}\n"
     )
     with pytest.raises(ValueError, match=r"a: [\s\S]*train.zer: unknown key[\s\S]*b: [\s\S]*train.zero"):
         make_sweep(load_suite(str(path)), tmp_path, None, (1,), [])
@@ -91,7 +92,7 @@ def test_what_the_paper_needs_and_is_not_here_is_said(tmp_path: Path, monkeypatc
 def test_a_small_diagnostic_suite_gives_its_tables(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(
-        f"extends: {FOLDER}/diagnostic.yaml\ngenerate: [{{task: diagnostic, sizes: {{train: 48, valid: 24, test: 36}}}}]\nseeds: [1, 2]\n"
+        f"extends: {shipped_folder()}/suites/diagnostic.yaml\ngenerate: [{{task: diagnostic, sizes: {{train: 48, valid: 24, test: 36}}}}]\nseeds: [1, 2]\n"
     )
     out = tmp_path / "out"
     words = ("reproduce", "--suite", str(path), "--out", str(out), *SMALL)
@@ -148,7 +149,7 @@ def test_one_model_of_two_tasks_stands_beside_a_model_of_each(tmp_path: Path) ->
     path = tmp_path / "both.yaml"
     sizes = "sizes: {train: 48, valid: 24, test: 24}"
     path.write_text(
-        f"title: both\nconfig: {FOLDER}/../demo.yaml\nseeds: [1, 2]\n"
+        f"title: both\nconfig: {shipped_folder()}/demo.yaml\nseeds: [1, 2]\n"
         f"generate: [{{task: meld, {sizes}}}, {{task: simsv2, {sizes}}}]\n"
         "variants: {meld: {task: meld}, numbers: {task: simsv2}, both: {task: [meld, simsv2]}}\n"
         "together:\n  variant: both\n  loses: 0.5\n"
