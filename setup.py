@@ -1,4 +1,7 @@
-"""Distribution `egmf-trainer`: packages `trainer` and `launch`, command `egmf`."""
+"""Distribution `egmf-trainer`: packages `trainer` and `launch`, command `egmf`.
+
+`configs/` is packaged too: a wheel carries it as the folder `trainer/configs/`.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,9 @@ HERE = Path(__file__).parent
 VERSION = next(
     line.split('"')[1] for line in (HERE / "trainer" / "__init__.py").read_text().splitlines() if "__version__" in line
 )
+CONFIG_FOLDERS = [
+    ".".join(("trainer", *path.parent.relative_to(HERE).parts)) for path in sorted(HERE.glob("configs/**/*.yaml"))
+]
 
 setup(
     name="egmf-trainer",
@@ -15,9 +21,28 @@ setup(
     description="Distributed training of Expert-Guided Multimodal Fusion (EGMF) with large language models",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The egmf-trainer developers",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "multimodal",
+        "emotion recognition",
+        "sentiment analysis",
+        "large language models",
+        "DeepSpeed",
+        "QLoRA",
+        "reproducibility",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2601.07565"},
     python_requires=">=3.10",
-    packages=find_packages(include=["trainer", "trainer.*", "launch", "launch.*"]),
-    package_data={"launch": ["templates/*"], "trainer": ["py.typed", "results/report/templates/*"]},
+    packages=[*find_packages(include=["trainer", "trainer.*", "launch", "launch.*"]), *dict.fromkeys(CONFIG_FOLDERS)],
+    package_dir={"trainer.configs": "configs"},
+    package_data={
+        "launch": ["py.typed", "templates/*"],
+        "trainer": ["py.typed", "results/report/templates/*"],
+        **{folder: ["*.yaml"] for folder in CONFIG_FOLDERS},
+    },
+    zip_safe=False,  # configs are read, and named to other processes, as files
     entry_points={"console_scripts": ["egmf = trainer.cli:main"]},
     install_requires=[
         "accelerate>=1.2",
@@ -61,8 +86,18 @@ setup(
         ],
     },
     classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Natural Language :: Chinese (Simplified)",
+        "Natural Language :: English",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
-        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
