@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import copyreg
 import json
@@ -9,6 +10,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.data.hostile import BOMBS, LOOPS, RECONSTRUCT, array_of, zoo
-from trainer.data.pickles import pickle_vm as pickle_machine
+from trainer.data.pickles import pickle_vm
 from trainer.data.pickles.unpickle import ALLOWED, UnsafePickle, load_pickle, loads
 
 GRID = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -165,7 +167,7 @@ def test_the_list_of_names_is_exact() -> None:
 
 
 def test_the_opcodes_are_python_s() -> None:
-    ours = {name: code for name, code, _, _ in pickle_machine._TABLE}
+    ours = {name: code for name, code, _, _ in pickle_vm._TABLE}
     assert ours == {op.name: op.code.encode("latin1") for op in pickletools.opcodes}
 
 
@@ -271,7 +273,7 @@ def test_every_truncation_is_refused(protocol: int, tmp_path: Path) -> None:
             loads(data[:stop])
     path = tmp_path / "cut.pkl"
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UnsafePickle, match=r"cut\.pkl: is (truncated|no valid pickle)"):
+    with pytest.raises(UnsafePickle, match=r"cut\.pkl: is (truncated|not a valid pickle)"):
         load_pickle(path)
 
 
@@ -283,14 +285,14 @@ def test_every_truncation_is_refused(protocol: int, tmp_path: Path) -> None:
         (b"\x80\x06N.", "protocol 6"),
         (b"NN.", "does not end with one object"),
         (b"(N.", "does not end with one object"),
-        (b"h\x05.", "no valid pickle: BINGET"),
-        (b"0.", "no valid pickle: POP"),
-        (b"]]K\x01s.", "no valid pickle: SETITEM"),
+        (b"h\x05.", "not a valid pickle: BINGET"),
+        (b"0.", "not a valid pickle: POP"),
+        (b"]]K\x01s.", "not a valid pickle: SETITEM"),
         (b"}]K\x01s.", "a list as a dictionary key"),
-        (b"X\x02\x00\x00\x00\xff\xfe.", "no valid pickle: BINUNICODE"),
+        (b"X\x02\x00\x00\x00\xff\xfe.", "not a valid pickle: BINUNICODE"),
         (RECONSTRUCT + b".", "a numpy array as data"),
-        (array_of(b"(K\x01t") + b"(K\x01(K\x01tNNNtb.", "second filling|no valid pickle"),
-        (b"{'a': 1}\n", "no valid pickle|refused"),
+        (array_of(b"(K\x01t") + b"(K\x01(K\x01tNNNtb.", "second filling|not a valid pickle"),
+        (b"{'a': 1}\n", "not a valid pickle|refused"),
         (b"PK\x03\x04 a zip archive", "refused"),
         (b"\x1f\x8b gzip", "refused"),
     ],
@@ -336,3 +338,23 @@ def test_random_damage_never_gets_through() -> None:
     tracemalloc.stop()
     assert refused > 150
     assert peak < 8 << 20
+
+
+def test_the_room_stands_alone() -> None:
+    """It imports nothing of the project but its own files, and speaks of none of the project's notions."""
+    room = Path(pickle_vm.__file__).parent
+    notions = re.compile(
+        r"\b(egmf|meld|mosei|cherma|sims|task|split|utterance|modality|expert|audio|video)", re.IGNORECASE
+    )
+    imported = set()
+    for path in room.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not notions.findall(text), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+                imported.add(node.module)
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    own = {name for name in imported if name and name.split(".")[0] not in sys.stdlib_module_names}
+    assert own == {"numpy", "trainer.data.pickles.pickle_vm"}

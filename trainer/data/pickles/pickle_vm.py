@@ -1,7 +1,7 @@
-"""The stack machine that pickles are programs for, with no way to run anything: opcodes, no meanings of names.
+"""The pickle virtual machine without any way to run code: it executes opcodes and gives names no meaning.
 
-Stack, marks and memo work as in CPython's `pickletools`. What a name, a call (REDUCE) or a change (BUILD) means is the subclass's
-business (`unpickle.py`); every opcode that is not in the table below is refused by name.
+Stack, marks and memo work as in CPython's `pickletools`. What a name, a call (REDUCE) or a change (BUILD) means is left to the
+subclass in `unpickle.py`; every opcode that is not in the table below is refused by name.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-_SLACK = 256 << 20  # bytes of Python objects any file may make, beside _PER_BYTE for each of its own
-_PER_BYTE = 4
+_FREE_BYTES = 256 << 20  # of Python objects that any file may make, and _BYTES_PER_FILE_BYTE more for each byte of it
+_BYTES_PER_FILE_BYTE = 4
 LAZY = 1 << 16  # longer text is decoded only when asked for
 _INT_BYTES = 32
 
 
 class UnsafePickle(ValueError):
-    """A pickle that is refused, or is none: the message names the file, the place, and what it asked for."""
+    """A pickle that is refused, or a file that is not a pickle: the message names the file, the byte, and what it asked for."""
 
 
-class Raw:
-    """Bytes or text of the file, not yet read: `kind` says what they are when they end up as data."""
+class Undecoded:
+    """Bytes or text of the file that are not decoded yet: `kind` says what they become when they end up as data."""
 
     __slots__ = ("buffer", "kind", "start", "stop", "value")
 
@@ -37,7 +37,7 @@ class Raw:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def settle(self) -> Any:
+    def decode(self) -> Any:
         if self.value is None:
             self.value = _DECODERS[self.kind](bytes(self.buffer[self.start : self.stop]))
         return self.value
@@ -48,7 +48,7 @@ PLAIN = {str, int, float, bool, complex, type(None), bytes, bytearray, set, froz
 _KEYS = PLAIN - {bytearray, set, frozenset}
 
 
-class Machine:
+class PickleVM:
     """Runs one pickle; `where` names it in messages."""
 
     def __init__(self, data: bytes | mmap.mmap, where: str) -> None:
@@ -57,7 +57,7 @@ class Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.budget = _SLACK + _PER_BYTE * self.end
+        self.budget = _FREE_BYTES + _BYTES_PER_FILE_BYTE * self.end
 
     def run(self) -> Any:
         if not self.end:
@@ -76,7 +76,7 @@ class Machine:
                     self.charge(0)
                 steps[op](self)
             if len(self.stack) != 1 or self.marks:
-                self.fail("is no valid pickle: it does not end with one object")
+                self.fail("is not a valid pickle: it does not end with one object")
             if self.pos != self.end:
                 self.fail(f"holds more than one pickle: {self.end - self.pos:,} bytes follow the first")
             return self.finish(self.stack.pop())
@@ -85,7 +85,7 @@ class Machine:
         except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
             name = names.get(op, f"0x{op:02x}")
             self.fail(
-                f"is no valid pickle: {name} at byte {self.op_at:,} does not fit ({type(error).__name__}: {error})"
+                f"is not a valid pickle: {name} at byte {self.op_at:,} does not fit ({type(error).__name__}: {error})"
             )
 
     def fail(self, fault: str) -> NoReturn:
@@ -101,7 +101,7 @@ class Machine:
         self.budget -= amount
         if self.budget < 0:
             self.fail(
-                f"claims too much: its objects would take over {_SLACK >> 20} MiB and {_PER_BYTE} times its own size"
+                f"claims too much: its objects would take over {_FREE_BYTES >> 20} MiB and {_BYTES_PER_FILE_BYTE} times its own size"
             )
 
     # Reading
@@ -133,13 +133,13 @@ class Machine:
     def raw(self, size: struct.Struct, kind: str) -> None:
         n = self.number(size)
         start = self.take(n)
-        self.stack.append(Raw(self.data, start, self.pos, kind))
+        self.stack.append(Undecoded(self.data, start, self.pos, kind))
 
     def unicode(self, size: struct.Struct) -> None:
         n = self.number(size)
         start = self.take(n)
         if n > LAZY:
-            self.stack.append(Raw(self.data, start, self.pos, "text"))
+            self.stack.append(Undecoded(self.data, start, self.pos, "text"))
             return
         text = _text(self.data[start : self.pos])
         self.charge(text.__sizeof__())
@@ -162,20 +162,20 @@ class Machine:
 
     def key(self, value: Any) -> Any:
         """`value` as a dictionary key or set member: text, a number, or a tuple of these."""
-        if type(value) is Raw and value.kind != "bytearray":
+        if type(value) is Undecoded and value.kind != "bytearray":
             self.charge(len(value))
-            return value.settle()
+            return value.decode()
         if type(value) is tuple and not any(type(part) is tuple for part in value):
             self.charge(16 * len(value))
             return tuple(self.key(part) for part in value)
         if type(value) not in _KEYS:
-            raise TypeError(f"{kind(value)} as a dictionary key or set member")
+            raise TypeError(f"{type_name(value)} as a dictionary key or set member")
         return value
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) not in (dict, OrderedDict) or len(pairs) % 2:
-            raise TypeError(f"items set on {kind(target)}")
+            raise TypeError(f"items set on {type_name(target)}")
         self.charge(48 * len(pairs))
         for at in range(0, len(pairs), 2):
             target[self.key(pairs[at])] = pairs[at + 1]
@@ -183,12 +183,12 @@ class Machine:
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise TypeError(f"items appended to {kind(target)}")
+            raise TypeError(f"items appended to {type_name(target)}")
         target.extend(items)
 
     def members(self, items: Any) -> set[Any]:
         if type(items) not in (list, tuple):
-            raise TypeError(f"a set of {kind(items)}")
+            raise TypeError(f"a set of {type_name(items)}")
         self.charge(100 * len(items))
         return {self.key(item) for item in items}
 
@@ -201,7 +201,7 @@ class Machine:
     # What names mean
 
     def name(self, module: Any, name: Any) -> None:
-        """Push what the name stands for, or refuse it."""
+        """GLOBAL, STACK_GLOBAL: push what the name stands for, or refuse it."""
         raise NotImplementedError
 
     def reduce(self) -> None:
@@ -213,18 +213,28 @@ class Machine:
         raise NotImplementedError
 
     def finish(self, root: Any) -> Any:
-        """The object that was built, fit to leave the machine."""
+        """The object that was built, fit to leave the vm."""
         raise NotImplementedError
 
 
-def kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     """What `value` is, for messages."""
-    return "bytes" if type(value) is Raw else value.what() if hasattr(value, "what") else f"a {type(value).__name__}"
+    return (
+        "bytes"
+        if type(value) is Undecoded
+        else value.description()
+        if hasattr(value, "description")
+        else f"a {type(value).__name__}"
+    )
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     text = (
-        value if isinstance(value, str) and value.isprintable() else ascii(value) if type(value) is not Raw else "bytes"
+        value
+        if isinstance(value, str) and value.isprintable()
+        else ascii(value)
+        if type(value) is not Undecoded
+        else "bytes"
     )
     return text if len(text) <= 100 else f"{text[:100]}…"
 
@@ -238,8 +248,8 @@ def _text(raw: bytes) -> str:
         return halves.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def old_text(raw: bytes) -> str:
-    """Text that nobody named the encoding of: UTF-8, else Windows-1252, else Latin-1."""
+def decode_legacy_text(raw: bytes) -> str:
+    """Text of unknown encoding, as Python 2 and old tools wrote it: UTF-8, else Windows-1252, else Latin-1."""
     for encoding in ("utf-8", "cp1252"):
         try:
             return raw.decode(encoding)
@@ -248,102 +258,105 @@ def old_text(raw: bytes) -> str:
     return raw.decode("latin-1")
 
 
-def _line_string(machine: Machine) -> None:
+def _line_string(vm: PickleVM) -> None:
     """STRING: Python 2's `repr` of a byte string."""
-    line = machine.line().strip()
+    line = vm.line().strip()
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
         raise ValueError("a string without quotes")
-    machine.charge(2 * len(line))
+    vm.charge(2 * len(line))
     held = codecs.escape_decode(line[1:-1])[0]
-    machine.stack.append(Raw(held, 0, len(held), "str2"))
+    vm.stack.append(Undecoded(held, 0, len(held), "str2"))
 
 
-def _line_unicode(machine: Machine) -> None:
-    line = machine.line()
-    machine.charge(4 * len(line))
+def _line_unicode(vm: PickleVM) -> None:
+    line = vm.line()
+    vm.charge(4 * len(line))
     halves = line.decode("raw-unicode-escape")
-    machine.stack.append(halves.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+    vm.stack.append(halves.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
 
 
-def _int(machine: Machine) -> None:
-    value = machine.decimal()
-    line = machine.data[machine.op_at + 1 : machine.pos - 1]
-    machine.stack.append(value if line not in (b"00", b"01") else value == 1)
+def _int(vm: PickleVM) -> None:
+    value = vm.decimal()
+    line = vm.data[vm.op_at + 1 : vm.pos - 1]
+    vm.stack.append(value if line not in (b"00", b"01") else value == 1)
 
 
-def _long(machine: Machine, size: struct.Struct) -> None:
-    n = machine.number(size)
+def _long(vm: PickleVM, size: struct.Struct) -> None:
+    n = vm.number(size)
     if n > _INT_BYTES:
-        machine.fail(f"claims too much: an integer of {n:,} bytes at byte {machine.op_at:,}")
-    start = machine.take(n)
-    machine.stack.append(int.from_bytes(machine.data[start : start + n], "little", signed=True))
+        vm.fail(f"claims too much: an integer of {n:,} bytes at byte {vm.op_at:,}")
+    start = vm.take(n)
+    vm.stack.append(int.from_bytes(vm.data[start : start + n], "little", signed=True))
 
 
-def _float_line(machine: Machine) -> None:
-    line = machine.line()
+def _float_line(vm: PickleVM) -> None:
+    line = vm.line()
     if len(line) > 80:
         raise ValueError("a number of over 80 characters")
-    machine.stack.append(float(line))
+    vm.stack.append(float(line))
 
 
-def _protocol(machine: Machine) -> None:
-    if (version := machine.number(_U1)) > 5:
-        machine.fail(f"is written in pickle protocol {version}; 0 to 5 are known")
+def _protocol(vm: PickleVM) -> None:
+    if (version := vm.number(_U1)) > 5:
+        vm.fail(f"is written in pickle protocol {version}; 0 to 5 are known")
 
 
-def _frame(machine: Machine) -> None:
-    n = machine.number(_U8)
-    if n > machine.end - machine.pos:
-        machine.fail(
-            f"is truncated: a frame of {n:,} bytes at byte {machine.op_at:,}, {machine.end - machine.pos:,} are left"
-        )
+def _frame(vm: PickleVM) -> None:
+    n = vm.number(_U8)
+    if n > vm.end - vm.pos:
+        vm.fail(f"is truncated: a frame of {n:,} bytes at byte {vm.op_at:,}, {vm.end - vm.pos:,} are left")
 
 
-def _global(machine: Machine) -> None:
-    module, name = (machine.line().decode("utf-8", "backslashreplace") for _ in range(2))
-    machine.name(module, name)
+def _global(vm: PickleVM) -> None:
+    module, name = (vm.line().decode("utf-8", "backslashreplace") for _ in range(2))
+    vm.name(module, name)
 
 
-def _inst(machine: Machine) -> None:
-    module, name = (machine.line().decode("utf-8", "backslashreplace") for _ in range(2))
-    machine.refuse(f"{shown(module)}.{shown(name)} (INST)")
+def _inst(vm: PickleVM) -> None:
+    module, name = (vm.line().decode("utf-8", "backslashreplace") for _ in range(2))
+    vm.refuse(f"{quoted(module)}.{quoted(name)} (INST)")
 
 
-def _stack_global(machine: Machine) -> None:
-    name, module = machine.stack.pop(), machine.stack.pop()
-    machine.name(module, name)
+def _stack_global(vm: PickleVM) -> None:
+    name, module = vm.stack.pop(), vm.stack.pop()
+    vm.name(module, name)
 
 
-def _dict(machine: Machine) -> None:
-    items = machine.to_mark()
-    machine.stack.append({})
-    machine.set_items(items)
+def _dict(vm: PickleVM) -> None:
+    items = vm.to_mark()
+    vm.stack.append({})
+    vm.set_items(items)
 
 
-def _set_item(machine: Machine) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    machine.set_items([key, value])
+def _set_item(vm: PickleVM) -> None:
+    value, key = vm.stack.pop(), vm.stack.pop()
+    vm.set_items([key, value])
 
 
-def _add_items(machine: Machine) -> None:
-    items = machine.to_mark()
-    if type(machine.stack[-1]) is not set:
-        raise TypeError(f"members added to {kind(machine.stack[-1])}")
-    machine.stack[-1].update(machine.members(items))
+def _add_items(vm: PickleVM) -> None:
+    items = vm.to_mark()
+    if type(vm.stack[-1]) is not set:
+        raise TypeError(f"members added to {type_name(vm.stack[-1])}")
+    vm.stack[-1].update(vm.members(items))
 
 
-def _pop(machine: Machine) -> None:
-    if machine.marks and machine.marks[-1] == len(machine.stack):
-        machine.marks.pop()
+def _pop(vm: PickleVM) -> None:
+    if vm.marks and vm.marks[-1] == len(vm.stack):
+        vm.marks.pop()
     else:
-        machine.stack.pop()
+        vm.stack.pop()
 
 
-def _refused(name: str) -> Callable[[Machine], NoReturn]:
-    return lambda machine: machine.refuse(f"opcode {name}")
+def _refused(name: str) -> Callable[[PickleVM], NoReturn]:
+    return lambda vm: vm.refuse(f"opcode {name}")
 
 
-_DECODERS: dict[str, Callable[[bytes], Any]] = {"str2": old_text, "text": _text, "bytes": bytes, "bytearray": bytearray}
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "str2": decode_legacy_text,
+    "text": _text,
+    "bytes": bytes,
+    "bytearray": bytearray,
+}
 _U1, _U2, _U4, _U8, _I4, _F8 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<Q", "<i", ">d"))
 _STOP = ord(".")
 _REFUSED = {
@@ -359,68 +372,68 @@ _REFUSED = {
     "BINPERSID": b"Q",
 }
 # name, code, what it does, estimated bytes of the Python objects it makes
-_TABLE: tuple[tuple[str, bytes, Callable[[Machine], Any], int], ...] = (
+_TABLE: tuple[tuple[str, bytes, Callable[[PickleVM], Any], int], ...] = (
     ("PROTO", b"\x80", _protocol, 0),
     ("FRAME", b"\x95", _frame, 0),
-    ("STOP", b".", lambda m: None, 0),
-    ("MARK", b"(", lambda m: m.marks.append(len(m.stack)), 40),
+    ("STOP", b".", lambda vm: None, 0),
+    ("MARK", b"(", lambda vm: vm.marks.append(len(vm.stack)), 40),
     ("POP", b"0", _pop, 0),
-    ("POP_MARK", b"1", lambda m: m.to_mark(), 0),
-    ("DUP", b"2", lambda m: m.stack.append(m.stack[-1]), 8),
-    ("NONE", b"N", lambda m: m.stack.append(None), 8),
-    ("NEWTRUE", b"\x88", lambda m: m.stack.append(True), 8),
-    ("NEWFALSE", b"\x89", lambda m: m.stack.append(False), 8),
+    ("POP_MARK", b"1", lambda vm: vm.to_mark(), 0),
+    ("DUP", b"2", lambda vm: vm.stack.append(vm.stack[-1]), 8),
+    ("NONE", b"N", lambda vm: vm.stack.append(None), 8),
+    ("NEWTRUE", b"\x88", lambda vm: vm.stack.append(True), 8),
+    ("NEWFALSE", b"\x89", lambda vm: vm.stack.append(False), 8),
     ("INT", b"I", _int, 48),
-    ("BININT", b"J", lambda m: m.stack.append(m.number(_I4)), 40),
-    ("BININT1", b"K", lambda m: m.stack.append(m.number(_U1)), 8),
-    ("BININT2", b"M", lambda m: m.stack.append(m.number(_U2)), 40),
-    ("LONG", b"L", lambda m: m.stack.append(m.decimal()), 64),
-    ("LONG1", b"\x8a", lambda m: _long(m, _U1), 64),
-    ("LONG4", b"\x8b", lambda m: _long(m, _I4), 64),
+    ("BININT", b"J", lambda vm: vm.stack.append(vm.number(_I4)), 40),
+    ("BININT1", b"K", lambda vm: vm.stack.append(vm.number(_U1)), 8),
+    ("BININT2", b"M", lambda vm: vm.stack.append(vm.number(_U2)), 40),
+    ("LONG", b"L", lambda vm: vm.stack.append(vm.decimal()), 64),
+    ("LONG1", b"\x8a", lambda vm: _long(vm, _U1), 64),
+    ("LONG4", b"\x8b", lambda vm: _long(vm, _I4), 64),
     ("FLOAT", b"F", _float_line, 32),
-    ("BINFLOAT", b"G", lambda m: m.stack.append(m.number(_F8)), 32),
+    ("BINFLOAT", b"G", lambda vm: vm.stack.append(vm.number(_F8)), 32),
     ("STRING", b"S", _line_string, 200),
-    ("BINSTRING", b"T", lambda m: m.raw(_I4, "str2"), 200),
-    ("SHORT_BINSTRING", b"U", lambda m: m.raw(_U1, "str2"), 200),
-    ("BINBYTES", b"B", lambda m: m.raw(_U4, "bytes"), 200),
-    ("SHORT_BINBYTES", b"C", lambda m: m.raw(_U1, "bytes"), 200),
-    ("BINBYTES8", b"\x8e", lambda m: m.raw(_U8, "bytes"), 200),
-    ("BYTEARRAY8", b"\x96", lambda m: m.raw(_U8, "bytearray"), 200),
+    ("BINSTRING", b"T", lambda vm: vm.raw(_I4, "str2"), 200),
+    ("SHORT_BINSTRING", b"U", lambda vm: vm.raw(_U1, "str2"), 200),
+    ("BINBYTES", b"B", lambda vm: vm.raw(_U4, "bytes"), 200),
+    ("SHORT_BINBYTES", b"C", lambda vm: vm.raw(_U1, "bytes"), 200),
+    ("BINBYTES8", b"\x8e", lambda vm: vm.raw(_U8, "bytes"), 200),
+    ("BYTEARRAY8", b"\x96", lambda vm: vm.raw(_U8, "bytearray"), 200),
     ("UNICODE", b"V", _line_unicode, 64),
-    ("BINUNICODE", b"X", lambda m: m.unicode(_U4), 16),
-    ("SHORT_BINUNICODE", b"\x8c", lambda m: m.unicode(_U1), 16),
-    ("BINUNICODE8", b"\x8d", lambda m: m.unicode(_U8), 16),
-    ("EMPTY_LIST", b"]", lambda m: m.stack.append([]), 300),
-    ("LIST", b"l", lambda m: m.stack.append(m.to_mark()), 300),
-    ("APPEND", b"a", lambda m: m.extend([m.stack.pop()]), 8),
-    ("APPENDS", b"e", lambda m: m.extend(m.to_mark()), 0),
-    ("EMPTY_TUPLE", b")", lambda m: m.stack.append(()), 8),
-    ("TUPLE", b"t", lambda m: m.stack.append(tuple(m.to_mark())), 300),
-    ("TUPLE1", b"\x85", lambda m: m.tuple_of(1), 300),
-    ("TUPLE2", b"\x86", lambda m: m.tuple_of(2), 300),
-    ("TUPLE3", b"\x87", lambda m: m.tuple_of(3), 300),
-    ("EMPTY_DICT", b"}", lambda m: m.stack.append({}), 300),
+    ("BINUNICODE", b"X", lambda vm: vm.unicode(_U4), 16),
+    ("SHORT_BINUNICODE", b"\x8c", lambda vm: vm.unicode(_U1), 16),
+    ("BINUNICODE8", b"\x8d", lambda vm: vm.unicode(_U8), 16),
+    ("EMPTY_LIST", b"]", lambda vm: vm.stack.append([]), 300),
+    ("LIST", b"l", lambda vm: vm.stack.append(vm.to_mark()), 300),
+    ("APPEND", b"a", lambda vm: vm.extend([vm.stack.pop()]), 8),
+    ("APPENDS", b"e", lambda vm: vm.extend(vm.to_mark()), 0),
+    ("EMPTY_TUPLE", b")", lambda vm: vm.stack.append(()), 8),
+    ("TUPLE", b"t", lambda vm: vm.stack.append(tuple(vm.to_mark())), 300),
+    ("TUPLE1", b"\x85", lambda vm: vm.tuple_of(1), 300),
+    ("TUPLE2", b"\x86", lambda vm: vm.tuple_of(2), 300),
+    ("TUPLE3", b"\x87", lambda vm: vm.tuple_of(3), 300),
+    ("EMPTY_DICT", b"}", lambda vm: vm.stack.append({}), 300),
     ("DICT", b"d", _dict, 300),
     ("SETITEM", b"s", _set_item, 0),
-    ("SETITEMS", b"u", lambda m: m.set_items(m.to_mark()), 0),
-    ("EMPTY_SET", b"\x8f", lambda m: m.stack.append(set()), 240),
+    ("SETITEMS", b"u", lambda vm: vm.set_items(vm.to_mark()), 0),
+    ("EMPTY_SET", b"\x8f", lambda vm: vm.stack.append(set()), 240),
     ("ADDITEMS", b"\x90", _add_items, 0),
-    ("FROZENSET", b"\x91", lambda m: m.stack.append(frozenset(m.members(m.to_mark()))), 240),
-    ("GET", b"g", lambda m: m.get(m.decimal()), 8),
-    ("BINGET", b"h", lambda m: m.get(m.number(_U1)), 8),
-    ("LONG_BINGET", b"j", lambda m: m.get(m.number(_U4)), 8),
-    ("PUT", b"p", lambda m: m.put(m.decimal()), 100),
-    ("BINPUT", b"q", lambda m: m.put(m.number(_U1)), 100),
-    ("LONG_BINPUT", b"r", lambda m: m.put(m.number(_U4)), 100),
-    ("MEMOIZE", b"\x94", lambda m: m.put(len(m.memo)), 100),
+    ("FROZENSET", b"\x91", lambda vm: vm.stack.append(frozenset(vm.members(vm.to_mark()))), 240),
+    ("GET", b"g", lambda vm: vm.get(vm.decimal()), 8),
+    ("BINGET", b"h", lambda vm: vm.get(vm.number(_U1)), 8),
+    ("LONG_BINGET", b"j", lambda vm: vm.get(vm.number(_U4)), 8),
+    ("PUT", b"p", lambda vm: vm.put(vm.decimal()), 100),
+    ("BINPUT", b"q", lambda vm: vm.put(vm.number(_U1)), 100),
+    ("LONG_BINPUT", b"r", lambda vm: vm.put(vm.number(_U4)), 100),
+    ("MEMOIZE", b"\x94", lambda vm: vm.put(len(vm.memo)), 100),
     ("GLOBAL", b"c", _global, 64),
     ("STACK_GLOBAL", b"\x93", _stack_global, 64),
     ("INST", b"i", _inst, 0),
-    ("REDUCE", b"R", lambda m: m.reduce(), 300),
-    ("BUILD", b"b", lambda m: m.build(), 100),
+    ("REDUCE", b"R", lambda vm: vm.reduce(), 300),
+    ("BUILD", b"b", lambda vm: vm.build(), 100),
     *((name, code, _refused(name), 0) for name, code in _REFUSED.items()),
 )
-_STEPS: list[Callable[[Machine], Any]] = [_refused(f"0x{code:02x}") for code in range(256)]
+_STEPS: list[Callable[[PickleVM], Any]] = [_refused(f"0x{code:02x}") for code in range(256)]
 _COSTS = [0] * 256
 _OPCODES = {code[0]: name for name, code, _, _ in _TABLE}
 for _, _code, _step, _cost in _TABLE:

@@ -1,16 +1,16 @@
 """Reading published pickles without running anything of them.
 
-A pickle is a program for a small stack machine. Python's own unpicklers, restricted by `find_class`, still call what the
+A pickle is a program for a small stack vm. Python's own unpicklers, restricted by `find_class`, still call what the
 file names with what the file gives, and reserve what it claims. Here is a machine of our own instead (`pickle_machine.py`): names
 stay symbols to which only an exact list of (module, name) pairs gives a meaning, the meanings are written below, and no function is
 ever looked up, imported or called for the file. So the first thing outside the list ends the reading before anything ran, and what
 came before it built only plain containers.
 
-The file is memory-mapped, and arrays are read-only views of the map: nothing is copied, nothing is reserved that the file does not
+The file is memory-mapped, and arrays are read-only views of the map: nothing is copied, nothing is allocated that the file does not
 hold, and a file of many GB opens in the time its opcodes take (about a million a second; an array is some thirty of them).
-What Python objects take besides is estimated and bounded by the file's size.
+The memory of all other Python objects is estimated and bounded by the file's size.
 
-Sources: the opcodes as in CPython's `pickletools`; a machine with a fixed list of calls as in `torch._weights_only_unpickler`.
+Sources: the opcodes as in CPython's `pickletools`; a fixed list of allowed calls as in `torch._weights_only_unpickler`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.pickles.pickle_vm import LAZY, PLAIN, Machine, Raw, UnsafePickle, kind, shown
+from trainer.data.pickles.pickle_vm import LAZY, PLAIN, PickleVM, Undecoded, UnsafePickle, quoted, type_name
 
 __all__ = ["ALLOWED", "UnsafePickle", "load_pickle", "loads"]
 
-_UNFOLDED = 32  # a tree written out in full may be this many times the file
+_EXPANSION = 32  # a tree written out in full may be this many times the file
 _DTYPE = re.compile(r"[<>=|]?(\?|b1|[iu][1248]|f(2|4|8|12|16)|c(8|16|24|32)|[SU]\d{1,9}|O[48]?)")
 
 
@@ -64,7 +64,7 @@ def loads(data: bytes | mmap.mmap, where: str = "pickle") -> Any:
         return _Unpickler(data, where).run()
 
 
-class _Name:
+class _Symbol:
     """One of the listed names, as the file wrote it."""
 
     __slots__ = ("module", "name")
@@ -72,7 +72,7 @@ class _Name:
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
 
-    def what(self) -> str:
+    def description(self) -> str:
         return f"{self.module}.{self.name}"
 
 
@@ -84,7 +84,7 @@ class _DType:
     def __init__(self, dtype: np.dtype) -> None:
         self.dtype, self.built = dtype, False
 
-    def what(self) -> str:
+    def description(self) -> str:
         return "a numpy dtype"
 
 
@@ -96,20 +96,20 @@ class _Array:
     def __init__(self, value: np.ndarray | None = None) -> None:
         self.value = value
 
-    def what(self) -> str:
+    def description(self) -> str:
         return "a numpy array"
 
 
-class _Unpickler(Machine):
+class _Unpickler(PickleVM):
     def name(self, module: Any, name: Any) -> None:
         if (module, name) not in ALLOWED:
-            self.refuse(f"{shown(module)}.{shown(name)}")
-        self.stack.append(_Name(module, name))
+            self.refuse(f"{quoted(module)}.{quoted(name)}")
+        self.stack.append(_Symbol(module, name))
 
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        if type(function) is not _Name or type(args) is not tuple:
-            self.refuse(f"a call of {kind(function)}")
+        if type(function) is not _Symbol or type(args) is not tuple:
+            self.refuse(f"a call of {type_name(function)}")
         self.stack.append(_MEANINGS[function.module, function.name](self, *args))
 
     def build(self) -> None:
@@ -124,47 +124,49 @@ class _Unpickler(Machine):
                 raise TypeError("an array's state")
             target.value = self.array(content, dtype.dtype, shape, "F" if fortran else "C")
         else:
-            self.refuse(f"a change of {kind(target)} (BUILD)")
+            self.refuse(f"a change of {type_name(target)} (BUILD)")
 
     def build_dtype(self, target: _DType, state: Any) -> None:
         if target.built or len(state) not in (6, 7, 8, 9):
             self.refuse("a dtype's state other than numpy writes it")
-        order, sub, names, fields = (self.string(part) if type(part) is Raw else part for part in state[1:5])
+        order, sub, names, fields = (self.string(part) if type(part) is Undecoded else part for part in state[1:5])
         if (sub, names, fields) != (None, None, None) or order not in ("<", ">", "|", "="):
             self.refuse("a structured dtype")
         target.dtype, target.built = np.dtype(order + target.dtype.str[1:]), True
 
     def string(self, value: Any) -> str:
-        if type(value) is Raw and len(value) < LAZY:
-            value = value.settle()
+        if type(value) is Undecoded and len(value) < LAZY:
+            value = value.decode()
         if type(value) is not str:
-            raise TypeError(f"{kind(value)} in place of a string")
+            raise TypeError(f"{type_name(value)} in place of a string")
         return value
 
     def new_array(self, subtype: Any, *_: Any) -> _Array:
-        if type(subtype) is not _Name or (subtype.module, subtype.name) != ("numpy", "ndarray"):
-            self.refuse(f"an array of class {kind(subtype)}")
+        if type(subtype) is not _Symbol or (subtype.module, subtype.name) != ("numpy", "ndarray"):
+            self.refuse(f"an array of class {type_name(subtype)}")
         return _Array()
 
     def new_dtype(self, code: Any, *_: Any) -> _DType:
         code = self.string(code)
         if not _DTYPE.fullmatch(code):
-            self.refuse(f"dtype {shown(code)}")
+            self.refuse(f"dtype {quoted(code)}")
         return _DType(np.dtype("O" if "O" in code else code))
 
     def array(self, content: Any, dtype: np.dtype, shape: Any, order: str) -> np.ndarray:
         """The array of `shape` whose bytes (object dtype: whose list) the file holds, exactly as many as the shape needs."""
         shape = (shape,) if type(shape) is int else shape
         if type(shape) is not tuple or len(shape) > 32 or not all(type(n) is int and 0 <= n <= self.end for n in shape):
-            self.fail(f"claims too much: an array of shape {shown(shape)} at byte {self.op_at:,}")
+            self.fail(f"claims too much: an array of shape {quoted(shape)} at byte {self.op_at:,}")
         count = math.prod(shape)
         needs = count if dtype.hasobject else count * dtype.itemsize
-        fits = isinstance(content, list) if dtype.hasobject else isinstance(content, Raw) and content.kind != "text"
+        fits = (
+            isinstance(content, list) if dtype.hasobject else isinstance(content, Undecoded) and content.kind != "text"
+        )
         if not fits:
-            raise TypeError(f"{kind(content)} as the content of an array of type {dtype}")
+            raise TypeError(f"{type_name(content)} as the content of an array of type {dtype}")
         if len(content) != needs:
             self.fail(
-                f"claims too much: an array of shape {shown(shape)} and type {dtype} at byte {self.op_at:,} needs "
+                f"claims too much: an array of shape {quoted(shape)} and type {dtype} at byte {self.op_at:,} needs "
                 f"{needs:,} {'objects' if dtype.hasobject else 'bytes'}, the file gives {len(content):,}"
             )
         if dtype.hasobject or not needs:
@@ -175,7 +177,7 @@ class _Unpickler(Machine):
         if dtype.kind == "U":
             points = np.frombuffer(content.buffer, np.dtype(f"{dtype.str[0]}u4"), needs // 4, content.start)
             if points.max() > 0x10FFFF:
-                self.fail(f"is no valid pickle: the text array at byte {self.op_at:,} holds no text")
+                self.fail(f"is not a valid pickle: the text array at byte {self.op_at:,} does not hold text")
         return flat.reshape(shape, order="F" if order == "F" else "C")
 
     def scalar(self, dtype: Any, content: Any) -> Any:
@@ -191,29 +193,29 @@ class _Unpickler(Machine):
         array = self.array(content, dtype.dtype, shape, order)
         return _Array(array.transpose(axes) if order == "K" and axes is not None else array)
 
-    def encode(self, text: Any, encoding: Any) -> Raw:
+    def encode(self, text: Any, encoding: Any) -> Undecoded:
         """Bytes that protocols 0 to 2 had to write as text, one character a byte."""
         if self.string(encoding) not in ("latin1", "latin-1"):
-            self.refuse(f"_codecs.encode to {shown(self.string(encoding))}")
-        if type(text) is Raw and text.kind == "text":
+            self.refuse(f"_codecs.encode to {quoted(self.string(encoding))}")
+        if type(text) is Undecoded and text.kind == "text":
             raw = bytearray()
             decoder = codecs.getincrementaldecoder("utf-8")()
             for start in range(text.start, text.stop, 1 << 24):
                 stop = min(start + (1 << 24), text.stop)
                 self.charge(stop - start)
                 raw += decoder.decode(text.buffer[start:stop], stop == text.stop).encode("latin-1")
-            return Raw(memoryview(raw).toreadonly(), 0, len(raw), "bytes")
+            return Undecoded(memoryview(raw).toreadonly(), 0, len(raw), "bytes")
         held = self.string(text).encode("latin-1")
         self.charge(len(held))
-        return Raw(held, 0, len(held), "bytes")
+        return Undecoded(held, 0, len(held), "bytes")
 
-    def new_bytearray(self, content: Any = None, encoding: Any = None) -> Raw:
+    def new_bytearray(self, content: Any = None, encoding: Any = None) -> Undecoded:
         if content is None:
-            return Raw(b"", 0, 0, "bytearray")
+            return Undecoded(b"", 0, 0, "bytearray")
         content = content if encoding is None else self.encode(content, encoding)
-        if type(content) is not Raw or content.kind not in ("bytes", "str2"):
-            self.refuse(f"a bytearray of {kind(content)}")
-        return Raw(content.buffer, content.start, content.stop, "bytearray")
+        if type(content) is not Undecoded or content.kind not in ("bytes", "str2"):
+            self.refuse(f"a bytearray of {type_name(content)}")
+        return Undecoded(content.buffer, content.start, content.stop, "bytearray")
 
     def new_ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         self.charge(200 * len(pairs))
@@ -224,7 +226,7 @@ class _Unpickler(Machine):
             raise TypeError("a complex number of other than two floats")
         return complex(real, imaginary)
 
-    # The end
+    # The result
 
     def finish(self, root: Any) -> Any:
         """`root` with everything under construction replaced by what it became, after proof that it is a tree that ends."""
@@ -235,7 +237,7 @@ class _Unpickler(Machine):
         while todo:
             item, closing = todo.pop()
             if closing:
-                done[id(item)] = self.settle(item, done)
+                done[id(item)] = self.resolve(item, done)
             elif id(item) not in done:
                 if id(item) in opened:
                     self.fail("contains itself: an object is among its own parts")
@@ -244,8 +246,8 @@ class _Unpickler(Machine):
                 todo.extend((child, False) for child in _children(item) if type(child) not in PLAIN)
         return holder[0]
 
-    def settle(self, item: Any, done: dict[int, tuple[Any, int]]) -> tuple[Any, int]:
-        """What `item` became, and its size written out in full, once its parts have settled."""
+    def resolve(self, item: Any, done: dict[int, tuple[Any, int]]) -> tuple[Any, int]:
+        """What `item` became, and its size written out in full, once its parts are resolved."""
         size = 8
 
         def part(child: Any) -> Any:
@@ -257,9 +259,9 @@ class _Unpickler(Machine):
             size += amount
             return value
 
-        if type(item) is Raw:
+        if type(item) is Undecoded:
             self.charge(len(item))
-            return item.settle(), len(item)
+            return item.decode(), len(item)
         if type(item) is list:
             item[:] = [part(child) for child in item]
         elif isinstance(item, dict):
@@ -275,9 +277,9 @@ class _Unpickler(Machine):
                 for at, child in enumerate(flat):
                     flat[at] = part(child)
         else:
-            self.refuse(f"{kind(item)} as data")
-        if size > _UNFOLDED * self.end + (64 << 20):
-            self.fail(f"claims too much: written out in full it would be over {_UNFOLDED} times its own size")
+            self.refuse(f"{type_name(item)} as data")
+        if size > _EXPANSION * self.end + (64 << 20):
+            self.fail(f"claims too much: written out in full it would be over {_EXPANSION} times its own size")
         return item, size
 
 
@@ -293,16 +295,16 @@ _MEANINGS: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _Unpickler.encode,
     ("collections", "OrderedDict"): _Unpickler.new_ordered,
     ("numpy", "dtype"): _Unpickler.new_dtype,
-    ("numpy", "ndarray"): lambda machine, *_: machine.refuse("a call of numpy.ndarray"),
+    ("numpy", "ndarray"): lambda vm, *_: vm.refuse("a call of numpy.ndarray"),
 }
 for _core in ("numpy.core", "numpy._core"):
     _MEANINGS[f"{_core}.multiarray", "_reconstruct"] = _Unpickler.new_array
     _MEANINGS[f"{_core}.multiarray", "scalar"] = _Unpickler.scalar
     _MEANINGS[f"{_core}.numeric", "_frombuffer"] = _Unpickler.frombuffer
 for _builtins in ("builtins", "__builtin__"):
-    _MEANINGS[_builtins, "set"] = lambda machine, items=(): machine.members(items)
-    _MEANINGS[_builtins, "frozenset"] = lambda machine, items=(): frozenset(machine.members(items))
-    _MEANINGS[_builtins, "bytes"] = lambda machine: Raw(b"", 0, 0, "bytes")  # empty: other bytes are _codecs.encode's
+    _MEANINGS[_builtins, "set"] = lambda vm, items=(): vm.members(items)
+    _MEANINGS[_builtins, "frozenset"] = lambda vm, items=(): frozenset(vm.members(items))
+    _MEANINGS[_builtins, "bytes"] = lambda vm: Undecoded(b"", 0, 0, "bytes")  # empty: other bytes are _codecs.encode's
     _MEANINGS[_builtins, "bytearray"] = _Unpickler.new_bytearray
     _MEANINGS[_builtins, "complex"] = _Unpickler.new_complex
 

@@ -11,7 +11,7 @@ import io
 import re
 from pathlib import Path
 
-from trainer.data.pickles.pickle_vm import old_text
+from trainer.data.pickles.pickle_vm import decode_legacy_text
 from trainer.data.readers.raw import RawSample, Table, split_of
 from trainer.tasks import Task
 
@@ -81,4 +81,4 @@ def _decode(path: Path, notes: list[str]) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         notes.append(f"{path.name}: some lines are not UTF-8 and were read as Windows-1252")
-        return "".join(old_text(line) for line in raw.splitlines(keepends=True))
+        return "".join(decode_legacy_text(line) for line in raw.splitlines(keepends=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.pickles.pickle_vm import old_text
+from trainer.data.pickles.pickle_vm import decode_legacy_text
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
@@ -95,7 +95,7 @@ def as_text(value: Any) -> str | None:
     """Text as published; a number is written out, anything else is no text (None)."""
     value = _plain(value)
     if isinstance(value, bytes):
-        return old_text(value)
+        return decode_legacy_text(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
