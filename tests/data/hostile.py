@@ -190,7 +190,7 @@ BOMBS = {
     "no end of names": (b"c" + b"a" * 5_000_000, "truncated"),
     "surrogates in a text array": (
         array_of(b"(K\x01t", b"X\x02\x00\x00\x00U1", b"C\x04\xff\xff\xff\xff") + b".",
-        "no text",
+        "not hold text",
     ),
 }
 
