@@ -8,17 +8,21 @@ one message, unknown keys with the nearest valid name.
 
 from __future__ import annotations
 
-import difflib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from trainer.schema import AFFECTS, describe, nearest, nest
 from trainer.shipped import list_configs, locate
+
+log = logging.getLogger(__name__)
 
 Modality = Literal["text", "audio", "video"]
 Expert = Literal["local", "semantic", "global"]
@@ -30,6 +34,23 @@ EXPERTS: tuple[Expert, ...] = get_args(Expert)
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+# What a change of a field affects, marked at the field (or at a section, for all that it holds). Unmarked: what is trained.
+Effect = Literal["training", "selection", "execution", "scoring", "record"]
+EXECUTION: Final[dict[str, JsonValue]] = {AFFECTS: "execution"}  # speed, memory, places and logs; not the results
+SELECTION: Final[dict[str, JsonValue]] = {AFFECTS: "selection"}  # which checkpoint is chosen, or when a run gives up
+SCORING: Final[dict[str, JsonValue]] = {AFFECTS: "scoring"}  # how the trained weights are evaluated
+RECORD: Final[dict[str, JsonValue]] = {AFFECTS: "record"}  # where and how the run is recorded
+OFF: Final[tuple[Any, ...]] = (
+    None,
+    False,
+    0,
+    "",
+    "none",
+    "auto",
+    [],
+    {},
+)  # values of a setting that say that it is not used
 
 
 class ConfigError(ValueError):
@@ -45,7 +66,11 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where prepared datasets lie and how samples become batches."""
 
-    path: str = Field("data/{task}", description="prepared dataset (egmf prepare); '{task}' stands for the task's name")
+    path: str = Field(
+        "data/{task}",
+        description="prepared dataset (egmf prepare); '{task}' stands for the task's name",
+        json_schema_extra=EXECUTION,
+    )
     prompt_language: Literal["auto", "en", "zh"] = Field("auto", description="auto: the task's own language")
     answers: Literal["words", "indices"] = Field(
         "words", description="the model answers with label words or label numbers"
@@ -54,10 +79,14 @@ class DataConfig(Section):
     max_text_tokens: PositiveInt = Field(256, description="longer texts keep their last tokens")
     layout: Literal["packed", "padded"] = Field(
         "packed",
-        description="of micro-batches: one row without padding that holds the instruction once, or a padded row per sample",
+        description="Micro-batch layout: packed = one unpadded row sharing one instruction; padded = one row per sample.",
+        json_schema_extra=EXECUTION,
     )
     workers: int | None = Field(
-        None, ge=0, description="processes per rank that collate ahead; default: 2 on a GPU, none elsewhere"
+        None,
+        ge=0,
+        description="processes per rank that collate ahead; default: 2 on a GPU, none elsewhere",
+        json_schema_extra=EXECUTION,
     )
     modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
     weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
@@ -114,16 +143,20 @@ class BackboneConfig(Section):
         "auto",
         description="of packed rows. blocks: each sample padded to the longest, behind the shared prefix; flash_attention_2, "
         "varlen (PyTorch's own): nothing padded; flex: compiled; sdpa, eager: one mask for the row, which every family takes",
+        json_schema_extra=EXECUTION,
     )
     quantization: Literal["none", "nf4"] = "none"
     double_quantization: bool = True
     read: Literal["each", "rank0"] = Field(
         "each",
         description="who reads the weights: every rank, or rank 0 for all, where others have no access to the files",
+        json_schema_extra=EXECUTION,
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, json_schema_extra=EXECUTION)
     reentrant: bool = Field(
-        False, description="gradient checkpointing by autograd's older, reentrant way (the same gradients)"
+        False,
+        description="gradient checkpointing by autograd's older, reentrant way (the same gradients)",
+        json_schema_extra=EXECUTION,
     )
     trust_remote_code: bool = Field(
         False, description="runs code from the model's repository: only for sources you trust"
@@ -150,7 +183,9 @@ class GateConfig(Section):
     balance_weight: float = Field(0.0, ge=0.0)
     usage_decay: Fraction = 0.9
     kernel: Literal["auto", "triton", "reference"] = Field(
-        "auto", description="of the mix; auto: triton on CUDA where it can run, else the reference"
+        "auto",
+        description="of the mix; auto: triton on CUDA where it can run, else the reference",
+        json_schema_extra=EXECUTION,
     )
 
 
@@ -172,7 +207,11 @@ class FusionConfig(Section):
         ge=0.0,
         description="of the answers that each expert alone gives, by a linear head of its own, and of the gate's trust in them; 0: no heads",
     )
-    compile: bool = Field(False, description="torch.compile for the fusion network; minutes at the start of a run")
+    compile: bool = Field(
+        False,
+        description="torch.compile for the fusion network; minutes at the start of a run",
+        json_schema_extra=EXECUTION,
+    )
     gate: GateConfig = Field(default_factory=GateConfig)
 
     @model_validator(mode="after")
@@ -216,8 +255,11 @@ class TrainConfig(Section):
     micro_tokens: PositiveInt = Field(
         2048,
         description="positions one rank passes through the backbone at once: limits memory, never changes meaning",
+        json_schema_extra=EXECUTION,
     )
-    micro_batch: PositiveInt | None = Field(None, description="samples one rank holds at once, where fewer are wanted")
+    micro_batch: PositiveInt | None = Field(
+        None, description="samples one rank holds at once, where fewer are wanted", json_schema_extra=EXECUTION
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
@@ -242,28 +284,46 @@ class TrainConfig(Section):
         "every sample then carries all answers",
     )
     clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0 switches clipping off")
-    log_every: PositiveInt = 10
-    eval_every: int | None = Field(None, ge=1, description="steps between validations; default: once an epoch")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best")
+    log_every: PositiveInt = Field(10, json_schema_extra=EXECUTION)
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between validations; default: once an epoch", json_schema_extra=SELECTION
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; default: at each validation", json_schema_extra=EXECUTION
+    )
+    keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best", json_schema_extra=EXECUTION)
     resume: Literal["auto", "never"] = Field(
-        "auto", description="continue the run folder's last checkpoint; never: put what is there aside and start anew"
+        "auto",
+        description="continue the run folder's last checkpoint; never: put what is there aside and start anew",
+        json_schema_extra=EXECUTION,
     )
     stop_signals: list[StopSignal] = Field(
         default_factory=lambda: list(STOP_SIGNALS),
         min_length=1,
         description="any of these, on any rank, makes all ranks stop with a checkpoint; take SIGUSR1 out where NCCL uses it",
+        json_schema_extra=EXECUTION,
     )
-    probe: bool = Field(True, description="try the largest batches of the data before the first step")
-    rendezvous_seconds: PositiveFloat = Field(300.0, description="that the processes wait for each other at the start")
+    probe: bool = Field(
+        True, description="try the largest batches of the data before the first step", json_schema_extra=EXECUTION
+    )
+    rendezvous_seconds: PositiveFloat = Field(
+        300.0, description="Seconds each rank waits for the others at start-up.", json_schema_extra=EXECUTION
+    )
     max_skipped: PositiveInt = Field(
-        5, description="steps in a row with a loss or gradient that is no number, after which the run stops"
+        5,
+        description="steps in a row with a loss or gradient that is no number, after which the run stops",
+        json_schema_extra=SELECTION,
     )
     spike: PositiveFloat = Field(
-        8.0, description="a loss this many robust deviations above the recent median is marked"
+        8.0,
+        description="a loss this many robust deviations above the recent median is marked",
+        json_schema_extra=EXECUTION,
     )
     stuck_seconds: float = Field(
-        600.0, ge=0.0, description="without progress on any rank for so long, the run ends and says where; 0: never"
+        600.0,
+        ge=0.0,
+        description="without progress on any rank for so long, the run ends and says where; 0: never",
+        json_schema_extra=EXECUTION,
     )
 
 
@@ -277,8 +337,12 @@ def _default_splits() -> list[Split]:
 class EvalConfig(Section):
     mode: Literal["score", "generate"] = Field("score", description="score every answer, or generate freely and parse")
     prediction: Literal["expectation", "mode"] = Field("expectation", description="of a regression task's number grid")
-    tokens: PositiveInt = Field(8192, description="positions one rank scores at once: limits memory")
-    batch: PositiveInt | None = Field(None, description="samples one rank scores at once, where fewer are wanted")
+    tokens: PositiveInt = Field(
+        8192, description="positions one rank scores at once: limits memory", json_schema_extra=EXECUTION
+    )
+    batch: PositiveInt | None = Field(
+        None, description="samples one rank scores at once, where fewer are wanted", json_schema_extra=EXECUTION
+    )
     splits: list[Split] = Field(default_factory=_default_splits)
 
 
@@ -300,8 +364,8 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    track: TrackConfig = Field(default_factory=TrackConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig, json_schema_extra=SCORING)
+    track: TrackConfig = Field(default_factory=TrackConfig, json_schema_extra=RECORD)
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="raw DeepSpeed keys, laid over the derived ones"
     )
@@ -332,25 +396,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
-    over = _parse_overrides(overrides)
-    merged = OmegaConf.merge(_read(locate(path), ()), over)
-    try:
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return check_config(raw, where=str(path))
+    return _merge(_read(locate(path), ()), overrides, str(path))
 
 
 def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
-    """The config a run was trained with.
+    """The config a run was trained with, by this version or another: what it does not say has its default.
+
+    A setting that this version does not have is left out where its value says that it is not used (:data:`OFF`).
 
     Raises:
-        ValueError: `run` is not a run folder.
+        ValueError: `run` is not a run folder, or uses a setting that this version does not have.
     """
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
-    return load_config(path, [*overrides, *([f"data.path={data}"] if data else [])])
+    raw = cast(dict[str, Any], OmegaConf.to_container(_read(path, ())))
+    kept, unknown = nest(RunConfig, dotted(raw))
+    used = {key: value for key, value in unknown.items() if value not in OFF}
+    if used:
+        names = ", ".join(f"{key}={value!r}" for key, value in used.items())
+        raise ConfigError(
+            f"{path} has settings that this version of egmf-trainer does not have: {names}; use the version that wrote it"
+            f"{_version_of(run)}, or take them out of the file to leave them out"
+        )
+    if unknown:
+        log.info("%s: not used and left out, since this version does not have them: %s", path, ", ".join(unknown))
+    return _merge(kept, [*overrides, *([f"data.path={data}"] if data else [])], str(path))
+
+
+def _version_of(run: Path) -> str:
+    """The version that a run folder's record names, in brackets; empty where it names none."""
+    try:
+        return f" ({json.loads((run / 'run.json').read_text(encoding='utf-8'))['versions']['egmf-trainer']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def check_config(raw: Any, where: str = "config") -> RunConfig:
@@ -358,7 +437,7 @@ def check_config(raw: Any, where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors()]
+        faults = [describe(fault, RunConfig) for fault in error.errors()]
         head = f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise ConfigError("\n".join([head, *(f"  {fault}" for fault in faults)])) from error
 
@@ -386,6 +465,15 @@ def dotted(raw: dict[str, Any]) -> dict[str, Any]:
     return dict(walk("", raw))
 
 
+def _merge(base: Any, overrides: Sequence[str], where: str) -> RunConfig:
+    merged = OmegaConf.merge(base, _parse_overrides(overrides))
+    try:
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return check_config(raw, where=where)
+
+
 def _read(path: Path, chain: tuple[Path, ...]) -> Any:
     here = path.resolve()
     if here in chain:
@@ -411,9 +499,9 @@ def _nearest_config(path: Path) -> str:
     shipped = [config.name for config in list_configs()]
     beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     if not path.suffix:
-        return f"{_nearest(path.name, shipped)}; 'egmf config list' shows the shipped configs"
+        return f"{nearest(path.name, shipped)}; 'egmf config list' shows the shipped configs"
     by_name = f"; '{path.stem}' is a shipped config" if path.stem in shipped else ""
-    return _nearest(path.name, beside) + by_name
+    return nearest(path.name, beside) + by_name
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Any:
@@ -424,38 +512,3 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         return OmegaConf.from_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error
-
-
-def _describe(fault: Any) -> str:
-    loc = [str(part) for part in fault["loc"]]
-    key = ".".join(loc) or "(top level)"
-    if fault["type"] == "extra_forbidden":
-        names = _fields_at(loc[:-1])
-        return f"{key}: unknown key{_nearest(loc[-1], names)}"
-    if fault["type"] == "missing":
-        return f"{key}: missing"
-    if fault["type"] == "value_error":
-        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
-    given = fault.get("input")
-    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    near = _nearest(given, _expected(fault)) if isinstance(given, str) and fault["type"] == "literal_error" else ""
-    return f"{key}: {fault['msg'].replace('Input should', 'must', 1)}{shown}{near}"
-
-
-def _expected(fault: Any) -> list[str]:
-    """The allowed words of a `literal_error`, from its text ("'a', 'b' or 'c'")."""
-    return [word.strip(" '") for word in str(fault["ctx"]["expected"]).replace(" or ", ",").split(",")]
-
-
-def _fields_at(loc: Sequence[str]) -> list[str]:
-    model: Any = RunConfig
-    for part in loc:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            return []
-        model = model.model_fields[part].annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else (f"; known: {', '.join(names)}" if names else "")

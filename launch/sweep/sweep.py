@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.start.local import run_state
-from trainer.checkpoint.identity import FREE, settings
+from trainer.checkpoint.identity import effect_of, training_settings
 from trainer.config import RunConfig, dump_config, flatten, load_config, saved_config
 from trainer.files import write_json, write_text
 from trainer.tasks import TaskError, get_task
@@ -183,7 +183,7 @@ def finished(children: Sequence[Child]) -> set[str]:
     for child in children:
         if run_state(child.out)[0] != "done":
             continue
-        ours, theirs = settings(child.config), settings(saved_config(child.out))
+        ours, theirs = training_settings(child.config), training_settings(saved_config(child.out))
         differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         trained = json.loads((child.out / "run.json").read_text(encoding="utf-8"))["data"]
         differing += [f"the data of {t}" for t, mark in _fingerprints(child.config).items() if trained.get(t) != mark]
@@ -272,11 +272,16 @@ def _plain(value: str) -> str:
 
 def _planned(config: RunConfig) -> dict[str, Any]:
     """What a sweep's plan holds of a config: all but the seed, what may change at any time, and where it is recorded."""
-    left_out = {*FREE, "train.seed"} - {"data.path"}
-    flat = {k: v for k, v in flatten(config).items() if k not in left_out and not k.startswith("track.")}
+    flat = {k: v for k, v in flatten(config).items() if _is_planned(k)}
     return {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()
     }  # as JSON holds them
+
+
+def _is_planned(key: str) -> bool:
+    if key == "data.path" or key.startswith("eval."):
+        return True
+    return key != "train.seed" and effect_of(key) == "training"
 
 
 def _differences(record: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.checkpoint.identity import RunIdentity
+from trainer.checkpoint.state import CheckpointState, LossMonitorState, Position, SelectionState
 from trainer.config import RunConfig, load_config
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
@@ -102,3 +104,12 @@ def config_of(case: Case, data: Path, *, engine: bool) -> RunConfig:
     return load_config(
         TINY, ["task=meld", f"data.path={data}/{{task}}", *COMMON, *case.overrides, *(case.engine if engine else ())]
     )
+
+
+def state_at(step: int, best: str | None = None, identity: RunIdentity | None = None) -> CheckpointState:
+    """What a run of this identity, or of a made-up one, writes beside its weights after `step` steps."""
+    identity = identity or RunIdentity(tasks=["meld"], data={"meld": "0"}, base="0", world=1, zero=0, settings={})
+    return CheckpointState(
+        **identity.model_dump(), step=step, best=best, selection=SelectionState(best=best, validations={}, nll={}),
+        health=LossMonitorState(), position=Position(step=step),
+    )  # fmt: skip

@@ -48,7 +48,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def main(data: Path, out: Path) -> None:
-    from tests.distributed.cases import NF4, Case, config_of
+    from tests.distributed.cases import NF4, Case, config_of, state_at
     from trainer.checkpoint.store import Checkpoints, resume_engine
     from trainer.checkpoint.weights import load_weights, trainable_state
     from trainer.logs import set_up_logging
@@ -77,7 +77,7 @@ def main(data: Path, out: Path) -> None:
         held = Checkpoints(folder, world, keep)
         held.open()
         for step in steps:
-            held.save(engine, step, {"note": step}, best)
+            held.save(engine, state_at(step, best))
         return held
 
     def on_first(work: Callable[[], Any]) -> None:
@@ -105,6 +105,17 @@ def main(data: Path, out: Path) -> None:
         }  # fmt: skip
         on_first(lambda folder=folder, damage=damage: damage(folder / "step-00000001"))  # type: ignore[misc]
         results[name]["none left"] = attempt(damaged.newest)
+    # a newer format is no damage: it is refused, and stays as it is
+    newer = out / "newer"
+
+    def as_format_two() -> None:
+        shutil.copytree(template, newer)
+        path = newer / "step-00000002" / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+
+    on_first(as_format_two)
+    results["newer"] = attempt(lambda: Checkpoints(newer, world).newest(repair=True))
+    results["newer stays"] = Checkpoints(newer, world).names()
     # weights come back, on every rank
     with torch.no_grad():
         for p in parts.model.parameters():
@@ -123,7 +134,7 @@ def main(data: Path, out: Path) -> None:
     # nowhere to write
     gone = fill(out / "gone", (1,))
     on_first(lambda: shutil.rmtree(gone.folder))
-    results["gone"] = attempt(lambda: gone.save(engine, 2, {}, None))
+    results["gone"] = attempt(lambda: gone.save(engine, state_at(2)))
     if world.is_rank_zero:
         results["gone stays gone"] = not gone.folder.exists()
         (out / "results.json").write_text(json.dumps(results))
@@ -135,7 +146,7 @@ def main(data: Path, out: Path) -> None:
 
 def full_disk(data: Path, out: Path) -> None:
     """On a file system with room for one checkpoint the second fails, and leaves the first."""
-    from tests.distributed.cases import Case, config_of
+    from tests.distributed.cases import Case, config_of, state_at
     from trainer.checkpoint.store import Checkpoints
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
@@ -147,19 +158,19 @@ def full_disk(data: Path, out: Path) -> None:
     engine = build_engine(assemble(config, out.parent / "run", world, torch.float32, partition=True).model, config)
     held = Checkpoints(out / "checkpoints", world, 9)
     held.open()
-    held.save(engine, 1, {}, None)
+    held.save(engine, state_at(1))
     used = sum(path.stat().st_size for path in held.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(out).free
     (out / "ballast").write_bytes(b"\0" * max(0, free - used // 2))
     try:
-        held.save(engine, 2, {}, None)
+        held.save(engine, state_at(2))
     except ValueError as error:
         print(f"REFUSED {error}", flush=True)
     assert held.names() == ["step-00000001"]
     assert held.verify(held.folder / "step-00000001") == []
     (out / "ballast").unlink()
     held.open()
-    held.save(engine, 2, {}, None)
+    held.save(engine, state_at(2))
     print("SAVED once there was room", flush=True)
     stop_world()
 

@@ -62,6 +62,13 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(told: dict[str,
     assert "train.resume=never" in seen["none left"]
 
 
+def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_damaged(told: dict[str, Any]) -> None:
+    assert told["newer"].startswith("CheckpointError")
+    assert "step-00000002 has checkpoint format 2" in told["newer"]
+    assert "use the version that wrote it, or start anew with another --out or train.resume=never" in told["newer"]
+    assert told["newer stays"] == ["step-00000001", "step-00000002"]
+
+
 def test_weights_come_back(told: dict[str, Any]) -> None:
     assert told["weights"]
 

@@ -26,9 +26,10 @@ CASES = (
 
 def main(data: Path, out: Path, writers: list[int]) -> None:
     """Write checkpoints of this world if there are none yet, and continue those of the worlds `writers`."""
-    from tests.distributed.cases import config_of
-    from trainer.checkpoint.identity import identity
-    from trainer.checkpoint.store import Checkpoints, check_fit, read_state, resume_engine
+    from tests.distributed.cases import config_of, state_at
+    from trainer.checkpoint.identity import identify
+    from trainer.checkpoint.state import check_fit, read_state
+    from trainer.checkpoint.store import Checkpoints, resume_engine
     from trainer.checkpoint.weights import trainable_state
     from trainer.data.sampling import GlobalBatchSampler
     from trainer.distributed.deepspeed_config import dtype_of
@@ -53,7 +54,7 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
             training = StepContext(engine, parts, config, world, guard, StopRequest())
             lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
             order = GlobalBatchSampler(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
-            ours = identity(
+            identity = identify(
                 config, data=parts.fingerprints, base=parts.model.backbone.fingerprint, world_size=world.size
             )
             start = 0
@@ -62,10 +63,10 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
                 last = Checkpoints(folder, world).newest()
                 assert last is not None
                 saved = read_state(last)
-                check_fit(saved, ours, last)
+                check_fit(saved, identity, last)
                 resume_engine(engine, last, world)
                 assert not list(folder.glob(".*"))
-                start = int(saved["step"])
+                start = saved.step
             losses, fusion, ids = [], [], []
             for step in range(start, BEFORE + AFTER):
                 schedule.set(step)
@@ -78,11 +79,11 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
                 if writer is None and step + 1 == BEFORE:
                     held = Checkpoints(out / f"world{world.size}" / case.name, world)
                     held.open()
-                    held.save(engine, BEFORE, ours, None)
+                    held.save(engine, state_at(BEFORE, identity=identity))
             state = trainable_state(parts.model, world)
             weights = {name: t.double().square().sum().sqrt().item() for name, t in state.items()}
             results[f"{case.name} {writer or 'whole'}"] = {
-                "losses": losses, "usage": fusion, "ids": ids, "weights": weights, "base": ours["base"],
+                "losses": losses, "usage": fusion, "ids": ids, "weights": weights, "base": identity.base,
                 "groups": [[g.get("name"), g["weight_decay"], g["lr"]] for g in engine.optimizer.param_groups],
             }  # fmt: skip
             engine.destroy()

@@ -13,6 +13,7 @@ import torch
 
 from tests.distributed.processes import ROOT, egmf
 from tests.toy import prepare_toy
+from trainer.checkpoint.state import LossMonitorState
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
 from trainer.run.assemble import assemble
@@ -43,7 +44,7 @@ def test_spikes_stand_far_above_the_recent_median() -> None:
         marked += [i] * int(expected)
     assert marked == [60]
     again = LossMonitor(8.0)
-    again.restore(json.loads(json.dumps(health.state())))
+    again.restore(LossMonitorState.model_validate_json(health.state().model_dump_json()))
     assert again.state() == health.state()
 
 

@@ -1,62 +1,68 @@
-"""What makes a run this run: a checkpoint and the run that continues it must agree on it."""
+"""What makes a run this run: a checkpoint and the run that continues it must agree on it.
+
+Which settings may differ is said at each field of the schema (``affects`` in :mod:`trainer.config`), and nowhere else.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
-from trainer.config import RunConfig, flatten
+from pydantic import BaseModel, ConfigDict
+
+from trainer.config import Effect, RunConfig, check_config, flatten
 from trainer.distributed.deepspeed_config import zero_stage
-
-# settings that may change when a run is continued: they say where and how often, or how much memory, not what
-FREE = frozenset(
-    {
-        "data.path",
-        "data.layout",
-        "data.workers",
-        "model.backbone.attention",
-        "model.fusion.compile",
-        "model.backbone.read",
-        "model.backbone.gradient_checkpointing",
-        "model.backbone.reentrant",
-        "model.fusion.gate.kernel",
-        "train.micro_batch",
-        "train.micro_tokens",
-        "train.log_every",
-        "train.eval_every",
-        "train.save_every",
-        "train.keep",
-        "train.resume",
-        "train.stop_signals",
-        "train.probe",
-        "train.rendezvous_seconds",
-        "train.max_skipped",
-        "train.spike",
-        "train.stuck_seconds",
-    }
-)
+from trainer.schema import find, nest
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that say what is trained, flat."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if key.startswith(("task", "data.", "model.", "train.", "deepspeed")) and key not in FREE
-    }
+class RunIdentity(BaseModel):
+    """Tasks, data (task -> fingerprint), frozen base (its hash), world size, ZeRO stage and settings of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tasks: list[str]
+    data: dict[str, str]
+    base: str
+    world: int
+    zero: int
+    settings: dict[str, Any]  # dotted key -> value of what affects the training
 
 
-def identity(config: RunConfig, *, data: dict[str, str], base: str, world_size: int) -> dict[str, Any]:
-    """Tasks, data, frozen base, world, ZeRO stage and settings of a run.
+def identify(config: RunConfig, *, data: dict[str, str], base: str, world_size: int) -> RunIdentity:
+    """The identity of a run.
 
     Args:
         data: task -> fingerprint of its prepared dataset.
         base: fingerprint of the frozen backbone.
     """
-    return {
-        "tasks": list(data),
-        "data": data,
-        "base": base,
-        "world": world_size,
-        "zero": zero_stage(config),
-        "settings": settings(config),
-    }
+    return RunIdentity(
+        tasks=list(data),
+        data=data,
+        base=base,
+        world=world_size,
+        zero=zero_stage(config),
+        settings=training_settings(config),
+    )
+
+
+def effect_of(key: str) -> Effect:
+    """What a change of a dotted key affects; a key that this version does not have counts as training."""
+    place = find(RunConfig, key)
+    return "training" if place is None or place.affects is None else cast(Effect, place.affects)
+
+
+def training_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what is trained: dotted key -> value."""
+    return {key: value for key, value in flatten(config).items() if effect_of(key) == "training"}
+
+
+def completed_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """:func:`training_settings` that another version may have saved, as this version would have, and those it does not have.
+
+    A key that was not known then has the schema's default.
+
+    Raises:
+        ConfigError: a value that this version does not take.
+    """
+    nested, unknown = nest(RunConfig, saved)
+    return training_settings(check_config(nested, where="the saved settings")), unknown

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, verified before they are used, the newest and the best kept.
 
     checkpoints/step-00000100/model.safetensors       trainable weights and gate usage, whole (any world size can read them)
-                              engine/                 DeepSpeed's own: optimizer, loss scale (of this world size: run/universal.py)
+                              engine/                 DeepSpeed's own: optimizer, loss scale (of this world size: see universal.py)
                               random.rankN.safetensors  every random generator of a rank
                               state.json              step, schedule, identity of the run, validation, MLflow run
                               manifest.json           size and SHA-256 of every other file
@@ -18,17 +18,17 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer.checkpoint.random_state import random_state, restore_random_state
+from trainer.checkpoint.state import FORMAT, STATE, CheckpointState, check_format
+from trainer.checkpoint.torch_files import ForbiddenContentError, tensors_only, torch_writing
 from trainer.checkpoint.universal import load_universal, universal
 from trainer.checkpoint.weights import WEIGHTS, CheckpointError, load_weights, trainable_state
 from trainer.distributed.world import World
@@ -39,11 +39,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-STATE, MANIFEST, ENGINE, BEST = "state.json", "manifest.json", "engine", "best"
+MANIFEST, ENGINE, BEST = "manifest.json", "engine", "best"
 RANDOM = "random.rank{}.safetensors"
 READ = 1 << 22  # bytes at once
-WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # in the RuntimeErrors of torch.save's writer
+
+
+class FileRecord(TypedDict):
+    """Of a file in a manifest."""
+
+    bytes: int
+    sha256: str
 
 
 class Checkpoints:
@@ -61,20 +66,20 @@ class Checkpoints:
                     for left in self.folder.glob(pattern):
                         shutil.rmtree(left)
 
-    def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], best: str | None) -> Path:
-        """Write the checkpoint of `step`; `best` names the best one so far, or it may be this one.
+    def save(self, engine: DeepSpeedEngine, state: CheckpointState) -> Path:
+        """Write the checkpoint of `state.step`; `state.best` names the best one so far, and it may be this one.
 
         Raises:
             CheckpointError: it could not be written (disk full, folder gone, ...). Earlier ones stay.
         """
-        name = step_name(step)
+        name = step_name(state.step)
         target, writing = self.folder / name, self.folder / f".writing-{name}"
-        with _explained(f"the checkpoint of step {step}", self.folder):
+        with _write_errors_explained(f"the checkpoint of step {state.step}", self.folder):
             with self.world.on_rank_zero() as first:
                 if first and not self.folder.is_dir():
                     raise FileNotFoundError(f"{self.folder} is gone: it was removed while the run was going on")
             try:
-                self._write(engine, writing, {**state, "format": FORMAT, "step": step, "best": best})
+                self._write(engine, writing, state)
             except BaseException:
                 shutil.rmtree(writing, ignore_errors=True)  # a full disk must have room to say so
                 raise
@@ -82,20 +87,21 @@ class Checkpoints:
                 if first:
                     writing.rename(target)
                     sync(self.folder)
-                    self.mark(best)
-                    self._retain(best)
+                    self.mark(state.best)
+                    self._retain(state.best)
         return target
 
-    def _write(self, engine: DeepSpeedEngine, writing: Path, state: dict[str, Any]) -> None:
-        engine.save_checkpoint(str(writing), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+    def _write(self, engine: DeepSpeedEngine, writing: Path, state: CheckpointState) -> None:
+        with torch_writing():
+            engine.save_checkpoint(str(writing), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
         weights = trainable_state(engine.module, self.world)
         with self.world.fail_together():
             save_file(random_state(), writing / RANDOM.format(self.world.rank))
             if self.world.is_rank_zero:
                 save_file(weights, writing / WEIGHTS)
-                write_json(writing / STATE, state)
+                write_json(writing / STATE, state.model_dump(mode="json"))
         names = self.world.broadcast_object(_files(writing) if self.world.is_rank_zero else None)
-        mine: dict[str, dict[str, Any]] = {}
+        mine: dict[str, FileRecord] = {}
         with self.world.fail_together():
             for name in names[self.world.rank :: self.world.size]:
                 sync(writing / name)
@@ -104,8 +110,8 @@ class Checkpoints:
         with self.world.on_rank_zero() as first:
             if first:
                 assert parts is not None
-                everything = {name: about for part in parts for name, about in part.items()}
-                write_json(writing / MANIFEST, {"format": FORMAT, "files": dict(sorted(everything.items()))})
+                records = {name: record for part in parts for name, record in part.items()}
+                write_json(writing / MANIFEST, {"format": FORMAT, "files": dict(sorted(records.items()))})
                 sync(writing / MANIFEST)
                 sync(writing)
 
@@ -131,18 +137,27 @@ class Checkpoints:
         return None
 
     def verify(self, checkpoint: Path) -> list[str]:
-        """What is wrong with a checkpoint, read in full, the ranks sharing the work; the same answer on every rank."""
+        """What is wrong with a checkpoint, read in full, the ranks sharing the work; the same answer on every rank.
+
+        Raises:
+            CheckpointError: it is of another format, so that this version cannot say.
+        """
         rank, size = self.world.rank, self.world.size
         faults: list[str]
+        found: object = FORMAT
         try:
             manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
             files = sorted(manifest["files"].items())
+            found = manifest.get("format")
             faults = [fault for name, about in files[rank::size] if (fault := _fault(checkpoint / name, about))]
         except FileNotFoundError:
             faults = [f"it has no {MANIFEST}: its writing was not finished"] if rank == 0 else []
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             faults = [f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"] if rank == 0 else []
-        return [fault for part in self.world.gather_all(faults) for fault in part]
+        parts = self.world.gather_all((faults, found))
+        for _, found in parts:
+            check_format(found, checkpoint)
+        return [fault for faults, _ in parts for fault in faults]
 
     def names(self) -> list[str]:
         """The checkpoints that are there, whole or not, oldest first."""
@@ -193,54 +208,6 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The record beside a checkpoint's weights."""
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from error
-    assert isinstance(state, dict)
-    return state
-
-
-def check_fit(state: dict[str, Any], expected: dict[str, Any], checkpoint: Path, *, force: bool = False) -> None:
-    """Refuse to continue `checkpoint` in a run that differs from it in any of `expected`.
-
-    Another number of ranks fits always. With `force`, other settings and other data are a warning; another base or ZeRO
-    stage never is.
-
-    Raises:
-        CheckpointError: every difference, and what to do.
-    """
-    faults: list[str] = []
-    forced: list[str] = []
-    for key, value in expected.items():
-        theirs = state.get(key)
-        if key == "world":
-            continue
-        if key == "settings" and isinstance(theirs, dict):
-            changed = sorted(name for name in {**theirs, **value} if theirs.get(name) != value.get(name))
-            forced += [f"  {n}: the checkpoint has {theirs.get(n)!r}, this run {value.get(n)!r}" for n in changed]
-        elif theirs != value:
-            (forced if key == "data" else faults).append(f"  {key}: the checkpoint has {theirs!r}, this run {value!r}")
-    if force and forced and not faults:
-        log.warning("--force: %s is continued although this run differs:\n%s", checkpoint.name, "\n".join(forced))
-        return
-    if faults or forced:
-        raise CheckpointError(
-            "\n".join(
-                [
-                    f"{checkpoint} was written by another run:",
-                    *faults,
-                    *forced,
-                    "continue it under the same settings"
-                    + ("" if faults else ", or all the same with --force")
-                    + ", or start anew with another --out or train.resume=never",
-                ]
-            )
-        )
-
-
 def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> None:
     """Put a checkpoint's weights, optimizer and random state into `engine`, whatever number of ranks wrote it.
 
@@ -250,60 +217,33 @@ def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> No
         CheckpointError: DeepSpeed finds no state of its own there, or one that asks for more than plain tensors.
     """
     writers = len(list(checkpoint.glob(RANDOM.format("*"))))
-    with _restricted():
-        try:
+    try:
+        with tensors_only():
             if writers == world.size or not engine.zero_optimization():
                 loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE, load_module_strict=False)
             else:
                 log.info("%s was written by %d ranks: converting it for %d", checkpoint.name, writers, world.size)
                 place = checkpoint.with_name(f".converting-{checkpoint.name}")
                 with (
-                    _explained(f"the conversion of {checkpoint.name}", checkpoint.parent),
+                    _write_errors_explained(f"the conversion of {checkpoint.name}", checkpoint.parent),
                     universal(checkpoint / ENGINE, place, world) as converted,
                 ):
                     loaded = load_universal(engine, converted)
                 load_weights(engine.module, checkpoint, world)
-        except Exception as error:
-            if "weights_only" not in str(error) and "Weights only" not in str(error):
-                raise
-            raise CheckpointError(f"{checkpoint / ENGINE} holds more than tensors and is not read: {error}") from error
+    except ForbiddenContentError as error:
+        raise CheckpointError(f"{checkpoint / ENGINE} holds more than tensors and is not read: {error}") from error
     if loaded is None:
         raise CheckpointError(f"checkpoint {checkpoint}: DeepSpeed found no state under {ENGINE}/")
     restore_random_state(load_file(checkpoint / RANDOM.format(world.rank % writers)))
 
 
 @contextlib.contextmanager
-def _restricted() -> Iterator[None]:
-    """Inside the block torch.load takes tensors, plain containers and DeepSpeed's four classes, and nothing else.
-
-    DeepSpeed asks for weights_only=False; torch's own variable overrules it.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
-
-
-@contextlib.contextmanager
-def _explained(what: str, folder: Path) -> Iterator[None]:
+def _write_errors_explained(what: str, folder: Path) -> Iterator[None]:
     """A failure to write `what` becomes one message that says why and what stays."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER):
-            raise
-        why = "a file could not be written to its end" if isinstance(error, RuntimeError) else str(error)
+    except (OSError, SafetensorError) as error:
+        why = str(error)
         with contextlib.suppress(OSError):
             why += f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free there)"
         kept = sorted(path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())
@@ -313,7 +253,7 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _fault(path: Path, about: dict[str, Any]) -> str | None:
+def _fault(path: Path, about: FileRecord) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size

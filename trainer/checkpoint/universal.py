@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.checkpoint.torch_files import torch_writing
 from trainer.distributed.world import World
 from trainer.logs import captured_stdout
 
@@ -90,5 +91,5 @@ def _convert(folder: Path, out: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with captured_stdout(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+    with torch_writing(), captured_stdout(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         ds_to_universal.main(options)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.batch import AnswerTrie, Batch, Choices, Features, FusionInput, PackedBatch, Packing
+from trainer.checkpoint.state import LossMonitorState
 from trainer.distributed.world import World
 from trainer.files import write_json
 
@@ -108,17 +109,14 @@ class LossMonitor:
         self._recent.append(loss)
         return spike
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
-            "spikes": self.spikes,
-            "recent": list(self._recent),
-        }
+    def state(self) -> LossMonitorState:
+        return LossMonitorState(
+            skipped=self.skipped, in_a_row=self.in_a_row, spikes=self.spikes, recent=list(self._recent)
+        )
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row, self.spikes = state["skipped"], state["in_a_row"], state["spikes"]
-        self._recent.extend(state["recent"])
+    def restore(self, state: LossMonitorState) -> None:
+        self.skipped, self.in_a_row, self.spikes = state.skipped, state.in_a_row, state.spikes
+        self._recent.extend(state.recent)
 
 
 class NonFiniteDump:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.checkpoint.identity import identity, settings
+from trainer.checkpoint.identity import RunIdentity, identify, training_settings
 from trainer.checkpoint.selection import Selection
-from trainer.checkpoint.store import Checkpoints, check_fit, read_state, resume_engine, step_name
+from trainer.checkpoint.state import CheckpointState, Position, SelectionState, check_fit, read_state, this_version
+from trainer.checkpoint.store import Checkpoints, resume_engine, step_name
 from trainer.checkpoint.weights import load_weights, trainable_state
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.imbalance import training_order
@@ -93,24 +94,26 @@ def fit(
             last = checkpoints.newest(repair=True)
             parts = assemble(config, out, world, dtype_of(config), partition=True)
             base = parts.model.backbone.fingerprint
-            ours = identity(config, data=parts.fingerprints, base=base, world_size=world.size)
+            identity = identify(config, data=parts.fingerprints, base=base, world_size=world.size)
             saved = None if last is None else read_state(last)
             if saved is not None and last is not None:
-                check_fit(saved, ours, last, force=force)
+                check_fit(saved, identity, last, force=force)
             with world.on_rank_zero() as first:
                 if first:
                     write_text(out / "config.yaml", dump_config(config))
             begun = True
             record.update(state="running", started=now(), ended=None, failure=None, **environment(), **_process())
-            known = (record.values.get("mlflow") or {}).get("run_id") or (saved or {}).get("mlflow_run")
+            known = (record.values.get("mlflow") or {}).get("run_id") or (
+                saved.mlflow_run if saved is not None else None
+            )
             tracker = Tracker(config, out, enabled=world.is_rank_zero, run_id=known)
-            run = Run(config, out, world, parts, ours, tracker, stop, checkpoints, watch)
+            run = Run(config, out, world, parts, identity, tracker, stop, checkpoints, watch)
             record.update(
                 precision=config.train.precision,
                 seed=config.train.seed,
                 steps=run.steps,
                 mlflow={"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,
-                **{key: value for key, value in ours.items() if key != "settings"},
+                **identity.model_dump(exclude={"settings"}),
             )
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
@@ -149,8 +152,8 @@ def _other_settings(config: RunConfig, out: Path) -> bool:
     if not (out / "config.yaml").is_file():
         return False
     try:
-        return settings(saved_config(out)) != settings(config)
-    except ValueError:  # the config of another version
+        return training_settings(saved_config(out)) != training_settings(config)
+    except ValueError:  # it uses a setting that this version does not have
         return True
 
 
@@ -205,7 +208,7 @@ class Run:
         out: Path,
         world: World,
         parts: RunComponents,
-        ours: dict[str, Any],
+        identity: RunIdentity,
         tracker: Tracker,
         stop: StopRequest,
         checkpoints: Checkpoints,
@@ -213,7 +216,7 @@ class Run:
     ) -> None:
         self.watch = watch
         self.config, self.out, self.world, self.parts = config, out, world, parts
-        self.identity, self.tracker, self.checkpoints = ours, tracker, checkpoints
+        self.identity, self.tracker, self.checkpoints = identity, tracker, checkpoints
         train = config.train
         self.order = training_order(config, {name: data["train"] for name, data in parts.data.items()})
         self.steps = train.steps or math.ceil(train.epochs * self.order.steps_per_epoch)
@@ -233,7 +236,7 @@ class Run:
         batch = self.order.step(step)
         return batch, self.training.micro_batches(batch)
 
-    def train(self, last: Path | None, saved: dict[str, Any] | None) -> str:
+    def train(self, last: Path | None, saved: CheckpointState | None) -> str:
         """Train to the last step and evaluate, or until asked to stop; returns the run's state."""
         state = "done"
         try:
@@ -246,7 +249,7 @@ class Run:
         self.engine.destroy()  # its hooks would keep the model in memory, and this process may train another
         return state
 
-    def _train(self, last: Path | None, saved: dict[str, Any] | None) -> None:
+    def _train(self, last: Path | None, saved: CheckpointState | None) -> None:
         train = self.config.train
         eval_every = train.eval_every or self.order.steps_per_epoch
         save_every = train.save_every or eval_every
@@ -255,7 +258,7 @@ class Run:
         if train.probe and start < self.steps:
             probe(self.engine, self.parts, self.config, self.world, self.guard, self.dtype)
             self.stop.raise_if_stop_requested(self.world)
-        if saved is not None and saved.get("validation_due"):
+        if saved is not None and saved.validation_due:
             self._validate_late(start)
         _log_start(self, start)
         with self.progress:
@@ -276,21 +279,17 @@ class Run:
                 self.stop.raise_if_stop_requested(self.world)  # asked for during the step, or since
             self._finish()
 
-    def _resume(self, last: Path | None, saved: dict[str, Any] | None) -> int:
+    def _resume(self, last: Path | None, saved: CheckpointState | None) -> int:
         if last is None or saved is None:
             return 0
         resume_engine(self.engine, last, self.world)
-        if "nll" not in saved.get("selection", {}):
-            raise ValueError(
-                f"{last} was written by an earlier version: continue it with that version, or start anew with train.resume=never"
-            )
-        self.selection.restore(saved["selection"])
-        self.health.restore(saved["health"])
+        self.selection.restore(saved.selection.model_dump())
+        self.health.restore(saved.health)
         with self.world.on_rank_zero() as first:
             if first:  # a kill between a checkpoint and its mark
                 self.checkpoints.mark(self.selection.best)
         log.info("continuing from %s", last)
-        return int(saved["step"])
+        return saved.step
 
     def _step(self, step: int) -> tuple[StepResult, bool]:
         batch = self.order.step(step)
@@ -344,15 +343,18 @@ class Run:
 
     def _save(self, step: int, *, validation_due: bool = False) -> None:
         self.watch.heartbeat(f"saving the checkpoint of step {step}", slack=3.0)
-        state = {
-            **self.identity,
-            "selection": self.selection.state(),
-            "health": self.health.state(),
-            "position": {"step": step, "epoch": step / self.order.steps_per_epoch},
-            "mlflow_run": self.tracker.run_id,
-            "validation_due": validation_due,
-        }
-        path = self.checkpoints.save(self.engine, step, state, self.selection.best)
+        state = CheckpointState(
+            **self.identity.model_dump(),
+            step=step,
+            best=self.selection.best,
+            selection=SelectionState(**self.selection.state()),
+            health=self.health.state(),
+            position=Position(step=step, epoch=step / self.order.steps_per_epoch),
+            mlflow_run=self.tracker.run_id,
+            validation_due=validation_due,
+            version=this_version(),
+        )
+        path = self.checkpoints.save(self.engine, state)
         log.info("saved %s%s", path, ", the best so far" if self.selection.best == path.name else "")
 
     def _validate(self, step: int) -> None:
@@ -488,7 +490,7 @@ def _log_start(run: Run, start: int) -> None:
         trainable,
         run.world.size,
         "" if run.world.size == 1 else "es",
-        run.identity["zero"],
+        run.identity.zero,
         run.config.train.precision,
         start + 1,
         run.steps,

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from trainer.checkpoint.store import Checkpoints, read_state
+from trainer.checkpoint.state import read_state
+from trainer.checkpoint.store import Checkpoints
 from trainer.checkpoint.weights import CheckpointError, load_weights
 from trainer.config import RunConfig, saved_config
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
@@ -63,7 +64,7 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
     dtype = dtype_of(config)
     partition = world.size > 1
     parts = assemble(config, run, world, dtype, partition=partition)
-    expected, found = read_state(chosen).get("base"), parts.model.backbone.fingerprint
+    expected, found = read_state(chosen).base, parts.model.backbone.fingerprint
     if expected != found:
         raise CheckpointError(
             f"{chosen} was trained on another frozen backbone (hash {expected}, here {found}): "

@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.checkpoint.identity import FREE
+from trainer.checkpoint.identity import effect_of
 from trainer.results.compare.sources import ComparedRun
 
-# settings that say who, where and how much memory, not what: runs that differ in them alone are one group
-ASIDE = (FREE - {"train.eval_every", "train.max_skipped"}) | {"train.seed", "eval.tokens", "eval.batch"}
-ASIDE_SECTIONS = ("track.",)
 LONG = 60  # characters of a group's name, beyond which the runs' own name is tried
 SHOWN = 4  # names told of many
 
@@ -83,7 +80,8 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
 
 
 def _aside(key: str) -> bool:
-    return key in ASIDE or key.startswith(ASIDE_SECTIONS)
+    """Whether runs that differ in this setting alone are one group: it says who, where and how much memory, not what."""
+    return key == "train.seed" or effect_of(key) in ("execution", "record")
 
 
 def _named_settings(by: Sequence[str], known: Sequence[str]) -> list[str]:

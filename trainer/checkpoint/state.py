@@ -1,0 +1,154 @@
+"""``state.json`` of a checkpoint: where the run stood and what it was, and whether another run may continue it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.checkpoint.identity import RunIdentity, completed_settings
+from trainer.checkpoint.weights import CheckpointError
+from trainer.config import OFF, ConfigError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of a checkpoint's files; raised when older ones can no longer be read
+STATE = "state.json"
+ANEW = "start anew with another --out or train.resume=never"
+
+
+class Position(BaseModel):
+    """How far the training is."""
+
+    step: int = 0
+    epoch: float = 0.0
+
+
+class SelectionState(BaseModel):
+    """Of :class:`trainer.checkpoint.selection.Selection`."""
+
+    best: str | None
+    validations: dict[str, dict[str, float]]
+    nll: dict[str, dict[str, float | None]]
+
+
+class LossMonitorState(BaseModel):
+    """Of :class:`trainer.run.guard.LossMonitor`."""
+
+    skipped: int = 0
+    in_a_row: int = 0
+    spikes: int = 0
+    recent: list[float] = []
+
+
+class CheckpointState(RunIdentity):
+    """The identity of the run that wrote a checkpoint, where it stood, and what its validations have found."""
+
+    step: int
+    best: str | None = None
+    selection: SelectionState
+    health: LossMonitorState
+    position: Position
+    mlflow_run: str | None = None
+    validation_due: bool = False
+    format: int = FORMAT
+    version: str | None = None  # of egmf-trainer
+
+
+def this_version() -> str | None:
+    """The installed version of egmf-trainer."""
+    try:
+        return importlib.metadata.version("egmf-trainer")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_format(found: Any, where: Path, version: str | None = None) -> None:
+    """Refuse a checkpoint of another format than this version's.
+
+    Raises:
+        CheckpointError: what to do about it.
+    """
+    if found == FORMAT:
+        return
+    writer = f"version {version}" if version else "the version that wrote it"
+    raise CheckpointError(
+        f"{where} has checkpoint format {found!r}, and this version of egmf-trainer ({this_version() or 'unknown'}) reads "
+        f"format {FORMAT}: use {writer}, or {ANEW}"
+    )
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """The record beside a checkpoint's weights.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another format.
+    """
+    path = checkpoint / STATE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {STATE} holds no object")
+    check_format(raw.get("format"), checkpoint, raw.get("version"))
+    try:
+        return CheckpointState.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
+        raise CheckpointError(
+            f"{path} does not have what this version of egmf-trainer expects ({faults}): use the version that wrote it, or {ANEW}"
+        ) from error
+
+
+def check_fit(state: CheckpointState, expected: RunIdentity, checkpoint: Path, *, force: bool = False) -> None:
+    """Refuse to continue `checkpoint` in a run that differs from it in any of `expected`.
+
+    Another number of ranks fits always. A setting that the checkpoint's version did not have counts as the schema's default;
+    one that this version does not have is left out where its value says that it was not used (:data:`trainer.config.OFF`).
+    With `force`, other settings and other data are a warning; another base or ZeRO stage never is.
+
+    Raises:
+        CheckpointError: every difference, and what to do.
+    """
+    faults = [
+        f"  {key}: the checkpoint has {getattr(state, key)!r}, this run {getattr(expected, key)!r}"
+        for key in ("tasks", "base", "zero")
+        if getattr(state, key) != getattr(expected, key)
+    ]
+    forced = _setting_differences(state, expected, checkpoint)
+    if state.data != expected.data:
+        forced.append(f"  data: the checkpoint has {state.data!r}, this run {expected.data!r}")
+    if force and forced and not faults:
+        log.warning("--force: %s is continued although this run differs:\n%s", checkpoint.name, "\n".join(forced))
+        return
+    if faults or forced:
+        cure = "continue it under the same settings" + ("" if faults else ", or all the same with --force")
+        lines = [f"{checkpoint} was written by another run:", *faults, *forced, f"{cure}, or {ANEW}"]
+        raise CheckpointError("\n".join(lines))
+
+
+def _setting_differences(state: CheckpointState, expected: RunIdentity, checkpoint: Path) -> list[str]:
+    try:
+        saved, gone = completed_settings(state.settings)
+    except ConfigError as error:
+        return [f"  {line.strip()}" for line in str(error).splitlines()]
+    now = expected.settings
+    lines = [
+        f"  {name}: the checkpoint has {saved.get(name)!r}, this run {now.get(name)!r}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    unused = [name for name, value in gone.items() if value in OFF]
+    if unused:
+        log.info(
+            "%s: not used, and not in this version of egmf-trainer: %s", checkpoint.name, ", ".join(sorted(unused))
+        )
+    used = sorted(set(gone) - set(unused))
+    writer = f" ({state.version} wrote it)" if state.version else ""
+    lines += [f"  {n}: the checkpoint has {gone[n]!r}, and this version has no such setting{writer}" for n in used]
+    return lines

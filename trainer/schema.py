@@ -1,0 +1,103 @@
+"""What a pydantic schema says about a dotted key: which field it is, what a change of it affects, the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+AFFECTS = "affects"  # the entry of a field's json_schema_extra that :func:`find` reads
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a dotted key lies: the fields down to it, what follows inside a field that is a dictionary, and what it affects."""
+
+    fields: tuple[str, ...]
+    rest: str
+    annotation: Any
+    affects: str | None  # of the field, or of the innermost section around it that says; None where none does
+
+
+def find(model: type[BaseModel], key: str) -> Place | None:
+    """The place of a dotted key in `model`; None where there is no such field."""
+    current: Any = model
+    fields: list[str] = []
+    affects: str | None = None
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not _is_section(current):
+            rest = ".".join(parts[depth:])
+            return Place(tuple(fields), rest, current, affects) if get_origin(current) is dict else None
+        field = current.model_fields.get(part)
+        if field is None:
+            return None
+        extra = field.json_schema_extra
+        affects = str(extra[AFFECTS]) if isinstance(extra, dict) and AFFECTS in extra else affects
+        fields.append(part)
+        current = field.annotation
+    return Place(tuple(fields), "", current, affects)
+
+
+def nest(model: type[BaseModel], flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Dotted keys as the nested dictionary that `model` validates, and those that it has no field for, still dotted."""
+    nested: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
+    for key, value in flat.items():
+        place = find(model, key)
+        if place is None:
+            unknown[key] = value
+            continue
+        inside: list[str] = []
+        if place.rest:  # only a dictionary of Any is nested again; the keys of others may hold dots
+            inside = place.rest.split(".") if get_args(place.annotation)[1] is Any else [place.rest]
+        *above, last = [*place.fields, *inside]
+        holder = nested
+        for name in above:
+            holder = holder.setdefault(name, {})
+        holder[last] = value
+    return nested, unknown
+
+
+def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    """One validation error in words, with its dotted key and the nearest valid name or word."""
+    loc = [str(part) for part in fault["loc"]]
+    key = ".".join(loc) or "(top level)"
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(loc[-1], _field_names(model, loc[:-1]))}"
+    if fault["type"] == "missing":
+        return f"{key}: missing"
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+    given = fault.get("input")
+    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    near = nearest(given, _expected(fault)) if isinstance(given, str) and fault["type"] == "literal_error" else ""
+    return f"{key}: {fault['msg'].replace('Input should', 'must', 1)}{shown}{near}"
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """A hint for a message: the nearest of `names`, or all of them where none is near."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else (f"; known: {', '.join(names)}" if names else "")
+
+
+def _expected(fault: ErrorDetails) -> list[str]:
+    """The allowed words of a `literal_error`, from its text ("'a', 'b' or 'c'")."""
+    return [word.strip(" '") for word in str(fault["ctx"]["expected"]).replace(" or ", ",").split(",")]
+
+
+def _field_names(model: type[BaseModel], loc: Sequence[str]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        if not _is_section(current) or part not in current.model_fields:
+            return []
+        current = current.model_fields[part].annotation
+    return list(current.model_fields) if _is_section(current) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
