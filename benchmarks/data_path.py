@@ -38,8 +38,7 @@ def prepare(folder: Path, samples: int) -> None:
     """A prepared dataset of MOSEI's shapes in `folder`."""
     from benchmarks.shapes import SHAPES, make_samples
     from trainer.data.prepare import prepare_source
-    from trainer.data.readers import Source
-    from trainer.data.readers.raw import RawSample
+    from trainer.data.readers.raw import RawSample, Source
 
     shape, sizes = SHAPES["mosei"], {"train": samples, **SPLITS}
 

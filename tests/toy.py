@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.prepare import prepare_source
-from trainer.data.readers import Source
-from trainer.data.readers.raw import RawSample
+from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import get_task
 
 WIDTHS = {"audio": 6, "video": 5}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.data.readers import RawSample
+from trainer.data.readers.raw import RawSample
 
 
 def read_part(split: str, k: int, n: int) -> Iterator[RawSample]:

@@ -15,7 +15,7 @@ from trainer.data import rows
 from trainer.data.dataset import SplitView, open_dataset
 from trainer.data.faults import DataError
 from trainer.data.prepare import prepare_source
-from trainer.data.readers import RawSample, Source
+from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 
 MELD = BUILT_IN["meld"]

@@ -14,8 +14,9 @@ import pytest
 from benchmarks import fuzz
 from tests.data import fuzzing
 from tests.data.fuzzing import Bench, Broken, Watch, formats, mutate, npy, npz
-from trainer.data.readers import ReaderError, open_source
 from trainer.data.readers.jsonl import load_features
+from trainer.data.readers.raw import ReaderError
+from trainer.data.readers.source import open_source
 from trainer.tasks import get_task
 
 FORMATS = formats()
@@ -107,7 +108,7 @@ def test_damaged_arrays_say_what_they_are(tmp_path: Path) -> None:
     cases["deflate.npz"] = bytes(deflated)
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match="is no readable"):
+        with pytest.raises(ValueError, match="is not a readable"):
             load_features(tmp_path / name, "audio")
 
 

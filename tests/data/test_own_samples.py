@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.readers import RawSample, ReaderError, Source, open_source
+from trainer.data.readers.raw import RawSample, ReaderError, Source
+from trainer.data.readers.source import open_source
 from trainer.tasks import get_task
 
 MELD, SIMS = get_task("meld"), get_task("simsv2")
@@ -119,12 +120,12 @@ def test_all_faults_of_own_samples_come_at_once(tmp_path: Path) -> None:
         "line 5: text: ",
         "line 5: turn: ",
         "line 5: audio_length: ",
-        "objects.npy: is no readable array: ",
-        "text.npy: is no .npy array",
-        "cut.npy: is no readable array: ",
+        "objects.npy: is not a readable array: ",
+        "text.npy: is not a .npy array",
+        "cut.npy: is not a readable array: ",
         "two.npz: holds a, b; one array, or one called 'audio', was expected",
         "objects.npz: holds Python objects",
-        "text.npz: is no readable .npz",
+        "text.npz: is not a readable .npz",
         "claims.npz: claims shape (9000000000, 9)",
         "a.wav: features are .npy or .npz files",
         "audio has several rates (10, 20)",

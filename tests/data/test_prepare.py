@@ -28,7 +28,7 @@ from trainer.data import rows
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.prepare import prepare, prepare_source
-from trainer.data.readers import RawSample, Source
+from trainer.data.readers.raw import RawSample, Source
 from trainer.data.summary import summary_json, summary_table
 from trainer.tasks import BUILT_IN
 
@@ -365,7 +365,7 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from trainer.data.prepare import prepare_source
-from trainer.data.readers import RawSample, Source
+from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 
 def samples(split):

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no task": ({"id": "b2", "text": "a"}, "names no task, the run has meld, simsv2"),
     "another task": ({"id": "b3", "text": "a", "task": "mosei"}, "task 'mosei' is none of the run's: meld, simsv2"),
     "no file": ({"id": "b4", "text": "a", "task": "meld", "audio": "none.npy"}, "no audio file "),
-    "a pickle": ({"id": "b5", "text": "a", "task": "meld", "audio": "objects.npy"}, "is no readable array"),
+    "a pickle": ({"id": "b5", "text": "a", "task": "meld", "audio": "objects.npy"}, "is not a readable array"),
     "width": ({"id": "b6", "text": "a", "task": "meld", "audio": "wide.npy"}, "9 features per frame instead of 6"),
     "shape": (
         {"id": "b7", "text": "a", "task": "meld", "video": "flat.npy"},

@@ -25,7 +25,8 @@ import pyarrow as pa
 from trainer.data.faults import DataError, Fault, describe, group
 from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
 from trainer.data.helpers import helpers
-from trainer.data.readers import SPLITS, Source, open_source
+from trainer.data.readers.raw import SPLITS, Source
+from trainer.data.readers.source import open_source
 from trainer.data.rows import STREAMS, Part, Seen, convert, convert_part, keep, wrong_width
 from trainer.data.summary import statistics
 from trainer.tasks import Task

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.faults import Fault
-from trainer.data.readers import RawSample
+from trainer.data.readers.raw import RawSample
 from trainer.tasks import Task
 
 STREAMS = ("audio", "video")

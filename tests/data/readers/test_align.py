@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.readers import RawSample, ReaderError, open_source
 from trainer.data.readers.align import AlignmentError, Key, _Scores, align, normalise
+from trainer.data.readers.raw import RawSample, ReaderError
+from trainer.data.readers.source import open_source
 from trainer.tasks import get_task
 
 MELD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "meld"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.readers import RawSample, ReaderError, Source, open_source
+from trainer.data.readers.raw import RawSample, ReaderError, Source
+from trainer.data.readers.source import open_source
 from trainer.tasks import BUILT_IN, define_task, get_task
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -273,9 +274,9 @@ def test_all_faults_of_annotations_come_at_once(tmp_path: Path) -> None:
     for wanted in (
         "5 faults",
         "train_x.csv line 3: has 3 fields, the header 11",
-        "train_x.csv line 4: Dialogue_ID '0', Utterance_ID 'x' is no place",
-        "dev_x.csv: is no annotation file like MELD's: its header needs Utterance, Speaker",
-        "test_x.csv line 2: is no CSV",
+        "train_x.csv line 4: Dialogue_ID '0', Utterance_ID 'x' do not name a place in a dialogue",
+        "dev_x.csv: is not an annotation file like MELD's: its header needs Utterance, Speaker",
+        "test_x.csv line 2: is not valid CSV",
         "all.csv: its name does not say which split",
     ):
         assert wanted in said
@@ -354,11 +355,12 @@ def test_features_that_do_not_align_are_refused_for_all_splits_at_once(tmp_path:
 def test_what_does_not_go_together(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", {"text": "a", "label": "joy"})
     dump(tmp_path / "meld_train.pkl", [row()])
-    assert "pickle and samples do not go together" in faults_of(MELD, tmp_path)
-    assert "is none of .pkl, .pickle, .csv, .jsonl" in faults_of(MELD, Path(__file__))
+    assert "JSON lines and pickle do not go together" in faults_of(MELD, tmp_path)
+    assert "is none of .jsonl, .csv, .pkl, .pickle" in faults_of(MELD, Path(__file__))
     (tmp_path / "empty").mkdir()
-    assert "holds no pickles" in faults_of(MELD, tmp_path / "empty")
-    assert "nothing to read" in faults_of(MELD)
+    known = "JSON lines (.jsonl), MELD CSV (.csv) or pickle (.pkl, .pickle)"
+    assert f"holds no file of a known format: {known}" in faults_of(MELD, tmp_path / "empty")
+    assert f"nothing to read: give {known}" in faults_of(MELD)
     (tmp_path / "empty" / "train.jsonl").touch()
     assert "train.jsonl: is empty" in faults_of(MELD, tmp_path / "empty")
 

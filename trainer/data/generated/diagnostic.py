@@ -26,8 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.data.prepare import Progress, Summary, prepare_source
-from trainer.data.readers import Source
-from trainer.data.readers.raw import RawSample
+from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 
 VERSION = 1

@@ -20,8 +20,7 @@ import numpy as np
 
 from trainer.data.generated import diagnostic
 from trainer.data.prepare import Progress, Summary, prepare_source
-from trainer.data.readers import Source
-from trainer.data.readers.raw import RawSample
+from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN, Language
 
 VERSION = 1

@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Table, split_of
+from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Table
+from trainer.data.readers.registry import ReadContext, Reader
 from trainer.tasks import Task
 
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
@@ -60,56 +61,82 @@ class Line(BaseModel):
 AnyLine = TypeVar("AnyLine", bound=Line)
 
 
-def read_jsonl(task: Task, path: Path, faults: list[str], notes: list[str], check: bool = True) -> list[Table]:
-    """One table for each split in the file; what is wrong with its lines goes to `faults`.
+class JsonlReader(Reader):
+    """One's own samples, one JSON object a line."""
 
-    `check` looks into every feature file's header as well.
-    """
-    if path.stat().st_size == 0:
-        faults.append(f"{path}: is empty")
-        return []
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
-    if data[start : start + 4096].lstrip().startswith(b"["):
-        faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
-        return []
-    named = split_of(path.stem)
-    places: dict[str, list[tuple[int, int, int]]] = {}  # split -> line number, start and stop of its lines
-    rates: dict[str, Counter[float]] = {"audio": Counter(), "video": Counter()}
-    unknown: Counter[str] = Counter()
-    number = 0
-    while start < len(data):
-        stop = data.find(b"\n", start) + 1 or len(data)
-        number += 1
-        raw = data[start:stop].strip()
-        if raw:
-            where = f"{path} line {number}"
-            line = parse_line(raw, where, faults, Line)
-            if line is not None:
-                split = SPLIT_NAMES.get(line.split.lower()) if line.split is not None else named
-                if split is None:
-                    faults.append(f"{where}: {_no_split(line)}")
-                places.setdefault(split or "", []).append((number, start, stop))
-                unknown.update(list(line.model_extra or {}))
-                for stream, rate in line.rate.items():
-                    rates[stream][rate] += 1
-                if check:
-                    faults += [f"{where}: {fault}" for fault in feature_faults(path.parent, line)]
-        start = stop
-    for name, found in rates.items():
-        if len(found) > 1:
-            faults.append(
-                f"{path}: {name} has several rates ({', '.join(f'{rate:g}' for rate in found)}): resample to one"
-            )
-    if unknown:
-        notes.append(f"{path.name}: not used: {', '.join(_unused(key, n) for key, n in unknown.most_common(20))}")
-    agreed = {name: next(iter(found)) for name, found in rates.items() if found}
-    return [
-        Table(path, split, len(lines), partial(_sample, task, path, data, split, lines), rates=agreed)
-        for split, lines in places.items()
-        if split
-    ]
+    name = "JSON lines"
+    title = "own samples (JSONL)"
+    suffixes = (".jsonl",)
+
+    def read(self, path: Path, context: ReadContext) -> list[Table]:
+        faults = context.faults
+        if path.stat().st_size == 0:
+            faults.append(f"{path}: is empty")
+            return []
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+        if data[start : start + 4096].lstrip().startswith(b"["):
+            faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
+            return []
+        index = _Index(path, context.split_of(path))
+        number = 0
+        while start < len(data):
+            stop = data.find(b"\n", start) + 1 or len(data)
+            number += 1
+            if raw := data[start:stop].strip():
+                index.add(_Place(number, start, stop), raw, context)
+            start = stop
+        rates = index.close(context)
+        return [
+            Table(path, split, len(places), partial(_sample, context.task, path, data, split, places), rates=rates)
+            for split, places in index.places.items()
+        ]
+
+
+class _Place(NamedTuple):
+    """Where a line stands in its file: its number from 1, and its bytes."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class _Index:
+    """Where the lines of each split stand, and what the lines say of the whole file."""
+
+    def __init__(self, path: Path, named: str | None) -> None:
+        self.path, self.named = path, named
+        self.places: dict[str, list[_Place]] = {}
+        self.rates: dict[str, Counter[float]] = {"audio": Counter(), "video": Counter()}
+        self.unknown: Counter[str] = Counter()
+
+    def add(self, place: _Place, raw: bytes, context: ReadContext) -> None:
+        where = f"{self.path} line {place.number}"
+        line = parse_line(raw, where, context.faults, Line)
+        if line is None:
+            return
+        split = SPLIT_NAMES.get(line.split.lower()) if line.split is not None else self.named
+        if split is None:
+            context.faults.append(f"{where}: {_no_split(line)}")
+        else:
+            self.places.setdefault(split, []).append(place)
+        self.unknown.update(list(line.model_extra or {}))
+        for stream, rate in line.rate.items():
+            self.rates[stream][rate] += 1
+        if context.check:
+            context.faults += [f"{where}: {fault}" for fault in feature_faults(self.path.parent, line)]
+
+    def close(self, context: ReadContext) -> dict[str, float]:
+        """Faults and notes of the whole file; returns the rates."""
+        for name, found in self.rates.items():
+            if len(found) > 1:
+                several = ", ".join(f"{rate:g}" for rate in found)
+                context.faults.append(f"{self.path}: {name} has several rates ({several}): resample to one")
+        if self.unknown:
+            unused = ", ".join(_unused(key, n) for key, n in self.unknown.most_common(20))
+            context.notes.append(f"{self.path.name}: not used: {unused}")
+        return {name: next(iter(found)) for name, found in self.rates.items() if found}
 
 
 def parse_line(raw: bytes, where: str, faults: list[str], form: type[AnyLine]) -> AnyLine | None:
@@ -136,10 +163,8 @@ def _unused(key: str, n: int) -> str:
     return f"{key[:40]!r} of {n} line(s)" + (f" (did you mean {close[0]}?)" if close else "")
 
 
-def _sample(
-    task: Task, path: Path, data: mmap.mmap, split: str, lines: list[tuple[int, int, int]], i: int
-) -> RawSample:
-    number, start, stop = lines[i]
+def _sample(task: Task, path: Path, data: mmap.mmap, split: str, places: list[_Place], i: int) -> RawSample:
+    number, start, stop = places[i]
     line = Line.model_validate_json(data[start:stop].strip())
     name = f"{split}-{number:05d}" if line.id is None else str(line.id)
     return raw_sample(task, path.parent, line, name, split, f"{path.name} line {number}")
@@ -208,7 +233,7 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
     if path.suffix == ".npy":
         with path.open("rb") as file:
             if file.read(6) != b"\x93NUMPY":
-                raise ValueError("is no .npy array")
+                raise ValueError("is not a .npy array")
         with _reading("array"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         return None if check else array
@@ -233,7 +258,7 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
 
 
 class _UnreadableError(ValueError):
-    """A feature file that is no array, in words of ours."""
+    """A feature file that does not hold a usable array; the message says why."""
 
 
 @contextlib.contextmanager
@@ -247,7 +272,7 @@ def _reading(what: str) -> Iterator[None]:
     except (_UnreadableError, FileNotFoundError):
         raise
     except (*damage, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError) as error:
-        raise _UnreadableError(f"is no readable {what}: {error}") from error
+        raise _UnreadableError(f"is not a readable {what}: {error}") from error
 
 
 def _check_member(member: Any, info: zipfile.ZipInfo) -> None:

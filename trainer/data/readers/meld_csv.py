@@ -1,7 +1,7 @@
 """MELD's annotations, `train_sent_emo.csv` and its like: text, speaker, emotion, dialogue and utterance; no features.
 
 Columns are found by name, so other corpora of that layout (CPED's CSV) are read too. A row's id is
-`train_dia0_utt3`, after the names of MELD's clips. Text is kept as published; bytes that are no UTF-8 are Windows-1252.
+`train_dia0_utt3`, after the names of MELD's clips. Text is kept as published; bytes that are not UTF-8 are taken for Windows-1252.
 """
 
 from __future__ import annotations
@@ -9,70 +9,91 @@ from __future__ import annotations
 import csv
 import io
 import re
+from functools import partial
 from pathlib import Path
 
 from trainer.data.pickles.pickle_vm import decode_legacy_text
-from trainer.data.readers.raw import RawSample, Table, split_of
+from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table
+from trainer.data.readers.registry import ReadContext, Reader, prefer
 from trainer.tasks import Task
 
-COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
+COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID")
+LABEL = "Emotion"  # samples to be predicted may lack it
 
 
-def is_annotation(path: Path) -> bool:
-    """Whether the file's header has MELD's columns."""
-    with path.open("rb") as file:
-        head = file.readline(1 << 16).decode("utf-8-sig", "replace")
-    return set(COLUMNS) <= {name.strip().strip('"') for name in head.split(",")}
+class MeldCsvReader(Reader):
+    """MELD's annotations: speaker, dialogue and turn, without features."""
+
+    name = "MELD CSV"
+    title = "annotations"
+    suffixes = (".csv",)
+    content = "annotations"
+    one_file_per_split = True
+
+    def recognise(self, path: Path) -> bool:
+        """Whether the header has MELD's columns."""
+        with path.open("rb") as file:
+            head = file.readline(1 << 16).decode("utf-8-sig", "replace")
+        return set(COLUMNS) <= {name.strip().strip('"') for name in head.split(",")}
+
+    def choose(self, task: Task, files: list[Path]) -> list[Path]:
+        """Those with MELD's own names, else all."""
+        return prefer(files, lambda p: re.fullmatch(rf"({'|'.join(SPLIT_NAMES)})_sent_emo", p.stem) is not None)
+
+    def read(self, path: Path, context: ReadContext) -> list[Table]:
+        split, faults = context.split_of(path), context.faults
+        if split is None:
+            faults.append(f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so")
+            return []
+        known = len(faults)
+        reader = csv.reader(io.StringIO(_decode(path, context.notes), newline=""), strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            needed = (*COLUMNS, LABEL) if context.labelled else COLUMNS
+            if not set(needed) <= set(header):
+                faults.append(f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}")
+                return []
+            rows = [(reader.line_num, row) for row in reader if row]
+        except csv.Error as error:
+            faults.append(f"{path} line {reader.line_num}: is not valid CSV: {error}")
+            return []
+        at = {name: header.index(name) for name in (*COLUMNS, LABEL) if name in header}
+        turns = [_turn(path, line, row, header, at, faults) for line, row in rows]
+        if len(faults) > known:
+            return []
+        return [Table(path, split, len(rows), partial(_sample, path, split, at, rows, turns))]
 
 
-def read_meld_csv(task: Task, path: Path, faults: list[str], notes: list[str]) -> list[Table]:
-    """The one table in an annotation file; what is wrong with it goes to `faults`."""
-    split = split_of(path.stem)
-    if split is None:
-        faults.append(f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so")
-        return []
-    if not is_annotation(path):
-        faults.append(f"{path}: is no annotation file like MELD's: its header needs {', '.join(COLUMNS)}")
-        return []
-    known = len(faults)
-    reader = csv.reader(io.StringIO(_decode(path, notes), newline=""), strict=True)
-    rows: list[tuple[int, list[str]]] = []
-    try:
-        header = [name.strip() for name in next(reader)]
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        faults.append(f"{path} line {reader.line_num}: is no CSV: {error}")
-        return []
-    text, speaker, label, dialogue, utterance = (header.index(name) for name in COLUMNS)
-    turns = []
-    for line, row in rows:
-        if len(row) != len(header):
-            faults.append(f"{path} line {line}: has {len(row)} fields, the header {len(header)}")
-            continue
-        turn = re.search(r"\d{1,18}$", row[utterance].strip())
-        if turn is None or not row[dialogue].strip():
-            faults.append(
-                f"{path} line {line}: Dialogue_ID {row[dialogue]!r}, Utterance_ID {row[utterance]!r} is no place"
-            )
-            continue
-        turns.append(int(turn[0]))
-    if len(faults) > known:
-        return []
-
-    def sample(i: int) -> RawSample:
-        line, row = rows[i]
-        return RawSample(
-            id=f"{split}_dia{row[dialogue].strip()}_utt{row[utterance].strip()}",
-            split=split,
-            text=row[text],
-            label=row[label].strip(),
-            speaker=row[speaker].strip() or None,
-            dialogue=row[dialogue].strip(),
-            turn=turns[i],
-            where=f"{path.name} line {line}",
+def _turn(path: Path, line: int, row: list[str], header: list[str], at: dict[str, int], faults: list[str]) -> int:
+    """The number at the end of a row's Utterance_ID; 0 and a fault where the row cannot be used."""
+    if len(row) != len(header):
+        faults.append(f"{path} line {line}: has {len(row)} fields, the header {len(header)}")
+        return 0
+    dialogue, utterance = row[at["Dialogue_ID"]], row[at["Utterance_ID"]]
+    turn = re.search(r"\d{1,18}$", utterance.strip())
+    if turn is None or not dialogue.strip():
+        faults.append(
+            f"{path} line {line}: Dialogue_ID {dialogue!r}, Utterance_ID {utterance!r} do not name a place in a dialogue"
         )
+        return 0
+    return int(turn[0])
 
-    return [Table(path, split, len(rows), sample)]
+
+def _sample(
+    path: Path, split: str, at: dict[str, int], rows: list[tuple[int, list[str]]], turns: list[int], i: int
+) -> RawSample:
+    line, row = rows[i]
+    dialogue, utterance = row[at["Dialogue_ID"]].strip(), row[at["Utterance_ID"]].strip()
+    return RawSample(
+        id=f"{split or path.stem}_dia{dialogue}_utt{utterance}",
+        split=split,
+        text=row[at["Utterance"]],
+        label=row[at[LABEL]].strip() if LABEL in at else None,
+        speaker=row[at["Speaker"]].strip() or None,
+        dialogue=dialogue,
+        turn=turns[i],
+        where=f"{path.name} line {line}",
+    )
 
 
 def _decode(path: Path, notes: list[str]) -> str:

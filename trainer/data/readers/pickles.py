@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trainer.data.readers.raw import (
     as_text,
     split_of,
 )
+from trainer.data.readers.registry import ReadContext, Reader, prefer
 from trainer.tasks import Task
 
 # what a column is for -> its published names, the first found is read
@@ -40,49 +42,67 @@ _NUMBERS = ("regression_labels", "labels")
 _WORDS = ("labels", "label", "annotations")
 
 
-def read_pickle(task: Task, path: Path, faults: list[str]) -> list[Table]:
-    """The tables in one pickle; what is wrong with it goes to `faults`."""
-    try:
-        content = load_pickle(path)
-    except UnsafePickle as error:
-        faults.append(str(error))
-        return []
-    if isinstance(content, dict):
-        splits = {str(key): value for key, value in content.items() if str(key) in SPLIT_NAMES}
-        if splits:
-            tables = [_columns(task, path, SPLIT_NAMES[key], value, faults) for key, value in splits.items()]
-            return [table for table in tables if table is not None]
-    split = split_of(path.stem)
+class PickleReader(Reader):
+    """Pickled features, of whole splits or of all of them; the content says which layout it is."""
+
+    name = "pickle"
+    title = "pickled features"
+    suffixes = (".pkl", ".pickle")
+    content = "features"
+    one_file_per_split = True
+
+    def choose(self, task: Task, files: list[Path]) -> list[Path]:
+        """Those named after the task and a split, else those named after a split, else all."""
+        named = re.compile(rf"{re.escape(task.name)}[_-]({'|'.join(SPLIT_NAMES)})", re.IGNORECASE)
+        return prefer(files, lambda p: named.fullmatch(p.stem) is not None, lambda p: split_of(p.stem) is not None)
+
+    def read(self, path: Path, context: ReadContext) -> list[Table]:
+        try:
+            content = load_pickle(path)
+        except UnsafePickle as error:
+            context.faults.append(str(error))
+            return []
+        if isinstance(content, dict):
+            splits = {str(key): value for key, value in content.items() if str(key) in SPLIT_NAMES}
+            if splits:
+                tables = [_columns(path, SPLIT_NAMES[key], value, context) for key, value in splits.items()]
+                return [table for table in tables if table is not None]
+        return _one_split(path, content, context)
+
+
+def _one_split(path: Path, content: Any, context: ReadContext) -> list[Table]:
+    split, faults = context.split_of(path), context.faults
     if not isinstance(content, (list, tuple, dict)) or (isinstance(content, dict) and "raw_text" not in content):
         faults.append(
             f"{path}: holds {_kind(content)}; a list of samples, or a mapping with train, valid and test, was expected"
         )
     elif split is None:
-        faults.append(f"{path}: holds one split, but its name does not say which: name it {task.name}_train.pkl or so")
+        name = f"{context.task.name}_train.pkl"
+        faults.append(f"{path}: holds one split, but its name does not say which: name it {name} or so")
     else:
         read: Any = _columns if isinstance(content, dict) else _samples
-        table = read(task, path, split, content, faults)
+        table = read(path, split, content, context)
         return [] if table is None else [table]
     return []
 
 
-def _samples(task: Task, path: Path, split: str, rows: Sequence[Any], faults: list[str]) -> Table | None:
-    known = len(faults)
+def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) -> Table | None:
+    known, label = len(context.faults), " and label" if context.labelled else ""
     for i, row in enumerate(rows):
         features = row.get("features", row) if isinstance(row, dict) else None
-        if not isinstance(features, dict) or "text" not in features or "label" not in row:
-            faults.append(
-                f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …) and label was expected"
+        if not isinstance(features, dict) or "text" not in features or (context.labelled and "label" not in row):
+            context.faults.append(
+                f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …){label} was expected"
             )
 
     def sample(i: int) -> RawSample:
         row = rows[i]
         features = row.get("features", row)
         return RawSample(
-            id=as_text(row.get("id")) or f"{split}-{i:05d}",
+            id=as_text(row.get("id")) or f"{split or path.stem}-{i:05d}",
             split=split,
             text=as_text(features["text"]),
-            label=as_label(row["label"]),
+            label=as_label(row.get("label")),
             audio=as_features(features.get("audio")),
             video=as_features(features.get("video")),
             audio_length=as_length(features.get("audio_len")),
@@ -95,19 +115,20 @@ def _samples(task: Task, path: Path, split: str, rows: Sequence[Any], faults: li
             where=f"{path.name} row {i}",
         )
 
-    return Table(path, split, len(rows), sample) if len(faults) == known else None
+    return Table(path, split, len(rows), sample) if len(context.faults) == known else None
 
 
-def _columns(task: Task, path: Path, split: str, content: Any, faults: list[str]) -> Table | None:
+def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Table | None:
+    faults = context.faults
     if not isinstance(content, dict):
         faults.append(f"{path}: its {split} is {_kind(content)}; a mapping of columns was expected")
         return None
-    names = {**_COLUMNS, "label": _NUMBERS if task.kind == "regression" else _WORDS}
+    names = {**_COLUMNS, "label": _NUMBERS if context.task.kind == "regression" else _WORDS}
     columns: dict[str, Any] = {
         use: next((content[n] for n in found if n in content), None) for use, found in names.items()
     }
     known = len(faults)
-    for use in ("text", "label"):
+    for use in ("text", "label") if context.labelled else ("text",):
         if columns[use] is None:
             faults.append(f"{path}: {split} has no {' or '.join(names[use])}; it has {_shown(content)}")
     sizes: dict[str, int | None] = {}
@@ -127,7 +148,7 @@ def _columns(task: Task, path: Path, split: str, content: Any, faults: list[str]
 
     def sample(i: int) -> RawSample:
         return RawSample(
-            id=_id(cell("id", i)) or f"{split}-{i:05d}",
+            id=_id(cell("id", i)) or f"{split or path.stem}-{i:05d}",
             split=split,
             text=as_text(cell("text", i)),
             label=as_label(cell("label", i)),
