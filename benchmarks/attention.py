@@ -1,4 +1,4 @@
-"""What the ways to attend in a packed row cost, from short rows to long ones.
+"""The cost of each attention backend on a packed row, from short rows to long ones.
 
 A random backbone (hidden 256, 4 layers, 4 heads on 2, LoRA rank 8, float32), a prefix of 60 tokens, samples of 12 to 36
 tokens. One thread and its processor time, best of several rounds in turn: other programs on the machine disturb that least.
@@ -24,7 +24,7 @@ from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
 
 TOKENS = (256, 512, 1024, 2048)
-WAYS = ("sdpa", "blocks", "varlen")
+BACKENDS = ("sdpa", "blocks", "varlen")
 PREFIX = 60
 
 
@@ -63,14 +63,17 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         for tokens in TOKENS:
             packing = make_packing(tokens, random)
             embeds = torch.randn(PREFIX + tokens, 256, generator=random)
-            best = {(way, train): float("inf") for way in WAYS for train in (True, False)}
+            best = {(backend, train): float("inf") for backend in BACKENDS for train in (True, False)}
             for _ in range(rounds):
-                for way, train in best:
-                    backbone.attention = way
-                    best[way, train] = min(best[way, train], seconds(backbone, embeds, packing, train))
-            for way in WAYS:
-                row = {"tokens": tokens, "samples": len(packing.length_B), "attention": way}
-                row |= {"train_ms": round(1e3 * best[way, True], 1), "forward_ms": round(1e3 * best[way, False], 1)}
+                for backend, train in best:
+                    backbone.attention = backend
+                    best[backend, train] = min(best[backend, train], seconds(backbone, embeds, packing, train))
+            for backend in BACKENDS:
+                row = {"tokens": tokens, "samples": len(packing.length_B), "attention": backend}
+                row |= {
+                    "train_ms": round(1e3 * best[backend, True], 1),
+                    "forward_ms": round(1e3 * best[backend, False], 1),
+                }
                 found.append(row)
                 print(*row.values(), sep="\t", flush=True)
     return found

@@ -6,7 +6,7 @@ The runs are made, not trained: MELD's labels, predictions with probabilities an
 in run folders, in an MLflow store in an SQLite file, and in a real `mlflow server`. Timed is the whole command in a process of
 its own, from its start to its end: all metrics of all groups, intervals and tests of the differences of weighted F1 and
 accuracy, all files written, and (from MLflow) kept in MLflow again. `processor_seconds` are those of its own threads, which other work on the machine disturbs less; `peak_MiB`
-is the most memory that it held. `--folder` keeps what was made, for another timing.
+is its largest resident memory. `--folder` keeps what was made, for another timing.
 """
 
 from __future__ import annotations
@@ -137,20 +137,20 @@ def timed(*words: str) -> dict[str, Any]:
                 break
             time.sleep(0.05)
         seconds = time.perf_counter() - began
-        said = process.stderr.read() if process.stderr else ""
-        assert process.wait() == 0, said
+        stderr = process.stderr.read() if process.stderr else ""
+        assert process.wait() == 0, stderr
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         out.seek(0)
-        told = json.loads(out.read())
-    assert sum(d["p"] is not None for d in told["differences"]) == 2 * (len(told["groups"]) - 1)
+        comparison = json.loads(out.read())
+    assert sum(d["p"] is not None for d in comparison["differences"]) == 2 * (len(comparison["groups"]) - 1)
     return {
         "seconds": round(seconds, 1),
         "processor_seconds": round(used.ru_utime + used.ru_stime - busy.ru_utime - busy.ru_stime, 1),
         "load_average": round(psutil.getloadavg()[0], 1),
         "priority": os.getpriority(os.PRIO_PROCESS, 0),
         "peak_MiB": round(peak / 2**20),
-        "runs": sum(len(group["runs"]) for group in told["groups"]),
-        "kept_in_mlflow": "kept in MLflow" in said,
+        "runs": sum(len(group["runs"]) for group in comparison["groups"]),
+        "kept_in_mlflow": "kept in MLflow" in stderr,
     }
 
 
@@ -161,14 +161,14 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=2610)
     parser.add_argument("--out", type=Path, default=RESULTS / "compare-size.json")
     parser.add_argument("--folder", type=Path, help="where the runs are made, and found again")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with tempfile.TemporaryDirectory() as name:
-        folder = asked.folder or Path(name)
+        folder = args.folder or Path(name)
         out = str(folder / "out")
         runs = sorted((folder / "runs").glob("*"))
-        runs = runs or make_folders(folder / "runs", asked.groups, asked.seeds, asked.samples)
+        runs = runs or make_folders(folder / "runs", args.groups, args.seeds, args.samples)
         store = f"sqlite:///{folder / 'mlflow.db'}"
         if not (folder / "mlflow.db").exists():
             put_into_mlflow(runs, store, (folder / "mlartifacts").as_uri())
@@ -192,14 +192,14 @@ def main() -> int:
         "date": today(),
         "command": "python -m benchmarks.compare_size",
         "machine": describe("mlflow", "numpy", "scipy", "pyarrow"),
-        "groups": asked.groups,
-        "seeds": asked.seeds,
-        "samples": asked.samples,
+        "groups": args.groups,
+        "seeds": args.seeds,
+        "samples": args.samples,
         "page_KiB": round(page / 1024),
         "found": found,
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(asked.out, report)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, report)
     print(json.dumps(report, indent=2))
     return 0
 

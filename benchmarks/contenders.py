@@ -38,7 +38,7 @@ LEARNING_RATE = 2e-4
 
 
 class Contender(Protocol):
-    """One column. `positions` counts what its backbone has been given since it was built, padding included."""
+    """One column. `positions` counts the positions its backbone has read since it was built, padding included."""
 
     positions: int
 
@@ -46,7 +46,7 @@ class Contender(Protocol):
         """One optimizer step, collation included; how many samples it took."""
 
     def evaluate(self) -> int:
-        """Answer every sample once; how many there were."""
+        """Answer every sample once; the number of samples."""
 
 
 class Counter:
@@ -57,8 +57,8 @@ class Counter:
         decoder.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        self.positions += given.shape[0] * given.shape[1]
+        rows = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        self.positions += rows.shape[0] * rows.shape[1]
 
 
 class Ours:
@@ -152,7 +152,7 @@ def _lengths(samples: Sequence[Sample]) -> np.ndarray:
 
 
 class Padded:
-    """The published way: see :mod:`benchmarks.padded`."""
+    """The baseline, as published scripts do it: see :mod:`benchmarks.padded`."""
 
     def __init__(self, shape: Shape, data: PaddedData, model: PaddedModel, global_batch: int = GLOBAL_BATCH) -> None:
         self.shape, self.data, self.model, self.global_batch = shape, data, model, global_batch
@@ -181,8 +181,8 @@ class Padded:
     def evaluate(self) -> int:
         self.model.eval()
         for part in self._cut(np.arange(len(self.order)), GLOBAL_BATCH):
-            told = self.model.generate(self.data(part).to(self.device), self.data.longest_answer)
-            answered(self.shape, self.data, told)
+            tokens = self.model.generate(self.data(part).to(self.device), self.data.longest_answer)
+            answered(self.shape, self.data, tokens)
         return len(self.order)
 
 

@@ -1,4 +1,4 @@
-"""Does the data path keep out of the way? Opening, reading and collating a prepared dataset of MOSEI's size.
+"""Is the data path fast enough not to slow training down? Opening, reading and collating a prepared dataset of MOSEI's size.
 
     python -m benchmarks.data_path [--samples 16326] [--work DIR] [--out benchmarks/results/data-path.json]
 
@@ -107,20 +107,20 @@ def collated(folder: Path, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         backbone = make_backbone(Path(work) / "backbone", 32768)
         ours = build_ours(SHAPES["mosei"], view, backbone, "packed")
-    told = {"threads": threads}
+    measured = {"threads": threads}
     for name, call, steps in (("collate", lambda index: sum(map(len, ours.rows(index))), 60), ("train", ours.step, 8)):
         for index in range(2):
             call(index)
         began = time.perf_counter()
         n = sum(call(2 + index) for index in range(steps))
-        told[f"{name}_samples_per_second"] = n / (time.perf_counter() - began)
-    told["ratio"] = told["collate_samples_per_second"] / told["train_samples_per_second"]
-    return told
+        measured[f"{name}_samples_per_second"] = n / (time.perf_counter() - began)
+    measured["ratio"] = measured["collate_samples_per_second"] / measured["train_samples_per_second"]
+    return measured
 
 
 def _in_process(what: str, folder: Path, threads: int) -> dict[str, Any]:
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as told:
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
         command = [
             sys.executable,
             "-m",
@@ -129,32 +129,32 @@ def _in_process(what: str, folder: Path, threads: int) -> dict[str, Any]:
             what,
             str(folder),
             str(threads),
-            told.name,
+            output.name,
         ]
         subprocess.run(command, env=env, cwd=ROOT, check=True)
-        result: dict[str, Any] = json.load(told)
+        result: dict[str, Any] = json.load(output)
     return result
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        what, folder, threads, told = sys.argv[2:]
+        what, folder, threads, output = sys.argv[2:]
         found = opened(Path(folder)) if what == "open" else collated(Path(folder), int(threads))
-        Path(told).write_text(json.dumps(found))
+        Path(output).write_text(json.dumps(found))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=16326)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="a folder to prepare in, or with a dataset prepared earlier")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        folder = (asked.work or Path(made)).resolve() / f"mosei-{asked.samples}"
+        folder = (args.work or Path(made)).resolve() / f"mosei-{args.samples}"
         if not folder.is_dir():
-            prepare(folder, asked.samples)
-        opening = [_in_process("open", folder, asked.threads) for _ in range(5)]
+            prepare(folder, args.samples)
+        opening = [_in_process("open", folder, args.threads) for _ in range(5)]
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        told = {
+        report = {
             "date": today(),
             "command": "python -m benchmarks.data_path " + " ".join(sys.argv[1:]),
             "machine": describe("torch", "pyarrow"),
@@ -166,11 +166,11 @@ def main() -> None:
                 "anonymous_mib": statistics.median(o["anonymous_mib"] for o in opening),
                 "zero_copy": all(o["zero_copy"] for o in opening),
             },
-            "collation": _in_process("collate", folder, asked.threads),
+            "collation": _in_process("collate", folder, args.threads),
         }
-    print(json.dumps(told, indent=1))
-    if asked.out:
-        asked.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=[])
     parser.add_argument("--engine", choices=("auto", "atheris", "random"), default="auto")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--again", nargs=2, metavar=("FORMAT", "FILE"), help="run one kept case, faults shown")
+    parser.add_argument("--again", nargs=2, metavar=("FORMAT", "FILE"), help="run one kept case and show its faults")
     parser.add_argument("--worker", nargs=2, metavar=("FORMAT", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -133,8 +133,8 @@ def _log(folder: Path) -> list[list[str]]:
 
 def _watch(command: list[str], folder: Path) -> str | None:
     """Run a worker; what was wrong with how it ended."""
-    with (folder / "said").open("wb") as said:
-        worker = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    with (folder / "output").open("wb") as output:
+        worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     first = before = (folder / "log").stat().st_size
     since = time.monotonic()
     while worker.poll() is None:
@@ -147,7 +147,7 @@ def _watch(command: list[str], folder: Path) -> str | None:
             worker.wait()
             return f"hang: no answer after {LIMIT} s"
     if worker.returncode:
-        tail = (folder / "said").read_text(errors="replace")[-2000:]
+        tail = (folder / "output").read_text(errors="replace")[-2000:]
         return f"crash: exit code {worker.returncode}\n{tail}"
     return None
 
@@ -213,7 +213,7 @@ def _guided(atheris: Any, case: Any, honest: tuple[bytes, ...], folder: Path, ar
         "-rss_limit_mb=0",
         "-len_control=0",
         "-verbosity=0",
-    ]  # ours are stricter
+    ]  # the limits of this script are stricter
     runs = [f"-runs={arguments.cases}", f"-seed={arguments.seed + 1}", f"-artifact_prefix={folder}/"]
     atheris.Setup(["fuzz", *limits, *runs, str(corpus)], case)
     atheris.Fuzz()

@@ -52,7 +52,7 @@ def stacked(
     residual: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mix as it was before the operator, with the stacking that it asked for."""
+    """The mix as it was before the operator, with the stacking that it needed."""
     experts = [torch.stack(values[e * M : e * M + M], 2) for e in range(E)]
     hidden = ~valid[:, None, :, :, None]
     values_BKEMD = torch.stack([x.masked_fill(hidden[:, :, e], 0.0) for e, x in enumerate(experts)], 2)
@@ -110,8 +110,8 @@ def check(run: Run, inputs: list[Any], tolerance: float) -> float:
     y, expert, modality = gate_mix_reference(*exact)
     gradients = torch.autograd.grad([y, expert], leaves, [torch.ones_like(y) / 2, torch.ones_like(expert) / 3])
     worst = 0.0
-    for mine, reference in zip(run(), (y, expert, modality, *gradients), strict=True):
-        error = (mine.double() - reference).abs().max() / (1.0 + reference.abs().max())
+    for result, reference in zip(run(), (y, expert, modality, *gradients), strict=True):
+        error = (result.double() - reference).abs().max() / (1.0 + reference.abs().max())
         if not error <= tolerance:  # nan is wrong too
             sys.exit(f"wrong results: off by {error:.1e}, allowed {tolerance:.0e}")
         worst = max(worst, error.item())
@@ -128,11 +128,11 @@ def graphed(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = run()
+        outputs = run()
 
     def replay() -> tuple[Tensor, ...]:
         graph.replay()
-        return held
+        return outputs
 
     return replay
 

@@ -63,13 +63,13 @@ class Chain:
 
     def start(self, out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "trainer", "launch", "local", "--procs", str(self.procs)]
-        with (out.parent / f"{out.name}.txt").open("ab") as told:
+        with (out.parent / f"{out.name}.txt").open("ab") as output:
             return subprocess.Popen(
                 [*command, str(ROOT / "configs/tiny.yaml"), "--out", str(out), *self.overrides],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=subprocess.DEVNULL,
-                stderr=told,
+                stderr=output,
             )
 
     def reference(self) -> Path:
@@ -186,17 +186,17 @@ def _alive(pid: int) -> bool:
 
 
 def _step(out: Path) -> int:
-    held = sorted(path.name for path in out.glob("checkpoints/step-*"))
-    return int(held[-1].removeprefix("step-")) if held else 0
+    saved = sorted(path.name for path in out.glob("checkpoints/step-*"))
+    return int(saved[-1].removeprefix("step-")) if saved else 0
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
     """(step, loss) of every line of the journal that has one."""
     found = []
     for line in (out / "journal.jsonl").read_text(encoding="utf-8").splitlines():
-        held = json.loads(line)
-        if "train/loss" in held.get("metrics", {}):
-            found.append((held["step"], held["metrics"]["train/loss"]))
+        entry = json.loads(line)
+        if "train/loss" in entry.get("metrics", {}):
+            found.append((entry["step"], entry["metrics"]["train/loss"]))
     return found
 
 
@@ -252,22 +252,22 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    data = given.work.resolve() / "data"
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = args.work.resolve() / "data"
     sizes = [f"--size={split}={n}" for split, n in {"train": 96, "valid": 48, "test": 48}.items()]
     prepare = [sys.executable, "-m", "trainer", "prepare", "diagnostic", "--out", str(data), *sizes]
     subprocess.run(prepare, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    names = given.cases.split(",")
+    names = args.cases.split(",")
     began = time.monotonic()
     results = {}
     for place, name in enumerate(names):
-        share = given.kills * (place + 1) // len(names) - given.kills * place // len(names)
-        results[name] = run_case(Chain(name, given.work.resolve(), data, given.procs, given.steps), share, given.seed)
-    kills = [kill for held in results.values() for kill in held["kills"]]
+        share = args.kills * (place + 1) // len(names) - args.kills * place // len(names)
+        results[name] = run_case(Chain(name, args.work.resolve(), data, args.procs, args.steps), share, args.seed)
+    kills = [kill for case in results.values() for kill in case["kills"]]
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/killtest.py --kills {given.kills} --seed {given.seed}",
+        "command": f"python benchmarks/killtest.py --kills {args.kills} --seed {args.seed}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
         "minutes": round((time.monotonic() - began) / 60, 1),
         "kills": len(kills),
@@ -279,9 +279,9 @@ def main() -> int:
         },
     }
     print(json.dumps(record, indent=1))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(all(r["equal"]) for r in results.values()) else 1
 
 

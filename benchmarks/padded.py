@@ -70,11 +70,11 @@ class PaddedData:
         self.arrays: dict[str, np.ndarray] = {}
         self.lengths: dict[str, np.ndarray] = {}
         for name, (width, _, frames) in shape.streams.items():
-            given = [getattr(sample, f"{name}_TF") for sample in samples]
+            arrays = [getattr(sample, f"{name}_TF") for sample in samples]
             self.arrays[name] = np.zeros((len(samples), frames, width), dtype=np.float32)
-            for row, value in zip(self.arrays[name], given, strict=True):
+            for row, value in zip(self.arrays[name], arrays, strict=True):
                 row[: len(value)] = value
-            self.lengths[name] = np.array([len(value) for value in given])
+            self.lengths[name] = np.array([len(value) for value in arrays])
         answers = [[*encode(tokenizer, text), end] for text in task.answer_texts()]
         self.longest_answer = max(map(len, answers))
         self.answers = [answers[task.answer_index(sample.target)] for sample in samples]
@@ -170,7 +170,7 @@ def build_padded(shape: Shape, data: PaddedData, folder: Path, lora_rank: int) -
     return PaddedModel(get_peft_model(language_model, lora), data, shape).train()
 
 
-def answered(shape: Shape, data: PaddedData, told: Tensor) -> int:
+def answered(shape: Shape, data: PaddedData, tokens: Tensor) -> int:
     """How many of the generated rows parse as an answer (a random model's: hardly any)."""
-    texts = data.tokenizer.batch_decode(told, skip_special_tokens=True)
+    texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return int(parse_answers(shape.task, texts).valid_B.sum())

@@ -1,4 +1,4 @@
-"""Does `egmf plan` foretell the memory of a run? Real runs on CPU, measured, beside the plan's figures.
+"""Does `egmf plan` predict the memory of a run? Real runs on CPU, measured, beside the plan's figures.
 
     python -m benchmarks.plan_memory --work DIR [--cases zero2-nf4,…] [--out benchmarks/results/plan-memory.json]
 
@@ -145,24 +145,24 @@ def measure(chosen: list[Case], model: Path, data: Path, work: Path, timeout: fl
             "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.plan_memory", "--rank", str(place)]
-        with (place / f"rank{rank}.log").open("w") as told:
-            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=told, stderr=told))
+        with (place / f"rank{rank}.log").open("w") as output:
+            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output))
     try:
         codes = [rank.wait(timeout=timeout) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
     if any(codes):
-        told = "\n".join((place / f"rank{i}.log").read_text()[-3000:] for i in range(procs))
-        raise RuntimeError(f"exit codes {codes}\n{told}")
+        logs = "\n".join((place / f"rank{i}.log").read_text()[-3000:] for i in range(procs))
+        raise RuntimeError(f"exit codes {codes}\n{logs}")
     return {case.name: _measured(place, procs)[case.name] for case in chosen}
 
 
 def _measured(place: Path, procs: int) -> dict[str, list[Any]]:
-    """What all ranks have written: name of a case -> theirs, in order."""
+    """What all ranks have written: name of a case -> the ranks' results, in order."""
     files = [place / f"rank{rank}.json" for rank in range(procs)]
-    told = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
-    return {name: [rank[name] for rank in told] for name in told[0] if all(name in rank for rank in told)}
+    per_rank = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
+    return {name: [rank[name] for rank in per_rank] for name in per_rank[0] if all(name in rank for rank in per_rank)}
 
 
 def work_of_rank(place: Path) -> None:
@@ -177,13 +177,13 @@ def work_of_rank(place: Path) -> None:
     world = start_world()
     trace = place / f"rank{world.rank}.trace"
     sampler = subprocess.Popen([sys.executable, "-S", "-c", SAMPLER, str(os.getpid()), str(trace)])
-    mine = place / f"rank{world.rank}.json"
-    results = json.loads(mine.read_text()) if mine.is_file() else {}
+    written = place / f"rank{world.rank}.json"
+    results = json.loads(written.read_text()) if written.is_file() else {}
+    overrides_by_case = json.loads((place / "cases.json").read_text())
     try:
         for name, overrides in WARM_UP.items():
-            told = json.loads((place / "cases.json").read_text())
-            _train([*next(iter(told.values())), *overrides], place / name, world, {})
-        for name, overrides in json.loads((place / "cases.json").read_text()).items():
+            _train([*next(iter(overrides_by_case.values())), *overrides], place / name, world, {})
+        for name, overrides in overrides_by_case.items():
             if all(world.gather_all(name in results)):  # by an earlier start
                 continue
             world.barrier()
@@ -198,7 +198,7 @@ def work_of_rank(place: Path) -> None:
             built = [size for at, size in samples if at < marks["steps"]][-1]
             peak = max(size for at, size in samples if marks["steps"] <= at <= marks["end"])
             results[name] = {"base": base, "built": built - base, "peak": peak - base}
-            write_json(mine, results)
+            write_json(written, results)
             print(name, results[name], flush=True)
     finally:
         sampler.kill()
@@ -265,15 +265,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--cases", help="only cases whose names contain one of these, separated by commas")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     from tests.toy import prepare_toy
 
-    work = asked.work.resolve()
+    work = args.work.resolve()
     model, data = make_model(work / "model"), work / "data"
     if not (data / "meld").is_dir():
         prepare_toy("meld", data, train=SAMPLES)
     results: list[dict[str, Any]] = []
-    chosen = [c for c in cases() if not asked.cases or any(part in c.name for part in asked.cases.split(","))]
+    chosen = [c for c in cases() if not args.cases or any(part in c.name for part in args.cases.split(","))]
     predicted = {case.name: predict(case, model, data) for case in chosen}
     for case in chosen:  # in processes of its own: DeepSpeed's engines leave something behind
         for name, ranks in measure([case], model, data, work).items():
@@ -289,8 +289,8 @@ def main() -> None:
             )
     worst = max(abs(off) for result in results for off in result["off"])
     print(f"{len(results)} cases, the worst off by {worst:.1%} (limit {LIMIT:.0%})")
-    if asked.out:
-        told = {
+    if args.out:
+        report = {
             "date": today(),
             "command": "python -m benchmarks.plan_memory --work DIR --out benchmarks/results/plan-memory.json",
             "machine": describe("torch", "deepspeed", "transformers", "peft", "bitsandbytes"),
@@ -299,7 +299,7 @@ def main() -> None:
             "worst": worst,
             "cases": results,
         }
-        asked.out.write_text(json.dumps(told, indent=1) + "\n")
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     if worst > LIMIT:
         sys.exit(1)
 

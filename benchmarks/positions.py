@@ -91,26 +91,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meld", type=Path, required=True, help="the folder of MELD's published annotations")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        prepare(get_task("meld"), [asked.meld], Path(folder) / "meld")
+        prepare(get_task("meld"), [args.meld], Path(folder) / "meld")
         view = open_dataset(Path(folder) / "meld")["train"]
         texts = list(view.texts())
         tokenizer = make_tokenizer(texts)
         found = {"meld": count("meld", tokenizer, view, view.lengths())}
     made = mosei_like(texts)
     found["mosei"] = count("mosei", tokenizer, made, np.array([len(s.text) for s in made]))
-    for task, told in found.items():
+    for task, counts in found.items():
         print(
-            f"{task}: texts of {told['text']:.1f} tokens, instruction {told['instruction']}; a sample: fixed padding {told['fixed']}, "
-            f"padded by batch of 8 {told['padded']:.1f}, packed "
-            + ", ".join(f"{value:.1f} (batch/budget {key})" for key, value in told["packed"].items())
-            + f"; target {told['target']}"
+            f"{task}: texts of {counts['text']:.1f} tokens, instruction {counts['instruction']}; a sample: fixed padding {counts['fixed']}, "
+            f"padded by batch of 8 {counts['padded']:.1f}, packed "
+            + ", ".join(f"{value:.1f} (batch/budget {key})" for key, value in counts["packed"].items())
+            + f"; target {counts['target']}"
         )
-    if asked.out:
+    if args.out:
         command = "python -m benchmarks.positions --meld FOLDER --out benchmarks/results/positions.json"
-        told = {"date": today(), "command": command, "machine": describe("tokenizers", "transformers"), **found}
-        asked.out.write_text(json.dumps(told, indent=1) + "\n")
+        report = {"date": today(), "command": command, "machine": describe("tokenizers", "transformers"), **found}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

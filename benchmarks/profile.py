@@ -157,22 +157,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--operators", type=int, default=15, help="lines of the operators' table")
     parser.add_argument("--trace", type=Path, help="write a chrome trace there (.json or .json.gz)")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    shape = SHAPES[asked.shape]
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shape = SHAPES[args.shape]
     with tempfile.TemporaryDirectory() as work:
-        folder = make_backbone(Path(work) / "backbone", asked.vocab)
-        contender = build(COLUMNS[asked.layout == "padded"], shape, make_samples(shape, 256), folder)
+        folder = make_backbone(Path(work) / "backbone", args.vocab)
+        contender = build(COLUMNS[args.layout == "padded"], shape, make_samples(shape, 256), folder)
     assert isinstance(contender, Ours)
-    steps = 1 if asked.evaluate else asked.steps
-    made = profile_steps(contender, steps, asked.evaluate)
-    what = "an evaluation of 256 samples" if asked.evaluate else "training steps of 32 samples"
-    print(f"{asked.shape}, vocabulary {asked.vocab}, {asked.layout}, {asked.threads} threads: {what}\n")
+    steps = 1 if args.evaluate else args.steps
+    made = profile_steps(contender, steps, args.evaluate)
+    what = "an evaluation of 256 samples" if args.evaluate else "training steps of 32 samples"
+    print(f"{args.shape}, vocabulary {args.vocab}, {args.layout}, {args.threads} threads: {what}\n")
     print(table(by_part(made.events()), steps))
     print()
-    print(made.key_averages().table(sort_by="self_cpu_time_total", row_limit=asked.operators, max_name_column_width=50))
-    if asked.trace:
-        made.export_chrome_trace(str(asked.trace))
+    print(made.key_averages().table(sort_by="self_cpu_time_total", row_limit=args.operators, max_name_column_width=50))
+    if args.trace:
+        made.export_chrome_trace(str(args.trace))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --work DIR [--procs 1,2,4] [--out benchmarks/results/scaling.json]
 
-Three ways to count the bytes that a rank sends in an optimizer step:
+Three counts of the bytes that a rank sends in an optimizer step:
 
 - *called*: the sizes of all collectives that the step calls, each times its ring factor (all-reduce 2 (N-1)/N of the tensor,
   all-gather, reduce-scatter, reduce and broadcast (N-1)/N of the whole);
@@ -217,22 +217,22 @@ def run_ranks(place: Path, procs: int, own_network: bool) -> None:
     ranks = []
     for rank in range(procs):
         place_of = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs)}
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         env = {
             **os.environ,
             **place_of,
-            **meet,
+            **rendezvous,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
         command = [sys.executable, "-m", "benchmarks.scaling", "--rank", str(place), str(int(own_network))]
-        with (place / f"rank{rank}.log").open("w") as told:
-            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=told, stderr=told))
+        with (place / f"rank{rank}.log").open("w") as output:
+            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output))
     codes = [rank.wait() for rank in ranks]
     if any(codes):
-        told = "\n".join((place / f"rank{i}.log").read_text()[-3000:] for i in range(procs))
-        raise SystemExit(f"exit codes {codes}\n{told}")
+        logs = "\n".join((place / f"rank{i}.log").read_text()[-3000:] for i in range(procs))
+        raise SystemExit(f"exit codes {codes}\n{logs}")
 
 
 def own_network_possible() -> bool:
@@ -295,16 +295,16 @@ def main() -> None:
     parser.add_argument("--procs", default="1,2,4")
     parser.add_argument("--cases", help="only cases whose names contain one of these, separated by commas")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     from tests.toy import prepare_toy
 
-    data = asked.work.resolve() / "data"
+    data = args.work.resolve() / "data"
     if not (data / "meld").is_dir():
         prepare_toy("meld", data, train=64)
-    cases = [case for case in CASES if not asked.cases or any(part in case.name for part in asked.cases.split(","))]
+    cases = [case for case in CASES if not args.cases or any(part in case.name for part in args.cases.split(","))]
     rows = []
-    for procs in map(int, asked.procs.split(",")):
-        counted = measure(procs, data, asked.work.resolve(), cases)
+    for procs in map(int, args.procs.split(",")):
+        counted = measure(procs, data, args.work.resolve(), cases)
         for case in cases:
             row = {**dataclasses.asdict(case), "procs": procs, **counted[case.name], **theory(case, procs, data)}
             rows.append(row)
@@ -315,8 +315,8 @@ def main() -> None:
                 f"{row['paper'] / 1e6:.2f}",
                 flush=True,
             )
-    if asked.out:
-        told = {
+    if args.out:
+        report = {
             "date": today(),
             "command": "python -m benchmarks.scaling --work DIR --out benchmarks/results/scaling.json",
             "machine": describe("torch", "deepspeed"),
@@ -324,7 +324,7 @@ def main() -> None:
             "steps": STEPS,
             "rows": rows,
         }
-        asked.out.write_text(json.dumps(told, indent=1) + "\n")
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data of the published benchmarks' shapes, generated: lengths are theirs, contents are noise. No dataset is needed.
+"""Data of the published benchmarks' shapes, generated: lengths are as published, contents are noise. No dataset is needed.
 
 Where each number comes from:
 

@@ -109,8 +109,8 @@ def rank(folder: Path, loader: str, out: Path) -> None:
     seconds = time.perf_counter() - began
     peak, samples = map(int, sampler.communicate("\n")[0].split())
     gc.collect()
-    told = {"peak": peak * 1024 - before, "after": anonymous() - before, "seconds": seconds, "samples": samples}
-    (out / f"{world.rank}.json").write_text(json.dumps(told))
+    measured = {"peak": peak * 1024 - before, "after": anonymous() - before, "seconds": seconds, "samples": samples}
+    (out / f"{world.rank}.json").write_text(json.dumps(measured))
     del model
     stop_world()
 
@@ -141,12 +141,12 @@ def measure(folder: Path, loader: str, ranks: int, work: Path) -> dict[str, Any]
     codes = [process.wait(timeout=900) for process in processes]
     if any(codes):
         raise SystemExit(f"{loader} on {ranks} ranks: exit codes {codes}")
-    told = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    per_rank = [json.loads(path.read_text()) for path in out.glob("*.json")]
     return {
-        "peak_mib": max(t["peak"] for t in told) / 2**20,
-        "after_mib": max(t["after"] for t in told) / 2**20,
-        "seconds": max(t["seconds"] for t in told),
-        "samples": min(t["samples"] for t in told),
+        "peak_mib": max(t["peak"] for t in per_rank) / 2**20,
+        "after_mib": max(t["after"] for t in per_rank) / 2**20,
+        "seconds": max(t["seconds"] for t in per_rank),
+        "samples": min(t["samples"] for t in per_rank),
     }
 
 
@@ -179,17 +179,17 @@ def main() -> None:
                 cases.append({"ranks": ranks, "loader": loader, **found, "bound_mib": bound if parts else None})
                 print(json.dumps(cases[-1]), flush=True)
         files = len(list(folder.glob("*.safetensors")))
-    held = all(case["peak_mib"] <= case["bound_mib"] for case in cases if case["bound_mib"] is not None)
+    within = all(case["peak_mib"] <= case["bound_mib"] for case in cases if case["bound_mib"] is not None)
     result = {
         "what": "peak anonymous memory of a rank while it loads a 4-bit backbone: benchmarks/sharded_load.py",
         "date": today(),
         "machine": describe("torch", "transformers", "bitsandbytes", "deepspeed"),
         "model": {**SHAPE, "files": files, "stored": "bf16", **size},
-        "within_bound": held,
+        "within_bound": within,
         "cases": cases,
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"within the bound: {held}")
+    print(f"within the bound: {within}")
 
 
 if __name__ == "__main__":

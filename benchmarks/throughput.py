@@ -13,10 +13,10 @@ samples and instruction:
 
 A step is collation, forward, backward and optimizer; what is timed is an epoch of 256 samples (8 steps). Evaluation
 answers 256 samples: by scoring every answer (ours), by `generate` until the longest answer (padded). Every column
-runs in a fresh process, columns in turn, `--rounds` times; ratios are taken within a round, and their median is told
+runs in a fresh process, columns in turn, `--rounds` times; ratios are taken within a round, and their median is reported
 with the smallest and largest. Memory is anonymous resident memory (RssAnon) above what the process has with its data
 loaded and no model: its peak in a step, and in an evaluation, sampled every 5 ms outside the timed steps. Positions
-are counted at the decoder's input. CPU seconds are told too: less than wall seconds times threads, they say that the
+are counted at the decoder's input. CPU seconds are reported too: less than wall seconds times threads, they show that the
 machine was busy elsewhere.
 """
 
@@ -91,16 +91,16 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     def epoch() -> int:
         return sum(contender.step(next(step)) for _ in range(steps))
 
-    told: dict[str, Any] = {"model_mib": (built - before) / 2**20}
-    told["train"] = _timed(epoch, contender, seconds)
+    measured: dict[str, Any] = {"model_mib": (built - before) / 2**20}
+    measured["train"] = _timed(epoch, contender, seconds)
     with peak_memory() as peak:
         contender.step(next(step))
-    told["train"]["peak_mib"] = (peak[0] - before) / 2**20
+    measured["train"]["peak_mib"] = (peak[0] - before) / 2**20
     with peak_memory() as peak:  # warms up too
         contender.evaluate()
-    told["evaluate"] = _timed(contender.evaluate, contender, seconds / 2)
-    told["evaluate"]["peak_mib"] = (peak[0] - before) / 2**20
-    return told
+    measured["evaluate"] = _timed(contender.evaluate, contender, seconds / 2)
+    measured["evaluate"]["peak_mib"] = (peak[0] - before) / 2**20
+    return measured
 
 
 def _timed(call: Any, contender: Any, seconds: float) -> dict[str, float]:
@@ -131,12 +131,12 @@ def _timed(call: Any, contender: Any, seconds: float) -> dict[str, float]:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """:func:`measure` in a fresh process."""
     env = {**os.environ, "OMP_NUM_THREADS": str(case["threads"]), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as told:
-        command = [sys.executable, "-m", "benchmarks.throughput", "--case", json.dumps(case), told.name]
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
+        command = [sys.executable, "-m", "benchmarks.throughput", "--case", json.dumps(case), output.name]
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{case['column']} on {case['shape']} failed:\n{done.stderr[-3000:]}")
-        result: dict[str, Any] = json.load(told)
+        result: dict[str, Any] = json.load(output)
     return result
 
 
@@ -153,10 +153,10 @@ def summarise(shape: str, vocabulary: int, rounds: list[dict[str, dict[str, Any]
     """Medians over the rounds of every column, and the ratios."""
     row: dict[str, Any] = {"shape": shape, "vocabulary": vocabulary, "columns": {}, "ratios": {}}
     for column in COLUMNS:
-        held = [r[column] for r in rounds]
+        results = [r[column] for r in rounds]
         row["columns"][column] = {
-            "model_mib": statistics.median(h["model_mib"] for h in held),
-            **{m: {k: statistics.median(h[m][k] for h in held) for k in held[0][m]} for m in MEASURES},
+            "model_mib": statistics.median(h["model_mib"] for h in results),
+            **{m: {k: statistics.median(h[m][k] for h in results) for k in results[0][m]} for m in MEASURES},
         }
     for measure in MEASURES:
         for other in COLUMNS[1:]:
@@ -176,9 +176,9 @@ def show(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         for measure in MEASURES:
             for column in COLUMNS:
-                told = row["columns"][column][measure]
-                line = f"{row['shape']:7} {row['vocabulary']:7} {measure:12} {column:12} {told['samples_per_second']:10.1f}"
-                line += f" {told['positions_per_sample']:10.1f} {told['peak_mib']:9.0f}"
+                values = row["columns"][column][measure]
+                line = f"{row['shape']:7} {row['vocabulary']:7} {measure:12} {column:12} {values['samples_per_second']:10.1f}"
+                line += f" {values['positions_per_sample']:10.1f} {values['peak_mib']:9.0f}"
                 if column != "ours":
                     ratio = row["ratios"][f"{measure}, {column}"]["samples_per_second"]
                     line += f"   {ratio['median']:.1f} ({ratio['least']:.1f} to {ratio['most']:.1f})"
@@ -197,33 +197,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one round of single steps: to see that it runs")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     from benchmarks.shapes import make_backbone
 
     rows = []
     with tempfile.TemporaryDirectory() as work:
-        for vocabulary in map(int, asked.vocab.split(",")):
+        for vocabulary in map(int, args.vocab.split(",")):
             backbone = make_backbone(Path(work) / str(vocabulary), vocabulary)
-            for shape in asked.shapes.split(","):
+            for shape in args.shapes.split(","):
                 rounds: list[dict[str, dict[str, Any]]] = []
-                for _ in range(1 if asked.quick else asked.rounds):
-                    case = {"shape": shape, "backbone": str(backbone), "threads": asked.threads, "quick": asked.quick}
+                for _ in range(1 if args.quick else args.rounds):
+                    case = {"shape": shape, "backbone": str(backbone), "threads": args.threads, "quick": args.quick}
                     rounds.append({column: run_case({**case, "column": column}) for column in COLUMNS})
                 rows.append(summarise(shape, vocabulary, rounds))
                 print(show(rows[-1:]), flush=True)
     print("\n" + show(rows))
-    if asked.out:
-        told = {
+    if args.out:
+        report = {
             "date": today(),
             "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
             "machine": describe("torch", "transformers", "peft"),
             "load_average_at_end": [round(n, 1) for n in os.getloadavg()],
-            "threads": asked.threads,
+            "threads": args.threads,
             "rows": rows,
         }
-        writing = asked.out.with_suffix(".writing")
-        writing.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        writing.replace(asked.out)
+        writing = args.out.with_suffix(".writing")
+        writing.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        writing.replace(args.out)
 
 
 if __name__ == "__main__":

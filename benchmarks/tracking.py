@@ -79,12 +79,12 @@ def run_block(work: Work, tracker: Tracker, first: int, steps: int) -> Block:
     for step in range(first, first + steps):
         began, busy = time.perf_counter(), time.thread_time()
         loss = work.step()
-        told = time.perf_counter()
+        called = time.perf_counter()
         tracker.metrics({"train/loss": loss, **{f"train/number_{i}": loss * i for i in range(1, NUMBERS)}}, step)
         ended = time.perf_counter()
         block.steps.append(ended - began)
         block.processor.append(time.thread_time() - busy)
-        block.calls.append(ended - told)
+        block.calls.append(ended - called)
     return block
 
 
@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=10, help="of blocks, a case")
     parser.add_argument("--steps", type=int, default=50, help="of a block")
     parser.add_argument("--out", type=Path, default=RESULTS / "tracking.json")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     logging.basicConfig(level=logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -251,9 +251,9 @@ def main() -> int:
         server.start()
         proxy = Proxy(server.uri)
         try:
-            for number in range(asked.rounds):
+            for number in range(args.rounds):
                 for place, (label, case) in enumerate(cases(server, proxy).items()):
-                    result = run_case(case, work, asked.pairs, asked.steps, folder / f"{number}-{place}")
+                    result = run_case(case, work, args.pairs, args.steps, folder / f"{number}-{place}")
                     found.setdefault(label, []).append(result)
                     print(number, label, json.dumps(over_rounds([result])), file=sys.stderr, flush=True)
         finally:
@@ -264,15 +264,15 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "command": "python -m benchmarks.tracking " + " ".join(sys.argv[1:]),
         "machine": machine(),
-        "rounds": asked.rounds,
-        "pairs": asked.pairs,
-        "steps": asked.steps,
+        "rounds": args.rounds,
+        "pairs": args.pairs,
+        "steps": args.steps,
         "numbers_per_step": NUMBERS,
         "start_up_processor_s": start,
         "cases": {label: over_rounds(results) for label, results in found.items()},
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(asked.out, report)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, report)
     print(json.dumps(report, indent=2))
     return 0 if all(case["all_there"] is not False for case in report["cases"].values()) else 1
 

@@ -5,7 +5,7 @@
 
 Qwen3-8B's shape with random weights, made on the device layer by layer, in bf16 and in NF4 (bitsandbytes, double
 quantisation), LoRA of rank 16 on all linear layers, with and without gradient checkpointing. MELD's shapes, optimizer
-steps of 64 samples; columns as in :mod:`benchmarks.throughput`. What does not fit into memory is told and left out.
+steps of 64 samples; columns as in :mod:`benchmarks.throughput`. What does not fit into memory is reported and left out.
 
 Model FLOPs: a position costs 2 N forward and 2 N backward, N the weights of the decoder's linear layers (frozen:
 gradients of inputs alone; what gradient checkpointing computes again, attention's own products, LoRA, head and fusion
@@ -165,7 +165,7 @@ def measure(made: Contender, device: torch.device, seconds: float) -> dict[str, 
 
 
 def cases(device: torch.device, sizes: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """Every precision, with and without checkpointing, every column; told as they come."""
+    """Every precision, with and without checkpointing, every column; printed as they come."""
     dtype = torch.bfloat16
     rows = []
     per_layer = sizes["hidden_size"] * (
@@ -231,25 +231,25 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of toy size: to see that it runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timed steps per case")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
+    args = parser.parse_args()
+    device = torch.device(args.device)
     print(HEAD)
-    sizes = TINY if asked.tiny else QWEN3_8B
+    sizes = TINY if args.tiny else QWEN3_8B
     began = time.perf_counter()
-    told = {
+    report = {
         "date": today(),
-        "command": "python -m benchmarks.gpu.large" + (" --tiny" if asked.tiny else "") + f" --device {asked.device}",
+        "command": "python -m benchmarks.gpu.large" + (" --tiny" if args.tiny else "") + f" --device {args.device}",
         "machine": {
             **describe("torch", "transformers", "peft", "bitsandbytes"),
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
             "cuda": torch.version.cuda,
         },
         "model": sizes,
-        "rows": cases(device, sizes, 0.0 if asked.tiny else asked.seconds),
+        "rows": cases(device, sizes, 0.0 if args.tiny else args.seconds),
     }
-    told["seconds"] = time.perf_counter() - began
-    if asked.out:
-        asked.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    report["seconds"] = time.perf_counter() - began
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

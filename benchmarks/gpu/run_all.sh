@@ -31,15 +31,15 @@ stage() { # name, seconds, command...
     echo "== $name (at most $limit s): $*"
     timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
     code=${PIPESTATUS[0]}
-    local told="$name: passed in $((SECONDS - began)) s"
+    local outcome="$name: passed in $((SECONDS - began)) s"
     if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
-        told="$name: FAILED: stopped after $limit s"
+        outcome="$name: FAILED: stopped after $limit s"
     elif [ "$code" -ne 0 ]; then
-        told="$name: FAILED with exit code $code after $((SECONDS - began)) s (see $name.log)"
+        outcome="$name: FAILED with exit code $code after $((SECONDS - began)) s (see $name.log)"
     fi
     [ "$code" -eq 0 ] || failed=$((failed + 1))
-    summary+="$told"$'\n'
-    echo "== $told"
+    summary+="$outcome"$'\n'
+    echo "== $outcome"
 }
 
 gate_options=()
