@@ -1,4 +1,4 @@
-"""Small files of a run: written whole or not at all, and read back."""
+"""Small files: written whole or not at all, and YAML read safely and fast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+import yaml
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -20,6 +22,20 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def load_yaml(text: str) -> object:
+    """What ``yaml.safe_load`` gives (plain values alone), by libyaml where PyYAML has it: seven times as fast.
+
+    Raises:
+        yaml.YAMLError: `text` is not YAML.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        value: object = loader.get_single_data()
+        return value
+    finally:
+        loader.dispose()
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ from launch.sweep.sweep import Sweep, finished
 from trainer.data.generated import diagnostic
 from trainer.data.generated import synthetic_benchmark as stand_in
 from trainer.files import write_json, write_text
-from trainer.results.tables import Table
+from trainer.results.printable import Table
 
 if TYPE_CHECKING:
     from trainer.results.compare.evidence import Tables

@@ -240,6 +240,6 @@ def test_the_command_puts_the_curves_into_the_report(run: Path, text_only: Path)
     (run / "robustness.json").write_text(json.dumps({**told, "checkpoint": "step-1"}))
     held = read_run(run)
     assert not held.robustness
-    assert any("measure again" in note for note in held.notes)
+    assert any("run egmf robustness again" in note for note in held.notes)
     write_robustness(run, told, table)
     assert read_run(run).robustness == told

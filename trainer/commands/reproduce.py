@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table as Shown
 
 from trainer.commands.shared import Debug, Json, Overrides, print_json, say, wide
 
 if TYPE_CHECKING:
-    from trainer.results.tables import Table
+    from trainer.results.printable import Table
 
 app = typer.Typer()
 
@@ -92,11 +91,8 @@ def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
 
 
 def _print(table: Table) -> None:
-    shown = Shown(title=table.title, title_justify="left")
-    for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if number else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    wide().print(shown, markup=False)
+    from trainer.results.printable import rich_table
+
+    wide().print(rich_table(table))
     if table.note:
         say(table.note)

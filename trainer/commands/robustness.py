@@ -1,16 +1,19 @@
-"""How a run stands missing and corrupted modalities: robustness."""
+"""A run scored with missing and corrupted modalities: robustness."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from trainer.commands.shared import Debug, Json, Overrides, in_world, number, print_json, say, wide
+from trainer.commands.shared import Debug, Json, Overrides, in_world, print_json, say, wide
+
+if TYPE_CHECKING:
+    from trainer.distributed.world import World
+    from trainer.results.records import RobustnessRecord
 
 app = typer.Typer()
 
@@ -20,16 +23,21 @@ def robustness(
     run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
-    rates: Annotated[str, typer.Option(help="probabilities of damage", metavar="R,R,...")] = "0,0.25,0.5,0.75,1",
+    rates: Annotated[
+        str, typer.Option(help="probabilities at which samples or frames are damaged", metavar="R,R,...")
+    ] = "0,0.25,0.5,0.75,1",
     modes: Annotated[
-        str, typer.Option(help="missing: whole modality; noise: on frames; frames: dropped", metavar="MODE,...")
+        str,
+        typer.Option(
+            help="missing: a sample lacks the modality; noise: on frames; frames: frames dropped", metavar="MODE,..."
+        ),
     ] = "missing,noise",
     modalities: Annotated[
-        str | None, typer.Option(help="default: audio and video, where the run reads them", metavar="NAME,...")
+        str | None, typer.Option(help="default: audio and video, those that the run reads", metavar="NAME,...")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of what is damaged, and how")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the damage")] = 0,
     reference: Annotated[
-        Path | None, typer.Option(help="a finished run to compare with, such as one of text alone", metavar="RUN")
+        Path | None, typer.Option(help="a finished run to compare with, such as a text-only one", metavar="RUN")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -46,7 +54,7 @@ def robustness(
     except ValueError:
         raise ValueError(f"--rates={rates} must be numbers from 0 to 1, separated by commas") from None
 
-    def work(world: Any) -> int:
+    def work(world: World) -> int:
         from trainer.logs import set_up_logging
         from trainer.results.report.report import write_report
         from trainer.results.robustness import Options, check_options, write_robustness
@@ -68,7 +76,7 @@ def robustness(
             if as_json:
                 print_json(result)
             else:
-                _print(result)
+                _print(cast("RobustnessRecord", result))
                 say(f"written: {run / 'robustness.json'}")
         return 0
 
@@ -79,16 +87,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _print(result: dict[str, Any]) -> None:
-    for name, held in result["tasks"].items():
-        table = Table(title=f"{name} {held['metric']}, {result['split']}", title_justify="left")
-        for column in ("damage", "modality"):
-            table.add_column(column)
-        for rate in result["rates"]:
-            table.add_column(f"{rate:g}", justify="right")
-        for curve in held["curves"]:
-            cells = [number(point["scores"].get(held["metric"])) for point in curve["points"]]
-            table.add_row(curve["mode"], curve["modality"], *cells)
-        wide().print(table)
-        if result["reference"]:
-            say(f"{result['reference']}: {number(held['reference'])}")
+def _print(record: RobustnessRecord) -> None:
+    from trainer.results.printable import rich_table
+    from trainer.results.tables import robustness as robustness_table
+    from trainer.results.task_results import Robustness
+
+    for name, measured in record["tasks"].items():
+        table = robustness_table(name, Robustness(measured, record["split"], record["reference"]))
+        wide().print(rich_table(table))
+        if table.note:
+            say(table.note)

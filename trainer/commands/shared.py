@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from trainer.results.printable import format_metric
+
 ConfigFile = Annotated[
     Path, typer.Argument(help="the run's YAML file, or a name of egmf config list", metavar="CONFIG")
 ]
@@ -109,14 +111,8 @@ def print_metrics(results: dict[str, Any]) -> None:
     for split, task in columns:
         table.add_column(f"{task} {split}", justify="right")
     for name in names:
-        table.add_row(name, *(number(values.get(name, "")) for values in columns.values()))
+        table.add_row(name, *(format_metric(values.get(name, "")) for values in columns.values()))
     wide().print(table)
-
-
-def number(value: Any) -> str:
-    if value is None:
-        return "undefined"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def wide() -> Console:

@@ -1,119 +1,63 @@
-"""What a run's predictions say: scores beside a constant answer, calibration, gate weights by group, telling examples.
+"""A run's predictions analysed: scores beside a constant answer's, calibration, gate weights by group, best and worst samples.
 
 Legend: N samples, C answers, E experts, M modalities. All numbers are plain and JSON-safe; what is undefined is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
-from trainer.answers.calibration import Calibration, Scored, calibrate
+from trainer.answers.calibration import Scored, calibrate
 from trainer.answers.metrics import MetricError, compute, reliability
 from trainer.config import EXPERTS, MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.summary import SIGNS
+from trainer.results.records import ReliabilityBin, TaskScores
 from trainer.results.run_folder import SPLITS, RunFolder, dataset_path
-from trainer.run.expert_load import LoadBalance, load_balance, warning
+from trainer.results.task_results import Example, GateGroup, Gates, Robustness, TaskResults
+from trainer.run.expert_load import load_balance, warning
 from trainer.tasks import Task
 
-EXAMPLES = 6  # best and as many worst
-ANSWERS = 5  # most probable answers shown of an example
-LEVELS = np.arange(1, 20) / 20  # of the predicted distribution whose coverage is counted
-
-
-@dataclass
-class Example:
-    """A sample and what the model answered. `probabilities` holds the most probable answers, most probable first."""
-
-    id: str
-    label: Any
-    prediction: Any
-    answer: str | None
-    valid: bool
-    error: float  # 1 - p(truth), |prediction - truth|, or 0 and 1 where there are no probabilities; inf when invalid
-    probabilities: list[tuple[str, float]]
-    expert: dict[str, float]
-    modality: dict[str, float]
-    kind: str | None = None
-    text: str | None = None
-
-
-@dataclass
-class GateGroup:
-    """Mean gate weights of `n` samples; `modality` is Σ_e expert_e · modality_em, from the means over slots."""
-
-    name: str
-    n: int
-    expert: dict[str, float]
-    modality: dict[str, float]
-
-
-@dataclass
-class Gates:
-    """Gate weights of a split: over all samples, inside each expert, and by group ("class", "kind")."""
-
-    all: GateGroup
-    inside: dict[str, dict[str, float]]  # expert -> modality -> mean weight
-    expert_NE: np.ndarray
-    groups: dict[str, list[GateGroup]] = field(default_factory=dict)
-
-
-@dataclass
-class TaskResults:
-    """One task of a run. What hangs on predictions is None where there are none."""
-
-    task: Task
-    scores: dict[str, dict[str, Any]]  # split -> metrics
-    split: str | None = None  # of which everything below is told
-    rows: pd.DataFrame | None = None
-    constant: str | None = None  # what the constant answer is
-    constant_scores: dict[str, Any] | None = None
-    reliability: list[dict[str, Any]] | None = None
-    coverage: list[tuple[float, float]] | None = None
-    gates: Gates | None = None
-    calibration: Calibration | None = None  # None too where validation has no probabilities
-    balance: dict[str, LoadBalance] = field(default_factory=dict)  # split -> how the gate shares its weight
-    robustness: dict[str, Any] | None = None  # the task's part of robustness.json; run: the reference's name
-    warnings: list[str] = field(default_factory=list)
-    best: list[Example] = field(default_factory=list)
-    worst: list[Example] = field(default_factory=list)
+EXAMPLES = 6  # samples listed as best, and as many as worst
+ANSWERS = 5  # most probable answers listed of an example
+QUANTILES = np.arange(1, 20) / 20  # of the predicted distribution, at which coverage is counted
 
 
 def analyse(run: RunFolder) -> list[TaskResults]:
-    """The results of every task of a run; what cannot be told is added to ``run.notes``."""
+    """The results of every task of a run; ``run.notes`` gets a line for everything that cannot be computed."""
     return [_task_results(run, task) for task in run.tasks.values()]
 
 
 def _task_results(run: RunFolder, task: Task) -> TaskResults:
-    found = {split: _rows(run, task, split) for split in SPLITS if split in run.predictions}
-    tables = {split: rows for split, rows in found.items() if rows is not None and len(rows)}
+    read = {split: _rows(run, task, split) for split in SPLITS if split in run.predictions}
+    tables = {split: rows for split, rows in read.items() if rows is not None and len(rows)}
     scores = {split: tasks[task.name] for split, tasks in run.results.items() if task.name in tasks}
     for split, rows in tables.items():
         if split not in scores:
             scores[split] = _score(task, rows)
     out = TaskResults(task, scores)
     if measured := run.robustness.get("tasks", {}).get(task.name):
-        out.robustness = {**measured, "run": run.robustness.get("reference"), "split": run.robustness.get("split")}
+        out.robustness = Robustness(measured, run.robustness["split"], run.robustness.get("reference"))
     if not tables:
         return out
     out.split, rows = next(iter(tables.items()))
     out.rows = rows
     out.constant, value = _constant(run, task, rows)
-    out.constant_scores = compute(task, rows["target"].to_numpy(), np.full(len(rows), value))
-    if "probabilities" in rows:
-        told = rows[rows["valid"] & rows["probabilities"].notna()]
-        if len(told) and task.kind == "classification":
-            out.reliability = reliability(told["target"].to_numpy(), told["value"].to_numpy(), _stack(told))
-        elif len(told):
-            out.coverage = coverage(task, told["target"].to_numpy(), _stack(told))
+    out.constant_scores = cast(TaskScores, compute(task, rows["target"].to_numpy(), np.full(len(rows), value)))
+    scored = {split: found for split, table in tables.items() if (found := _scored(table)) is not None}
+    if (shown := scored.get(out.split)) is not None:
+        if task.kind == "classification":
+            bins = reliability(shown.target_N, shown.value_N, shown.p_NC)
+            out.reliability = [cast(ReliabilityBin, row) for row in bins]
+        else:
+            out.coverage = coverage(task, shown.target_N, shown.p_NC)
     out.gates = _gates(run, task, rows)
-    out.calibration = calibrate(task, {s: scored for s, t in tables.items() if (scored := _scored(t)) is not None})
+    out.calibration = calibrate(task, scored)
     for split, table in tables.items():
         gates = out.gates if split == out.split else _gates(run, task, table)
         if gates is not None:
@@ -134,9 +78,9 @@ def coverage(task: Task, target_N: np.ndarray, p_NC: np.ndarray) -> list[tuple[f
     assert task.grid is not None
     nearest_N = np.array([task.grid.index(target) for target in target_N])
     p_NC = p_NC / p_NC.sum(axis=1, keepdims=True)
-    here_N = p_NC[np.arange(len(p_NC)), nearest_N]
-    below_N = np.cumsum(p_NC, axis=1)[np.arange(len(p_NC)), nearest_N] - here_N / 2
-    return [(float(q), float((below_N <= q).mean())) for q in LEVELS]
+    rows_N = np.arange(len(p_NC))
+    below_N = np.cumsum(p_NC, axis=1)[rows_N, nearest_N] - p_NC[rows_N, nearest_N] / 2
+    return [(float(q), float((below_N <= q).mean())) for q in QUANTILES]
 
 
 def _rows(run: RunFolder, task: Task, split: str) -> pd.DataFrame | None:
@@ -152,17 +96,17 @@ def _rows(run: RunFolder, task: Task, split: str) -> pd.DataFrame | None:
         if not np.isfinite(rows["target"]).all():
             raise ValueError("a row has no label")
     except (ValueError, TypeError) as error:
-        run.notes.append(f"predictions/{split}.parquet does not fit the task {task.name} ({error}): it is left out")
+        run.notes.append(f"predictions/{split}.parquet does not match the task {task.name} and is left out: {error}")
         return None
     rows.loc[~rows["valid"].astype(bool), "value"] = np.nan
     rows["valid"] = np.isfinite(rows["value"])
     return rows
 
 
-def _number(task: Task, cell: Any) -> float:
+def _number(task: Task, cell: str | float | None) -> float:
     if cell is None or (isinstance(cell, float) and np.isnan(cell)):
         return float("nan")
-    return float(task.labels.index(cell)) if task.kind == "classification" else float(cell)
+    return float(task.labels.index(str(cell))) if task.kind == "classification" else float(cell)
 
 
 def _stack(rows: pd.DataFrame) -> np.ndarray:
@@ -170,27 +114,28 @@ def _stack(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _scored(rows: pd.DataFrame) -> Scored | None:
-    """The valid rows that have probabilities, None where none has."""
+    """The valid rows that have probabilities; None where no row has."""
     if "probabilities" not in rows:
         return None
     rows = rows[rows["valid"] & rows["probabilities"].notna()]
     return Scored(rows["target"].to_numpy(), rows["value"].to_numpy(), _stack(rows)) if len(rows) else None
 
 
-def _score(task: Task, rows: pd.DataFrame) -> dict[str, Any]:
-    p_NC = None
+def _score(task: Task, rows: pd.DataFrame) -> TaskScores:
+    """The metrics of the rows; without those of probabilities where they do not fit the task."""
+    target_N, value_N, p_NC = rows["target"].to_numpy(), rows["value"].to_numpy(), None
     if "probabilities" in rows and not rows.loc[rows["valid"], "probabilities"].isna().any():
         width = len(task.answers())
         p_NC = np.array([[np.nan] * width if p is None else p for p in rows["probabilities"]], dtype=float)
     try:
-        return compute(task, rows["target"].to_numpy(), rows["value"].to_numpy(), p_NC)
+        return cast(TaskScores, compute(task, target_N, value_N, p_NC))
     except MetricError:
-        return compute(task, rows["target"].to_numpy(), rows["value"].to_numpy())
+        return cast(TaskScores, compute(task, target_N, value_N))
 
 
 def _constant(run: RunFolder, task: Task, rows: pd.DataFrame) -> tuple[str, float]:
-    """The constant answer that a model must beat: from the training data, else from the split itself, which is said."""
-    train = run.data.get(task.name, {}).get("splits", {}).get("train")
+    """The constant answer that a model must beat, and its value: from the training data, else from the split itself."""
+    train = run.data[task.name]["splits"].get("train") if task.name in run.data else None
     source = "of train" if train else "of this split"
     if task.kind == "classification":
         counts = [train["labels"].get(label, 0) for label in task.labels] if train else None
@@ -216,9 +161,9 @@ def _gates(run: RunFolder, task: Task, rows: pd.DataFrame) -> Gates | None:
 
     def group(name: str, chosen_N: np.ndarray) -> GateGroup:
         weights = (expert_NE[chosen_N].mean(0), joint_NM[chosen_N].mean(0))
-        return GateGroup(name, int(chosen_N.sum()), _named(experts, weights[0]), _named(modalities, weights[1]))
+        return GateGroup(name, int(chosen_N.sum()), _by_name(experts, weights[0]), _by_name(modalities, weights[1]))
 
-    inside = {e: _named(modalities, w_M) for e, w_M in zip(experts, modality_NEM.mean(0), strict=True)}
+    inside = {e: _by_name(modalities, w_M) for e, w_M in zip(experts, modality_NEM.mean(0), strict=True)}
     out = Gates(group("all", np.ones(len(rows), dtype=bool)), inside, expert_NE)
     target_N = rows["target"].to_numpy()
     if task.kind == "classification":
@@ -231,7 +176,7 @@ def _gates(run: RunFolder, task: Task, rows: pd.DataFrame) -> Gates | None:
     return out
 
 
-def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
     return dict(zip(names, map(float, values), strict=True))
 
 
@@ -246,8 +191,8 @@ def _gate_names(run: RunFolder, experts: int, modalities: int) -> tuple[list[str
         fusion = run.config.model.fusion
         modality_names = [name for name in MODALITIES if name in fusion.modalities]
         if len(modality_names) != modalities:
-            had = {name for record in run.data.values() for name, width in record["widths"].items() if width}
-            modality_names = [name for name in modality_names if name == "text" or name in had]
+            present = {name for record in run.data.values() for name, width in record["widths"].items() if width}
+            modality_names = [name for name in modality_names if name == "text" or name in present]
         if len(expert_names) != experts:
             expert_names = [
                 name for name in EXPERTS if name in fusion.experts and (name != "semantic" or modalities > 1)
@@ -260,17 +205,18 @@ def _gate_names(run: RunFolder, experts: int, modalities: int) -> tuple[list[str
 
 
 def _examples(task: Task, rows: pd.DataFrame, gates: Gates | None) -> tuple[list[Example], list[Example]]:
-    """The samples answered best and worst, none of them twice; ties by id."""
-    found = sorted((_example(task, row, gates) for row in rows.to_dict("records")), key=lambda e: (e.error, e.id))
-    if len(found) < 2 * EXAMPLES:
-        half = (len(found) + 1) // 2
-        return found[:half], found[half:][::-1]
-    return found[:EXAMPLES], sorted(found[EXAMPLES:], key=lambda e: (-e.error, e.id))[:EXAMPLES]
+    """The samples answered best and worst, no sample in both; ties by id."""
+    ranked = sorted((_example(task, row, gates) for row in rows.to_dict("records")), key=lambda e: (e.error, e.id))
+    if len(ranked) < 2 * EXAMPLES:
+        half = (len(ranked) + 1) // 2
+        return ranked[:half], ranked[half:][::-1]
+    return ranked[:EXAMPLES], sorted(ranked[EXAMPLES:], key=lambda e: (-e.error, e.id))[:EXAMPLES]
 
 
-def _example(task: Task, row: dict[str, Any], gates: Gates | None) -> Example:
-    held = row.get("probabilities")
-    p_C = np.asarray(held, dtype=float) if isinstance(held, (list, np.ndarray)) else None
+def _example(task: Task, row: Mapping[Any, Any], gates: Gates | None) -> Example:
+    """A row of predictions as an example."""
+    cell = row.get("probabilities")
+    p_C = np.asarray(cell, dtype=float) if isinstance(cell, (list, np.ndarray)) else None
     valid = bool(row["valid"])
     if not valid:
         error = float("inf")
@@ -280,21 +226,17 @@ def _example(task: Task, row: dict[str, Any], gates: Gates | None) -> Example:
         error = 1.0 - float(p_C[int(row["target"])])
     else:
         error = float(row["value"] != row["target"])
-    shown: list[tuple[str, float]] = []
+    most_probable: list[tuple[str, float]] = []
     if p_C is not None:
-        words = task.answers()
-        shown = [(words[i], float(p_C[i])) for i in np.argsort(-p_C, kind="stable")[:ANSWERS]]
+        answers = task.answers()
+        most_probable = [(answers[i], float(p_C[i])) for i in np.argsort(-p_C, kind="stable")[:ANSWERS]]
     expert: dict[str, float] = {}
     modality: dict[str, float] = {}
     if gates is not None and isinstance(row.get("gate_expert"), (list, np.ndarray)):
-        expert_E, modality_EM = (
-            np.asarray(row["gate_expert"], float),
-            np.stack(list(row["gate_modality"])).astype(float),
-        )
-        expert, modality = (
-            _named(list(gates.all.expert), expert_E),
-            _named(list(gates.all.modality), expert_E @ modality_EM),
-        )
+        expert_E = np.asarray(row["gate_expert"], float)
+        modality_EM = np.stack(list(row["gate_modality"])).astype(float)
+        expert = _by_name(list(gates.all.expert), expert_E)
+        modality = _by_name(list(gates.all.modality), expert_E @ modality_EM)
     kind = row.get("kind")
     return Example(
         id=str(row["id"]),
@@ -303,7 +245,7 @@ def _example(task: Task, row: dict[str, Any], gates: Gates | None) -> Example:
         answer=row["answer"] if isinstance(row["answer"], str) else None,
         valid=valid,
         error=error,
-        probabilities=shown,
+        probabilities=most_probable,
         expert=expert,
         modality=modality,
         kind=kind if isinstance(kind, str) else None,
@@ -311,15 +253,15 @@ def _example(task: Task, row: dict[str, Any], gates: Gates | None) -> Example:
 
 
 def _add_texts(run: RunFolder, task: Task, split: str, examples: Sequence[Example]) -> None:
-    """Texts from the prepared dataset, if it is the one that the run was made with."""
+    """Add texts from the prepared dataset, if it is the one that the run was trained on."""
     if task.name not in run.data or run.config is None:
         return
     try:
         view = open_dataset(dataset_path(run.config, task.name))[split]
     except DataError as error:
-        run.notes.append(f"texts of {task.name} cannot be shown: {error}")
+        run.notes.append(f"the texts of {task.name} cannot be shown: {error}")
         return
-    place = {sample: i for i, sample in enumerate(view.ids)}
+    index_of = {sample: i for i, sample in enumerate(view.ids)}
     for example in examples:
-        if example.id in place:
-            example.text = view[place[example.id]].text
+        if example.id in index_of:
+            example.text = view[index_of[example.id]].text

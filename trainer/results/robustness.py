@@ -14,7 +14,8 @@ import pandas as pd
 from trainer.answers.metrics import ingredients
 from trainer.config import MODALITIES, Modality
 from trainer.files import write_json
-from trainer.results.compare.sources import Answers, run_from_folder
+from trainer.results.compare.compared_run import Answers
+from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.statistics import columns, estimate, resample_counts, value
 from trainer.results.corruption import Corruption, Mode, spread_of
 from trainer.run.saved import SavedRun

@@ -1,14 +1,14 @@
-"""A run folder read as it is: finished, in progress or damaged. What cannot be read is said and left out, never guessed."""
+"""A run folder read as it is: finished, in progress or damaged. What cannot be read is noted and left out, never guessed."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -16,35 +16,31 @@ import pandas as pd
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
 from trainer.data.sampling import GlobalBatchSampler
+from trainer.results.records import DatasetRecord, RobustnessRecord, RunRecord, TaskScores, number_or_none
 from trainer.tasks import Task, TaskError, define_task, get_task
 from trainer.tracking.journal import JOURNAL, read_journal
 
-Series = list[tuple[int, float]]
+Series = list[tuple[int, float]]  # (step, value)
+Record = TypeVar("Record")
 
 PREDICTIONS = "predictions"
-SPLITS = ("test", "valid", "train")  # in the order in which a split is shown rather than another
+SPLITS = ("test", "valid", "train")  # the first of them that a run has predictions of is the one that is shown
 
 
 @dataclass
 class RunFolder:
-    """What a run folder holds. `notes` says, in words, everything that is missing or cannot be read."""
+    """What a run folder holds. `notes` has a sentence for everything that is missing or cannot be read."""
 
     path: Path
     config: RunConfig | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, dict[str, dict[str, Any]]] = field(
-        default_factory=dict
-    )  # split -> task -> metrics.json's values
+    record: RunRecord = field(default_factory=RunRecord)
+    results: dict[str, dict[str, TaskScores]] = field(default_factory=dict)  # split -> task, of metrics.json
     checkpoint: str | None = None  # the name of the one that validation chose
     journal: dict[str, Series] = field(default_factory=dict)
     predictions: dict[str, pd.DataFrame] = field(default_factory=dict)
-    robustness: dict[str, Any] = field(
-        default_factory=dict
-    )  # robustness.json, where the chosen checkpoint was measured
+    robustness: RobustnessRecord = field(default_factory=RobustnessRecord)  # empty where it is of another checkpoint
     tasks: dict[str, Task] = field(default_factory=dict)
-    data: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # task -> record of its dataset, where it is the run's
+    data: dict[str, DatasetRecord] = field(default_factory=dict)  # task -> record of the very dataset of the run
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -59,16 +55,16 @@ class RunFolder:
 
     @property
     def step(self) -> int | None:
-        """The last step that is known to be done."""
+        """The last step that is known to have ended."""
         steps = [series[-1][0] for name, series in self.journal.items() if name.startswith("train/") and series]
         steps += [int(p.name[5:]) for p in (self.path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
         return max(steps, default=None)
 
     @property
     def steps(self) -> int | None:
-        """The steps the run is to take; None where that cannot be known any more."""
-        if isinstance(self.record.get("steps"), int):
-            return int(self.record["steps"])
+        """The steps of the whole training; None where they can no longer be known."""
+        if (steps := number_or_none(self.record.get("steps"))) is not None:
+            return int(steps)
         if self.config is None:
             return None
         train = self.config.train
@@ -94,11 +90,11 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
         ValueError: `path` is not a run folder at all.
     """
     if not is_run(path):
-        state = "no such folder" if not path.exists() else "it has neither config.yaml nor run.json"
-        raise ValueError(f"{path} is not a run folder ({state}): egmf train makes one, egmf runs lists them")
+        why = "no such folder" if not path.exists() else "it has neither config.yaml nor run.json"
+        raise ValueError(f"{path} is not a run folder ({why}): egmf train makes one, egmf runs lists them")
     run = RunFolder(path)
     run.config = _config(run)
-    run.record = _json(run, "run.json", "the run's state and environment") or {}
+    run.record = _read_json(run, "run.json", "the run's state and environment", RunRecord) or {}
     run.results, run.checkpoint = _results(run)
     run.journal = _journal(run)
     run.data = _datasets(run)
@@ -114,7 +110,7 @@ def is_run(path: Path) -> bool:
 
 
 def dataset_path(config: RunConfig, task: str) -> Path:
-    """Where the prepared dataset of a task lay when the run was started."""
+    """Where the prepared dataset of a task was when the run started."""
     return Path(config.data.path.replace("{task}", task))
 
 
@@ -126,11 +122,12 @@ def _config(run: RunFolder) -> RunConfig | None:
         return None
 
 
-def _json(run: RunFolder, name: str, what: str) -> dict[str, Any] | None:
+def _read_json(run: RunFolder, name: str, what: str, kind: Callable[[], Record]) -> Record | None:
+    """A JSON object of the run folder, taken for a `kind`; a note where there is none, which says `what` that hides."""
     try:
         value = json.loads((run.path / name).read_text(encoding="utf-8"))
         if isinstance(value, dict):
-            return value
+            return cast(Record, value)
         run.notes.append(f"{name} is damaged: {what} cannot be shown")
     except FileNotFoundError:
         run.notes.append(f"no {name}: {what} cannot be shown yet")
@@ -139,37 +136,39 @@ def _json(run: RunFolder, name: str, what: str) -> dict[str, Any] | None:
     return None
 
 
-def _results(run: RunFolder) -> tuple[dict[str, dict[str, dict[str, Any]]], str | None]:
-    held = _json(run, "metrics.json", "the final scores") or {}
-    checkpoint = held.pop("checkpoint", None)
-    mark = run.path / "checkpoints" / "best"
-    if checkpoint is None and mark.is_file():
-        checkpoint = mark.read_text(encoding="utf-8", errors="replace").strip()
+def _results(run: RunFolder) -> tuple[dict[str, dict[str, TaskScores]], str | None]:
+    metrics = _read_json(run, "metrics.json", "the final scores", dict[str, object]) or {}
+    checkpoint = metrics.pop("checkpoint", None)
+    chosen = run.path / "checkpoints" / "best"
+    if checkpoint is None and chosen.is_file():
+        checkpoint = chosen.read_text(encoding="utf-8", errors="replace").strip()
     if checkpoint is None:
         run.notes.append("validation has chosen no checkpoint yet")
     results = {
-        split: {task: values for task, values in tasks.items() if isinstance(values, dict)}
-        for split, tasks in held.items()
+        split: {task: cast(TaskScores, values) for task, values in tasks.items() if isinstance(values, dict)}
+        for split, tasks in metrics.items()
         if isinstance(tasks, dict)
     }
     return results, str(checkpoint) if checkpoint else None
 
 
-def _robustness(run: RunFolder) -> dict[str, Any]:
-    """What egmf robustness measured; nobody need have asked for it."""
+def _robustness(run: RunFolder) -> RobustnessRecord:
+    """What egmf robustness measured, if it was run on the chosen checkpoint."""
     name = "robustness.json"
     if not (run.path / name).is_file():
         return {}
-    held = _json(run, name, "missing and corrupted modalities") or {}
-    if held and held.get("checkpoint") != run.checkpoint:
-        run.notes.append(f"{name} is of {held.get('checkpoint')}, not of the chosen checkpoint: measure again")
+    record = _read_json(run, name, "missing and corrupted modalities", RobustnessRecord) or {}
+    if record and record.get("checkpoint") != run.checkpoint:
+        run.notes.append(
+            f"{name} was measured on {record.get('checkpoint')}, not on the chosen checkpoint: run egmf robustness again"
+        )
         return {}
-    return held
+    return record
 
 
 def _journal(run: RunFolder) -> dict[str, Series]:
     path = run.path / JOURNAL
-    lost = "the curves of the training cannot be shown"
+    lost = "the training curves cannot be shown"
     if not path.is_file():
         run.notes.append(f"no {JOURNAL}: {lost}")
         return {}
@@ -179,12 +178,12 @@ def _journal(run: RunFolder) -> dict[str, Series]:
         run.notes.append(f"{JOURNAL} cannot be read ({error}): {lost}")
         return {}
     if not journal:
-        run.notes.append(f"{JOURNAL} holds no numbers: {lost}")
+        run.notes.append(f"{JOURNAL} has no metrics: {lost}")
     return journal
 
 
-def _datasets(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Records of the run's datasets, where they are still there and still the same."""
+def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
+    """Records of the run's datasets, those that still exist unchanged."""
     fingerprints = run.record.get("data")
     if run.config is None or not isinstance(fingerprints, Mapping):
         return {}
@@ -193,11 +192,11 @@ def _datasets(run: RunFolder) -> dict[str, dict[str, Any]]:
         path = dataset_path(run.config, name)
         record = read_record(path)
         if record is None:
-            run.notes.append(f"the dataset {path} is no longer there: the texts of {name} cannot be shown")
+            run.notes.append(f"the dataset {path} no longer exists: the texts of {name} cannot be shown")
         elif record.get("fingerprint") != fingerprint:
-            run.notes.append(f"the dataset {path} is another one by now: the texts of {name} cannot be shown")
+            run.notes.append(f"the dataset {path} has changed since the run: the texts of {name} cannot be shown")
         else:
-            found[name] = record
+            found[name] = cast(DatasetRecord, record)
     return found
 
 
@@ -207,11 +206,11 @@ def _tasks(run: RunFolder) -> dict[str, Task]:
         try:
             task = get_task(name)
         except TaskError as error:
-            held = next((r["task"] for r in run.data.values() if r["task"].get("name") == Path(name).stem), None)
-            if held is None:
+            definition = next((r["task"] for r in run.data.values() if r["task"].get("name") == Path(name).stem), None)
+            if definition is None:
                 run.notes.append(f"the task cannot be shown: {error}")
                 continue
-            task = define_task(held)
+            task = define_task(definition)
         tasks[task.name] = task
     return tasks
 
@@ -229,7 +228,9 @@ def _predictions(run: RunFolder) -> dict[str, pd.DataFrame]:
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             found[split] = table
         except (OSError, ValueError) as error:  # pyarrow's own errors are of these
-            run.notes.append(f"{PREDICTIONS}/{path.name} is damaged ({error}): what hangs on it cannot be shown")
+            run.notes.append(
+                f"{PREDICTIONS}/{path.name} is damaged ({error}): what is computed from it cannot be shown"
+            )
     if not found:
         run.notes.append("no predictions yet: they are written when the training ends")
     return found

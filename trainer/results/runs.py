@@ -1,4 +1,4 @@
-"""Which runs a folder holds, and how each of them stands."""
+"""The runs of a folder, each with its state and the reason for it, its step and its selecting metric."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import datetime
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.table import Table
 from rich.text import Text
 
 from trainer.results.printable import printable
+from trainer.results.records import RunRecord, number_or_none
 from trainer.results.run_folder import RunFolder, is_run, read_run
 from trainer.tracking.journal import JOURNAL
 
@@ -21,8 +21,8 @@ STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "re
 
 @dataclass(frozen=True)
 class State:
-    """``running``, ``done``, ``stopped`` or ``failed`` as the run says itself; ``lost`` when it says running and its process is
-    gone, ``unknown`` without a readable record. `why` explains it in words."""
+    """``running``, ``done``, ``stopped`` or ``failed`` as run.json says; ``lost`` when it says running and the process is
+    gone; ``unknown`` without a readable record. `why` is a sentence for people."""
 
     name: str
     why: str | None = None
@@ -34,7 +34,7 @@ class State:
 @dataclass(frozen=True)
 class RunLine:
     """A run in a list. `value` is the selecting metric on the validation split at the chosen checkpoint, else the newest;
-    `seconds` is the time since the run's last sign of life."""
+    `seconds` is the time since the run's last activity."""
 
     name: str
     path: str
@@ -50,7 +50,7 @@ class RunLine:
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """The runs in `folder` (which may be one itself), newest sign of life first.
+    """The runs in `folder` (which may be one itself), the most recently active first.
 
     Raises:
         ValueError: no such folder.
@@ -82,28 +82,28 @@ def run_line(run: RunFolder) -> RunLine:
 
 
 def state_of(run: RunFolder) -> State:
-    """How a run stands, its own word checked against the process that should be there."""
+    """The state of a run: what its record says, checked against the process that should be running."""
     record = run.record
     name = record.get("state")
     if name == "failed":
-        return State("failed", record.get("failure") or "it did not say why; see log.txt")
+        return State("failed", record.get("failure") or "no reason was recorded; see log.txt")
     if name == "stopped":
         return State("stopped", "the same command continues it")
     if name == "running":
         return _running(record)
-    return State("done") if name == "done" else State("unknown", "run.json does not say")
+    return State("done") if name == "done" else State("unknown", "run.json has no state")
 
 
-def _running(record: dict[str, Any]) -> State:
+def _running(record: RunRecord) -> State:
     pid, host = record.get("pid"), record.get("host")
     if not isinstance(pid, int) or not isinstance(host, str):
-        return State("running", "it does not say in which process")
+        return State("running", "its record has no process")
     if host != socket.gethostname():
-        return State("running", f"process {pid} on {host}, which cannot be asked from here")
-    started = _time(record.get("started"))
+        return State("running", f"process {pid} on {host}, which cannot be checked from this machine")
+    started = parse_time(record.get("started"))
     try:
         process = psutil.Process(pid)
-        # a process that is younger than the run is another one under the same number
+        # a process that is younger than the run is another program with the same process id
         other = started is not None and process.create_time() > started.timestamp() + 2
         gone = other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -111,13 +111,13 @@ def _running(record: dict[str, Any]) -> State:
     except psutil.AccessDenied:
         gone = False
     if gone:
-        return State("lost", f"it says running, but its process {pid} is gone; the same command continues it")
+        return State("lost", f"run.json says running, but process {pid} is gone; the same command continues it")
     return State("running", f"process {pid}")
 
 
 @dataclass(frozen=True)
 class Selected:
-    """The selecting metric on the validation split, at `step`; None is what is undefined or not known."""
+    """The selecting metric on the validation split, at `step`; None where undefined or unknown."""
 
     metric: str | None = None
     value: float | None = None
@@ -125,9 +125,9 @@ class Selected:
 
 
 def selected_value(run: RunFolder) -> Selected:
-    """The selecting metric at the chosen checkpoint, else the newest there is.
+    """The selecting metric at the chosen checkpoint, else the newest.
 
-    With several tasks it is the mean over them, for the eye (numbers of which less is better count negative; the
+    With several tasks it is the mean over them, as an indication only (metrics of which less is better count negative; the
     checkpoint is chosen by ranks), and undefined while any of them is.
     """
     names = [task.select for task in run.tasks.values()]
@@ -137,7 +137,7 @@ def selected_value(run: RunFolder) -> Selected:
     step = run.chosen_step
     ended = run.results.get("valid", {})
     if set(run.tasks) <= set(ended):
-        values = {name: ended[name].get(task.select) for name, task in run.tasks.items()}
+        values = {name: number_or_none(ended[name].get(task.select)) for name, task in run.tasks.items()}
     else:
         series = {name: dict(points) for name, points in run.selected().items()}
         common = set.intersection(*(set(series.get(name, {})) for name in run.tasks))
@@ -152,17 +152,17 @@ def selected_value(run: RunFolder) -> Selected:
 
 
 def last_sign(run: RunFolder) -> datetime.datetime | None:
-    """When a run was last heard of: its end, else the last line of its journal, else its start."""
-    ended = _time(run.record.get("ended"))
+    """When a run was last active: its end, else the last line of its journal, else its start."""
+    ended = parse_time(run.record.get("ended"))
     journal = run.path / JOURNAL
     if ended is None and journal.is_file():
         return datetime.datetime.fromtimestamp(journal.stat().st_mtime, datetime.timezone.utc)
-    return ended or _time(run.record.get("started"))
+    return ended or parse_time(run.record.get("started"))
 
 
 def runs_table(lines: list[RunLine]) -> Table:
     """The list for the terminal."""
-    table = Table("run", "state", "task", "step", "valid", "", "last sign", title_justify="left")
+    table = Table("run", "state", "task", "step", "valid", "", "last active", title_justify="left")
     for column in (3, 5, 6):
         table.columns[column].justify = "right"
     for line in lines:
@@ -181,7 +181,7 @@ def runs_table(lines: list[RunLine]) -> Table:
     return table
 
 
-def lines_json(lines: list[RunLine]) -> dict[str, Any]:
+def lines_json(lines: list[RunLine]) -> dict[str, list[dict[str, object]]]:
     return {"runs": [asdict(line) for line in lines]}
 
 
@@ -190,14 +190,17 @@ def steps_text(step: int | None, steps: int | None) -> str:
 
 
 def age(seconds: float) -> str:
-    """Seconds as people say them: the largest unit that fits."""
+    """Seconds in the largest unit that fits."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
 
 
-def _time(text: Any) -> datetime.datetime | None:
+def parse_time(text: str | None) -> datetime.datetime | None:
+    """A time of a record (ISO 8601; UTC where it has no zone); None where it is absent or damaged."""
+    if text is None:
+        return None
     try:
         value = datetime.datetime.fromisoformat(text)
     except (TypeError, ValueError):

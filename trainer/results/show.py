@@ -1,4 +1,4 @@
-"""A run for the terminal, and as one JSON object: the same that the page shows."""
+"""A run for the terminal, and as one JSON object: the same content as its page."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from trainer.results import tables
-from trainer.results.analysis import Example, TaskResults, analyse
-from trainer.results.printable import printable
+from trainer.results.analysis import analyse
+from trainer.results.printable import Table, printable, rich_table
 from trainer.results.run_folder import RunFolder, read_run
 from trainer.results.runs import STYLES, state_of
+from trainer.results.task_results import Example, TaskResults
 
 
 def show_run(path: Path) -> Group:
@@ -32,8 +31,8 @@ def show_run(path: Path) -> Group:
     return Group(*_parts(run, analyse(run)))
 
 
-def run_json(path: Path) -> dict[str, Any]:
-    """Everything about a run as plain values; what is undefined is None.
+def run_json(path: Path) -> dict[str, object]:
+    """Everything about a run as JSON values; what is undefined is None.
 
     Raises:
         ValueError: `path` is not a run folder.
@@ -42,7 +41,7 @@ def run_json(path: Path) -> dict[str, Any]:
     results = analyse(run)
     state = state_of(run)
     config = None if run.config is None else run.config.model_dump(mode="json")
-    whole = {
+    whole: dict[str, object] = {
         "run": run.name,
         "path": str(run.path),
         "state": state.name,
@@ -57,12 +56,11 @@ def run_json(path: Path) -> dict[str, Any]:
         "record": run.record,
         "notes": run.notes,
     }
-    plain: dict[str, Any] = _plain(whole)
-    return plain
+    return {key: _json_value(value) for key, value in whole.items()}
 
 
-def _task_json(results: TaskResults) -> dict[str, Any]:
-    gates = results.gates
+def _task_json(results: TaskResults) -> dict[str, object]:
+    gates, damaged = results.gates, results.robustness
     return {
         "scores": results.scores,
         "split": results.split,
@@ -71,7 +69,7 @@ def _task_json(results: TaskResults) -> dict[str, Any]:
         "coverage": results.coverage,
         "calibration": results.calibration,
         "balance": results.balance,
-        "robustness": results.robustness,
+        "robustness": damaged and {**damaged.measured, "run": damaged.run, "split": damaged.split},
         "warnings": results.warnings,
         "gates": gates and {"all": gates.all, "inside": gates.inside, **gates.groups},
         "best": results.best,
@@ -79,13 +77,14 @@ def _task_json(results: TaskResults) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: object) -> object:
+    """Dataclasses as objects, tuples as lists, numbers that are not finite as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+        return _json_value(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_json_value(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -95,14 +94,13 @@ def _parts(run: RunFolder, results: list[TaskResults]) -> Iterator[RenderableTyp
         style = STYLES.get(state_of(run).name, "") if name == "state" else ""
         yield Text.assemble((f"  {name:<11}", "dim"), (printable(value), style))
     yield from _notes(run)
-    for one in (tables.training(run), tables.validation(run)):
-        yield from _table(one)
+    for table in (tables.training(run), tables.validation(run)):
+        yield from _table(table)
     for task in results:
-        yield from (Text.assemble(("  warning    ", "dim"), (printable(told), "yellow")) for told in task.warnings)
-        for one in (tables.scores(task), tables.per_class(task), tables.confusion(task), tables.calibration(task)):
-            yield from _table(one)
-        for one in (tables.temperature(task), *tables.gates(task), tables.balance(task), tables.robustness(task)):
-            yield from _table(one)
+        for warning in task.warnings:
+            yield Text.assemble(("  warning    ", "dim"), (printable(warning), "yellow"))
+        for table in (tables.scores(task), tables.per_class(task), *tables.task_details(task)):
+            yield from _table(table)
         yield from _examples(task)
     yield from _table(tables.environment(run))
     if run.config is not None:
@@ -116,20 +114,13 @@ def _notes(run: RunFolder) -> Iterator[RenderableType]:
         yield Text.assemble(("  note       ", "dim"), (printable(note), "yellow"))
 
 
-def _table(held: tables.Table | None) -> Iterator[RenderableType]:
-    if held is None:
+def _table(table: Table | None) -> Iterator[RenderableType]:
+    if table is None:
         return
-    table = RichTable(
-        title=Text("\n" + printable(held.title), "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=True
-    )
-    table.show_header = any(held.columns)
-    for i, name in enumerate(held.columns):
-        table.add_column(Text(printable(name)), justify="left" if i == 0 or held.words else "right", overflow="fold")
-    for row in held.rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    yield table
-    if held.note:
-        yield Text(f"  {printable(held.note)}", "dim")
+    yield Text()
+    yield rich_table(table, box.SIMPLE_HEAD)
+    if table.note:
+        yield Text(f"  {printable(table.note)}", "dim")
 
 
 def _examples(task: TaskResults) -> Iterator[RenderableType]:

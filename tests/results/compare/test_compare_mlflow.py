@@ -112,7 +112,7 @@ def test_a_server(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.Monk
     assert store == (server.uri, "egmf")
     files = write_comparison(found, tmp_path / "out")
     check_logged(server.uri, log_comparison(found, files, *store), tmp_path)
-    with pytest.raises(ValueError, match="does not answer"):
+    with pytest.raises(ValueError, match="cannot be read"):
         find_runs(["egmf"], ["test"], "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="does not take the comparison"):
         log_comparison(found, files, "http://127.0.0.1:9", "egmf")

@@ -15,9 +15,11 @@ from sklearn.metrics import f1_score
 from tests.distributed.processes import egmf
 from tests.results.seeded import make_seeded, make_two
 from trainer.answers.metrics import compute
+from trainer.results.compare.compared_run import ComparedRun
 from trainer.results.compare.comparison import EVERY, compare
+from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.output import as_csv, as_json, as_tex, tables, tex
-from trainer.results.compare.sources import ComparedRun, find_runs, run_from_folder
+from trainer.results.compare.sources import find_runs
 from trainer.tasks import get_task
 
 FULL, LESS = "experts=[local, semantic, global]", "experts=[semantic, global]"
@@ -232,7 +234,7 @@ def test_what_cannot_be_found_or_read_is_one_message(two: Path, tmp_path: Path) 
     table = pd.read_parquet(strange / "predictions" / "test.parquet")
     table.assign(label="bored").to_parquet(strange / "predictions" / "test.parquet")
     with pytest.raises(
-        ValueError, match=r"4 faults[\s\S]*holds none[\s\S]*is damaged[\s\S]*truths that are not"
+        ValueError, match=r"4 faults[\s\S]*contains none[\s\S]*is damaged[\s\S]*labels that the task does not have"
     ) as told:
         find_runs([str(tmp_path / "empty"), str(tmp_path / "runs"), "gone"], ["test"], f"sqlite:///{tmp_path}/no.db")
     assert "there is no MLflow store" in str(told.value)

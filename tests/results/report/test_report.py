@@ -19,8 +19,9 @@ from tests.results.made import make_run
 from trainer.data.prepare import prepare
 from trainer.results.analysis import analyse
 from trainer.results.report import drawing
-from trainer.results.report.pictures import POINTS, loss, task_pictures, thin
+from trainer.results.report.prediction_pictures import task_pictures
 from trainer.results.report.report import write_report
+from trainer.results.report.training_pictures import POINTS, loss, thin
 from trainer.results.run_folder import read_run
 from trainer.results.show import run_json, show_run
 from trainer.tasks import get_task
@@ -170,7 +171,7 @@ DAMAGE: dict[str, list[str]] = {
     "config.yaml": ["the config cannot be read"],
     "run.json": ["run.json is damaged"],
     "metrics.json": ["metrics.json is damaged"],
-    "journal.jsonl": ["journal.jsonl holds no numbers"],
+    "journal.jsonl": ["journal.jsonl has no metrics"],
     "predictions/test.parquet": ["predictions/test.parquet is damaged"],
     "checkpoints/best": [],
 }

@@ -2,7 +2,7 @@
 
 From run folders, without MLflow::
 
-    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.compare.sources
+    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.compare.from_folders
     comparison = compare(runs, baseline="full", kinds=True)
 
 A run's group is decided by its config, or by `run.group` where it is set (on all runs). `find_runs` reads folders, MLflow
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trainer.answers.metrics import Ingredients, ingredients
+from trainer.results.compare.compared_run import Answers, ComparedRun
 from trainer.results.compare.groups import Group, group_runs, some
-from trainer.results.compare.sources import Answers, ComparedRun
 from trainer.results.compare.statistics import (
     Correction,
     Estimate,

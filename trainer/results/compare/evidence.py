@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from trainer.results.analysis import analyse
+from trainer.results.compare.compared_run import ComparedRun
 from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score, compare
-from trainer.results.compare.sources import ComparedRun, run_from_folder
+from trainer.results.compare.from_folders import run_from_folder
+from trainer.results.printable import Table
 from trainer.results.run_folder import read_run
-from trainer.results.tables import Table
 
 Gates = dict[str, dict[str, dict[str, list[float]]]]  # variant -> kind -> expert -> mean weight, one per seed
 

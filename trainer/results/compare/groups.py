@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.identity import effect_of
-from trainer.results.compare.sources import ComparedRun
+from trainer.results.compare.compared_run import ComparedRun
 
 LONG = 60  # characters of a group's name, beyond which the runs' own name is tried
 SHOWN = 4  # names told of many

@@ -9,13 +9,11 @@ from typing import Any
 from rich.console import Group as Renderables
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
 from trainer.results.compare.groups import Group
-from trainer.results.printable import printable
-from trainer.results.tables import Table
+from trainer.results.printable import Table, printable, rich_table
 
 MISSING = "—"
 SMALLEST_P = 1e-4  # shown
@@ -141,14 +139,9 @@ def costs(found: Comparison) -> Table:
 def terminal(found: Comparison) -> RenderableType:
     """Everything for the terminal."""
     parts: list[RenderableType] = []
-    for held in tables(found):
-        table = RichTable(title=held.title, title_justify="left", title_style="bold")
-        for i, name in enumerate(held.columns):
-            table.add_column(Text(printable(name)), justify="left" if held.words or not i else "right", overflow="fold")
-        for row in held.rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        note = [Text(printable(held.note), style="dim")] if held.note else []
-        parts.append(Padding(Renderables(table, *note), (0, 0, 1, 0)))
+    for table in tables(found):
+        note = [Text(printable(table.note), style="dim")] if table.note else []
+        parts.append(Padding(Renderables(rich_table(table), *note), (0, 0, 1, 0)))
     parts += [Text(f"note: {printable(note)}", style="yellow") for note in found.notes]
     return Renderables(*parts)
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from trainer.results.compare import output
 from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
+from trainer.results.printable import Table
 from trainer.results.report.drawing import BLUE, INK, MUTED, PAPER, Names, Picture, render
 from trainer.results.report.pages import render_page
-from trainer.results.tables import Table
 
 TEMPLATE = "compare.html.j2"
 WIDTH, ROW, REST = 6.4, 0.3, 0.9  # inches: of a picture, of a row in it, and of what is around the rows

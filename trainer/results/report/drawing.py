@@ -1,8 +1,8 @@
-"""From a drawing to a picture: an SVG that takes the page's colours and fonts, and a PNG of the same for everywhere else.
+"""Drawing pictures: an SVG that takes the page's colours and fonts, and a PNG of the same for use outside the page.
 
 In the SVG all text stays text, so that the reader's own fonts show it, and every colour is a variable of the page's style,
 so that one picture serves light and dark. The PNG is drawn with the light colours on white; where no installed font has
-a label's characters, a stand-in is written there and :attr:`Picture.stand_ins` says for what.
+a label's characters, a stand-in is written in its place and listed in :attr:`Picture.stand_ins`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from trainer.results.printable import printable
 
@@ -88,7 +92,7 @@ Draw = Callable[[Figure, Names], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture. `alt` tells what it shows to whoever cannot see it, `caption` how to read it."""
+    """A picture. `alt` describes it for screen readers, `caption` says how to read it."""
 
     name: str
     title: str
@@ -110,9 +114,11 @@ def render(
     size: tuple[float, float] = SIZE,
     as_png: bool = True,
 ) -> Picture:
-    """The picture that `draw` draws. It gets an empty figure, and the names under which to write the `labels`.
+    """The picture that `draw` draws: it gets an empty figure, and a function from a label to the text to write for it.
 
-    With `as_png` false there is no PNG, which takes as long again.
+    Args:
+        labels: those that need a stand-in where the PNG's fonts lack their characters.
+        as_png: false for the SVG alone, in half the time.
     """
     stand_ins = {label: other for label, other in _stand_ins(labels).items() if other != label}
     svg = _themed(_save(draw, printable, "svg", size), name, title, alt)
@@ -127,23 +133,23 @@ def render(
 def _save(draw: Draw, names: Names, kind: str, size: tuple[float, float], title: str | None = None) -> bytes:
     families = ["DejaVu Sans", *([_family(font)] if (font := chinese_font()) else [])]
     with matplotlib.rc_context({**STYLE, "font.family": families}), warnings.catch_warnings():
-        if kind == "svg":  # the reader's fonts show what ours lack
+        if kind == "svg":  # the reader's fonts have what the installed ones lack
             warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, names)
         if title:
             figure.suptitle(title, fontsize=10.5)
-        held = io.BytesIO()
+        buffer = io.BytesIO()
         if kind == "svg":
-            unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            figure.savefig(held, format="svg", metadata=unsaid)
+            no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(buffer, format="svg", metadata=no_metadata)
         else:
-            figure.savefig(held, format="png", dpi=DPI, facecolor=PAPER, metadata={"Software": None})
-    return held.getvalue()
+            figure.savefig(buffer, format="png", dpi=DPI, facecolor=PAPER, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _themed(svg: bytes, name: str, title: str, alt: str) -> str:
-    """An SVG element for a page: colours as variables, the page's fonts, ids of its own, and words for screen readers."""
+    """An SVG element for a page: colours as variables, the page's fonts, unique ids, title and description for screen readers."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -168,10 +174,10 @@ def _themed(svg: bytes, name: str, title: str, alt: str) -> str:
         "aria-labelledby": f"{name}-title {name}-alt",
         "viewBox": f"0 0 {width:g} {height:g}",
     }
-    for place, (tag, text) in enumerate((("title", title), ("desc", alt))):
-        words = ElementTree.Element(tag, id=f"{name}-{'title' if tag == 'title' else 'alt'}")
-        words.text = printable(text)
-        root.insert(place, words)
+    for index, (tag, text) in enumerate((("title", title), ("desc", alt))):
+        element = ElementTree.Element(tag, id=f"{name}-{'title' if tag == 'title' else 'alt'}")
+        element.text = printable(text)
+        root.insert(index, element)
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -221,3 +227,36 @@ def _family(font: str) -> str:
 @lru_cache(maxsize=8)
 def _characters(font: str) -> frozenset[int]:
     return frozenset(FT2Font(font).get_charmap())
+
+
+def axes(figure: Figure, xlabel: str, ylabel: str | None) -> Axes:
+    """The figure's only axes, labelled; ``step`` on the x axis has whole numbers."""
+    ax = figure.add_subplot()
+    ax.set_xlabel(xlabel)
+    if ylabel:
+        ax.set_ylabel(ylabel)
+    if xlabel == "step":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    return ax
+
+
+def heat_map(
+    ax: Axes,
+    strength: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    write: bool = True,
+) -> None:
+    """A table whose cells are the bluer the larger their `strength` (0 to 1), with `texts` written into them."""
+    for i, j in np.ndindex(strength.shape):
+        alpha = 0.55 * float(np.clip(strength[i, j], 0, 1))  # dark and light text stay readable on it
+        ax.add_patch(Rectangle((j, i), 1, 1, facecolor=(BLUE, alpha), edgecolor=PAPER))
+        if write:
+            ax.text(j + 0.5, i + 0.5, texts[i][j], ha="center", va="center", fontsize=9 if len(columns) <= 8 else 7)
+    long = max(map(len, columns)) * len(columns) > 48
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35 if long else 0, ha="right" if long else "center")
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    ax.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    ax.tick_params(length=0)
+    ax.grid(False)

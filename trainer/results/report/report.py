@@ -9,25 +9,27 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from trainer.files import write_text
 from trainer.results import tables
-from trainer.results.analysis import TaskResults, analyse
+from trainer.results.analysis import analyse
+from trainer.results.printable import Table, format_metric
 from trainer.results.report.drawing import Picture
 from trainer.results.report.pages import render_page
-from trainer.results.report.pictures import run_pictures, task_pictures
+from trainer.results.report.prediction_pictures import task_pictures
+from trainer.results.report.training_pictures import run_pictures
 from trainer.results.run_folder import SPLITS, RunFolder, read_run
 from trainer.results.runs import selected_value, state_of
+from trainer.results.task_results import TaskResults
 
 PAGE, PICTURES, TEMPLATE = "report.html", "report", "report.html.j2"
 
 
 @dataclass
 class Headline:
-    """The number of a task that counts, and what a constant answer gets."""
+    """A task's selecting metric in large type; `beside` are further numbers below it, the constant answer's first."""
 
     task: str
     metric: str
@@ -42,27 +44,27 @@ class Section:
 
     results: TaskResults
     pictures: list[Picture]
-    open: list[tables.Table]
-    folded: list[tables.Table]
+    open: list[Table]
+    folded: list[Table]
 
 
 def write_report(run: Path) -> list[Path]:
     """Write ``report.html`` and ``report/*.png`` into the run folder, each whole or not at all; return the PNG files.
 
-    Works on any run folder, in progress and damaged ones too: what is missing is said on the page. Pictures that an
-    earlier report left and this one does not have are removed.
+    Works on any run folder, in progress and damaged ones too: the page lists what is missing. Pictures of an earlier
+    report that this one does not have are removed.
 
     Raises:
         ValueError: `run` is not a run folder.
         OSError: it cannot be written.
     """
-    held = read_run(run)
-    results = analyse(held)
-    general = run_pictures(held)
+    folder = read_run(run)
+    results = analyse(folder)
+    general = run_pictures(folder)
     sections = [_section(r, several=len(results) > 1) for r in results]
     pictures = [*general, *(picture for section in sections for picture in section.pictures)]
     written = _write_pictures(run / PICTURES, pictures)
-    write_text(run / PAGE, page(held, general, sections))
+    write_text(run / PAGE, page(folder, general, sections))
     return written
 
 
@@ -88,43 +90,34 @@ def page(run: RunFolder, general: list[Picture], sections: list[Section]) -> str
 
 
 def _section(results: TaskResults, *, several: bool) -> Section:
-    seen = [tables.scores(results), tables.per_class(results)]
-    folded = [
-        tables.confusion(results),
-        tables.calibration(results),
-        tables.temperature(results),
-        *tables.gates(results),
-    ]
-    folded += [tables.balance(results), tables.robustness(results)]
     return Section(
         results,
         task_pictures(results, several),
-        [table for table in seen if table],
-        [table for table in folded if table],
+        [table for table in (tables.scores(results), tables.per_class(results)) if table],
+        tables.task_details(results),
     )
 
 
 def _headlines(run: RunFolder, results: list[TaskResults]) -> list[Headline]:
-    """A task's selecting metric on its most telling split; before there are scores, on the validation so far."""
-    made = []
-    for one in results:
-        name = one.task.select
-        split = next((split for split in SPLITS if split in one.scores), None)
-        if split is None:
+    """Each task's selecting metric on the first of SPLITS that has scores; before there are any, on the validation so far."""
+    headlines = []
+    for result in results:
+        name = result.task.select
+        splits = [split for split in SPLITS if split in result.scores]
+        if not splits:
             continue
-        values: dict[str, Any] = one.scores[split]
+        values = result.scores[splits[0]]
         beside = []
-        if one.constant_scores is not None and split == one.split:
-            beside.append((str(one.constant), tables.number(one.constant_scores.get(name))))
-        others = [s for s in SPLITS if s in one.scores and s != split]
-        beside += [(f"{name}, {other}", tables.number(one.scores[other].get(name))) for other in others]
-        beside += [(key, tables.number(values[key])) for key in ("n", "invalid_rate", "ece") if key in values]
-        made.append(Headline(one.task.name, name, tables.number(values.get(name)), split, beside))
-    if not made and run.selected():
+        if result.constant_scores is not None and splits[0] == result.split:
+            beside.append((str(result.constant), format_metric(result.constant_scores.get(name))))
+        beside += [(f"{name}, {other}", format_metric(result.scores[other].get(name))) for other in splits[1:]]
+        beside += [(key, format_metric(values.get(key))) for key in ("n", "invalid_rate", "ece") if key in values]
+        headlines.append(Headline(result.task.name, name, format_metric(values.get(name)), splits[0], beside))
+    if not headlines and run.selected():
         so_far = selected_value(run)
         where = f"valid so far, at step {so_far.step}"
-        made.append(Headline(", ".join(run.tasks), so_far.metric or "", tables.number(so_far.value), where, []))
-    return made
+        headlines.append(Headline(", ".join(run.tasks), so_far.metric or "", format_metric(so_far.value), where, []))
+    return headlines
 
 
 def _write_pictures(folder: Path, pictures: list[Picture]) -> list[Path]:
@@ -136,6 +129,6 @@ def _write_pictures(folder: Path, pictures: list[Picture]) -> list[Path]:
         temporary.write_bytes(picture.png)
         temporary.replace(path)
         written.append(path)
-    for left in set(folder.glob("*.png")) - set(written):
-        left.unlink()
+    for outdated in set(folder.glob("*.png")) - set(written):
+        outdated.unlink()
     return written

@@ -1,0 +1,158 @@
+"""A finished run with what a comparison needs of it, and its predictions read from parquet.
+
+A run's config is dotted keys with values as text, as MLflow keeps parameters, wherever the run was read from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import yaml
+from pyarrow import compute, parquet
+
+from trainer.data.folder import read_record as read_dataset_record
+from trainer.results.run_folder import PREDICTIONS
+from trainer.tasks import Task, TaskError, define_task, get_task
+
+COLUMNS = ("task", "id", "label", "prediction", "valid", "kind")  # of predictions, those that are read
+OPTIONAL = {"prediction", "kind"}  # a file lacks them where no row has a value
+REQUIRED_SETTINGS = {"task", "train.seed", "data.path"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took; None where unknown. `seconds` of a continued run are those of its last part."""
+
+    seconds: float | None = None
+    world: int | None = None
+    device: str | None = None  # as in run.json: "cpu x 2 threads", or the GPU's name
+    samples_per_second: float | None = None
+
+    @property
+    def unit(self) -> str | None:
+        if self.device is None:
+            return None
+        return "core-hours" if self.device.startswith("cpu") else "GPU-hours"
+
+    @property
+    def amount(self) -> float | None:
+        """Hours times processes; on CPUs times the threads of each."""
+        if self.seconds is None or self.world is None or self.device is None:
+            return None
+        threads = re.fullmatch(r"cpu x (\d+) threads", self.device)
+        return self.seconds / 3600 * self.world * (int(threads[1]) if threads else 1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A task's predictions on one split, by id: label indices, or numbers; nan is an invalid prediction."""
+
+    ids_N: np.ndarray
+    truth_N: np.ndarray
+    guess_N: np.ndarray
+    kind_N: np.ndarray | None = None  # where the data has kinds
+
+
+@dataclass
+class ComparedRun:
+    """A finished run. `group` is the name of its group, where the caller decides that; otherwise configs do."""
+
+    name: str
+    where: str
+    seed: int
+    tasks: dict[str, Task]
+    config: dict[str, str]
+    fingerprints: dict[str, str]
+    answers: dict[str, dict[str, Answers]]  # split -> task
+    started: float = 0.0
+    cost: Cost = field(default_factory=Cost)
+    commit: str | None = None
+    mlflow: tuple[str, str] | None = None  # the store's uri and the run's id there
+    experiment: str | None = None
+    group: str | None = None
+
+
+def tasks_of(config: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict[str, Task]:
+    """The tasks of a run. One whose YAML file is gone is read from its dataset, if that is the run's own.
+
+    Raises:
+        ValueError: a task that cannot be found.
+    """
+    value = yaml.safe_load(config["task"])
+    tasks = {}
+    for name in value if isinstance(value, list) else [value]:
+        try:
+            task = get_task(str(name))
+        except TaskError as error:
+            stem = Path(str(name)).stem
+            record = read_dataset_record(Path(config["data.path"].replace("{task}", stem)))
+            if record is None or record.get("fingerprint") != fingerprints.get(stem):
+                raise ValueError(f"{error} (its dataset, which defines it too, is gone or has changed)") from error
+            task = define_task(record["task"])
+        tasks[task.name] = task
+    return tasks
+
+
+def prediction_files(folder: Path, splits: Iterable[str], where: str) -> dict[str, Path]:
+    """Split -> file of a run's predictions; `where` is the run's name in errors.
+
+    Raises:
+        ValueError: a split without predictions.
+    """
+    files = {split: folder / PREDICTIONS / f"{split}.parquet" for split in splits}
+    missing = [split for split, path in files.items() if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{where} has no predictions of {', '.join(missing)}: was it in the run's eval.splits? egmf evaluate makes them"
+        )
+    return files
+
+
+def read_splits(files: Mapping[str, Path], tasks: Mapping[str, Task]) -> dict[str, dict[str, Answers]]:
+    """:func:`read_answers` of each split's file."""
+    return {split: read_answers(path, tasks) for split, path in files.items()}
+
+
+def read_answers(path: Path, tasks: Mapping[str, Task]) -> dict[str, Answers]:
+    """The predictions of each task in a run's file, by id.
+
+    Raises:
+        ValueError: it is damaged, or does not match the tasks.
+    """
+    try:
+        file = parquet.ParquetFile(path)
+        table = file.read(columns=[name for name in COLUMNS if name in file.schema_arrow.names])
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if missing := set(COLUMNS) - OPTIONAL - set(table.column_names):
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}: it does not hold a run's predictions")
+    return {name: _answers_of_task(path, table, task) for name, task in tasks.items()}
+
+
+def _answers_of_task(path: Path, table: pa.Table, task: Task) -> Answers:
+    rows = table.filter(compute.equal(table["task"], task.name)).sort_by("id")
+    truth_N = _numbers(task, rows["label"])
+    guess_N = np.full(len(rows), np.nan)
+    if "prediction" in rows.column_names:
+        guess_N = np.where(rows["valid"].to_numpy(), _numbers(task, rows["prediction"]), np.nan)
+    if not len(rows) or not np.isfinite(truth_N).all() or compute.count_distinct(rows["id"]).as_py() < len(rows):
+        raise ValueError(f"{path} has no rows of {task.name}, labels that the task does not have, or an id twice")
+    has_kinds = "kind" in rows.column_names and rows["kind"].null_count < len(rows)
+    kind_N = np.array(rows["kind"].to_pylist(), dtype=object) if has_kinds else None
+    return Answers(np.array(rows["id"].to_pylist(), dtype=object), truth_N, guess_N, kind_N)
+
+
+def _numbers(task: Task, cells: pa.ChunkedArray) -> np.ndarray:
+    """Label indices, or numbers, which a file of tasks of both kinds has as text; nan for anything else."""
+    if task.kind == "classification":
+        if pa.types.is_null(cells.type):  # no prediction at all
+            return np.full(len(cells), np.nan)
+        indices = compute.index_in(cells, value_set=pa.array(task.labels, cells.type)).combine_chunks()
+        return np.asarray(compute.fill_null(indices.cast(pa.float64()), np.nan))
+    return pd.to_numeric(pd.Series(cells.to_pylist(), dtype=object), errors="coerce").to_numpy(float)

@@ -1,0 +1,133 @@
+"""Runs to compare, read from run folders; MLflow is not needed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import cast
+
+import yaml
+
+from trainer.config import dotted
+from trainer.files import load_yaml
+from trainer.results.compare.compared_run import (
+    REQUIRED_SETTINGS,
+    ComparedRun,
+    Cost,
+    prediction_files,
+    read_splits,
+    tasks_of,
+)
+from trainer.results.records import RunRecord
+from trainer.results.run_folder import RunFolder, is_run
+from trainer.results.runs import State, parse_time, state_of
+from trainer.tracking.journal import JOURNAL, SPEED, read_journal
+
+DEPTH = 4  # levels of folders below a given one that are searched for runs
+
+
+class UnfinishedError(ValueError):
+    """A run whose `state` is not done: it can be left out of a comparison."""
+
+    def __init__(self, path: Path, state: State) -> None:
+        super().__init__(f"{path} is not finished ({state}): continue it, or leave it out")
+        self.state = state
+
+
+def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | None = None) -> ComparedRun:
+    """The finished run in a run folder.
+
+    Raises:
+        UnfinishedError: its state is not ``done``.
+        ValueError: it is not a run folder, is damaged, or has no predictions of a split.
+    """
+    record = _read_record(path / "run.json")
+    state = state_of(RunFolder(path, record=record))
+    if state.name != "done":
+        raise UnfinishedError(path, state)
+    config = _read_config(path / "config.yaml")
+    fingerprints = {name: str(value) for name, value in (record.get("data") or {}).items()}
+    started, ended = parse_time(record.get("started")), parse_time(record.get("ended"))
+    journal = read_journal(path / JOURNAL) if (path / JOURNAL).is_file() else {}
+    tasks = tasks_of(config, fingerprints)
+    speeds = [speed for _, speed in journal.get(SPEED, [])]
+    tracked = record.get("mlflow")
+    return ComparedRun(
+        name=name or path.resolve().name,
+        where=str(path),
+        seed=int(config["train.seed"]),
+        tasks=tasks,
+        config=config,
+        fingerprints=fingerprints,
+        answers=read_splits(prediction_files(path, splits, str(path)), tasks),
+        started=started.timestamp() if started else 0.0,
+        cost=Cost(
+            seconds=(ended - started).total_seconds() if started and ended else None,
+            world=record.get("world"),
+            device=record.get("device"),
+            samples_per_second=statistics.median(speeds) if speeds else None,
+        ),
+        commit=(record.get("git") or {}).get("commit"),
+        mlflow=(tracked["uri"], tracked["run_id"])
+        if tracked and tracked.get("uri") and tracked.get("run_id")
+        else None,
+        experiment=config.get("track.experiment"),
+    )
+
+
+def runs_below(folder: Path, splits: Sequence[str]) -> tuple[list[ComparedRun], list[str], list[str]]:
+    """The finished runs in `folder` (which may be one itself), notes on those left out, and faults of those unreadable.
+
+    Raises:
+        ValueError: there is no run in it.
+    """
+    paths = [folder] if is_run(folder) else _run_folders(folder)
+    if not paths:
+        raise ValueError(f"{folder} is not a run folder and contains none: egmf train makes them, egmf runs lists them")
+    runs, notes, faults = [], [], []
+    for path in paths:
+        try:
+            runs.append(run_from_folder(path, splits, str(path.relative_to(folder)) if path != folder else None))
+        except UnfinishedError as error:
+            notes.append(f"{path} is left out: it is not finished ({error.state})")
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+    return runs, notes, faults
+
+
+def _run_folders(folder: Path, depth: int = DEPTH) -> list[Path]:
+    """Run folders below `folder`, by name; folders inside a run (its archived predecessors) are not searched."""
+    paths = []
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if is_run(path):
+            paths.append(path)
+        elif depth > 1:
+            paths += _run_folders(path, depth - 1)
+    return paths
+
+
+def _read_record(path: Path) -> RunRecord:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not the record of a run")
+    return cast(RunRecord, value)
+
+
+def _read_config(path: Path) -> dict[str, str]:
+    """The resolved config as MLflow has it: dotted keys, values as text."""
+    try:
+        raw = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    config = {key: str(value) for key, value in dotted(raw).items()} if isinstance(raw, dict) else {}
+    missing = REQUIRED_SETTINGS - set(config)
+    if missing:
+        raise ValueError(f"{path} is not the resolved config of a run: it lacks {', '.join(sorted(missing))}")
+    return config
