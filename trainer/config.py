@@ -16,10 +16,10 @@ from typing import Annotated, Any, Final, Literal, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
-from trainer.schema import AFFECTS, describe, nearest, nest
+from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, nearest, nest
 from trainer.shipped import list_configs, locate
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
-# What a change of a field affects, marked at the field (or at a section, for all that it holds). Unmarked: what is trained.
-Effect = Literal["training", "selection", "execution", "scoring", "record"]
-EXECUTION: Final[dict[str, JsonValue]] = {AFFECTS: "execution"}  # speed, memory, places and logs; not the results
-SELECTION: Final[dict[str, JsonValue]] = {AFFECTS: "selection"}  # which checkpoint is chosen, or when a run gives up
-SCORING: Final[dict[str, JsonValue]] = {AFFECTS: "scoring"}  # how the trained weights are evaluated
-RECORD: Final[dict[str, JsonValue]] = {AFFECTS: "record"}  # where and how the run is recorded
 OFF: Final[tuple[Any, ...]] = (
     None,
     False,

@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, Final, Literal, cast, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic_core import ErrorDetails
 
 AFFECTS = "affects"  # the entry of a field's json_schema_extra that :func:`find` reads
+# What a change of a field affects, marked at the field (or at a section, for all that it holds). Unmarked: what is trained.
+Effect = Literal["training", "selection", "execution", "scoring", "record"]
+EXECUTION: Final[dict[str, JsonValue]] = {AFFECTS: "execution"}  # speed, memory, places and logs; not the results
+SELECTION: Final[dict[str, JsonValue]] = {AFFECTS: "selection"}  # which checkpoint is chosen, or when a run gives up
+SCORING: Final[dict[str, JsonValue]] = {AFFECTS: "scoring"}  # how the trained weights are evaluated
+RECORD: Final[dict[str, JsonValue]] = {AFFECTS: "record"}  # where and how the run is recorded
 
 
 @dataclass(frozen=True)
@@ -20,14 +26,14 @@ class Place:
     fields: tuple[str, ...]
     rest: str
     annotation: Any
-    affects: str | None  # of the field, or of the innermost section around it that says; None where none does
+    affects: Effect  # of the field, or of the innermost section around it that says; training where none does
 
 
 def find(model: type[BaseModel], key: str) -> Place | None:
     """The place of a dotted key in `model`; None where there is no such field."""
     current: Any = model
     fields: list[str] = []
-    affects: str | None = None
+    affects: Effect = "training"
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if not _is_section(current):
@@ -37,7 +43,7 @@ def find(model: type[BaseModel], key: str) -> Place | None:
         if field is None:
             return None
         extra = field.json_schema_extra
-        affects = str(extra[AFFECTS]) if isinstance(extra, dict) and AFFECTS in extra else affects
+        affects = cast(Effect, extra[AFFECTS]) if isinstance(extra, dict) and AFFECTS in extra else affects
         fields.append(part)
         current = field.annotation
     return Place(tuple(fields), "", current, affects)

@@ -1,18 +1,18 @@
 """What makes a run this run: a checkpoint and the run that continues it must agree on it.
 
-Which settings may differ is said at each field of the schema (``affects`` in :mod:`trainer.config`), and nowhere else.
+Which settings may differ is said at each field of the schema (:mod:`trainer.config`, in the words of :data:`trainer.schema.Effect`), and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from trainer.config import Effect, RunConfig, check_config, flatten
+from trainer.config import RunConfig, check_config, flatten
 from trainer.distributed.deepspeed_config import zero_stage
-from trainer.schema import find, nest
+from trainer.schema import Effect, find, nest
 
 
 class RunIdentity(BaseModel):
@@ -48,7 +48,7 @@ def identify(config: RunConfig, *, data: dict[str, str], base: str, world_size: 
 def effect_of(key: str) -> Effect:
     """What a change of a dotted key affects; a key that this version does not have counts as training."""
     place = find(RunConfig, key)
-    return "training" if place is None or place.affects is None else cast(Effect, place.affects)
+    return "training" if place is None else place.affects
 
 
 def training_settings(config: RunConfig) -> dict[str, Any]:

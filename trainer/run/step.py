@@ -1,4 +1,4 @@
-"""One optimizer step over a global batch: its micro-batches through the engine, and what the ranks tell each other."""
+"""One optimizer step over a global batch: its micro-batches through the engine, and its numbers reduced over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.random_state import mix
 from trainer.config import RunConfig
@@ -21,6 +20,7 @@ from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
 from trainer.run.guard import Guard, NonFiniteDump
 from trainer.run.prefetch import BatchPrefetcher, Samples
+from trainer.run.scalars import StepScalars
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -36,7 +36,8 @@ class StepContext:
     world: World
     guard: Guard
     stop: StopRequest
-    heartbeat: Callable[[str], None] = lambda what: None  # told before every micro-batch
+    heartbeat: Callable[[str], None] = lambda what: None  # called before every micro-batch
+    contributors: list[Callable[[StepScalars], None]] = field(default_factory=list)  # of further scalars, once a step
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
     weights: dict[str, np.ndarray] = field(init=False)  # of the training samples, by task; none where all weigh 1
     limits: Limits = field(init=False)
@@ -73,19 +74,20 @@ class StepContext:
 
 @dataclass
 class StepResult:
-    """What a step tells, the same on every rank."""
+    """What a step came to, the same on every rank."""
 
     loss: float  # weighted mean over the global batch, the gate's own terms not included
     auxiliary_loss: float
     samples: int
     positions: int  # that all ranks passed through the backbone, those of empty micro-batches left out
     usage: list[float]  # of the experts in earlier steps, by the gate; empty without one
-    skipped: bool  # a loss or gradient was no number: nothing moved
+    skipped: bool  # a loss or gradient was not finite: nothing moved
     stop: bool  # some rank was asked to stop
+    scalars: StepScalars  # all of these, and what others contributed, by name
 
 
 def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: NonFiniteDump) -> StepResult:
-    """One optimizer step over a global batch; a step whose loss or gradient is no number on any rank moves nothing.
+    """One optimizer step over a global batch; a step whose loss or gradient is not finite on any rank moves nothing.
 
     loss = Σ_i w_i (loss_i + gate_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
     each rank's sum is multiplied by their number. Module dropout is reseeded at every micro-step from
@@ -93,14 +95,11 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: N
     """
     engine, config, world, guard = training.engine, training.config, training.world, training.guard
     micros = training.micro_batches(batch)
-    dtype = dtype_of(config)
-    total, device = training.weight(batch), world.device if world.device.type == "cuda" else None
-    told = torch.zeros(2, dtype=torch.float64, device=device)
-    positions = 0
+    dtype, total = dtype_of(config), training.weight(batch)
+    scalars = StepScalars(world)
     for place, (micro, rows) in enumerate(zip(micros, training.feed.step(step, batch, micros), strict=True)):
         training.heartbeat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         rows = rows.to(world.device, dtype)
-        positions += rows.positions if micro.weight else 0
         torch.manual_seed(mix(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
@@ -108,30 +107,34 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: N
         engine.backward(
             (loss_B.sum() + auxiliary_B.sum()) * (world.size / total) + output.unused_param_zero, scale_wrt_gas=False
         )
-        told[0] += loss_B.detach().sum().double()
-        told[1] += auxiliary_B.detach().sum().double()
+        scalars.add("loss", loss_B.detach().sum())
+        scalars.add("auxiliary_loss", auxiliary_B.detach().sum())
+        scalars.add("positions", rows.positions if micro.weight else 0)
         evidence.add(rows, loss_B.detach())
-    counted = [told.new_full((1,), float(training.stop.asked)), told.new_full((1,), float(positions))]
-    told = torch.cat([told, guard.found().to(told)[None], *counted, *_usage(training)])
-    world.sum(told)  # all that the ranks tell each other in a step, and all that the host waits for
-    loss, auxiliary_loss, bad, asked, positions, *usage = told.tolist()
-    skipped = bad > 0 or not math.isfinite(loss + auxiliary_loss)
+    scalars.add("non_finite", guard.found())
+    scalars.add("stop_requested", training.stop.asked)
+    gate = None if training.parts.model.fusion is None else training.parts.model.fusion.gate
+    if gate is not None:
+        scalars.add("gate_usage", gate.usage_E, "mean")
+        scalars.add("gate_collected", gate.collected())
+    for contribute in training.contributors:
+        contribute(scalars)
+    scalars.reduce()
+    skipped = scalars["non_finite"] > 0 or not math.isfinite(scalars["loss"] + scalars["auxiliary_loss"])
     with guard.freeze_optimizer(skipped):
         engine.step()
-    if training.parts.model.fusion is not None:
-        gate = training.parts.model.fusion.gate
+    if gate is not None:
         if skipped:
             gate.discard_usage()
         else:
-            gate.update_usage(lambda collected: collected.copy_(told[-len(collected) :]))
-        usage = usage[: gate.experts]
-    samples = len(batch.indices)
-    return StepResult(loss / total, auxiliary_loss / total, samples, int(positions), usage, skipped, asked > 0)
-
-
-def _usage(training: StepContext) -> list[Tensor]:
-    """What the gate adds to the sum over ranks: its usage, shared out, and what this step collected."""
-    if training.parts.model.fusion is None:
-        return []
-    gate = training.parts.model.fusion.gate
-    return [gate.usage_E.double() / training.world.size, gate.collected().double()]
+            gate.update_usage(lambda collected: collected.copy_(scalars.tensor("gate_collected")))
+    return StepResult(
+        loss=scalars["loss"] / total,
+        auxiliary_loss=scalars["auxiliary_loss"] / total,
+        samples=len(batch.indices),
+        positions=int(scalars["positions"]),
+        usage=scalars.vector("gate_usage"),
+        skipped=skipped,
+        stop=scalars["stop_requested"] > 0,
+        scalars=scalars,
+    )
