@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
-from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, nearest, nest
-from trainer.shipped import list_configs, locate
+from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, nest
+from trainer.shipped import locate, nearest_config
 
 log = logging.getLogger(__name__)
 
@@ -475,7 +475,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path}: extends itself: {loop}")
     if not here.is_file():
         by = f", extended by {chain[-1]}" if chain else ""
-        raise ConfigError(f"no config file {path}{by}{_nearest_config(path)}")
+        raise ConfigError(f"no config file {path}{by}{nearest_config(path)}")
     try:
         node = OmegaConf.load(here)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -486,16 +486,6 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Any:
     bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
     parents = [_read(locate(base, here.parent), (*chain, here)) for base in bases]
     return OmegaConf.merge(*parents, node)
-
-
-def _nearest_config(path: Path) -> str:
-    """What may have been meant by a path that does not exist: a file beside it, or a shipped config."""
-    shipped = [config.name for config in list_configs()]
-    beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    if not path.suffix:
-        return f"{nearest(path.name, shipped)}; 'egmf config list' shows the shipped configs"
-    by_name = f"; '{path.stem}' is a shipped config" if path.stem in shipped else ""
-    return nearest(path.name, beside) + by_name
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Any:

@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.schema import nearest
+
 
 class ShippedConfig(NamedTuple):
     """A config or suite of the package; `description` is the first comment line of its file."""
@@ -55,3 +57,13 @@ def _list(folder: Path) -> list[ShippedConfig]:
 def _description(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def nearest_config(path: Path) -> str:
+    """What may have been meant by a path that does not exist: a file beside it, or a shipped config."""
+    shipped = [config.name for config in list_configs()]
+    beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if not path.suffix:
+        return f"{nearest(path.name, shipped)}; 'egmf config list' shows the shipped configs"
+    by_name = f"; '{path.stem}' is a shipped config" if path.stem in shipped else ""
+    return nearest(path.name, beside) + by_name

@@ -1,4 +1,4 @@
-"""Steps that are no numbers, spikes, and batches that do not fit: found, said, and survived by a real run."""
+"""Non-finite steps, spikes, and batches that do not fit: found, said, and survived by a real run."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_bad_sample_is_named_before_training_or_skipped(tmp_path: Path) -> Non
     assert longest in refused.stderr
     done = train(tmp_path / "b", tmp_path, "train.steps=6", "train.probe=false")
     assert done.returncode == 0, done.stderr
-    assert "skipped: a loss or gradient is no number (1 in all)" in done.stderr
+    assert "skipped: non-finite loss or gradient (1 in all)" in done.stderr
     assert longest in done.stderr
     state = json.loads((tmp_path / "b/checkpoints/step-00000006/state.json").read_text())
     assert state["health"]["skipped"] == 1
@@ -137,7 +137,7 @@ def test_too_many_in_a_row_stop_the_run_and_can_be_replayed(tmp_path: Path) -> N
     stopped = train(tmp_path / "run", tmp_path, "train.steps=6", "train.probe=false", "train.max_skipped=2")
     assert stopped.returncode == 1, stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert "no number in 2 steps in a row" in stopped.stderr
+    assert "was not finite in 2 steps in a row" in stopped.stderr
     folder = tmp_path / "run/nonfinite/step-00000002"
     assert f"egmf replay {folder}" in stopped.stderr
     assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "failed"

@@ -1,13 +1,20 @@
-"""The run folder's own record: ``run.json`` (what ran, on what, with what data, and how it ended) and its logs."""
+"""The run folder's own record, ``run.json``: what ran, on what, with what data, and how it ended; and how a run is closed."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.files import write_json
+from trainer.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+Report = Callable[[Path], list[Path]]  # makes pictures of a run folder and says where they are
 
 RECORD = "run.json"
 
@@ -51,3 +58,45 @@ def record_failure(out: Path, why: str) -> None:
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def close_run(out: Path, record: RunRecord, tracker: Tracker | None, state: str, report: Report | None) -> None:
+    """Close the record however the run ended; no trouble here may hide what ended it.
+
+    A failed run tells MLflow first and draws its report last: its other ranks, and the launcher, do not wait long.
+    """
+    with warn_only("the run's end could not be recorded"):
+        record.update(state=state, ended=now())
+    if state == "failed":
+        _close_tracker(out, record, tracker, state, [])
+    pictures: list[Path] = []
+    with warn_only("the run's report could not be written"):
+        pictures = report(out) if report is not None else []
+    if state != "failed":
+        _close_tracker(out, record, tracker, state, pictures)
+
+
+def close_stuck_run(out: Path, record: RunRecord, tracker: Tracker, why: str) -> None:
+    """Close the record of a run whose main thread hangs; called by the watch."""
+    record.update(failure=f"StuckError: {why}", state="failed", ended=now())
+    _close_tracker(out, record, tracker, "failed", [])
+
+
+def _close_tracker(out: Path, record: RunRecord, tracker: Tracker | None, state: str, pictures: list[Path]) -> None:
+    if tracker is None:
+        return
+    with warn_only("the run's end could not be told to MLflow"):
+        tracked = tracker.enabled
+        for path in [out / "run.json", *pictures]:
+            tracker.artifact(path, "report" if path in pictures else None)
+        tracker.finish(state)
+        if tracked:
+            record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id})
+
+
+@contextlib.contextmanager
+def warn_only(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        log.warning("%s: %s: %s", what, type(error).__name__, error)

@@ -36,14 +36,17 @@ class StepScalars:
         """
         if self._reduction.setdefault(name, reduction) != reduction:
             raise ValueError(f"step scalar {name!r} has reduction {self._reduction[name]}, not {reduction}")
-        tensor = torch.as_tensor(value).detach().to(self._device, torch.float64).reshape(-1)
+        if isinstance(value, Tensor):
+            tensor = value.detach().to(self._device, torch.float64).reshape(-1)
+        else:  # stays on the host until it is reduced
+            tensor = torch.tensor([float(value)], dtype=torch.float64)
         self._local[name] = self._local[name] + tensor if name in self._local else tensor.clone()
 
     def reduce(self) -> None:
         """Reduce over ranks: one all-reduce, and the only moment of a step at which the host waits for the device."""
         size = self._world.size
         parts = [held / size if self._reduction[name] == "mean" else held for name, held in self._local.items()]
-        vector = torch.cat(parts)
+        vector = torch.cat([part.to(self._device) for part in parts])
         self._world.sum(vector)
         lengths = [len(held) for held in self._local.values()]
         numbers = iter(vector.tolist())

@@ -37,7 +37,7 @@ class StepContext:
     guard: Guard
     stop: StopRequest
     heartbeat: Callable[[str], None] = lambda what: None  # called before every micro-batch
-    contributors: list[Callable[[StepScalars], None]] = field(default_factory=list)  # of further scalars, once a step
+    contribute: Callable[[StepScalars], None] = lambda scalars: None  # adds further scalars, once a step
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
     weights: dict[str, np.ndarray] = field(init=False)  # of the training samples, by task; none where all weigh 1
     limits: Limits = field(init=False)
@@ -117,8 +117,7 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: N
     if gate is not None:
         scalars.add("gate_usage", gate.usage_E, "mean")
         scalars.add("gate_collected", gate.collected())
-    for contribute in training.contributors:
-        contribute(scalars)
+    training.contribute(scalars)
     scalars.reduce()
     skipped = scalars["non_finite"] > 0 or not math.isfinite(scalars["loss"] + scalars["auxiliary_loss"])
     with guard.freeze_optimizer(skipped):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -35,11 +34,11 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=steps, loss=float("nan"), rate=0.0, speed=0.0)
 
-    def __enter__(self) -> Progress:
+    def start(self) -> None:
         self._bar.start()
-        return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def stop(self) -> None:
+        """Leave the terminal as it was; safe to call more than once."""
         self._bar.stop()
 
     def step(self, step: int, loss: float, rate: float, samples: int, seconds: float) -> None:
