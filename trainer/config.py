@@ -390,7 +390,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
-    return _merge(_read(locate(path), ()), overrides, str(path))
+    over = _parse_overrides(overrides)
+    return _merge(_read(locate(path), ()), over, str(path))
 
 
 def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
@@ -404,6 +405,7 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
+    over = _parse_overrides([*overrides, *([f"data.path={data}"] if data else [])])
     raw = cast(dict[str, Any], OmegaConf.to_container(_read(path, ())))
     kept, unknown = nest(RunConfig, dotted(raw))
     used = {key: value for key, value in unknown.items() if value not in OFF}
@@ -415,7 +417,7 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
         )
     if unknown:
         log.info("%s: not used and left out, since this version does not have them: %s", path, ", ".join(unknown))
-    return _merge(kept, [*overrides, *([f"data.path={data}"] if data else [])], str(path))
+    return _merge(kept, over, str(path))
 
 
 def _version_of(run: Path) -> str:
@@ -459,8 +461,8 @@ def dotted(raw: dict[str, Any]) -> dict[str, Any]:
     return dict(walk("", raw))
 
 
-def _merge(base: Any, overrides: Sequence[str], where: str) -> RunConfig:
-    merged = OmegaConf.merge(base, _parse_overrides(overrides))
+def _merge(base: Any, over: Any, where: str) -> RunConfig:
+    merged = OmegaConf.merge(base, over)
     try:
         raw = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
