@@ -31,6 +31,7 @@ from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
 from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
+from trainer.run.optimizer_groups import parameter_groups
 
 COLUMNS = ("ours", "ours padded", "padded")
 LORA_RANK, GLOBAL_BATCH, BASELINE_BATCH = 8, 32, 8
@@ -89,7 +90,7 @@ class Ours:
         self.sizes = self.collate.sizes(samples)
         train = config.train
         self.limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
-        groups = self.model.parameter_groups(train.lr.fusion, train.lr.backbone, train.weight_decay)
+        groups = parameter_groups(self.model, train.lr.fusion, train.lr.backbone, train.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.counter = Counter(backbone.base.get_decoder())
 

@@ -94,7 +94,8 @@ def rank(folder: Path, loader: str, out: Path) -> None:
         if loader == "transformers":
             return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE, quantization_config=nf4_config(DTYPE, True))
         config = BackboneConfig(name=str(name), quantization="nf4", read="rank0" if "rank 0" in loader else "each")
-        return load_model(config, DTYPE, world.device, None, zero3=zero3 if "parts" in loader else None).model
+        parts = zero3 if "parts" in loader else None
+        return load_model(config, DTYPE, world.device, None, zero3=parts, ranks=world).model
 
     load(folder.parent / "tiny")
     dist.barrier()

@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.batch import Batch, Features, FusionInput, PackedBatch, Packing
 from trainer.config import RunConfig
-from trainer.models.backbone.adapter import adapt
-from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.causal_lm import adapted_backbone
 from trainer.models.backbone.packed import MASKED, install
 from trainer.models.backbone.quantization import BLOCK
+from trainer.models.build import build_model
 from trainer.models.egmf import EGMF, LossOutput
-from trainer.models.fusion.network import Fusion
+from trainer.run.optimizer_groups import parameter_groups
 
 SAMPLE_LAYERS = (2, 4)  # passes are recorded with so many layers; what a layer adds is their difference
 NESTED_BLOCK = 256  # scales that share one scale, with double quantisation
@@ -156,7 +156,8 @@ def build(
         layers: of the backbone; default all.
     """
     shape = copy.deepcopy(shape) if layers is None else _cut(shape, layers)
-    backbone_config, fusion_config = config.model.backbone, config.model.fusion
+    changes = {"gradient_checkpointing": checkpointing, "reentrant": False}
+    backbone_config = config.model.backbone.model_copy(update=changes)
     with unset_fake_temporarily(), torch.device("meta"):  # modules are made here: libraries know meta tensors
         eager = {"attn_implementation": "eager"} if backbone_config.attention == "eager" else {}
         base = AutoModelForCausalLM.from_config(
@@ -166,15 +167,9 @@ def build(
         if backbone_config.quantization == "nf4":
             _quantise(base, dtype, backbone_config.double_quantization)
         tokenizer: Any = SimpleNamespace(eos_token_id=0, name_or_path=backbone_config.name)
-        backbone = Backbone(adapt(base, config.model.adapter, dtype), tokenizer, attention)
-        if checkpointing:
-            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        fusion = None
-        if fusion_config.pseudo_tokens:
-            H = backbone.hidden_size
-            fusion = Fusion(fusion_config, widths, H, H, 1.0, answers).to(dtype)
-        model = EGMF(backbone, fusion)
+        backbone = adapted_backbone(base, tokenizer, attention, backbone_config, config.model.adapter, dtype)
+        backbone.embedding_norm = 1.0
+        model = build_model(config.model.fusion, backbone, widths, answers, dtype, torch.device("meta"))
     _fake(model)
     model.train()
     return model
@@ -226,7 +221,7 @@ def weigh(model: EGMF, persistence: int) -> Weights:
     for name, p in trainable:
         part = "fusion" if name.startswith("fusion.") else "LoRA" if "lora_" in name else "backbone"
         parts[part] = parts.get(part, 0) + p.numel()
-    groups = model.parameter_groups(1.0, 1.0, 0.0)
+    groups = parameter_groups(model, 1.0, 1.0, 0.0)
     every = list(model.parameters())
     return Weights(
         trainable=sum(p.numel() for _, p in trainable),

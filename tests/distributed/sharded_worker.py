@@ -61,7 +61,7 @@ def equality(models: Path, world: World) -> dict[str, Any]:
         for layer in whole.modules():
             if isinstance(layer, Linear4bit):
                 layer.support_avx512bf16_for_cpu = False  # would repack the weights
-        loaded = load_model(config, dtype, world.device, None, zero3=ZERO3)
+        loaded = load_model(config, dtype, world.device, None, zero3=ZERO3, ranks=world)
         model = loaded.model.eval()
         with torch.no_grad():
             expected = whole(ids, use_cache=False).logits
@@ -91,7 +91,9 @@ def faults(models: Path, world: World) -> dict[str, str]:
         config = BackboneConfig(
             name=str(models / (first if world.is_rank_zero else others)), quantization="nf4", **changes
         )
-        told = said(lambda: build_backbone(config, AdapterConfig(), torch.float32, "cpu", zero3=ZERO3).fingerprint)
+        told = said(
+            lambda: build_backbone(config, AdapterConfig(), torch.float32, "cpu", zero3=ZERO3, ranks=world).fingerprint
+        )
         everyone = world.gather_all(told)
         return everyone[0] if len(set(everyone)) == 1 else " | ".join(everyone)
 

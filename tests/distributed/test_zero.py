@@ -15,9 +15,11 @@ from transformers import get_cosine_schedule_with_warmup
 from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, STEPS, SUPPORTED, Case, config_of
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
+from trainer.checkpoint.weights import trainable_tensors
 from trainer.data.imbalance import training_order
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents, assemble
+from trainer.run.optimizer_groups import parameter_groups
 
 pytestmark = pytest.mark.distributed
 
@@ -52,7 +54,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     master = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
-    for group in model.parameter_groups(rates.fusion, rates.backbone, config.train.weight_decay):
+    for group in parameter_groups(model, rates.fusion, rates.backbone, config.train.weight_decay):
         for p in group["params"]:
             name = next(n for n, q in trained.items() if q is p)
             groups.setdefault((group["lr"], group["weight_decay"]), []).append(master[name])
@@ -94,7 +96,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(master[name])
-    state = {name: float(t.double().square().sum().sqrt()) for name, t in model.trainable_state().items()}
+    state = {name: float(t.double().square().sum().sqrt()) for name, t in trainable_tensors(model).items()}
     return {
         "losses": losses,
         "auxiliary_loss": auxiliary_losses,

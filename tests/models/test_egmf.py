@@ -19,9 +19,12 @@ from tests.models.tiny_models import (
     save_family,
 )
 from trainer.batch import Features
+from trainer.checkpoint.weights import trainable_tensors
 from trainer.config import AdapterConfig
 from trainer.models.backbone import packed
 from trainer.models.egmf import EGMF, LossOutput, ScoreOutput
+from trainer.models.generation import generate
+from trainer.models.layouts import PaddedLayout
 
 ANSWERS = [[5], [5, 6], [7, 8, 9], [7, 8, 10], [11]]  # one begins another, two share two tokens
 LENGTHS = [9, 6, 14, 7]
@@ -98,7 +101,7 @@ def test_scoring_in_chunks_of_places_changes_nothing(folders, monkeypatch):
     model = make_model(folders("llama"))
     batch = make_batch(LENGTHS)
     want = scores(model, batch)
-    monkeypatch.setattr("trainer.models.egmf.LOGITS_AT_ONCE", 320 * 2)
+    monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 320 * 2)
     torch.testing.assert_close(scores(model, batch), want, atol=5e-6, rtol=0)
 
 
@@ -122,7 +125,7 @@ def test_gradients_equal_a_plain_forward_over_all_positions(folders):
     assert all(grad is not None for grad in got.values())
     model.zero_grad()
 
-    embeds, _ = model._embed(batch)
+    embeds, _ = model.embed(PaddedLayout(batch))
     logits = model.backbone.model(inputs_embeds=embeds, use_cache=False).logits
     labels = torch.full(batch.input_ids_BL.shape, -100)
     for row, answer in enumerate(ANSWERS[:4]):
@@ -231,11 +234,11 @@ def test_checkpointing_keeps_memory_of_few_activations(folders):
 def test_generation_equals_growing_the_row_token_by_token(folders, family, attention):
     model = make_model(folders(family), attention=attention).train()
     batch = make_batch([9, 4, 14, 7], pad=2)
-    got = model.generate(batch, max_new_tokens=6)
+    got = generate(model, batch, max_new_tokens=6)
     assert model.training
     model.eval()
     with torch.no_grad():
-        embeds, _ = model._embed(batch)
+        embeds, _ = model.embed(PaddedLayout(batch))
         for row in range(len(batch)):
             grown = embeds[row, : batch.context_length_B[row]]
             tokens = []
@@ -251,7 +254,7 @@ def test_generation_equals_growing_the_row_token_by_token(folders, family, atten
 def test_generation_stops_at_the_end_token(folders):
     model = make_model(folders("qwen3"), fusion=False, adapter=AdapterConfig(kind="full"))
     batch = make_batch([5, 8], pseudo=0)
-    free = model.generate(batch, 8)
+    free = generate(model, batch, 8)
     assert all(free)
     with torch.no_grad():
         model.backbone.base.lm_head.weight[0] += 100 * model.backbone.base.lm_head.weight.abs().max()
@@ -259,7 +262,7 @@ def test_generation_stops_at_the_end_token(folders):
     model.backbone.base.lm_head.register_forward_hook(
         lambda m, i, out: torch.where(torch.arange(320) == 0, math.inf, out)
     )
-    assert model.generate(batch, 8) == ["", ""]
+    assert generate(model, batch, 8) == ["", ""]
 
 
 def test_without_fusion_the_model_reads_text_alone(folders):
@@ -296,81 +299,12 @@ def test_balance_is_weighted_and_usage_is_collected_in_training_only(folders):
     torch.testing.assert_close(fusion.gate.usage_E, 0.9 * torch.tensor([0.5, 0.3, 0.2]) + 0.1 * share.detach())
 
 
-def test_parameter_groups_cover_every_trainable_parameter_once(folders):
-    model = make_model(folders("qwen2"))
-    groups = {group["name"]: group for group in model.parameter_groups(1e-3, 2e-4, 0.01)}
-    assert set(groups) == {"backbone", "fusion", "fusion-nodecay"}
-    assert (groups["backbone"]["lr"], groups["fusion"]["lr"], groups["fusion-nodecay"]["lr"]) == (2e-4, 1e-3, 1e-3)
-    assert (groups["fusion"]["weight_decay"], groups["fusion-nodecay"]["weight_decay"]) == (0.01, 0.0)
-    listed = [id(p) for group in groups.values() for p in group["params"]]
-    assert len(listed) == len(set(listed))
-    assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
-    undecayed = {id(p) for p in groups["fusion-nodecay"]["params"]}
-    assert id(model.fusion.gate.slot_KD) in undecayed
-    assert id(model.fusion.gate.context.task.weight) in undecayed
-    assert id(model.fusion.pseudo.linear.weight) not in undecayed
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_full_tuning_groups_and_state(tmp_path, tied):
-    folder = save_family("qwen2", tmp_path / "m", tied=tied)
-    model = make_model(folder, adapter=AdapterConfig(kind="full"))
-    groups = {group["name"]: group for group in model.parameter_groups(1e-3, 2e-4, 0.01)}
-    still = {id(p) for p in groups["backbone-nodecay"]["params"]}
-    assert id(model.backbone.base.get_input_embeddings().weight) in still
-    assert id(model.backbone.base.model.norm.weight) in still
-    assert id(model.backbone.base.model.layers[0].self_attn.q_proj.bias) in still
-    listed = [id(p) for group in groups.values() for p in group["params"]]
-    assert len(listed) == len(set(listed))
-    assert set(listed) == {id(p) for p in model.parameters()}
-
-    state = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
-    want = scores(model, make_batch(LENGTHS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01)
-    model.load_trainable_state(state)
-    assert torch.equal(scores(model, make_batch(LENGTHS)), want)
-
-
 def test_frozen_backbone_trains_the_fusion_network_only(folders):
     model = make_model(folders("qwen3"), adapter=AdapterConfig(kind="frozen")).train()
     assert all(name.startswith("fusion.") for name, p in model.named_parameters() if p.requires_grad)
     model(train_batch()).loss_B.sum().backward()
     assert model.fusion.pseudo.linear.weight.grad.abs().max() > 0
-    assert all(name.startswith("fusion.") for name in model.trainable_state())
-
-
-def test_trained_weights_move_to_a_fresh_model(folders):
-    model = make_model(folders("qwen3"), quantization="nf4")
-    model.fusion.gate.usage_E.copy_(torch.tensor([0.7, 0.2, 0.1]))
-    state = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
-    assert "fusion.gate.usage_E" in state
-    assert all("lora_" in name or name.startswith("fusion.") for name in state)
-    fresh = make_model(folders("qwen3"), quantization="nf4")
-    with torch.no_grad():
-        for name, parameter in fresh.named_parameters():
-            if parameter.requires_grad:
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    batch = make_batch(LENGTHS)
-    assert not torch.allclose(scores(fresh, batch), scores(model, batch))
-    fresh.load_trainable_state(state)
-    assert torch.equal(scores(fresh, batch), scores(model, batch))
-    assert fresh.fusion.gate.usage_E.tolist() == pytest.approx([0.7, 0.2, 0.1])
-
-
-def test_weights_of_another_model_are_refused_and_change_nothing(folders):
-    model = make_model(folders("qwen3"))
-    state = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
-    name = next(iter(state))
-    bad = {key: torch.zeros_like(value) for key, value in state.items()}
-    bad["fusion.stranger"] = bad.pop("fusion.gate.slot_KD")
-    bad[name] = bad[name][:1]
-    with pytest.raises(
-        ValueError, match=r"(?s)another shape.*missing: fusion.gate.slot_KD.*not of this model: fusion.str"
-    ):
-        model.load_trainable_state(bad)
-    assert all(torch.equal(value, state[key]) for key, value in model.trainable_state().items())
+    assert all(name.startswith("fusion.") for name in trainable_tensors(model))
 
 
 def test_casting_the_model_leaves_its_buffers_in_float32(folders):

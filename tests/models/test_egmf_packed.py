@@ -215,7 +215,7 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     assert wanted in rows
     assert max(rows) <= wanted < batch.positions / 4
     trie = task_trie(BUILT_IN["meld"], model.backbone.tokenizer, "words", "en")
-    monkeypatch.setattr("trainer.models.egmf.LOGITS_AT_ONCE", 8 * V)
+    monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 8 * V)
     model.eval()
     given = (collate.pack(held, trie=trie),) if layout == "packed" else (collate(held, answers=False), trie)
     with torch.no_grad(), Logits(model) as seen:

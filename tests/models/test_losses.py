@@ -16,6 +16,7 @@ from trainer.config import DataConfig
 from trainer.data.collate import Collator
 from trainer.data.objective import Objective
 from trainer.models.egmf import EGMF
+from trainer.models.layouts import PaddedLayout
 from trainer.tasks import BUILT_IN
 
 OBJECTIVES = [
@@ -45,7 +46,7 @@ def plain_loss(model: EGMF, collate: Collator, sample: Any, smoothing: float, er
     batch = Collator(
         task, collate.tokenizer, DataConfig(), widths=WIDTHS, rates={}, pseudo_tokens=3, modalities=collate.modalities
     )([sample], answers=False)
-    context = model._embed(batch)[0][0]
+    context = model.embed(PaddedLayout(batch))[0][0]
     scores = []
     truth = task.answer_index(sample.target)
     loss = torch.zeros((), dtype=torch.float64)
@@ -147,7 +148,7 @@ def test_scoring_knows_nothing_of_the_objective(folder: Path) -> None:
 def test_logits_of_the_tree_are_made_in_parts_and_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(folder).train()
     collate, held = collator(model, "mosei", 0.0, 1.0), samples("mosei")
-    monkeypatch.setattr("trainer.models.egmf.LOGITS_AT_ONCE", 40 * model.backbone.vocabulary)
+    monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 40 * model.backbone.vocabulary)
     batch = collate.pack(held)
     with Logits(model) as seen:
         model(batch).loss_B.sum().backward()

@@ -13,6 +13,7 @@ from trainer.config import AdapterConfig, BackboneConfig, FusionConfig, TinyConf
 from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
+from trainer.models.layouts import PaddedLayout
 
 TEXTS = [
     "Answer with one of: joy, anger, sadness.",
@@ -168,7 +169,7 @@ def make_trie(answers: Sequence[Sequence[int]], end: int = 0) -> AnswerTrie:
 
 def brute_force(model: EGMF, batch: Batch, answers: Sequence[Sequence[int]]) -> torch.Tensor:
     """log p of every answer and the end token, each as its own unpadded row through the language model's own forward."""
-    embeds_BLH, _ = model._embed(batch)
+    embeds_BLH, _ = model.embed(PaddedLayout(batch))
     scores = torch.zeros(len(batch), len(answers))
     for b in range(len(batch)):
         context = embeds_BLH[b, : batch.context_length_B[b]]

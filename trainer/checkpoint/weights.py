@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,18 +35,49 @@ def trainable_state(model: EGMF, world: World) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     with gathered([p for p in model.parameters() if p.requires_grad]):
         if world.is_rank_zero:
-            state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in model.trainable_state().items()}
+            state = {name: t.to("cpu", copy=True).contiguous() for name, t in trainable_tensors(model).items()}
     return state
 
 
-def load_trainable_state(model: EGMF, state: dict[str, Tensor], world: World) -> None:
-    """Put `state` (the same on every rank) into `model`, partitioned or not.
+def trainable_tensors(model: EGMF) -> dict[str, Tensor]:
+    """All that training changes, by name: the trainable parameters and the fusion network's buffers (the gate's usage).
+
+    These are the model's own tensors, as they are held: clone to keep them, gather what ZeRO-3 cut up. Shared weights appear once.
+    """
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if model.fusion is not None:
+        state |= {f"fusion.{name}": value.detach() for name, value in model.fusion.state_dict().items()}
+    return state
+
+
+def load_trainable_state(model: EGMF, state: dict[str, Tensor]) -> None:
+    """Put `state` (the same on every rank) into `model`, partitioned or not; dtypes may differ, names and shapes may not.
 
     Raises:
-        ValueError: the weights are not those of this model.
+        ValueError: with all names that are missing, unknown or of another shape; nothing is changed then.
     """
-    with gathered([p for p in model.parameters() if p.requires_grad]):
-        model.load_trainable_state(state)
+    with torch.no_grad(), gathered([p for p in model.parameters() if p.requires_grad]):
+        own = trainable_tensors(model)
+        _check_belongs(state, own)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _check_belongs(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    faults = [f"missing: {name}" for name in own.keys() - state.keys()]
+    faults += [f"not of this model: {name}" for name in state.keys() - own.keys()]
+    faults += [
+        f"another shape: {name} is {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if faults:
+        listed = [f"  {fault}" for fault in sorted(faults)[:10]]
+        if len(faults) > len(listed):
+            listed.append(f"  … {len(faults)} in all")
+        raise ValueError(
+            "these trained weights do not belong to this model (other adapter, fusion or task?):\n" + "\n".join(listed)
+        )
 
 
 def load_weights(model: EGMF, checkpoint: Path, world: World) -> None:
@@ -57,4 +89,4 @@ def load_weights(model: EGMF, checkpoint: Path, world: World) -> None:
         weights: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    load_trainable_state(model, weights, world)
+    load_trainable_state(model, weights)

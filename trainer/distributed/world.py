@@ -37,6 +37,16 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
 
+    def max(self, values: Tensor) -> None:
+        """Replace `values` by their largest over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+
+    def broadcast(self, values: Tensor) -> None:
+        """Replace `values` by those of rank 0."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's picklable `value`, on rank 0; None elsewhere."""
         if self.size == 1:

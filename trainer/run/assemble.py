@@ -20,8 +20,8 @@ from trainer.distributed.deepspeed_config import deepspeed_config, zero_stage
 from trainer.distributed.world import World
 from trainer.kernels.gate import resolve_kernel
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
+from trainer.models.build import build_model
 from trainer.models.egmf import EGMF
-from trainer.models.fusion.network import Fusion
 from trainer.tasks import Task, get_task
 
 log = logging.getLogger(__name__)
@@ -100,22 +100,13 @@ def assemble(
     torch.manual_seed(config.train.seed)
     zero3 = deepspeed_config(config) if partition and zero_stage(config) == 3 else None
     backbone = build_backbone(
-        config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3
+        config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3, ranks=world
     )
-    fusion = None
-    if config.model.fusion.pseudo_tokens:
-        inputs = {name: opened.widths for name, opened in data.items()}
-        fusion = Fusion(
-            config.model.fusion,
-            inputs,
-            backbone.hidden_size,
-            backbone.hidden_size,
-            backbone.embedding_norm,
-            {name: len(task.answers(config.data.answers)) for name, task in tasks.items()},
-        )
-        fusion.to(device=world.device, dtype=dtype)
-        if config.model.fusion.compile:
-            fusion.compile(dynamic=True)
+    widths = {name: opened.widths for name, opened in data.items()}
+    answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
+    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world)
+    if model.fusion is not None and config.model.fusion.compile:
+        model.fusion.compile(dynamic=True)
     collators, tries = {}, {}
     for name, task in tasks.items():
         tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
@@ -130,7 +121,7 @@ def assemble(
             seed=config.train.seed,
             objective=make_objective(config, task, tries[name], data[name]["train"].targets()),
         )
-    return RunComponents(tasks, data, collators, tries, EGMF(backbone, fusion))
+    return RunComponents(tasks, data, collators, tries, model)
 
 
 def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, target_N: np.ndarray) -> Objective:

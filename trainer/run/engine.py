@@ -18,12 +18,13 @@ from trainer.config import RunConfig, TrainConfig
 from trainer.distributed.deepspeed_config import deepspeed_config, offloads_optimizer
 from trainer.logs import captured_stdout
 from trainer.models.egmf import EGMF
+from trainer.run.optimizer_groups import parameter_groups
 
 
 def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
     """The engine that trains `model`; its learning rates are the loop's to set (:class:`Schedule`)."""
     raw = deepspeed_config(config)
-    groups = model.parameter_groups(config.train.lr.fusion, config.train.lr.backbone, config.train.weight_decay)
+    groups = parameter_groups(model, config.train.lr.fusion, config.train.lr.backbone, config.train.weight_decay)
     arguments: dict[str, Any] = {}
     if "optimizer" not in raw:
         arguments["optimizer"] = _optimizer(groups, config.train, raw)

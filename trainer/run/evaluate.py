@@ -18,6 +18,7 @@ from trainer.data.dataset import SplitView
 from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
 from trainer.distributed.world import World
 from trainer.models.backbone.packed import PrefixCache
+from trainer.models.generation import generate
 from trainer.run.assemble import RunComponents
 from trainer.tasks import Task
 
@@ -153,7 +154,7 @@ class Scorer:
         if self.config.eval.mode == "generate":
             batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device, self.dtype)
             longest = max(map(len, self.collate.answers)) + 4
-            told = self.parts.model.generate(batch, longest)
+            told = generate(self.parts.model, batch, longest)
             return _rows(self.task, parse_answers(self.task, told, self.config.data.answers))
         output = self._output(samples, micro)
         said = predict(self.task, output.logprob_BC, self.config.data.answers, self.config.eval.prediction)

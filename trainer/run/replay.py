@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.checkpoint.random_state import mix
+from trainer.checkpoint.weights import load_trainable_state
 from trainer.config import saved_config
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
@@ -44,7 +45,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
     config = saved_config(run, overrides)
     parts = assemble(config, run, world, dtype_of(config))
     model = parts.model.train()
-    model.load_trainable_state(load_file(folder / WEIGHTS))
+    load_trainable_state(model, load_file(folder / WEIGHTS))
     found: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(_Watch(name, found))

@@ -19,6 +19,7 @@ from trainer.batch import Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny
 from trainer.models.egmf import EGMF
+from trainer.run.optimizer_groups import parameter_groups
 from trainer.text import encode, end_token, start_tokens
 
 SMALL = TinyConfig(vocab_size=400)
@@ -192,7 +193,7 @@ def teach(answers: Sequence[str], folder, steps: int) -> torch.Tensor:
     backbone = build_backbone(config, AdapterConfig(dropout=0.0), torch.float32, "cpu", folder=folder)
     clips = Clips(answers, backbone.tokenizer)
     model = EGMF(backbone, None).train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(1e-3, 3e-3, 0.0), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 3e-3, 0.0), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from trainer.models.backbone.packed import (
 )
 from trainer.models.backbone.sharded import gathered_by_layer
 from trainer.models.backbone.tiny import build_tiny
+from trainer.models.ranks import Ranks, SingleProcess
 
 __all__ = ["Backbone", "BackboneError", "base_fingerprint", "build_backbone", "build_tiny", "load_tokenizer"]
 
@@ -264,10 +264,12 @@ def build_backbone(
     *,
     folder: Path | None = None,
     zero3: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Backbone:
     """Load, quantise, adapt and check a backbone; `folder` holds the tiny one (name 'tiny').
 
-    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight: called by all ranks together.
+    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight. `ranks`, default this process alone,
+    call this together.
 
     At the end a few tokens go through it, whole and as packed rows, and must agree: a family whose logits are computed
     by steps that are not reproduced here, or whose layers cannot attend to packed rows, is refused by name.
@@ -279,25 +281,38 @@ def build_backbone(
     usable = resolve_attention(config.attention, device, dtype)
     asked_of_family = {"auto": None, "eager": "eager"}.get(config.attention, "sdpa")
     tokenizer = load_tokenizer(config, folder)
-    loaded = load_model(config, dtype, device, asked_of_family, folder, zero3)
+    ranks = ranks or SingleProcess()
+    loaded = load_model(config, dtype, device, asked_of_family, folder, zero3, ranks)
     attention = str(loaded.model.config._attn_implementation)
-    backbone = Backbone(adapt(loaded.model, adapter, dtype), tokenizer, attention).to(device)
+    backbone = adapted_backbone(loaded.model, tokenizer, attention, config, adapter, dtype).to(device)
     if len(tokenizer) > backbone.vocabulary:
         raise BackboneError(
             f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocabulary}"
         )
     backbone.embedding_norm = loaded.embedding_norm(len(tokenizer))
     backbone.fingerprint = fingerprint((name, loaded.measured[name]) for name in _frozen(backbone))
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        _check_same_base(config.name, backbone.fingerprint)
+    _check_same_base(config.name, backbone.fingerprint, ranks)
+    with gathered_by_layer(backbone):
+        choose_attention(backbone, config.attention, usable, config.name)
+    backbone.train()
+    return backbone
+
+
+def adapted_backbone(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: str,
+    config: BackboneConfig,
+    adapter: AdapterConfig,
+    dtype: torch.dtype,
+) -> Backbone:
+    """A language model, with weights or of shapes only, with its adapter and its checkpointing of activations."""
+    backbone = Backbone(adapt(model, adapter, dtype), tokenizer, attention)
     if config.gradient_checkpointing:
         enable = getattr(backbone.base, "activation_checkpointing_enable", backbone.base.gradient_checkpointing_enable)
         enable({"use_reentrant": config.reentrant})
         if config.reentrant:  # reentrant checkpointing needs an input that requires a gradient, or the layers get none
             backbone.base.enable_input_require_grads()
-    with gathered_by_layer(backbone):
-        choose_attention(backbone, config.attention, usable, config.name)
-    backbone.train()
     return backbone
 
 
@@ -321,18 +336,17 @@ def _frozen(backbone: Backbone) -> dict[str, nn.Parameter]:
     return {n.replace(".base_layer.", "."): p for n, p in named if not p.requires_grad and "lora_" not in n}
 
 
-def _check_same_base(name: str, ours: str) -> None:
-    """Every rank must have read the same weights.
+def _check_same_base(name: str, own: str, ranks: Ranks) -> None:
+    """Every rank must have read the same weights; `own` is the fingerprint of those that this one read.
 
     Raises:
         BackboneError: some read others, with the ranks.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ours)
-    other = [str(rank) for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    if other:
+    fingerprints = ranks.gather_all(own)
+    differing = [str(rank) for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    if differing:
         raise BackboneError(
-            f"{name}: rank {', '.join(other)} read other weights than rank 0: the files differ between nodes, or changed "
+            f"{name}: rank {', '.join(differing)} read other weights than rank 0: the files differ between nodes, or changed "
             "while they were read. Bring the same to all, or use model.backbone.read=rank0"
         )
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
@@ -31,6 +30,7 @@ from trainer.models.backbone import quantization
 from trainer.models.backbone.fingerprint import Measured
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
 from trainer.models.backbone.sharded import Partitioner, StreamingLoad
+from trainer.models.ranks import Ranks, SingleProcess
 from trainer.text import end_token
 
 log = logging.getLogger(__name__)
@@ -96,11 +96,12 @@ def load_model(
     attention: str | None,
     folder: Path | None = None,
     zero3: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """The pretrained weights in `dtype` on `device`, quantised if asked, read from safetensors only.
 
-    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every weight (stage 3): called by all ranks together. No
-    rank ever holds the whole of a quantised or a partitioned model in another form than its last one.
+    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every weight (stage 3). All `ranks` call this together. No rank
+    ever holds the whole of a quantised or a partitioned model in another form than its last one.
 
     Raises:
         BackboneError: not found, no network, no safetensors, own code needed, no causal LM, weights missing from the
@@ -124,7 +125,7 @@ def load_model(
     elif device.type != "cpu":
         options["device_map"] = {"": device}
     try:
-        model, info = _from_pretrained(config, source, device, options)
+        model, info = _from_pretrained(config, source, device, options, ranks or SingleProcess())
     except BackboneError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -137,16 +138,16 @@ def load_model(
 
 
 def _from_pretrained(
-    config: BackboneConfig, source: str, device: torch.device, options: dict[str, Any]
+    config: BackboneConfig, source: str, device: torch.device, options: dict[str, Any], ranks: Ranks
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and transformers' report on its keys."""
     common = _common(config)
     load: Any = AutoModelForCausalLM.from_pretrained  # with loading info: a pair, which its type does not say
-    if config.read == "rank0" and dist.is_initialized() and dist.get_world_size() > 1:
+    if config.read == "rank0" and ranks.size > 1:
         trusted = common.pop("trust_remote_code")
         with torch.device("meta"):
             family = type(AutoModelForCausalLM.from_config(copy.deepcopy(options["config"]), trust_remote_code=trusted))
-        options["state_dict"] = broadcast_tensors(lambda: safetensors_files(source, **common), device)
+        options["state_dict"] = broadcast_tensors(lambda: safetensors_files(source, **common), device, ranks)
         return family.from_pretrained(None, output_loading_info=True, **options)
     return load(source, output_loading_info=True, **options, **common)
 

@@ -9,10 +9,11 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from trainer.models.ranks import Ranks
 
 PIECE = 1 << 30  # bytes of one broadcast
 
@@ -20,8 +21,11 @@ PIECE = 1 << 30  # bytes of one broadcast
 class BroadcastTensor:
     """A tensor in rank 0's files; `[...]` gives it, and every rank must ask for the same one at the same time."""
 
-    def __init__(self, key: str, file: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-        self.key, self.file, self.dtype, self.shape, self.device = key, file, dtype, shape, device
+    def __init__(
+        self, key: str, file: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, ranks: Ranks
+    ) -> None:
+        self.key, self.file, self.dtype, self.shape = key, file, dtype, shape
+        self.device, self.ranks = device, ranks
 
     def __getitem__(self, everything: EllipsisType) -> Tensor:
         if self.file is None:
@@ -29,33 +33,32 @@ class BroadcastTensor:
         else:
             tensor = self.file.get_tensor(self.key).to(self.device).contiguous()
         for piece in tensor.view(-1).view(torch.uint8).split(PIECE):
-            dist.broadcast(piece, 0)
+            self.ranks.broadcast(piece)
         return tensor
 
 
-def broadcast_tensors(find: Callable[[], list[Path]], device: torch.device) -> dict[str, BroadcastTensor]:
-    """Every tensor of the safetensors files that `find`, called on rank 0 alone, names.
+def broadcast_tensors(find: Callable[[], list[Path]], device: torch.device, ranks: Ranks) -> dict[str, BroadcastTensor]:
+    """Every tensor of the safetensors files that `find`, called on rank 0 only, lists.
 
     Raises:
         ValueError: rank 0 cannot read them; on every rank.
     """
     files: dict[str, Any] = {}
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
+    listing: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    fault: str | None = None
+    if ranks.is_rank_zero:
         try:
-            listing = {}
             for path in find():
                 file = safe_open(path, framework="pt", device="cpu")
                 for key in file.keys():  # noqa: SIM118
                     held = file.get_tensor(key)  # mapped from the file, not read
                     files[key], listing[key] = file, (held.dtype, tuple(held.shape))
-            told = [listing]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            told = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(told, 0, device=device if device.type == "cuda" else None)
-    if isinstance(told[0], str):
-        raise ValueError(f"rank 0 cannot read the weights: {told[0]}")
-    return {key: BroadcastTensor(key, files.get(key), dtype, shape, device) for key, (dtype, shape) in told[0].items()}
+            fault = f"{type(error).__name__}: {error}"
+    listing, fault = ranks.broadcast_object((listing, fault))
+    if fault is not None:
+        raise ValueError(f"rank 0 cannot read the weights: {fault}")
+    return {key: BroadcastTensor(key, files.get(key), *form, device, ranks) for key, form in listing.items()}
 
 
 def safetensors_files(source: str, **where: Any) -> list[Path]:

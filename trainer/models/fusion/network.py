@@ -18,7 +18,7 @@ from trainer.config import EXPERTS, MODALITIES, Expert, FusionConfig, Modality
 from trainer.models.fusion.encoders import Encoders
 from trainer.models.fusion.experts import GlobalExpert, LocalExpert, SemanticExpert
 from trainer.models.fusion.gating import Float32Buffers, HierarchicalGate
-from trainer.models.fusion.heads import ExpertHeads
+from trainer.models.fusion.heads import ExpertHeads, expert_losses
 
 log = logging.getLogger(__name__)
 
@@ -121,11 +121,19 @@ class Fusion(nn.Module):
         values = [value for values, _ in answers for value in values]
         valid_BEM = torch.stack([valid for _, valid in answers], 1)
         gated = self.gate(values, valid_BEM, streams, self.tasks[task])
-        told_BEC = None if self.heads is None else self.heads(values, gated.modality_BKEM, valid_BEM, task)
+        logprob_BEC = None if self.heads is None else self.heads(values, gated.modality_BKEM, valid_BEM, task)
         pseudo_BKH = self.pseudo(gated.mixed_BKD)
-        return FusionOutput(
-            pseudo_BKH, gated.expert_BKE, gated.modality_BKEM, unused_param_zero, valid_BEM.any(-1), told_BEC
-        )
+        valid_BE = valid_BEM.any(-1)
+        return FusionOutput(pseudo_BKH, gated.expert_BKE, gated.modality_BKEM, unused_param_zero, valid_BE, logprob_BEC)
+
+    def auxiliary_loss(self, out: FusionOutput, answer_B: Tensor | None) -> Tensor:
+        """The gate's balance term and the loss of the expert heads `[B]`, each times its weight in the config."""
+        loss_B = self.gate.config.balance_weight * self.gate.balance_loss(out.gate_expert_BKE).float()
+        if out.expert_logprob_BEC is None:
+            return loss_B
+        assert answer_B is not None
+        experts_B, gate_B = expert_losses(out.expert_logprob_BEC, answer_B, out.gate_expert_BKE, out.expert_valid_BE)
+        return loss_B + self.config.expert_loss_weight * (experts_B + gate_B)
 
 
 def _modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:

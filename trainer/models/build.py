@@ -1,0 +1,35 @@
+"""A run's whole model from its config and a backbone, with weights or of shapes only (meta tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from trainer.config import FusionConfig
+from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.egmf import EGMF
+from trainer.models.fusion.network import Fusion
+from trainer.models.ranks import Ranks
+
+
+def build_model(
+    config: FusionConfig,
+    backbone: Backbone,
+    widths: Mapping[str, Mapping[str, int]],
+    answers: Mapping[str, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> EGMF:
+    """The fusion network for this backbone, where the config asks for one, and both as one model.
+
+    Args:
+        widths: task -> features per frame of audio and video; 0: the task has none of it.
+        answers: task -> number of its answers; needed where the config asks for expert heads.
+    """
+    if not config.pseudo_tokens:
+        return EGMF(backbone, None, ranks)
+    H = backbone.hidden_size
+    fusion = Fusion(config, widths, H, H, backbone.embedding_norm, answers)
+    return EGMF(backbone, fusion.to(device=device, dtype=dtype), ranks)
