@@ -29,9 +29,9 @@ from trainer.distributed.world import World
 from trainer.models.backbone.causal_lm import Backbone, build_backbone
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.network import Fusion
+from trainer.models.optimizer_groups import parameter_groups
 from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
-from trainer.run.optimizer_groups import parameter_groups
 
 COLUMNS = ("ours", "ours padded", "padded")
 LORA_RANK, GLOBAL_BATCH, BASELINE_BATCH = 8, 32, 8

@@ -16,7 +16,17 @@ from typing import Annotated, Any, Final, Literal, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from yaml import YAMLError
 
 from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, nest
@@ -25,11 +35,10 @@ from trainer.shipped import locate, nearest_config
 log = logging.getLogger(__name__)
 
 Modality = Literal["text", "audio", "video"]
-Expert = Literal["local", "semantic", "global"]
 StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 STOP_SIGNALS: tuple[StopSignal, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-EXPERTS: tuple[Expert, ...] = get_args(Expert)
+EXPERTS = ("local", "semantic", "global")  # built in, in the order of their places in the gate; the default
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -183,6 +192,14 @@ class GateConfig(Section):
     )
 
 
+def _known_expert(name: str, info: ValidationInfo) -> str:
+    """Refuse unknown experts where no plugin may register one: a config is read without importing any."""
+    if name not in EXPERTS and not info.data.get("plugins"):
+        expected = f"{', '.join(map(repr, EXPERTS[:-1]))} or {EXPERTS[-1]!r}"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    return name
+
+
 class FusionConfig(Section):
     """Encoders, experts, gate and pseudo tokens."""
 
@@ -190,7 +207,14 @@ class FusionConfig(Section):
     pseudo_tokens: int = Field(4, ge=0, description="K; 0 switches fusion off")
     heads: PositiveInt = 4
     dropout: Fraction = 0.1
-    experts: list[Expert] = Field(default_factory=lambda: list(EXPERTS), min_length=1)
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Python files (.py) or installed modules that register experts of your own; they run: only code you trust",
+        json_schema_extra=EXECUTION,
+    )
+    experts: list[Annotated[str, AfterValidator(_known_expert)]] = Field(
+        default_factory=lambda: list(EXPERTS), min_length=1, description="local, semantic, global, or one of a plugin"
+    )
     modalities: list[Modality] = Field(default_factory=lambda: list(MODALITIES), min_length=1)
     local_kernels: list[PositiveInt] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
     local_pooling: Literal["max", "logsumexp"] = "max"
@@ -207,6 +231,18 @@ class FusionConfig(Section):
         json_schema_extra=EXECUTION,
     )
     gate: GateConfig = Field(default_factory=GateConfig)
+
+    @field_validator("plugins")
+    @classmethod
+    def _absolute(cls, value: list[str]) -> list[str]:
+        # a run keeps its config: a plugin's file must be found from anywhere
+        return [str(Path(name).expanduser().resolve()) if name.endswith(".py") else name for name in value]
+
+    @property
+    def ordered_experts(self) -> tuple[str, ...]:
+        """The experts in the order of their places in the gate: those built in first, then the others as listed."""
+        own = [name for name in self.experts if name not in EXPERTS]
+        return (*(name for name in EXPERTS if name in self.experts), *own)
 
     @model_validator(mode="after")
     def _shape(self) -> FusionConfig:

@@ -35,7 +35,7 @@ from trainer.models.backbone.packed import MASKED, install
 from trainer.models.backbone.quantization import BLOCK
 from trainer.models.build import build_model
 from trainer.models.egmf import EGMF, LossOutput
-from trainer.run.optimizer_groups import parameter_groups
+from trainer.models.optimizer_groups import parameter_groups
 
 SAMPLE_LAYERS = (2, 4)  # passes are recorded with so many layers; what a layer adds is their difference
 NESTED_BLOCK = 256  # scales that share one scale, with double quantisation

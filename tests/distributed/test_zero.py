@@ -18,8 +18,8 @@ from tests.toy import prepare_toy
 from trainer.checkpoint.weights import trainable_tensors
 from trainer.data.imbalance import training_order
 from trainer.distributed.world import World
+from trainer.models.optimizer_groups import parameter_groups
 from trainer.run.assemble import RunComponents, assemble
-from trainer.run.optimizer_groups import parameter_groups
 
 pytestmark = pytest.mark.distributed
 

@@ -206,11 +206,18 @@ def test_every_reason_against_triton_is_told_once(caplog, monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "trainer.kernels.gate_triton", None)
     resolve_kernel.cache_clear()
     for _ in range(2):
-        assert resolve_kernel("auto", "cuda", 5000) == "reference"
+        assert resolve_kernel("auto", "cuda", 5000, 12) == "reference"
     assert len(caplog.messages) == 1
     with pytest.raises(ValueError, match=r"gate\.kernel=triton") as refused:
-        resolve_kernel("triton", "cuda", 5000)
-    for reason in ("capability 8.0", "width of at most 4096", "C compiler", "Python's headers", "cannot be imported"):
+        resolve_kernel("triton", "cuda", 5000, 12)
+    for reason in (
+        "capability 8.0",
+        "width of at most 4096",
+        "at most 9 values",
+        "C compiler",
+        "Python's headers",
+        "cannot be imported",
+    ):
         assert reason in str(refused.value)
         assert reason in caplog.text
     resolve_kernel.cache_clear()

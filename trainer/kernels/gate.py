@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _TRITON = "trainer.kernels.gate_triton"
 _CAPABILITY = (8, 0)  # of the oldest GPU that the kernels are compiled for in tests
 _MAX_WIDTH = 4096
+_MAX_VALUES = 9  # E M: a program holds a tile of each in registers, and more were never measured on a GPU
 
 
 def gate_mix(
@@ -133,25 +134,25 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.cache
-def resolve_kernel(asked: str, device: str, width: int) -> str:
-    """The kernel to run for tensors of a type of device: `triton` or `reference` (hand-written PyTorch).
+def resolve_kernel(asked: str, device: str, width: int, values: int = 9) -> str:
+    """The kernel to run for `values` = E M tensors of a type of device: `triton` or `reference` (hand-written PyTorch).
 
     `auto` is Triton on CUDA where it can run, else the reference. The choice is logged once per process.
 
     Raises:
         ValueError: `triton` was asked for and cannot run here, with every reason.
     """
-    reasons = [] if asked == "reference" else _triton_lacks(device, width)
+    reasons = [] if asked == "reference" else _triton_lacks(device, width, values)
     if asked == "triton" and reasons:
         raise ValueError(f"model.fusion.gate.kernel=triton cannot run: {'; '.join(reasons)}. Use auto, or reference")
     chosen = "reference" if asked == "reference" or reasons else "triton"
-    # what a CPU lacks is no news
+    # on a CPU the reference is what is expected
     why = f" ({'; '.join(reasons)})" if reasons and device == "cuda" else ""
     log.log(logging.WARNING if why else logging.INFO, "gate kernel on %s: %s%s", device, chosen, why)
     return chosen
 
 
-def _triton_lacks(device: str, width: int) -> list[str]:
+def _triton_lacks(device: str, width: int, values: int) -> list[str]:
     if device != "cuda":
         return [f"it needs a CUDA device, and this run is on {device}"]
     reasons = []
@@ -159,6 +160,8 @@ def _triton_lacks(device: str, width: int) -> list[str]:
         reasons.append("it needs a GPU of compute capability {}.{} or later".format(*_CAPABILITY))
     if width > _MAX_WIDTH:
         reasons.append(f"it takes a width of at most {_MAX_WIDTH}, and model.fusion.width={width}")
+    if values > _MAX_VALUES:
+        reasons.append(f"it takes at most {_MAX_VALUES} values of experts times modalities, and there are {values}")
     # Triton builds a small launcher on first use
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         reasons.append("it needs a C compiler (apt-get install gcc)")
@@ -194,7 +197,7 @@ def _mix(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, g2, g1 and 1 / rms [B, K], which the backward reads."""
     accumulate = _accumulate(values[0].dtype)
-    if resolve_kernel(kernel, valid.device.type, values[0].shape[-1]) == "triton":
+    if resolve_kernel(kernel, valid.device.type, values[0].shape[-1], len(values)) == "triton":
         return _triton().forward(
             values,
             modality_logits,
@@ -238,7 +241,7 @@ def _mix_backward(
     kernel: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Gradients of values, both logits (read for their dtypes only), residual and weight."""
-    if resolve_kernel(kernel, valid.device.type, values[0].shape[-1]) == "triton":
+    if resolve_kernel(kernel, valid.device.type, values[0].shape[-1], len(values)) == "triton":
         return _triton().backward(
             values,
             (modality_logits.dtype, expert_logits.dtype),

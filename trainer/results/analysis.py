@@ -13,7 +13,7 @@ import pandas as pd
 
 from trainer.answers.calibration import Scored, calibrate
 from trainer.answers.metrics import MetricError, compute, reliability
-from trainer.config import EXPERTS, MODALITIES
+from trainer.config import MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.summary import SIGNS
@@ -194,9 +194,7 @@ def _gate_names(run: RunFolder, experts: int, modalities: int) -> tuple[list[str
             present = {name for record in run.data.values() for name, width in record["widths"].items() if width}
             modality_names = [name for name in modality_names if name == "text" or name in present]
         if len(expert_names) != experts:
-            expert_names = [
-                name for name in EXPERTS if name in fusion.experts and (name != "semantic" or modalities > 1)
-            ]
+            expert_names = [name for name in fusion.ordered_experts if name != "semantic" or modalities > 1]
     if len(expert_names) != experts:
         expert_names = [f"expert {i + 1}" for i in range(experts)]
     if len(modality_names) != modalities:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from trainer.answers.scoring import task_trie
 from trainer.batch import AnswerTrie
-from trainer.config import RunConfig
+from trainer.config import FusionConfig, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.imbalance import answer_indices, class_weights
@@ -22,6 +23,7 @@ from trainer.kernels.gate import resolve_kernel
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
 from trainer.models.build import build_model
 from trainer.models.egmf import EGMF
+from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
 from trainer.tasks import Task, get_task
 
 log = logging.getLogger(__name__)
@@ -89,8 +91,8 @@ def assemble(
     backbone is whole.
     """
     tasks, data = open_data(config)
-    if config.model.fusion.pseudo_tokens:
-        resolve_kernel(config.model.fusion.gate.kernel, world.device.type, config.model.fusion.width)
+    widths = {name: opened.widths for name, opened in data.items()}
+    _check_fusion(config.model.fusion, widths, world)
     folder = out / BACKBONE
     if config.model.backbone.name == "tiny":
         with world.on_rank_zero() as first:
@@ -102,7 +104,6 @@ def assemble(
     backbone = build_backbone(
         config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3, ranks=world
     )
-    widths = {name: opened.widths for name, opened in data.items()}
     answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
     model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world)
     if model.fusion is not None and config.model.fusion.compile:
@@ -122,6 +123,14 @@ def assemble(
             objective=make_objective(config, task, tries[name], data[name]["train"].targets()),
         )
     return RunComponents(tasks, data, collators, tries, model)
+
+
+def _check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]], world: World) -> None:
+    """Refuse, before the backbone loads, experts that are not there and a gate's kernel that cannot run."""
+    if config.pseudo_tokens:
+        modalities = kept_modalities(config, widths)
+        experts = fitting_experts(expert_classes(config), modalities)
+        resolve_kernel(config.gate.kernel, world.device.type, config.width, len(experts) * len(modalities))
 
 
 def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, target_N: np.ndarray) -> Objective:

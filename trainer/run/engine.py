@@ -18,7 +18,7 @@ from trainer.config import RunConfig, TrainConfig
 from trainer.distributed.deepspeed_config import deepspeed_config, offloads_optimizer
 from trainer.logs import captured_stdout
 from trainer.models.egmf import EGMF
-from trainer.run.optimizer_groups import parameter_groups
+from trainer.models.optimizer_groups import parameter_groups
 
 
 def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:

@@ -19,7 +19,7 @@ from trainer.batch import Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny
 from trainer.models.egmf import EGMF
-from trainer.run.optimizer_groups import parameter_groups
+from trainer.models.optimizer_groups import parameter_groups
 from trainer.text import encode, end_token, start_tokens
 
 SMALL = TinyConfig(vocab_size=400)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.models.fusion.fusion_cases import config, streams
 from trainer.kernels.gate import gate_mix
-from trainer.models.fusion.experts import presence
+from trainer.models.fusion.expert import presence
 from trainer.models.fusion.gating import Context, Float32Buffers, HierarchicalGate
 
 ALL = ("text", "audio", "video")

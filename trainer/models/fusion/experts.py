@@ -1,7 +1,4 @@
-"""The three experts: each turns the streams into one vector per slot and modality.
-
-An expert answers M values [B, K, D], one per modality in the order in which the expert was built, and their validity [B, M].
-What is not valid holds nothing of the sample, and nothing may read it: the gate does not.
+"""The three experts that are built in.
 
 Shapes: B samples, T time, K slots, M modalities, D width.
 """
@@ -18,6 +15,7 @@ from torch.nn.functional import gelu
 
 from trainer.config import FusionConfig, Modality
 from trainer.models.fusion.encoders import EncodedModality
+from trainer.models.fusion.expert import Expert, Streams
 from trainer.models.fusion.masked import (
     SlotAttention,
     SlotLinear,
@@ -27,34 +25,10 @@ from trainer.models.fusion.masked import (
     masked_window_mean,
     pool,
 )
+from trainer.models.fusion.registry import register_expert
 
-Streams = Mapping[Modality, EncodedModality]
-Answer = tuple[tuple[Tensor, ...], Tensor]  # values, M times [B, K, D], and validity [B, M]
 NEARNESS = 3.0  # score of two equal moments before training
 SHARPNESS = 4.0  # of log-sum-exp pooling
-
-
-def presence(streams: Streams) -> Tensor:
-    """Which modalities a sample has [B, M]: those with at least one valid frame."""
-    return torch.stack([stream.mask_BT.any(1) for stream in streams.values()], 1)
-
-
-class _NormEach(nn.LayerNorm):
-    """One LayerNorm for several tensors, none of them copied into another."""
-
-    def forward(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tuple(super(_NormEach, self).forward(value) for value in values)
-
-
-class _Answer(nn.Module):
-    """LayerNorm of an expert's vectors, so that those of all experts enter the gate at one scale."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = _NormEach(width)
-
-    def forward(self, values: Sequence[Tensor], valid_BM: Tensor) -> Answer:
-        return self.norm(values), valid_BM
 
 
 class _LocalStream(nn.Module):
@@ -84,7 +58,8 @@ class _LocalStream(nn.Module):
         return self.out(gelu(peak_BKD))
 
 
-class LocalExpert(nn.Module):
+@register_expert("local")
+class LocalExpert(Expert):
     """Narrow receptive field, fine time resolution, one modality at a time.
 
     Of a stream's contents x, for every kernel k of the config: c_k = depthwise_k(x); h = V GELU(W [c_3; c_5; c_7]); and per slot
@@ -96,13 +71,11 @@ class LocalExpert(nn.Module):
     expert then takes over the long-range evidence, and all is learned later (measured, docs/method.md).
     """
 
-    def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
-        super().__init__()
+    def build(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         self.streams = nn.ModuleDict({modality: _LocalStream(config) for modality in modalities})
-        self.answer = _Answer(config.width)
 
-    def forward(self, streams: Streams) -> Answer:
-        return self.answer([self.streams[m](stream) for m, stream in streams.items()], presence(streams))
+    def values(self, streams: Streams) -> Sequence[Tensor]:
+        return [self.streams[m](stream) for m, stream in streams.items()]
 
 
 class SlotQuery(nn.Module):
@@ -159,7 +132,8 @@ class FoldedCrossAttention(nn.Linear):
         return heard_BQD + self.bias.chunk(2)[1] * mask_BT.any(1)[:, None, None]
 
 
-class SemanticExpert(nn.Module):
+@register_expert("semantic")
+class SemanticExpert(Expert):
     """Cross-modal attention only: every slot of each modality queries the frames of every other one.
 
     For modality m, attention pooling a of its contents gives one query per slot k (and head, not written); it is put to
@@ -177,10 +151,9 @@ class SemanticExpert(nn.Module):
     query per frame, which costs about twice as much, or with positions added (measured, docs/method.md).
     """
 
-    def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
-        super().__init__()
-        if len(modalities) < 2:
-            raise ValueError("the semantic expert relates modalities: it needs at least two of them")
+    least_modalities = 2
+
+    def build(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         self.heads = config.heads
         self.timed = [m for m in modalities if m != "text"] if {"audio", "video"} <= set(modalities) else []
         self.ask = nn.ModuleDict({modality: SlotQuery(config, modality in self.timed) for modality in modalities})
@@ -188,9 +161,8 @@ class SemanticExpert(nn.Module):
             {modality: FoldedCrossAttention(config.width, config.heads) for modality in modalities}
         )
         self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
-        self.answer = _Answer(config.width)
 
-    def forward(self, streams: Streams) -> Answer:
+    def values(self, streams: Streams) -> Sequence[Tensor]:
         asked = {m: self.ask[m](stream) for m, stream in streams.items()}
         heard: dict[str, list[Tensor]] = {m: [] for m in streams}
         for o, stream in streams.items():  # all who ask a modality ask at once
@@ -201,9 +173,7 @@ class SemanticExpert(nn.Module):
             )
             for m, answer_BKD in zip(askers, answers.chunk(len(askers), 1), strict=True):
                 heard[m].append(answer_BKD)
-        values = [self.out[m](torch.stack(heard[m]).sum(0)) for m in streams]
-        present_BM = presence(streams)
-        return self.answer(values, present_BM & (present_BM.sum(1, keepdim=True) > 1))
+        return [self.out[m](torch.stack(heard[m]).sum(0)) for m in streams]
 
     def _near(
         self,
@@ -269,7 +239,8 @@ class SlotPooling(nn.Module):
         return self.out(pool(self.attention(values_BTD, mask_BT), values_BTD))
 
 
-class GlobalExpert(nn.Module):
+@register_expert("global")
+class GlobalExpert(Expert):
     """Wide receptive field, coarse time resolution: all modalities together.
 
     Every stream is cut into windows of `global_stride` frames, averaged over their valid frames, and marked with its
@@ -277,21 +248,18 @@ class GlobalExpert(nn.Module):
     per slot reads the windows of each modality apart. It knows nothing of earlier utterances: history is in the prompt.
     """
 
-    def __init__(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
-        super().__init__()
+    def build(self, config: FusionConfig, modalities: Sequence[Modality]) -> None:
         self.stride = config.global_stride
         self.tag = nn.ModuleDict({modality: ModalityEmbedding(config.width) for modality in modalities})
         self.blocks = nn.ModuleList(_GlobalBlock(config) for _ in range(config.global_layers))
         self.norm = nn.LayerNorm(config.width)
         self.read = nn.ModuleDict({modality: SlotPooling(config) for modality in modalities})
-        self.answer = _Answer(config.width)
 
-    def forward(self, streams: Streams) -> Answer:
+    def values(self, streams: Streams) -> Sequence[Tensor]:
         windows = [masked_window_mean(s.values_BTD, s.mask_BT, self.stride) for s in streams.values()]
         joined_BTD = torch.cat([self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)], 1)
         mask_BT = torch.cat([mask for _, mask in windows], 1)
         for block in self.blocks:
             joined_BTD = block(joined_BTD, mask_BT)
         parts = self.norm(joined_BTD).split([mask.shape[1] for _, mask in windows], 1)
-        pooled = [self.read[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]
-        return self.answer(pooled, presence(streams))
+        return [self.read[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.config import FusionConfig, Modality
 from trainer.kernels.gate import gate_mix
 from trainer.models.fusion.encoders import EncodedModality
-from trainer.models.fusion.experts import Streams, presence
+from trainer.models.fusion.expert import Streams, presence
 from trainer.models.fusion.masked import masked_mean
 
 

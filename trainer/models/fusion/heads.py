@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Expert
 from trainer.models.fusion.gating import from_zero
 
 
@@ -25,7 +24,7 @@ class ExpertHeads(nn.Module):
         answers: task -> how many answers it has.
     """
 
-    def __init__(self, experts: Sequence[Expert], slots: int, width: int, answers: Mapping[str, int]) -> None:
+    def __init__(self, experts: Sequence[str], slots: int, width: int, answers: Mapping[str, int]) -> None:
         super().__init__()
         ends = list(itertools.accumulate(answers.values()))
         self.place = {task: (end - count, end) for (task, count), end in zip(answers.items(), ends, strict=True)}

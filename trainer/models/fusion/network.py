@@ -14,19 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import Features
-from trainer.config import EXPERTS, MODALITIES, Expert, FusionConfig, Modality
+from trainer.config import FusionConfig
 from trainer.models.fusion.encoders import Encoders
-from trainer.models.fusion.experts import GlobalExpert, LocalExpert, SemanticExpert
 from trainer.models.fusion.gating import Float32Buffers, HierarchicalGate
 from trainer.models.fusion.heads import ExpertHeads, expert_losses
+from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
 
 log = logging.getLogger(__name__)
-
-_BUILD: dict[Expert, type[LocalExpert] | type[SemanticExpert] | type[GlobalExpert]] = {
-    "local": LocalExpert,
-    "semantic": SemanticExpert,
-    "global": GlobalExpert,
-}
 
 
 class FusionOutput(NamedTuple):
@@ -95,11 +89,18 @@ class Fusion(nn.Module):
         if config.pseudo_tokens < 1:
             raise ValueError("fusion.pseudo_tokens=0 switches fusion off: build no fusion network")
         self.config = config
-        self.modalities = _modalities(config, inputs)
-        self.experts_built = _experts(config, self.modalities)
+        self.modalities = kept_modalities(config, inputs)
+        classes = expert_classes(config)
+        fitting = fitting_experts(classes, self.modalities)
+        for name in classes.keys() - fitting.keys():
+            log.warning(
+                "the %s expert is left out: it needs %d modalities, and there is only %s",
+                name, classes[name].least_modalities, ", ".join(self.modalities),
+            )  # fmt: skip
+        self.experts_built = tuple(fitting)
         self.tasks = {task: index for index, task in enumerate(inputs)}
         self.encoders = Encoders(inputs, self.modalities, text_width, config.width)
-        self.experts = nn.ModuleDict({name: _BUILD[name](config, self.modalities) for name in self.experts_built})
+        self.experts = nn.ModuleDict({name: cls(config, self.modalities) for name, cls in fitting.items()})
         self.gate = HierarchicalGate(config, self.experts_built, self.modalities, len(self.tasks))
         self.heads = None
         if config.expert_loss_weight:
@@ -117,9 +118,9 @@ class Fusion(nn.Module):
         """The pseudo tokens of samples of one task; every submodule runs, whatever is missing."""
         features = {"audio": audio, "video": video}
         streams, unused_param_zero = self.encoders(task, text_BSH, text_mask_BS, features)
-        answers = [expert(streams) for expert in self.experts.values()]
-        values = [value for values, _ in answers for value in values]
-        valid_BEM = torch.stack([valid for _, valid in answers], 1)
+        outputs = [expert(streams) for expert in self.experts.values()]
+        values = [value for out in outputs for value in out.values]
+        valid_BEM = torch.stack([out.valid_BM for out in outputs], 1)
         gated = self.gate(values, valid_BEM, streams, self.tasks[task])
         logprob_BEC = None if self.heads is None else self.heads(values, gated.modality_BKEM, valid_BEM, task)
         pseudo_BKH = self.pseudo(gated.mixed_BKD)
@@ -134,23 +135,3 @@ class Fusion(nn.Module):
         assert answer_B is not None
         experts_B, gate_B = expert_losses(out.expert_logprob_BEC, answer_B, out.gate_expert_BKE, out.expert_valid_BE)
         return loss_B + self.config.expert_loss_weight * (experts_B + gate_B)
-
-
-def _modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:
-    if not inputs:
-        raise ValueError("the fusion network needs at least one task")
-    had = {"text", *(name for widths in inputs.values() for name, width in widths.items() if width)}
-    kept = tuple(name for name in MODALITIES if name in config.modalities and name in had)
-    if not kept:
-        raise ValueError(f"fusion.modalities={config.modalities}, but no task of this run has any of them")
-    return kept
-
-
-def _experts(config: FusionConfig, modalities: tuple[Modality, ...]) -> tuple[Expert, ...]:
-    kept = tuple(name for name in EXPERTS if name in config.experts)
-    if "semantic" in kept and len(modalities) < 2:
-        kept = tuple(name for name in kept if name != "semantic")
-        if not kept:
-            raise ValueError(f"the semantic expert alone relates modalities, and there is only {modalities[0]}")
-        log.warning("the semantic expert is left out: it relates modalities, and there is only %s", modalities[0])
-    return kept

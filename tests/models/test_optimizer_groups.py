@@ -6,7 +6,7 @@ import pytest
 
 from tests.models.tiny_models import make_model, save_family
 from trainer.config import AdapterConfig
-from trainer.run.optimizer_groups import parameter_groups
+from trainer.models.optimizer_groups import parameter_groups
 
 
 def test_parameter_groups_cover_every_trainable_parameter_once(tmp_path):
