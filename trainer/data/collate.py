@@ -8,6 +8,7 @@ row: the prefix once, then what is left of every sample. A padded batch has a ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,6 +35,33 @@ def prompt_texts(task: Task, config: DataConfig) -> tuple[str, str]:
 
 def prompt_language(task: Task, config: DataConfig) -> Language:
     return task.language if config.prompt_language == "auto" else config.prompt_language
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Samples as tokens, a list for each, and the objective of their batch."""
+
+    texts: list[list[int]]  # the samples' own texts, for the fusion network
+    contexts: list[list[int]]  # from the first place of a pseudo token to the cue's end
+    chosen: list[int]  # index of every sample's answer; empty where samples are scored
+    answers: list[list[int]]  # with the end token; of no tokens where samples are scored
+    dropped: list[set[str]]  # modalities that modality dropout removes
+    objective: Objective
+
+    def own_tokens(self, trie: AnswerTrie | None) -> list[list[int]]:
+        """What a packed row holds of every sample: its context, then the nodes of a trie, or its answer without the end."""
+        if trie is not None:
+            nodes = trie.token_N.tolist()
+            return [context + nodes for context in self.contexts]
+        return [context + answer[:-1] for context, answer in zip(self.contexts, self.answers, strict=True)]
+
+    def answer_places(self, cues: Sequence[int]) -> list[int]:
+        """Where in a packed row each answer token is predicted, with samples whose contexts end at `cues`."""
+        if self.objective.trie_in_batch is not None:  # an answer's tokens are then those of the trie
+            places = [self.objective.places[c] for c in self.chosen]
+        else:
+            places = [list(range(len(answer))) for answer in self.answers]
+        return [cue + place for cue, held in zip(cues, places, strict=True) for place in held]
 
 
 class Collator:
@@ -82,13 +110,10 @@ class Collator:
         self, samples: Sequence[Sample], *, answers: bool = True, weight: float = 1.0, epoch: int | None = None
     ) -> Batch:
         """A batch of `samples`. `epoch` switches modality dropout on (training); `answers` adds the targets."""
-        texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
-        contexts = [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
-        chosen = [self.task.answer_index(s.target) for s in samples] if answers else []
-        targets = [self.answers[c] for c in chosen] if answers else [[] for _ in samples]
-        objective = self.objective if answers else Objective()  # what is scored may have no truth
+        encoded = self._encode(samples, answers, epoch)
+        objective, targets = encoded.objective, encoded.answers
+        contexts = [self.prefix + context for context in encoded.contexts]
         rows = [context + target[:-1] for context, target in zip(contexts, targets, strict=True)]
-        dropped = [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
         return Batch(
             task=self.task.name,
             ids=[sample.id for sample in samples],
@@ -98,16 +123,16 @@ class Collator:
             pseudo_tokens=self.pseudo_tokens,
             answer_ids_BA=_pad(targets)[0],
             answer_mask_BA=_pad(targets)[1],
-            text_ids_BS=_pad(texts, least=1)[0],
-            text_mask_BS=_pad(texts, least=1)[1],
-            audio=self._features("audio", samples, dropped),
-            video=self._features("video", samples, dropped),
+            text_ids_BS=_pad(encoded.texts, least=1)[0],
+            text_mask_BS=_pad(encoded.texts, least=1)[1],
+            audio=self._features("audio", samples, encoded.dropped),
+            video=self._features("video", samples, encoded.dropped),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
             weight_B=objective.weights(self.task, samples, weight),
-            choices=objective.choices(chosen, max(map(len, targets))),
+            choices=objective.choices(encoded.chosen, max(map(len, targets))),
             trie=objective.trie_in_batch,
             error_weight=objective.error_weight,
-            answer_B=torch.tensor(chosen) if chosen else None,
+            answer_B=torch.tensor(encoded.chosen) if encoded.chosen else None,
         )
 
     def pack(
@@ -122,47 +147,35 @@ class Collator:
         """`samples` in one row. With a `trie` they are to be scored and carry its nodes, else they carry their answers (all
         answers, where the training loss needs their probabilities).
 
-        The fusion network reads them in `groups` of neighbours; 0 stands for a call without use.
+        The fusion network reads them in `groups` of neighbours; 0 stands for a dummy group.
         """
-        texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
-        places, history = [self.end] * self.pseudo_tokens, [self._history(sample) for sample in samples]
-        contexts = [places + said + text + self.suffix for said, text in zip(history, texts, strict=True)]
-        chosen = [self.task.answer_index(s.target) for s in samples] if trie is None else []
-        answers = [self.answers[c] for c in chosen] if trie is None else [[] for _ in samples]
-        objective = self.objective if trie is None else Objective()  # what is scored may have no truth
-        trie_in_batch = objective.trie_in_batch if trie is None else trie
-        if trie_in_batch is not None:
-            own = [c + trie_in_batch.token_N.tolist() for c in contexts]
-        else:
-            own = [c + a[:-1] for c, a in zip(contexts, answers, strict=True)]
+        encoded = self._encode(samples, trie is None, epoch)
+        objective = encoded.objective
+        carried = objective.trie_in_batch if trie is None else trie
+        own = encoded.own_tokens(carried)
         lengths = [len(row) for row in own]
         starts = np.cumsum([0, *lengths[:-1]])
-        cues = starts + [len(c) - 1 for c in contexts]
-        longest = max(map(len, answers))
-        tokens_at = [
-            objective.places[c] if trie_in_batch is not None else list(range(len(self.answers[c]))) for c in chosen
-        ]
-        at = [cue + place for cue, held in zip(cues, tokens_at, strict=False) for place in held]
-        slots = [b * longest + i for b, answer in enumerate(answers) for i in range(len(answer))]
-        dropped = [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)]
+        cues = starts + [len(c) - 1 for c in encoded.contexts]
+        longest = max(map(len, encoded.answers))
+        slots = [b * longest + i for b, answer in enumerate(encoded.answers) for i in range(len(answer))]
         return PackedBatch(
             task=self.task.name,
             ids=[sample.id for sample in samples],
             prefix_ids_P=torch.tensor(self.prefix, dtype=torch.long),
-            own_ids_T=torch.tensor([token for row in own for token in row]),
+            own_ids_T=torch.tensor(_concatenate(own)),
             place_BK=torch.from_numpy(starts[:, None] + np.arange(self.pseudo_tokens)),
             cue_at_B=torch.from_numpy(cues),
-            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), trie_in_batch),
-            answer_at_n=torch.tensor(at, dtype=torch.long),
-            answer_id_n=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
+            packing=Packing(len(self.prefix), torch.tensor(lengths), sum(lengths), max(lengths), carried),
+            answer_at_n=torch.tensor(encoded.answer_places(cues.tolist()), dtype=torch.long),
+            answer_id_n=torch.tensor(_concatenate(encoded.answers), dtype=torch.long),
             answer_slot_n=torch.tensor(slots, dtype=torch.long),
             longest_answer=longest,
-            inputs=self._inputs(samples, texts, dropped, [len(samples)] if groups is None else groups),
+            inputs=self._inputs(samples, encoded, [len(samples)] if groups is None else groups),
             target_B=torch.tensor([s.target for s in samples], dtype=torch.float32),
             weight_B=objective.weights(self.task, samples, weight),
-            choices=objective.choices(chosen),
+            choices=objective.choices(encoded.chosen),
             error_weight=objective.error_weight,
-            answer_B=torch.tensor(chosen) if chosen else None,
+            answer_B=torch.tensor(encoded.chosen) if encoded.chosen else None,
         )
 
     def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:
@@ -198,28 +211,32 @@ class Collator:
         read_N3 *= ["text" in self.modalities, *(name in self.modalities for name in ("audio", "video"))]
         return Sizes(0 if cached else len(self.prefix), tokens_N + (nodes or 0), read_N3)
 
-    def _inputs(
-        self,
-        samples: Sequence[Sample],
-        texts: Sequence[list[int]],
-        dropped: Sequence[set[str]],
-        groups: Sequence[int],
-    ) -> list[FusionInput]:
+    def _encode(self, samples: Sequence[Sample], answers: bool, epoch: int | None) -> _Encoded:
+        texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
+        places = [self.end] * self.pseudo_tokens
+        chosen = [self.task.answer_index(sample.target) for sample in samples] if answers else []
+        return _Encoded(
+            texts,
+            [places + self._history(s) + text + self.suffix for s, text in zip(samples, texts, strict=True)],
+            chosen,
+            [self.answers[c] for c in chosen] if answers else [[] for _ in samples],
+            [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)],
+            self.objective if answers else Objective(),  # what is scored may have no truth
+        )
+
+    def _inputs(self, samples: Sequence[Sample], encoded: _Encoded, groups: Sequence[int]) -> list[FusionInput]:
         out, start = [], 0
         for size in groups:
             chosen = slice(start, start + size) if size else slice(0, 1)
-            ids, mask = _pad(texts[chosen] if size else [[]], least=1)
-            nothing = [{"audio", "video"}]
-            audio, video = (
-                self._features(name, samples[chosen], dropped[chosen] if size else nothing)
-                for name in ("audio", "video")
-            )
+            ids, mask = _pad(encoded.texts[chosen] if size else [[]], least=1)
+            dropped = encoded.dropped[chosen] if size else [{"audio", "video"}]
+            audio, video = (self._features(name, samples[chosen], dropped) for name in ("audio", "video"))
             out.append(FusionInput(ids, mask, audio, video, dummy=not size))
             start += size
         return out
 
     def _dropped(self, sample: Sample, text: Sequence[int], epoch: int | None) -> set[str]:
-        """The modalities that dropout removes. Where a sample has no text, the longest of its streams stays."""
+        """The modalities that modality dropout removes. Where a sample has no text, the longest of its streams stays."""
         if epoch is None:
             return set()
         dropped = dropped_modalities(self.config.modality_dropout, self.seed, epoch, sample.id)
@@ -236,13 +253,10 @@ class Collator:
         return self._tokens[text]
 
     def _history(self, sample: Sample) -> list[int]:
-        said: list[int] = []
+        tokens: list[int] = []
         for speaker, text in sample.history:
-            said += self._text(f"{speaker}: {text}\n" if speaker else f"{text}\n")
-        return said
-
-    def _context(self, sample: Sample, text: list[int]) -> list[int]:
-        return self.prefix + [self.end] * self.pseudo_tokens + self._history(sample) + text + self.suffix
+            tokens += self._text(f"{speaker}: {text}\n" if speaker else f"{text}\n")
+        return tokens
 
     def _features(self, name: str, samples: Sequence[Sample], dropped: Sequence[set[str]]) -> Features:
         width, rate = max(self.widths[name], 1), self.rates[name]
@@ -269,6 +283,10 @@ class Collator:
             mask[row, :n] = True if valid is None else torch.from_numpy(np.array(valid, dtype=bool))
             time[row, :n] = torch.from_numpy((frames[:n] + 0.5) / (rate if rate else n / NOMINAL_SECONDS))
         return Features(out, mask, time)
+
+
+def _concatenate(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [token for row in rows for token in row]
 
 
 def _frames(values_TF: np.ndarray | None) -> int:
