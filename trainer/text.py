@@ -1,4 +1,4 @@
-"""Text to tokens, the one way for prompts, samples and answers: nothing is added and nothing in a text is a command."""
+"""Text to tokens, alike for prompts, samples and answers: no token is added, and special tokens written in a text are not parsed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Added tokens that are not marked special and would be taken for commands."""
+    """Added tokens that are not marked special and would be parsed as special ones."""
     return {
         index: token.content
         for index, token in tokenizer.added_tokens_decoder.items()

@@ -91,7 +91,7 @@ def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None
 def check_attention(findings: Findings, config: RunConfig | None) -> None:
     """Whether flash-attn, and the attention that is asked for, can run, and why not; Triton."""
     from trainer.distributed.deepspeed_config import dtype_of
-    from trainer.models.backbone.loading import BackboneError, resolve_attention
+    from trainer.models.backbone.loading import NO_CUDA_EXTENSION, UnusableAttention, resolve_attention
 
     asked = config.model.backbone.attention if config is not None else "auto"
     dtype = dtype_of(config) if config is not None else torch.bfloat16
@@ -99,19 +99,19 @@ def check_attention(findings: Findings, config: RunConfig | None) -> None:
     try:
         resolve_attention("flash_attention_2", device, dtype)
         findings.add("kernels", "flash-attn", "ok", "usable")
-    except BackboneError as error:
-        why = str(error).partition("cannot run: ")[2].rpartition(". Use auto")[0] or str(error)
+    except UnusableAttention as error:
+        why = "; ".join(error.reasons)
         wanted = asked == "flash_attention_2"
-        hollow = "hollow" in why
+        without_cuda = NO_CUDA_EXTENSION in error.reasons
         advice = "model.backbone.attention=auto" if wanted else ""
-        if hollow or (device.type == "cuda" and "cannot be imported" in why):
+        if without_cuda or (device.type == "cuda" and "cannot be imported" in why):
             advice = "with the CUDA toolkit there: pip install flash-attn --no-build-isolation --no-cache-dir"
-        state: State = "fault" if wanted else "warning" if hollow else "ok"
+        state: State = "fault" if wanted else "warning" if without_cuda else "ok"
         findings.add("kernels", "flash-attn", state, f"not usable, PyTorch's own attention is used: {why}", advice)
     if asked not in ("auto", "flash_attention_2"):
         try:
             resolve_attention(asked, device, dtype)
-        except BackboneError as error:
+        except UnusableAttention as error:
             findings.add("kernels", "attention", "fault", str(error), "model.backbone.attention=auto")
     if importlib.util.find_spec("triton") is None:
         findings.add(

@@ -97,7 +97,7 @@ PAIRS = (
         lambda f: f.quantized and f.zero == 3 and f.has("deepspeed") and not f.has("deepspeed", ">=0.18,<0.20"),
         "sharded 4-bit loading uses inner functions of DeepSpeed and is tested with 0.19",
         "use deepspeed 0.19, or train.zero=2",
-        "trainer/models: parameters are cut up by _convert_to_deepspeed_param",
+        "trainer/models: parameters are partitioned by _convert_to_deepspeed_param",
     ),
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ class Objective:
     """The training loss of one task; the default is -Σ log p of the answer's tokens, every sample alike.
 
     Attributes:
-        weight_C: what a sample weighs by its answer; None: 1.
+        weight_C: weight of a sample by its answer; None: 1.
         smoothing: share of every target that is spread evenly over the tokens which continue some answer there.
         error_weight: of the expected absolute error over the number grid.
         trie: the task's answers, for the two above.

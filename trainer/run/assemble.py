@@ -55,19 +55,19 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
     tasks: dict[str, Task] = {}
     data: dict[str, PreparedDataset] = {}
     faults = []
-    for named in config.tasks:
+    for requested in config.tasks:
         try:
-            task = get_task(named)
+            task = get_task(requested)
             path = config.data.path.replace("{task}", task.name)
             opened = open_dataset(path, history=config.data.history)
         except ValueError as error:
             faults.append(str(error))
             continue
         for key in ("name", "kind", "labels", "grid"):
-            theirs, ours = getattr(opened.task, key), getattr(task, key)
-            if theirs != ours:
+            prepared, expected = getattr(opened.task, key), getattr(task, key)
+            if prepared != expected:
                 faults.append(
-                    f"{path} was prepared for another task: its {key} is {theirs!r}, that of {named} is {ours!r}"
+                    f"{path} was prepared for another task: its {key} is {prepared!r}, that of {requested} is {expected!r}"
                 )
         tasks[task.name], data[task.name] = task, opened
     if len(data) > 1 and "{task}" not in config.data.path:

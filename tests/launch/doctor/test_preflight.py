@@ -179,7 +179,7 @@ def test_packages_outside_their_range_are_found(monkeypatch: pytest.MonkeyPatch)
 # ---- the machine
 
 
-def test_a_hollow_flash_attn_is_a_warning_and_a_fault_where_it_is_asked_for(
+def test_a_flash_attn_without_its_cuda_extension_is_a_warning_and_a_fault_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "flash_attn").mkdir()
@@ -192,7 +192,7 @@ def test_a_hollow_flash_attn_is_a_warning_and_a_fault_where_it_is_asked_for(
         check_attention(findings, config)
         flash = findings.checks[0]
         assert flash.state == state
-        assert "hollow" in flash.found
+        assert "lacks its CUDA extension" in flash.found
         assert "--no-build-isolation" in flash.advice
     sys.modules.pop("flash_attn", None)
     if not torch.cuda.is_available():

@@ -380,7 +380,7 @@ def test_what_takes_no_tree_leaves_scoring_to_blocks_and_says_it_once(backbones,
     got = [backbone.packed(embeds, packing, fp32_attention=True) for _ in range(2)]
     backbone.attention = "blocks"
     assert torch.equal(got[0], backbone.packed(embeds, packing, fp32_attention=True))
-    assert caplog.text.count("varlen takes no tree of answers: blocks score") == 1
+    assert caplog.text.count("varlen takes no answer trie: scoring uses blocks") == 1
 
 
 # The choice at load time

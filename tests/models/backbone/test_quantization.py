@@ -104,5 +104,5 @@ def test_sizes_that_break_a_block_are_refused_by_name_before_loading(tmp_path, m
     folder = save_family("llama", tmp_path / "m", **sizes)
     (folder / "model.safetensors").unlink()
     config = BackboneConfig(name=str(folder), quantization="nf4")
-    with pytest.raises(ValueError, match=rf"no multiple of 64: .*{named}"):
+    with pytest.raises(ValueError, match=rf"not multiples of 64: .*{named}"):
         build_backbone(config, AdapterConfig(), torch.float32, "cpu")

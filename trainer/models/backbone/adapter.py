@@ -46,7 +46,7 @@ def adapt(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> 
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             if "lora_" not in name:
-                raise ValueError(f"peft made {name} trainable, which is no LoRA matrix")
+                raise ValueError(f"peft made {name} trainable, which is not a LoRA matrix")
             parameter.data = parameter.data.to(dtype)
     return adapted
 

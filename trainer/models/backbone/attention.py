@@ -1,4 +1,4 @@
-"""Which attention a backbone uses, and the few tokens that prove at load time that it is right.
+"""Which attention a backbone uses, and the few tokens that check at load time that it is right.
 
 Shapes: V vocabulary, T tokens of a packed row.
 """
@@ -18,7 +18,7 @@ from trainer.models.backbone.packed import HALF, PackedRow, PrefixCache, install
 
 log = logging.getLogger(__name__)
 
-PREFIX, LENGTHS = 2, (1, 3)  # of the packed row that is tried
+PREFIX, LENGTHS = 2, (1, 3)  # of the packed row of the probe
 WITHOUT_DROPOUT = ("varlen", "flex")
 EXPECTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, ImportError)
 
@@ -99,19 +99,18 @@ def choose_attention(backbone: Attending, asked: str, usable: str | None, name: 
 
 
 class _Probe:
-    """Six tokens, as two rows that share their first two, through the model's own forward and through ours."""
+    """Six tokens, as two rows that share their first two, through the model's own forward and through this backbone's."""
 
     def __init__(self, backbone: Attending, name: str) -> None:
         self.backbone, self.name = backbone, name
         first, rows = next(backbone.parameters()), backbone.vocabulary
         self.limit = 1e-3 if first.dtype == torch.float32 else 0.1
-        share = [7, 5, 3, 2, 4, 6]
-        self.ids_T = torch.tensor([rows // s for s in share], device=first.device)
+        self.ids_T = torch.tensor([rows // divisor for divisor in (7, 5, 3, 2, 4, 6)], device=first.device)
         self.packing = Packing(PREFIX, torch.tensor(LENGTHS, device=first.device), sum(LENGTHS), max(LENGTHS))
 
     @torch.no_grad()
     def check_masks(self) -> None:
-        """Logits of the model's own forward against ours, the two rows as branches of one.
+        """The model's own logits against the backbone's, the two rows as branches of one.
 
         Raises:
             BackboneError: they differ, or the model cannot be run.
@@ -124,12 +123,12 @@ class _Probe:
             own = backbone.base(input_ids=branches, use_cache=False).logits.float()
             self.want_TV = torch.cat([own[0, :3], own[1, 2:]])
             hidden = backbone.hidden(backbone.embed(ids[None]), row.positions_R[None], row.mask_RK[None, None])
-            off = self._off(backbone.logits(hidden)[0])
+            error_size = self._error(backbone.logits(hidden)[0])
         except EXPECTED as error:
             raise BackboneError(f"{self.name}: models of type {kind!r} are not supported: {error}") from error
-        if not off < self.limit:
+        if not error_size < self.limit:
             raise BackboneError(
-                f"{self.name}: models of type {kind!r} are not supported: logits differ from the model's own by {off:.2g} "
+                f"{self.name}: models of type {kind!r} are not supported: logits differ from the model's own by {error_size:.2g} "
                 "(relative). Its head or its layers do something that is not reproduced here"
             )
 
@@ -140,9 +139,9 @@ class _Probe:
         backbone = self.backbone
         try:
             hidden_TH = backbone.packed(backbone.embed(self.ids_T), self.packing)
-            off = self._off(backbone.logits(hidden_TH))
-            if not off < self.limit:
-                return f"its values differ from the model's own by {off:.2g} (relative)"
+            error_size = self._error(backbone.logits(hidden_TH))
+            if not error_size < self.limit:
+                return f"its values differ from the model's own by {error_size:.2g} (relative)"
             other_T = self.ids_T.clone()
             other_T[PREFIX] = self.ids_T[-1]  # the first sample
             moved_TH = backbone.packed(backbone.embed(other_T), self.packing)
@@ -150,13 +149,13 @@ class _Probe:
                 return "samples see each other"
             cache = backbone.prefix(backbone.embed(self.ids_T[:PREFIX]))
             behind_TH = backbone.packed(backbone.embed(self.ids_T[PREFIX:]), self.packing, cache)
-            off = self._off(backbone.logits(torch.cat([hidden_TH[:PREFIX], behind_TH])))
-            if not off < self.limit:
-                return f"values behind a cached prefix differ from the model's own by {off:.2g} (relative)"
+            error_size = self._error(backbone.logits(torch.cat([hidden_TH[:PREFIX], behind_TH])))
+            if not error_size < self.limit:
+                return f"values behind a cached prefix differ from the model's own by {error_size:.2g} (relative)"
         except EXPECTED as error:
             return str(error).strip().partition("\n")[0]
         return None
 
-    def _off(self, got_TV: Tensor) -> float:
+    def _error(self, got_TV: Tensor) -> float:
         want_TV = self.want_TV
         return float((got_TV.float() - want_TV).norm() / want_TV.norm().clamp_min(1e-6))

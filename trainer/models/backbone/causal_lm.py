@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         embedding: Any = self.base.get_input_embeddings()
         self.vocabulary, self.hidden_size = int(embedding.num_embeddings), int(embedding.embedding_dim)
         self._scale_logits = _logit_scale(self.base.config)
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     @property
     def base(self) -> PreTrainedModel:
@@ -163,14 +163,16 @@ class Backbone(nn.Module):
         if self.attention in MASKED or not self.takes_kernels:
             return None
         if not self._within_window(row.prefix + row.longest):
-            self._say("samples longer than the layers' sliding window attend by a mask of the whole row")
+            self._log_once("samples longer than the layers' sliding window attend by a mask of the whole row")
             return None
         backend = self.attention
         if backend in CAUSAL_ONLY and row.packing.trie is not None:
-            self._say(f"{backend} takes no tree of answers: blocks score")
+            self._log_once(f"{backend} takes no answer trie: scoring uses blocks")
             backend = "blocks"
         elif backend in CAUSAL_ONLY and fp32_attention and dtype in HALF:
-            self._say(f"{backend} does not compute half precision in float32: blocks do where that is needed")
+            self._log_once(
+                f"{backend} does not compute half precision in float32: where that is needed blocks are used"
+            )
             backend = "blocks"
         return row.kernel(backend)
 
@@ -179,9 +181,9 @@ class Backbone(nn.Module):
         window = getattr(self.base.config, "sliding_window", None)
         return not window or length <= window
 
-    def _say(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _log_once(self, what: str) -> None:
+        if what not in self._logged:
+            self._logged.add(what)
             log.info("attention: %s", what)
 
     def step(self, embeds_BLH: Tensor, positions_BL: Tensor, seen_BS: Tensor, cache: DynamicCache) -> Tensor:
@@ -239,7 +241,7 @@ class Backbone(nn.Module):
         return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
-        """As in `nn.Module`, but a cast (DeepSpeed's to bf16) leaves float buffers alone: rotary frequencies need float32."""
+        """As in `nn.Module`, but a cast (DeepSpeed's to bf16) leaves float buffers as they are: rotary frequencies need float32."""
         return keep_buffers(self, lambda: super(Backbone, self)._apply(fn, recurse))
 
 
@@ -268,8 +270,8 @@ def build_backbone(
 ) -> Backbone:
     """Load, quantise, adapt and check a backbone; `folder` holds the tiny one (name 'tiny').
 
-    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight. `ranks`, default this process alone,
-    call this together.
+    With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight. All `ranks` (default: this
+    process only) call this together.
 
     At the end a few tokens go through it, whole and as packed rows, and must agree: a family whose logits are computed
     by steps that are not reproduced here, or whose layers cannot attend to packed rows, is refused by name.
@@ -321,7 +323,7 @@ def base_fingerprint(backbone: Backbone) -> str:
     and their scales too. Any changed bit changes it.
 
     It is the same with and without LoRA, and differs between dtypes, and may between CPU and CUDA (rounding of 4-bit
-    weights). Weights must be whole: of those that ZeRO-3 cut up the loader made it (`Backbone.fingerprint`). About 1 s
+    weights). Weights must be whole: of those that ZeRO-3 partitioned the loader made it (`Backbone.fingerprint`). About 1 s
     per GB and core, tensors in parallel.
     """
     frozen = _frozen(backbone)

@@ -1,4 +1,4 @@
-"""The 4-bit linear layer of a frozen backbone; its weight may be whole, or cut up over the ranks by ZeRO-3."""
+"""The 4-bit linear layer of a frozen backbone; its weight may be whole, or partitioned over the ranks by ZeRO-3."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class FrozenLinear4bit(Linear4bit):
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """`y = x Wᵀ + b`, gradients for x alone.
+    """`y = x Wᵀ + b`, gradients for x only.
 
     bitsandbytes saves a view of the packed weight for the backward pass. Under ZeRO-3 that view keeps the gathered weight
     alive, and after a forward pass every rank would hold the whole model. The parameter itself holds nothing while it is
-    cut up, and DeepSpeed gathers it again before the layer's backward pass.
+    partitioned, and DeepSpeed gathers it again before the layer's backward pass.
     """
 
     @staticmethod

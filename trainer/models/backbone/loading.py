@@ -1,4 +1,4 @@
-"""From a name or a folder to a causal language model and its tokenizer, with every fault said in one sentence."""
+"""From a name or a folder to a causal language model and its tokenizer, every fault explained in one sentence."""
 
 from __future__ import annotations
 
@@ -40,11 +40,20 @@ CONVERT = (  # shown to users; transformers reads pickles with weights_only
     "M.from_pretrained('{source}', dtype='auto').save_pretrained('converted'); "
     "T.from_pretrained('{source}').save_pretrained('converted')\""
 )
+NO_CUDA_EXTENSION = "the installed flash_attn lacks its CUDA extension (it was built without CUDA)"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class BackboneError(ValueError):
     """A backbone that cannot be loaded or used as asked; says what to do."""
+
+
+class UnusableAttention(BackboneError):
+    """An attention backend that cannot run here; `reasons` has every reason."""
+
+    def __init__(self, asked: str, reasons: list[str]) -> None:
+        super().__init__(f"model.backbone.attention={asked} cannot run: {'; '.join(reasons)}. Use auto, or sdpa")
+        self.reasons = reasons
 
 
 def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
@@ -204,7 +213,7 @@ def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> s
     """The attention to use: `auto` is flash-attn where it can run, else None: what serves the family best without it.
 
     Raises:
-        BackboneError: what was asked for cannot run here, with every reason.
+        UnusableAttention: what was asked for cannot run here, with every reason.
     """
     wanted = "flash_attention_2" if asked == "auto" else asked
     reasons = _why_not(wanted, device, dtype)
@@ -212,7 +221,7 @@ def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> s
         return wanted
     if asked == "auto":
         return None
-    raise BackboneError(f"model.backbone.attention={asked} cannot run: {'; '.join(reasons)}. Use auto, or sdpa")
+    raise UnusableAttention(asked, reasons)
 
 
 def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -226,7 +235,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str
     if backend == "flash_attention_2":
         try:
             if not hasattr(importlib.import_module("flash_attn"), "flash_attn_func"):
-                reasons.append("the installed flash_attn is hollow (it was built without CUDA)")
+                reasons.append(NO_CUDA_EXTENSION)
         except ImportError as error:
             reasons.append(f"flash_attn cannot be imported ({error}); docs/clusters.md says how to install it")
     if backend == "varlen" and cuda:
@@ -287,7 +296,7 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             f"or convert them where you trust them: {CONVERT.format(source=source)}"
         )
     if "Unrecognized configuration class" in text or "Unrecognized model" in text or isinstance(error, KeyError):
-        return f"{config.name} is no causal language model that transformers knows: {text.splitlines()[0]}"
+        return f"{config.name} is not a causal language model that transformers knows: {text.splitlines()[0]}"
     if hub and constants.HF_HUB_OFFLINE:
         return (
             f"the {what} of {config.name}{at} is not in the local cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is "

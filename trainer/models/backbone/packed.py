@@ -33,7 +33,7 @@ from trainer.batch import Packing
 NAME = "egmf_attention"  # of :func:`attend`, in transformers' registry
 HALF = (torch.bfloat16, torch.float16)
 MASKED = ("sdpa", "eager")  # the backends that take the mask of a whole row
-CAUSAL_ONLY = ("flash_attention_2", "varlen", "flex")  # no tree of answers, and half precision as it is
+CAUSAL_ONLY = ("flash_attention_2", "varlen", "flex")  # no answer trie, and half precision as it is
 FLEX_BLOCK = 128  # torch's own; rows padded to it have few shapes, each of which is compiled
 
 
@@ -280,8 +280,8 @@ class PackedRow:
         out_THd = take(out_BLHd.flatten(0, 1), self._place_T)
         if not self.own_prefix:
             return out_THd[None]
-        alone = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale=scale, dropout=dropout)
-        return torch.cat([alone, out_THd[None]], 1)
+        prefix = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale=scale, dropout=dropout)
+        return torch.cat([prefix, out_THd[None]], 1)
 
     # varlen
 

@@ -34,7 +34,7 @@ def nf4_config(dtype: torch.dtype, double_quantization: bool) -> BitsAndBytesCon
 def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = False) -> None:
     """Refuse, before anything is loaded, what cannot be quantised.
 
-    Linear layers whose input is no multiple of the block size: bitsandbytes computes wrong values for them on CPU, without
+    Linear layers whose input is not a multiple of the block size: bitsandbytes computes wrong values for them on CPU, without
     an error. Matrices that belong to no linear layer, such as the fused experts of mixture models, where they are more than
     `LEFT` of the model: they would stay in the precision of training. Smaller ones (routers) do, and are logged.
 
@@ -52,7 +52,7 @@ def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = 
     if odd:
         listed = "; ".join(f"{name} (in_features {size}, {n} of them)" for (name, size), n in odd.items())
         raise ValueError(
-            f"{where} cannot be quantised to NF4: the inputs of these layers are no multiple of {BLOCK}: {listed}. "
+            f"{where} cannot be quantised to NF4: the inputs of these layers are not multiples of {BLOCK}: {listed}. "
             "Use model.backbone.quantization=none, or a model of other sizes"
         )
 

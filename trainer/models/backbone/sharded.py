@@ -1,4 +1,4 @@
-"""Loading a checkpoint tensor by tensor: each weight is quantised, measured and cut up over the ranks as it is read.
+"""Loading a checkpoint tensor by tensor: each weight is quantised, measured and partitioned over the ranks as it is read.
 
 transformers reads, renames and joins the tensors of a checkpoint one weight at a time when a quantizer asks for it, and
 hands each to that quantizer. Ours stores it as 4 bits, hashes it, and keeps this rank's part (ZeRO-3), so that no rank
@@ -51,7 +51,7 @@ class Partitioner:
 
 
 class StreamingLoad(QuantizationConfigMixin):
-    """What happens to every weight on its way, given to `from_pretrained` as its `quantization_config`.
+    """What happens to every weight while it loads, given to `from_pretrained` as its `quantization_config`.
 
     Attributes: `faults`, weights whose shape is not the model's.
     """
@@ -76,7 +76,7 @@ class StreamingLoad(QuantizationConfigMixin):
         return {"quant_method": METHOD}
 
     def take(self, model: PreTrainedModel, name: str, value: Tensor) -> nn.Parameter:
-        """Store a whole weight under `name`: in 4 bits where its layer asks for it, measured, cut up."""
+        """Store a whole weight under `name`: in 4 bits where its layer asks for it, measured, partitioned."""
         module, leaf = _owner(model, name)
         old = module.get_parameter(leaf)
         if value.shape != old.shape:
@@ -113,7 +113,7 @@ class StreamingLoad(QuantizationConfigMixin):
 
     def _same_as_tied(self, model: PreTrainedModel, name: str, parameter: Any) -> nn.Parameter:
         """The tied weight that was read before, where this one equals it. transformers would compare the two itself, but
-        cut up they look alike to it."""
+        partitioned they look alike to it."""
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
             if name not in (target, source):
@@ -144,8 +144,8 @@ class StreamQuantizer(Bnb4BitHfQuantizer):
         return device_map
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
-        """Whether a weight comes to :meth:`StreamingLoad.take`. The few of another dtype than training's would be cast on their
-        way there: they load as they always do, and are settled at the end."""
+        """Whether a weight comes to :meth:`StreamingLoad.take`. The few of another dtype than training's would be cast
+        before that: they load as they always do, and are settled at the end."""
         if self.stream.four_bit is not None and super().param_needs_quantization(model, param_name, **options):
             return True
         held = model.get_parameter_or_buffer(param_name)
@@ -179,7 +179,7 @@ class StreamQuantizer(Bnb4BitHfQuantizer):
 
 
 class _Take(ConversionOps):
-    """The last step of a weight's way into the model."""
+    """The last step of loading a weight."""
 
     def __init__(self, stream: StreamingLoad) -> None:
         self.stream = stream

@@ -67,7 +67,7 @@ class LocalExpert(Expert):
     a mean would drown a burst of few frames. s scales each channel per slot, and its sign chooses between peak and
     trough. Masked frames are 0 and act like the zero padding at the ends.
 
-    Positions are left out: with them the peaks also say when something was, which is the global expert's to know; this
+    Positions are left out: with them the peaks also say when something was, which is the global expert's task; this
     expert then takes over the long-range evidence, and all is learned later (measured, docs/method.md).
     """
 
@@ -116,7 +116,7 @@ class FoldedCrossAttention(nn.Linear):
     def forward(  # type: ignore[override]
         self, query_BQD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, bias_BhQT: Tensor | None
     ) -> Tensor:
-        """What each query hears [B, Q, D]; 0 for a sample without a valid frame. `bias` is added to the scores."""
+        """What each query attends to [B, Q, D]; 0 for a sample without a valid frame. `bias` is added to the scores."""
         key_hdD, value_hdD = (half.unflatten(0, (self.heads, -1)) for half in self.weight.chunk(2))
         query_BQhd = query_BQD.unflatten(-1, (self.heads, -1)) / math.sqrt(key_hdD.shape[1])
         folded_BhQD = torch.einsum("bqhd,hdn->bhqn", query_BQhd, key_hdD)
@@ -128,8 +128,8 @@ class FoldedCrossAttention(nn.Linear):
         score_BhQT = score_BhQT.masked_fill(~seen_B11T, torch.finfo(score_BhQT.dtype).min)
         weight_BhQT = (score_BhQT.softmax(-1) * seen_B11T).to(frames_BTD.dtype)
         pooled_BhQD = (weight_BhQT.flatten(1, 2) @ frames_BTD).unflatten(1, weight_BhQT.shape[1:3])
-        heard_BQD = torch.einsum("bhqn,hdn->bqhd", pooled_BhQD, value_hdD).flatten(2)
-        return heard_BQD + self.bias.chunk(2)[1] * mask_BT.any(1)[:, None, None]
+        attended_BQD = torch.einsum("bhqn,hdn->bqhd", pooled_BhQD, value_hdD).flatten(2)
+        return attended_BQD + self.bias.chunk(2)[1] * mask_BT.any(1)[:, None, None]
 
 
 @register_expert("semantic")
@@ -163,31 +163,31 @@ class SemanticExpert(Expert):
         self.out = nn.ModuleDict({modality: nn.Linear(config.width, config.width) for modality in modalities})
 
     def values(self, streams: Streams) -> Sequence[Tensor]:
-        asked = {m: self.ask[m](stream) for m, stream in streams.items()}
-        heard: dict[str, list[Tensor]] = {m: [] for m in streams}
-        for o, stream in streams.items():  # all who ask a modality ask at once
-            askers = [m for m in streams if m != o]
-            query_BQD = torch.cat([asked[m][0] for m in askers], 1)
+        queries = {m: self.ask[m](stream) for m, stream in streams.items()}
+        attended: dict[str, list[Tensor]] = {m: [] for m in streams}
+        for o, stream in streams.items():  # all queries to a modality in one call
+            others = [m for m in streams if m != o]
+            query_BQD = torch.cat([queries[m][0] for m in others], 1)
             answers = self.source[o](
-                query_BQD, stream.content_BTD, stream.mask_BT, self._near(asked, askers, o, stream)
+                query_BQD, stream.content_BTD, stream.mask_BT, self._nearness(queries, others, o, stream)
             )
-            for m, answer_BKD in zip(askers, answers.chunk(len(askers), 1), strict=True):
-                heard[m].append(answer_BKD)
-        return [self.out[m](torch.stack(heard[m]).sum(0)) for m in streams]
+            for m, answer_BKD in zip(others, answers.chunk(len(others), 1), strict=True):
+                attended[m].append(answer_BKD)
+        return [self.out[m](torch.stack(attended[m]).sum(0)) for m in streams]
 
-    def _near(
+    def _nearness(
         self,
-        asked: Mapping[Any, tuple[Tensor, Tensor | None]],
-        askers: Sequence[Any],
-        other: str,
+        queries: Mapping[Any, tuple[Tensor, Tensor | None]],
+        sources: Sequence[Any],
+        target: str,
         stream: EncodedModality,
     ) -> Tensor | None:
-        """How near in time each asker's moment is to the frames of `other`; 0 for one without a clock."""
-        if other not in self.timed or not any(m in self.timed for m in askers):
+        """How near in time the moment of each query is to the frames of `target`; 0 for one without a clock."""
+        if target not in self.timed or not any(m in self.timed for m in sources):
             return None
         parts = []
-        for m in askers:
-            query_BKD, when_BhKD = asked[m]
+        for m in sources:
+            query_BKD, when_BhKD = queries[m]
             if when_BhKD is None:
                 when_BhKD = query_BKD.new_zeros(query_BKD.shape[0], self.heads, *query_BKD.shape[1:])
             parts.append(when_BhKD)

@@ -38,7 +38,7 @@ class Float32Buffers(nn.Module):
 class Context(nn.Module):
     """The context c [B, D]: LayerNorm(W [mean and logarithm of the standard deviation of every stream's contents; task]).
 
-    The deviation over time tells what the mean does not: that something short happened. All of it is near 0, and the
+    The deviation over time shows what the mean hides: that something short happened. All of it is near 0, and the
     task's embedding starts small, since what is large and the same for all samples drowns what differs; positions are
     left out for that reason. Learned statistics stand for a modality that a sample does not have, so that the gate knows.
     """
@@ -53,10 +53,10 @@ class Context(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, streams: Streams, task: int) -> Tensor:
-        told_BMS = torch.stack([_statistics(s) for s in streams.values()], 1)
-        told_BMS = torch.where(presence(streams).unsqueeze(-1), told_BMS, self.missing_MS)
-        task_BD = self.task(torch.full(told_BMS.shape[:1], task, device=told_BMS.device))
-        return self.norm(self.project(torch.cat([told_BMS.flatten(1), task_BD], -1)))
+        statistics_BMS = torch.stack([_statistics(s) for s in streams.values()], 1)
+        statistics_BMS = torch.where(presence(streams).unsqueeze(-1), statistics_BMS, self.missing_MS)
+        task_BD = self.task(torch.full(statistics_BMS.shape[:1], task, device=statistics_BMS.device))
+        return self.norm(self.project(torch.cat([statistics_BMS.flatten(1), task_BD], -1)))
 
 
 class GateOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""Expert heads: what each expert alone says of the answer. They teach the experts, and the gate which of them to trust.
+"""Expert heads: an answer predicted from each expert by itself. They train the experts, and teach the gate which to trust.
 
 Shapes: B samples, K slots, E experts, M modalities, D width, C answers of the task.
 """
@@ -34,14 +34,14 @@ class ExpertHeads(nn.Module):
         """Log-probabilities [B, E, C], float32. `values` are E M tensors [B, K, D], those of the first expert first."""
         start, end = self.place[task]
         modalities = valid_BEM.shape[2]
-        told = []
+        logits = []
         for e, layer in enumerate(self.linear.values()):
             of_m = values[e * modalities : (e + 1) * modalities]
             value_BMKD = torch.stack(list(of_m), 1).masked_fill(~valid_BEM[:, e, :, None, None], 0.0)
             weight_BMK1 = modality_BKEM[:, :, e].transpose(1, 2).unsqueeze(-1)
             vector_BKD = (weight_BMK1.to(value_BMKD.dtype) * value_BMKD).sum(1)
-            told.append(layer(vector_BKD.flatten(1))[:, start:end].float())
-        return torch.stack(told, 1).log_softmax(-1)
+            logits.append(layer(vector_BKD.flatten(1))[:, start:end].float())
+        return torch.stack(logits, 1).log_softmax(-1)
 
 
 def expert_losses(logprob_BEC: Tensor, answer_B: Tensor, expert_BKE: Tensor, valid_BE: Tensor) -> tuple[Tensor, Tensor]:

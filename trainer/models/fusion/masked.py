@@ -1,6 +1,6 @@
-"""Attention and pooling over the valid frames alone.
+"""Attention and pooling over the valid frames only.
 
-What stands under a mask of False changes nothing, and where nothing is valid the result is 0 with gradients of 0, never
+Values under a mask of False change nothing, and where nothing is valid the result is 0 with gradients of 0, never
 nan. Callers pass finite values there; the encoders make them 0.
 
 Shapes: B samples, T time, Q queries, D width, h heads, d width of a head, K slots.

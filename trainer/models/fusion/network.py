@@ -27,8 +27,8 @@ class FusionOutput(NamedTuple):
     """Pseudo tokens and what the gate decided; `unused_param_zero` is a scalar 0 to be added to the loss (see :class:`Encoders`).
 
     Experts and modalities stand in the order of `Fusion.experts_built` and `Fusion.modalities`: an ablated one has no
-    place. `expert_logprob_BEC` is what each expert alone says of the task's answers, None without expert heads; an
-    expert that is not valid says nothing (`expert_valid_BE`).
+    place. `expert_logprob_BEC`: log p of the task's answers by each expert's own head, None without expert heads, and
+    meaningless where the expert is not valid (`expert_valid_BE`).
     """
 
     pseudo_BKH: Tensor
