@@ -29,11 +29,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from launch.start.agent import BEAT, MARK, verdict_of
 from launch.start.local import PATIENCE, STOPPED, Part, passing_signals, run_state
-from trainer.distributed.consistency import differences, format_faults, join_truncated
+from trainer.distributed.consistency import Report, differences
+from trainer.distributed.messages import format_faults, join_truncated
 
 SSH = (
     "ssh",
@@ -147,7 +148,7 @@ def check(hosts: Sequence[Host], config: Path, overrides: Sequence[str], out: Pa
     finally:
         with contextlib.suppress(OSError):
             mark.unlink(missing_ok=True)
-    faults = differences(reports)
+    faults = differences(cast(list[Report], reports))
     for host, told in zip(hosts, reports, strict=True):
         if told.get("gpus") and len(told["gpus"]) < host.slots:
             faults.append(f"{host.name} has {len(told['gpus'])} GPUs and slots={host.slots} in the hostfile")

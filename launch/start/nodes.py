@@ -23,17 +23,28 @@ import psutil
 
 from trainer.config import RunConfig, load_config
 from trainer.distributed import consistency
-from trainer.distributed.consistency import Report
 
 GIB = 1 << 30
 
 
-def report(config: RunConfig) -> Report:
+class NodeReport(consistency.Report, total=False):
+    """What :func:`trainer.distributed.consistency.report` says of a node, and its machine."""
+
+    addresses: dict[str, list[str]]
+    reached_at: str | None
+    free_port: int
+    cpus: int
+    memory_gib: float
+    gpus: list[str]
+    run_folder: dict[str, Any]
+
+
+def report(config: RunConfig) -> NodeReport:
     """This node: what :func:`trainer.distributed.consistency.report` says, and the machine."""
     return {**consistency.report(config), **machine()}
 
 
-def machine() -> Report:
+def machine() -> NodeReport:
     """Addresses, a free port, processors, memory and GPUs."""
     return {
         "where": socket.gethostname(),

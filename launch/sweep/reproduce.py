@@ -54,7 +54,8 @@ def make_sweep(suite: Suite, folder: Path, data: Path | None, seeds: Sequence[in
 
 def missing(sweep: Sweep, *, generated: bool) -> list[str]:
     """What the runs need and is not here: datasets, unless they are generated, and backbones."""
-    from trainer.distributed.consistency import ABSENT, report
+    from trainer.distributed.consistency import report
+    from trainer.distributed.versions import ABSENT
 
     faults: dict[str, None] = {}
     for config in sweep.variants.values():

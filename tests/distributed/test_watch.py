@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.processes import ROOT, egmf, environment
 from tests.distributed.watch_worker import CASES
 from tests.toy import prepare_toy
-from trainer.distributed.rank_snapshots import Frame, RankSnapshot, headline, report
+from trainer.distributed.rank_snapshots import Frame, RankSnapshot, format_stacks, headline
 
 pytestmark = pytest.mark.distributed
 
@@ -112,7 +112,7 @@ def test_who_is_to_blame() -> None:
 
 
 def test_ranks_at_the_same_place_are_shown_once() -> None:
-    told = report({r: rank(r, r != 2) for r in range(1000)}, [])
+    told = format_stacks({r: rank(r, r != 2) for r in range(1000)}, [])
     assert told.count("train.py") == 2
     assert "ranks 0-1, 3-999: in the collective broadcast" in told
 

@@ -83,7 +83,7 @@ def test_a_port_in_use_is_told_with_who_uses_it(pair: Pair, lab: Path) -> None:
         first, second = meet(pair, lab, {}, {}, seconds=10)
         assert f"REFUSED port {PORT} of node1 is in use by process" in first
         assert "(python" in first
-        assert "what listens there is no run of ours" in second
+        assert "the port belongs to another program" in second
     finally:
         os.kill(pid, 9)
         server.wait()

@@ -28,7 +28,7 @@ def test_lines_are_as_documented(path: Path) -> None:
     journal = Journal(path)
     journal.metrics({"train/loss": 0.5, "undefined": None, "nan": math.nan, "inf": -math.inf, "n": 3}, 7)
     journal.metrics({"nothing": None}, 8)
-    journal.note("artifact", path="metrics.json", folder=None)
+    journal.note({"kind": "artifact", "path": "metrics.json", "folder": None})
     journal.close()
     metrics, artifact = (json.loads(line) for line in path.read_text().splitlines())
     assert before <= metrics.pop("time") <= artifact.pop("time") <= time.time()

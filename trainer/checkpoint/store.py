@@ -100,7 +100,7 @@ class Checkpoints:
             if self.world.is_rank_zero:
                 save_file(weights, writing / WEIGHTS)
                 write_json(writing / STATE, state.model_dump(mode="json"))
-        names = self.world.broadcast_object(_files(writing) if self.world.is_rank_zero else None)
+        names = self.world.broadcast_object(_files(writing) if self.world.is_rank_zero else [])
         mine: dict[str, FileRecord] = {}
         with self.world.fail_together():
             for name in names[self.world.rank :: self.world.size]:

@@ -66,6 +66,7 @@ def load_universal(engine: DeepSpeedEngine, place: Path) -> str | None:
     library = logging.getLogger("DeepSpeed")
     level = library.level
     library.setLevel(logging.ERROR)  # it warns of what is so by design: no tensor parallelism
+    loaded: str | None
     try:
         loaded, _ = engine.load_checkpoint(str(place), tag=TAG, load_module_strict=False)
     finally:

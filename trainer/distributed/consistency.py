@@ -1,7 +1,7 @@
-"""What every process of a run must have alike: versions, code, config, data and model.
+"""What must be the same on every rank of a run: versions, code, config, data and model.
 
-Each rank, or each node before a run starts, describes itself; one comparison names who has what. It takes milliseconds
-under any launcher, and the alternative is a hang or weights that differ in silence.
+Each rank, or each node before a run starts, describes itself; one comparison lists who has what. It takes milliseconds
+under any launcher, and the alternative is a hang, or weights that differ without a word.
 """
 
 from __future__ import annotations
@@ -13,22 +13,41 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from trainer.config import BackboneConfig, RunConfig, flatten
+from trainer.distributed.messages import format_faults, group_by_value, join_truncated
 from trainer.distributed.versions import ABSENT, versions
 from trainer.distributed.world import World
 
-WHOLE = 1 << 24  # bytes up to which a model's file is hashed whole; of larger ones both ends are
+WHOLE = 1 << 24  # bytes up to which a model's file is hashed whole; larger ones are hashed at both ends
 END = 1 << 20
-SHOWN = 4  # names in a message before "and N more"
 PATIENCE = 10.0  # seconds until a file that rank 0 wrote must be seen elsewhere (attribute caches of NFS)
 
-Report = dict[str, Any]
+DISAGREE = "ranks disagree on versions, config, data or model"
+Section = Literal["versions", "config", "data", "model"]
+SECTIONS: tuple[tuple[Section, str], ...] = (
+    ("versions", ""),
+    ("config", "setting "),
+    ("data", "data of "),
+    ("model", "model "),
+)
+
+
+class Report(TypedDict, total=False):
+    """What a process runs with. Sections that all reports have are compared, key by key."""
+
+    where: str  # host name, or rank and host name; always there
+    versions: dict[str, str]  # name -> version; the package's own source and commit too
+    config: dict[str, str]  # dotted key -> value
+    data: dict[str, str]  # task -> fingerprint
+    model: dict[str, str]  # name -> fingerprint
+    faults: dict[str, str]  # what is absent -> what is wrong and what to do
+    shared: bool  # whether this process sees what rank 0 writes into the run folder
 
 
 class DisagreementError(ValueError):
-    """The processes of a run are not alike."""
+    """The ranks of a run differ in what must be the same."""
 
 
 def check_consistency(config: RunConfig, out: Path, world: World) -> None:
@@ -39,19 +58,16 @@ def check_consistency(config: RunConfig, out: Path, world: World) -> None:
     """
     if world.size == 1:
         return
-    ours = {**report(config), "where": f"rank {world.rank} on {socket.gethostname()}", "shared": _sees(out, world)}
-    faults = differences(world.gather_all(ours))
+    own = report(config)
+    own["where"] = f"rank {world.rank} on {socket.gethostname()}"
+    own["shared"] = _sees(out, world)
+    faults = differences(world.gather_all(own))
     if faults:
-        raise DisagreementError(format_faults(faults, "the processes of this run are not alike"))
+        raise DisagreementError(format_faults(faults, DISAGREE))
 
 
 def report(config: RunConfig) -> Report:
-    """What this process runs with.
-
-    `where` (host name), `versions` (name -> version), `code` (digest of this package's source), `config` (dotted key ->
-    value), `data` (task -> fingerprint) and `model` (name -> fingerprint); what is absent stands in `faults`, as
-    subject -> what is wrong and what to do. A hub model that is not in the cache has the fingerprint "none".
-    """
+    """What this process runs with. A hub model that is not in the cache has the fingerprint "none"."""
     faults: dict[str, str] = {}
     return {
         "where": socket.gethostname(),
@@ -69,14 +85,14 @@ def differences(reports: Sequence[Report]) -> list[str]:
     Each report has `where`; of the other keys of :func:`report` those that all of them have are compared.
     """
     lines = _faults(reports)
-    for section, noun in (("versions", ""), ("config", "setting "), ("data", "data of "), ("model", "model ")):
+    for section, noun in SECTIONS:
         parts = [(r["where"], r[section]) for r in reports if section in r]
         for key in dict.fromkeys(key for _, part in parts for key in part):
-            held = _by_value((where, str(part.get(key, ABSENT))) for where, part in parts)
+            places_of = group_by_value((where, str(part.get(key, ABSENT))) for where, part in parts)
             at_fault = any(key in r.get("faults", {}) for r in reports)
-            if len(held) > 1 and not at_fault:
-                shown = "; ".join(f"{value[:60]} on {join_truncated(places)}" for value, places in held.items())
-                lines.append(f"{noun}{key} differs: {shown}")
+            if len(places_of) > 1 and not at_fault:
+                values = "; ".join(f"{value[:60]} on {join_truncated(places)}" for value, places in places_of.items())
+                lines.append(f"{noun}{key} differs: {values}")
     blind = [r["where"] for r in reports if r.get("shared") is False]
     if blind:
         lines.append(
@@ -86,30 +102,9 @@ def differences(reports: Sequence[Report]) -> list[str]:
     return lines
 
 
-def join_truncated(places: Sequence[str]) -> str:
-    """Some names, and how many more."""
-    more = len(places) - SHOWN
-    return ", ".join(places[:SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def format_faults(faults: Sequence[str], head: str) -> str:
-    """Several faults as one message."""
-    return "\n".join(
-        [f"{head}: {len(faults)} fault{'' if len(faults) == 1 else 's'}", *(f"  {line}" for line in faults)]
-    )
-
-
 def _faults(reports: Sequence[Report]) -> list[str]:
-    held = _by_value((r["where"], what) for r in reports for what in r.get("faults", {}).values())
-    return [f"{what} (on {join_truncated(places)})" for what, places in held.items()]
-
-
-def _by_value(pairs: Any) -> dict[str, list[str]]:
-    """value -> the places that have it."""
-    held: dict[str, list[str]] = {}
-    for where, value in pairs:
-        held.setdefault(value, []).append(where)
-    return held
+    places_of = group_by_value((r["where"], fault) for r in reports for fault in r.get("faults", {}).values())
+    return [f"{fault} (on {join_truncated(places)})" for fault, places in places_of.items()]
 
 
 def _data(config: RunConfig, faults: dict[str, str]) -> dict[str, str]:
@@ -188,10 +183,10 @@ def _sees(out: Path, world: World) -> bool:
     return seen
 
 
-def wait_until(there: Callable[[], bool], seconds: float) -> bool:
-    """Whether `there()` became true within `seconds`."""
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether `condition()` became true within `seconds`."""
     until = time.monotonic() + seconds
-    while not there():
+    while not condition():
         if time.monotonic() > until:
             return False
         time.sleep(0.1)

@@ -100,4 +100,6 @@ def _refused(config: RunConfig) -> list[str]:
 
 
 def offloads_optimizer(raw: dict[str, Any]) -> bool:
-    return (raw["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+    """Whether DeepSpeed's configuration keeps the optimizer in host memory, or further away."""
+    device: str = (raw["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    return device != "none"

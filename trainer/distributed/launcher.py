@@ -1,7 +1,7 @@
-"""What a worker does when its launcher is gone: it stops, and does not outlive it for long.
+"""What launchers and workers agree on, and what a worker does when its launcher is gone: it stops soon after it.
 
-DeepSpeed's and torchrun's workers do not notice on their own that the process which started them was killed, or that the
-ssh connection behind it broke; they would train on with nobody to see it, or wait for each other for ever.
+DeepSpeed's and torchrun's workers do not notice that the process which started them was killed, or that the ssh connection
+behind it broke: they would train on unseen, or wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ import threading
 import time
 
 log = logging.getLogger(__name__)
+
+STOPPED = 85  # exit code of a run that stopped on request and can be continued
+RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # every launcher sets them
+RANK_VARIABLES = (*RENDEZVOUS_VARIABLES, "LOCAL_WORLD_SIZE")  # all that give a process its place among a run's ranks
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # ranks on this machine, as torchrun and as DeepSpeed name them
 
 OURS = "EGMF_LAUNCHER"  # set by our launchers, "local" or "agent" (over ssh); they send the signal themselves
 LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", OURS)  # set by deepspeed, torchrun, and us
@@ -38,7 +43,7 @@ def follow_launcher() -> None:
 def _watch(parent: int, streams: list[int]) -> None:
     poll = select.poll()
     for stream in streams:
-        poll.register(stream, 0)  # an error or a hang-up is always told
+        poll.register(stream, 0)  # errors and hang-ups are always reported
     while os.getppid() == parent:
         if poll.poll(500):
             _silence(streams)

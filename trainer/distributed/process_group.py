@@ -19,13 +19,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from trainer.distributed.rendezvous import SECONDS, rendezvous
+from trainer.distributed.launcher import RENDEZVOUS_VARIABLES
+from trainer.distributed.rendezvous import SECONDS, local_size, rendezvous
 from trainer.distributed.world import World
 from trainer.logs import captured_stdout
 
 log = logging.getLogger(__name__)
-
-LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start_world(seconds: float = SECONDS) -> World:
@@ -35,7 +34,7 @@ def start_world(seconds: float = SECONDS) -> World:
     ninja it is left out with one warning.
 
     Args:
-        seconds: that the processes wait for each other.
+        seconds: that each rank waits for the others.
 
     Raises:
         ValueError: a launcher set some but not all of the variables that processes need to meet, or they cannot meet
@@ -66,7 +65,7 @@ def stop_world() -> None:
 
 
 def tell_launcher(error: BaseException) -> None:
-    """Leave the cause where our launcher, and torchrun, look for it; the first one told stays."""
+    """Leave the cause where our launcher, and torchrun, look for it; the first one stays."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
         with contextlib.suppress(OSError):
@@ -78,22 +77,22 @@ def quiet_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "egmf" / "torch_extensions"))
     # an unactivated environment (ssh!) has its ninja beside its python; another version would build every op anew
-    ours = Path(sys.executable).parent / "ninja"
-    if ours.exists() and shutil.which("ninja") != str(ours):
-        os.environ["PATH"] = f"{ours.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    ninja = Path(sys.executable).parent / "ninja"
+    if ninja.exists() and shutil.which("ninja") != str(ninja):
+        os.environ["PATH"] = f"{ninja.parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _share_cores() -> None:
     """Each process of a machine computes on its share of the cores, also where the launcher sets no OMP_NUM_THREADS."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    if local and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
+    ranks = local_size()
+    if ranks and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _unlink_shared_memory(world: World) -> None:
-    """Take the names of DeepSpeed's shared-memory buffers away once all ranks hold them: nothing is left however we end.
+    """Remove the names of DeepSpeed's shared-memory buffers once all ranks have opened them, so that none is left however we end.
 
-    Nobody else does: the single-node launcher leaves about 66 MiB per rank behind (deepspeed 0.19).
+    DeepSpeed does not: its single-node launcher leaves about 66 MiB per rank behind (deepspeed 0.19).
     """
     world.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -107,21 +106,15 @@ def missing_build_tools() -> list[str]:
 
 
 def _check_launcher() -> None:
-    present = [key for key in LAUNCHER_KEYS if key in os.environ]
+    present = [key for key in RENDEZVOUS_VARIABLES if key in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(present):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(alone)
+        single = ("0", "1", "0", "127.0.0.1", str(port))
+        os.environ.update(zip(RENDEZVOUS_VARIABLES, single, strict=True))
         return
-    absent = [key for key in LAUNCHER_KEYS if key not in os.environ]
+    absent = [key for key in RENDEZVOUS_VARIABLES if key not in os.environ]
     if absent:
         raise ValueError(
             f"{', '.join(present)} set but {', '.join(absent)} not: start the processes with 'egmf launch', 'deepspeed' or "

@@ -1,4 +1,4 @@
-"""Where the ranks of a stuck run stand: the stacks of one of them, and what those of all of them say together."""
+"""Where the ranks of a stuck run wait: the stacks of each, and what they show together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from pydantic import BaseModel
+
+from trainer.distributed.messages import format_ranks
 
 PACKAGE = Path(__file__).parents[1]
 STANDARD = sysconfig.get_path("stdlib")
@@ -44,7 +46,7 @@ class Frame(BaseModel):
 
 
 class RankSnapshot(BaseModel):
-    """What one rank says of itself: what it did last, and the stacks of its threads, the main thread's first."""
+    """One rank when the alarm was raised: what it did last, and the stacks of its threads, the main thread's first."""
 
     rank: int
     host: str
@@ -71,16 +73,16 @@ class RankSnapshot(BaseModel):
 
     @property
     def place(self) -> str:
-        """The innermost line that is no library's, and the innermost of all."""
-        ours = next((frame for frame in reversed(self.main) if not frame.library), None)
+        """The innermost line outside libraries, and the innermost of all."""
+        own = next((frame for frame in reversed(self.main) if not frame.library), None)
         last = self.main[-1] if self.main else None
-        if ours is None or last is None or ours == last:
+        if own is None or last is None or own == last:
             return str(last or "no Python code")
-        return f"{ours} (there {last})"
+        return f"{own} (there {last})"
 
 
-def standing(rank: int, doing: str, seconds: float, hidden: Iterable[int | None] = ()) -> RankSnapshot:
-    """This process's own; `hidden` threads (their identifiers) are left out."""
+def take_snapshot(rank: int, doing: str, seconds: float, hidden: Iterable[int | None] = ()) -> RankSnapshot:
+    """This process's snapshot; `hidden` threads (their identifiers) are left out."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     first = threading.main_thread().ident
     stacks = sorted(sys._current_frames().items(), key=lambda item: item[0] != first)
@@ -103,40 +105,44 @@ def standing(rank: int, doing: str, seconds: float, hidden: Iterable[int | None]
     )
 
 
-def headline(said: Mapping[int, RankSnapshot], silent: Iterable[int], seconds: float) -> str:
+def headline(snapshots: Mapping[int, RankSnapshot], silent: Iterable[int], seconds: float) -> str:
     """Who is to blame, in one sentence: the ranks that do not answer, else those that are not where the others wait."""
     silent = sorted(silent)
     head = f"no progress for {seconds:.0f} s"
-    waiting = [r for r, one in said.items() if one.collective]
-    elsewhere = [r for r in said if r not in waiting]
-    behind = _behind(said)
+    waiting = [r for r, one in snapshots.items() if one.collective]
+    elsewhere = [r for r in snapshots if r not in waiting]
+    behind = _behind(snapshots)
     if silent:
-        told = f"{_ranks(silent)} did not answer: frozen (stopped), dead, holding Python's lock in native code, or cut off from the network"
-        others = f"; {_where(said)}" if said else ""
-        return f"{head}: {told}{others}"
+        causes = "frozen (stopped), dead, holding Python's lock in native code, or cut off from the network"
+        others = f"; {_where(snapshots)}" if snapshots else ""
+        return f"{head}: {format_ranks(silent)} did not answer: {causes}{others}"
     if waiting and elsewhere:
-        late = {r: said[r] for r in elsewhere}
-        return f"{head}: {_ranks(elsewhere)} {_are(elsewhere)} not in the collective that {_ranks(waiting)} {_wait(waiting)} in; {_where(late)}; {_where({r: said[r] for r in waiting})}"
-    if waiting and len({(said[r].collective, said[r].place) for r in waiting}) > 1:
-        return f"{head}: the ranks wait in different collectives; {_where(said)}"
+        late = {r: snapshots[r] for r in elsewhere}
+        held_up = {r: snapshots[r] for r in waiting}
+        return (
+            f"{head}: {format_ranks(elsewhere)} {_are(elsewhere)} not in the collective that {format_ranks(waiting)} "
+            f"{_wait(waiting)} in; {_where(late)}; {_where(held_up)}"
+        )
+    if waiting and len({(snapshots[r].collective, snapshots[r].place) for r in waiting}) > 1:
+        return f"{head}: the ranks wait in different collectives; {_where(snapshots)}"
     if behind:
-        return f"{head}: {_ranks(behind)} {_are(behind)} behind the others: fewer collectives entered; {_where(said)}"
-    if waiting and len(said) > 1:
-        return f"{head}: all ranks wait in the same collective, so the network between them is at fault; {_where(said)}"
-    return f"{head}, and no rank waits for another; {_where(said)}"
+        return f"{head}: {format_ranks(behind)} {_are(behind)} behind the others: fewer collectives entered; {_where(snapshots)}"
+    if waiting and len(snapshots) > 1:
+        return f"{head}: all ranks wait in the same collective, so the network between them is at fault; {_where(snapshots)}"
+    return f"{head}, and no rank waits for another; {_where(snapshots)}"
 
 
-def report(said: Mapping[int, RankSnapshot], silent: Iterable[int]) -> str:
-    """The stacks of all ranks; those that stand at the same place are shown once."""
+def format_stacks(snapshots: Mapping[int, RankSnapshot], silent: Iterable[int]) -> str:
+    """The stacks of all ranks; ranks with the same stacks share one."""
     groups: dict[str, list[RankSnapshot]] = defaultdict(list)
-    for one in said.values():
+    for one in snapshots.values():
         groups[repr((one.collective, one.main))].append(one)
     lines = []
     for group in groups.values():
         first = group[0]
         where = f"in the collective {first.collective}" if first.collective else "in no collective"
         lines.append(
-            f"{_ranks([one.rank for one in group])}: {where}; last progress {first.seconds:.0f} s ago: {first.doing}; "
+            f"{format_ranks([one.rank for one in group])}: {where}; last progress {first.seconds:.0f} s ago: {first.doing}; "
             f"process {first.pid} on {first.host}"
         )
         for name, frames in first.threads.items():
@@ -146,19 +152,19 @@ def report(said: Mapping[int, RankSnapshot], silent: Iterable[int]) -> str:
     return "\n".join(lines)
 
 
-def _where(said: Mapping[int, RankSnapshot]) -> str:
+def _where(snapshots: Mapping[int, RankSnapshot]) -> str:
     places: dict[str, list[int]] = defaultdict(list)
-    for rank, one in said.items():
+    for rank, one in snapshots.items():
         places[f"in {one.collective}, from {one.place}" if one.collective else f"at {one.place}"].append(rank)
-    return "; ".join(f"{_ranks(ranks)} {_are(ranks)} {place}" for place, ranks in places.items())
+    return "; ".join(f"{format_ranks(ranks)} {_are(ranks)} {place}" for place, ranks in places.items())
 
 
-def _behind(said: Mapping[int, RankSnapshot]) -> list[int]:
+def _behind(snapshots: Mapping[int, RankSnapshot]) -> list[int]:
     most: dict[str, int] = {}
-    for one in said.values():
+    for one in snapshots.values():
         for group, count in one.entered.items():
             most[group] = max(count, most.get(group, 0))
-    return [r for r, one in said.items() if any(count < most[group] for group, count in one.entered.items())]
+    return [r for r, one in snapshots.items() if any(count < most[group] for group, count in one.entered.items())]
 
 
 def _entered() -> dict[str, int]:
@@ -175,23 +181,11 @@ def _short(file: str) -> str:
     """Without what lies above site-packages, the standard library, or this package."""
     path = Path(file)
     if path.is_relative_to(PACKAGE.parent):
-        shown = path.relative_to(PACKAGE.parent)
-        if "site-packages" not in shown.parts:
-            return str(shown)
+        inside_checkout = path.relative_to(PACKAGE.parent)
+        if "site-packages" not in inside_checkout.parts:
+            return str(inside_checkout)
     _, found, inside = file.rpartition("site-packages/")
     return inside if found else file.removeprefix(f"{STANDARD}/")
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """'rank 3', or 'ranks 0-2, 5'."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    named = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {named}" if len(spans) == 1 and spans[0][0] == spans[0][1] else f"ranks {named}"
 
 
 def _are(ranks: list[int]) -> str:

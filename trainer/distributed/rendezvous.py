@@ -1,9 +1,9 @@
-"""How the processes of a run meet: the network interface, the port, who is there; every fault in words, in time.
+"""How the ranks of a run find each other: network interface, port, who is there; each fault is an error in time, not a hang.
 
-The launchers say where rank 0 is (MASTER_ADDR, MASTER_PORT), not which interface leads there: gloo resolves the host's
+The launchers set where rank 0 is (MASTER_ADDR, MASTER_PORT), not which interface leads there: gloo resolves the host's
 name, which on many machines is 127.0.1.1, and NCCL guesses. So the interface is the one whose address the kernel would
-use towards MASTER_ADDR. Before the process group is made, all ranks greet each other over its store, which needs one
-open port only: absent ranks, other versions and interfaces that do not connect are told by name instead of a hang.
+use towards MASTER_ADDR. Before the process group is made, all ranks shake hands over its store, which needs one open port
+only: absent ranks, other versions and interfaces that do not connect are listed by name.
 """
 
 from __future__ import annotations
@@ -17,31 +17,48 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 import torch.distributed as dist
 
-from trainer.distributed.consistency import differences, format_faults
+from trainer.distributed.consistency import DISAGREE, Report, differences
+from trainer.distributed.launcher import LOCAL_SIZES
+from trainer.distributed.messages import format_faults, format_ranks
 from trainer.distributed.versions import versions
 
 log = logging.getLogger(__name__)
 
-SECONDS = 300.0  # that the processes wait for each other, unless the config says otherwise
+SECONDS = 300.0  # that each rank waits for the others, unless the config says otherwise
 CONNECT = 5.0  # seconds for a connection between two ranks, and for a fault to be read before rank 0 leaves
 LAST = "egmf/address of the last rank"
-NOTICE = 15.0  # seconds after which it is said who is waited for
+NOTICE = 15.0  # seconds after which the log says who is absent
 
 
 class RendezvousError(ValueError):
-    """The processes of a run cannot meet."""
+    """The ranks of a run cannot find or reach each other."""
+
+
+class Endpoint(TypedDict):
+    """Where a rank can be reached; `address` and `port` are None where all ranks are on one machine."""
+
+    host: str
+    address: str | None
+    port: int | None
+
+
+class Introduction(Endpoint):
+    """A rank's first message to rank 0."""
+
+    rank: int
+    versions: dict[str, str]
 
 
 @contextlib.contextmanager
 def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
-    """Find the interface, wait for all ranks, and see that they fit and reach each other; inside, make the process group.
+    """Find the interface, wait for all ranks, check that they fit and reach each other; inside, make the process group.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are unset
     and MASTER_ADDR is another machine's or this one's outer address.
@@ -60,21 +77,25 @@ def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
     elif rank == size - 1 and address is not None:
         store.set(LAST, address)
     with _listening(address) as port:
-        about = {"host": socket.gethostname(), "address": address, "port": port}
-        Handshake(store, rank, size).exchange(about, seconds)
+        own = Endpoint(host=socket.gethostname(), address=address, port=port)
+        Handshake(store, rank, size).exchange(own, seconds)
     yield  # the store's server lives in rank 0 for as long as `store` does
 
 
+def local_size() -> int | None:
+    """The number of ranks on this machine, where the launcher says it."""
+    return next((int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name)), None)
+
+
 def several_nodes() -> bool:
-    """Whether the launcher said that the ranks are on more than one node."""
-    size = int(os.environ["WORLD_SIZE"])
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    """Whether the launcher's variables say that the ranks are on more than one node."""
+    size, local = int(os.environ["WORLD_SIZE"]), local_size()
     nodes = (
         os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES")
         if "SLURM_PROCID" in os.environ
         else None
     )
-    return int(local) < size if local else int(nodes or 1) > 1
+    return local < size if local else int(nodes or 1) > 1
 
 
 def choose_interface() -> str | None:
@@ -100,7 +121,7 @@ def choose_interface() -> str | None:
     if loopback and several and master in (address, "localhost"):
         raise RendezvousError(
             f"MASTER_ADDR={master} is every machine's own address, and this run has several nodes: give the first node's "
-            f"that the others reach ({socket.gethostname()} has {_shown(_interfaces())})"
+            f"that the others reach ({socket.gethostname()} has {_format_interfaces(_interfaces())})"
         )
     given = os.environ.get("GLOO_SOCKET_IFNAME")
     if given:
@@ -112,7 +133,7 @@ def _interface_towards_last(store: dist.Store, size: int, seconds: float) -> str
     """On the first node, where its name means a loopback address: the interface towards the last rank's node."""
     try:
         store.wait([LAST], timedelta(seconds=seconds))
-    except RuntimeError:  # the greeting tells who did not come
+    except RuntimeError:  # the handshake reports who did not come
         return None
     address = store.get(LAST).decode()
     return _take_interface(address)
@@ -136,14 +157,16 @@ def _local_address(peer: str) -> str:
         except OSError as error:
             raise RendezvousError(
                 f"no route from {socket.gethostname()} to {peer} (MASTER_ADDR={os.environ['MASTER_ADDR']}): "
-                f"{error.strerror}; its interfaces: {_shown(_interfaces())}"
+                f"{error.strerror}; its interfaces: {_format_interfaces(_interfaces())}"
             ) from error
         return str(probe.getsockname()[0])
 
 
 def _given_interface(given: str, held: dict[str, list[str]], several: bool) -> str:
     """The first address of the interface that the user chose."""
-    advice = f"it has {_shown(held)}; unset GLOO_SOCKET_IFNAME, and the one that leads to MASTER_ADDR is taken"
+    advice = (
+        f"it has {_format_interfaces(held)}; unset GLOO_SOCKET_IFNAME, and the one that leads to MASTER_ADDR is taken"
+    )
     for name in given.split(","):
         if name not in held:
             raise RendezvousError(
@@ -169,7 +192,7 @@ def _interfaces() -> dict[str, list[str]]:
     return found
 
 
-def _shown(interfaces: dict[str, list[str]]) -> str:
+def _format_interfaces(interfaces: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} ({addresses[0]})" for name, addresses in interfaces.items())
 
 
@@ -196,8 +219,8 @@ def _store(rank: int, size: int, seconds: float) -> dist.TCPStore:
     if made and isinstance(made[0], dist.TCPStore):
         return made[0]
     raise RendezvousError(
-        f"rank {rank} on {socket.gethostname()} cannot meet the others at {address}:{port} within {seconds:g} s: "
-        f"{made[0] if made else 'what listens there is no run of ours'}. Choose another port (MASTER_PORT, --master-port)"
+        f"rank {rank} on {socket.gethostname()} cannot join the others at {address}:{port} within {seconds:g} s: "
+        f"{made[0] if made else 'the port belongs to another program'}. Choose another port (MASTER_PORT, --master-port)"
     )
 
 
@@ -255,48 +278,50 @@ def _listening(address: str | None) -> Iterator[int | None]:
 
 
 class Handshake:
-    """All ranks' first words, over the store: rank 0 collects, judges, and tells all."""
+    """Two rounds over the store: each rank introduces itself, then tries the next node; rank 0 judges, and all raise its verdict."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self.store, self.rank, self.size = dist.PrefixStore("egmf/greeting", store), rank, size
 
-    def exchange(self, about: dict[str, Any], seconds: float) -> None:
-        """Say `about` (host, address, port) and this process's versions; then try the next node's address.
+    def exchange(self, own: Endpoint, seconds: float) -> None:
+        """Publish this rank's endpoint and versions; then try to connect to the next rank's, if it is on another node.
 
         Raises:
             RendezvousError: on every rank that came.
         """
         until = time.monotonic() + seconds
-        self._say("here", {**about, "versions": versions()})
-        self._judge("here", until, _faults_of_versions)
-        following = self._heard("here", (self.rank + 1) % self.size)
-        fault = _unreachable(self.rank, about, following) if following["host"] != about["host"] else None
-        self._say("reach", {"fault": fault})
-        self._judge("reach", time.monotonic() + seconds, lambda told: [x["fault"] for x in told if x["fault"]])
+        introduction: Introduction = {**own, "rank": self.rank, "versions": versions()}
+        self._publish("here", introduction)
+        self._judge("here", until, _version_faults)
+        following: Introduction = self._read("here", (self.rank + 1) % self.size)
+        fault = _unreachable(self.rank, own, following) if following["host"] != own["host"] else None
+        self._publish("reach", {"fault": fault})
+        self._judge("reach", time.monotonic() + seconds, lambda found: [x["fault"] for x in found if x["fault"]])
 
-    def _say(self, word: str, value: dict[str, Any]) -> None:
+    def _publish(self, word: str, value: Mapping[str, object]) -> None:
         self.store.set(f"{word}/{self.rank}", json.dumps(value))
 
-    def _heard(self, word: str, rank: int) -> dict[str, Any]:
-        return dict(json.loads(self.store.get(f"{word}/{rank}")))
+    def _read(self, word: str, rank: int) -> Any:
+        return json.loads(self.store.get(f"{word}/{rank}"))
 
-    def _judge(self, word: str, until: float, faults_of: Any) -> None:
+    def _judge(self, word: str, until: float, faults_of: Callable[[list[Any]], list[str]]) -> None:
         """Rank 0 waits for all and publishes what is wrong, or nothing; every rank raises it."""
+        present = 0
         if self.rank == 0:
             absent = self._absent(word, until)
-            there = [r for r in range(self.size) if r not in absent]
-            told = [{"rank": r, **self._heard(word, r)} for r in there]
-            faults = [self._missed(absent, told)] if absent else faults_of(told)
+            found = [self._read(word, r) for r in range(self.size) if r not in absent]
+            present = len(found)
+            faults = [self._absence(absent, found)] if absent else faults_of(found)
             self.store.set(f"{word}/verdict", "\n".join(faults))
         else:
             left = max(1.0, until - time.monotonic()) + 2 * CONNECT
             try:
                 self.store.wait([f"{word}/verdict"], timedelta(seconds=left))
             except RuntimeError as error:
-                raise RendezvousError(f"rank 0 left while the processes met (see its output): {error}") from error
+                raise RendezvousError(f"rank 0 left during the rendezvous (see its output): {error}") from error
         verdict = self.store.get(f"{word}/verdict").decode()
         if verdict:
-            self._wait_for_readers(word, len(there) if self.rank == 0 else 0)
+            self._wait_for_readers(word, present)
             raise RendezvousError(verdict)
 
     def _wait_for_readers(self, word: str, readers: int) -> None:
@@ -308,55 +333,43 @@ class Handshake:
             read = self.store.add(f"{word}/read", 0)
 
     def _absent(self, word: str, until: float) -> list[int]:
-        """Ranks that have not said `word` in time; who is waited for is told once."""
+        """Ranks that have not published `word` in time; after a while the log says once who they are."""
         absent, notice = list(range(self.size)), time.monotonic() + NOTICE
         while absent:
             absent = [rank for rank in absent if not self.store.check([f"{word}/{rank}"])]
             if not absent or time.monotonic() > until:
                 break
             if time.monotonic() > notice:
-                log.info("waiting for %s of %d", ranks_shown(absent), self.size)
+                log.info("waiting for %s of %d", format_ranks(absent), self.size)
                 notice = float("inf")
             time.sleep(0.1)
         return absent
 
-    def _missed(self, absent: Sequence[int], told: Sequence[dict[str, Any]]) -> str:
-        hosts = ", ".join(dict.fromkeys(str(x.get("host")) for x in told if x.get("host"))) or "none"
+    def _absence(self, absent: Sequence[int], found: Sequence[Mapping[str, object]]) -> str:
+        hosts = ", ".join(dict.fromkeys(str(x.get("host")) for x in found if x.get("host"))) or "none"
         return (
-            f"{ranks_shown(absent)} of {self.size} did not come in time; the others are on {hosts}. See the absent "
+            f"{format_ranks(absent)} of {self.size} did not come in time; the others are on {hosts}. See the absent "
             "ranks' own output: their node is down or slow, or a launcher was given another number of processes; "
             "train.rendezvous_seconds=N waits longer"
         )
 
 
-def ranks_shown(ranks: Sequence[int]) -> str:
-    """``rank 3`` or ``ranks 0-3, 8``."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"
-
-
-def _faults_of_versions(told: Sequence[dict[str, Any]]) -> list[str]:
-    reports = [{"where": f"rank {x['rank']} on {x['host']}", "versions": x["versions"]} for x in told]
+def _version_faults(found: Sequence[Introduction]) -> list[str]:
+    reports = [Report(where=f"rank {x['rank']} on {x['host']}", versions=x["versions"]) for x in found]
     faults = differences(reports)
-    return [format_faults(faults, "the processes of this run are not alike")] if faults else []
+    return [format_faults(faults, DISAGREE)] if faults else []
 
 
-def _unreachable(rank: int, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """Why rank + 1 cannot be reached at the address it gave, from the address of ours; None if it can."""
-    if ours["address"] is None or theirs["address"] is None:
+def _unreachable(rank: int, own: Endpoint, following: Endpoint) -> str | None:
+    """Why rank + 1 cannot be reached at the address it gave, from the address of this one; None if it can."""
+    if own["address"] is None or following["address"] is None:
         return None
     try:
-        place = (theirs["address"], theirs["port"])
-        socket.create_connection(place, timeout=CONNECT, source_address=(ours["address"], 0)).close()
+        place = (following["address"], following["port"])
+        socket.create_connection(place, timeout=CONNECT, source_address=(own["address"], 0)).close()
     except OSError as error:
         return (
-            f"rank {rank} on {ours['host']} ({ours['address']}) cannot reach {theirs['host']} at {theirs['address']}: "
+            f"rank {rank} on {own['host']} ({own['address']}) cannot reach {following['host']} at {following['address']}: "
             f"{error.strerror or error}. One of the two uses an interface that does not lead to the other: unset "
             "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or name the right one; or a firewall is between"
         )

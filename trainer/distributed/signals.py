@@ -14,8 +14,6 @@ from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
 
-STOPPED = 85  # exit code: stopped and resumable
-
 
 class StopRequested(Exception):
     """All ranks agreed to stop here; nothing is lost by it."""
@@ -45,9 +43,9 @@ class StopRequest:
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. A collective: all ranks call it."""
-        told = torch.tensor(float(self.asked), device=world.device)
-        world.sum(told)
-        return bool(told.item() > 0)
+        asked = torch.tensor(float(self.asked), device=world.device)
+        world.sum(asked)
+        return bool(asked.item() > 0)
 
     def raise_if_stop_requested(self, world: World) -> None:
         """Stop here when any rank was asked to; called by all ranks.

@@ -1,15 +1,14 @@
 """A run that makes no progress is ended, with the stacks of every rank, rather than left to hang.
 
-Every rank has a thread that tells the store through which the ranks met (torch's TCP store) whether it moves. When none
-of them has moved for too long, the lowest that still speaks raises the alarm; every rank answers with its stacks; the one
-that raised it says who is at fault; all end. A rank that does not answer is frozen, dead or cut off.
+Every rank has a thread that writes to the store of the rendezvous (torch's TCP store) whether its rank makes progress. When
+none has for too long, the lowest rank that still answers raises the alarm; every rank answers with its stacks; the one that
+raised it judges who is at fault; all end. A rank that does not answer is frozen, dead or cut off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import queue
@@ -21,18 +20,19 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch.distributed as dist
+from pydantic import BaseModel
 
 from trainer.distributed.process_group import tell_launcher
-from trainer.distributed.rank_snapshots import RankSnapshot, headline, report, standing
+from trainer.distributed.rank_snapshots import RankSnapshot, format_stacks, headline, take_snapshot
 from trainer.distributed.world import World
 
 log = logging.getLogger(__name__)
 
-START = 1800.0  # seconds that loading, compiling and the first step may take between two beats, at least
-SLOWER = 3.0  # times the longest pause seen so far is still no cause for alarm
+START = 1800.0  # seconds that loading, compiling and the first step may take between two heartbeats, at least
+SLOWER = 3.0  # a pause up to so many times the longest one before raises no alarm
 PATIENCE = 10.0  # seconds without an answer, after which a rank counts as silent
 LEAVE = 10.0  # seconds that the ranks have to close their records once the alarm is judged
 T = TypeVar("T")
@@ -42,6 +42,13 @@ class StuckError(RuntimeError):
     """The run made no progress; the message says which rank stood where."""
 
 
+class Verdict(BaseModel):
+    """What the rank that raised the alarm found, for all that answered it."""
+
+    reason: str
+    answered: int  # ranks, its own included
+
+
 class _Silent(Exception):
     """The store does not answer: the process that keeps it is frozen or gone."""
 
@@ -49,9 +56,9 @@ class _Silent(Exception):
 class Watch:
     """Ends the run on all ranks when no rank makes progress for `seconds`; 0 switches it off. Entered by all ranks.
 
-    Progress is a call of :meth:`heartbeat`. A rank that is slow but moves keeps the others from being judged. Until
+    Progress is a call of :meth:`heartbeat`. One rank that is slow but makes progress keeps the alarm off. Until
     :meth:`started` (loading, compiling, the first step) at least `START` seconds are allowed, and always `SLOWER` times
-    the longest pause there has been between two beats.
+    the longest pause there has been between two heartbeats.
     """
 
     def __init__(
@@ -72,8 +79,8 @@ class Watch:
         self._period = min(5.0, max(0.2, seconds / 20))
         self._thread: threading.Thread | None = None
         self._store: _Store | None = None
-        self._beats = 0  # of this thread: what a living process changes in the store
-        self._lives: dict[int, tuple[str, float]] = {}  # rank -> what it last said of itself, and since when
+        self._rounds = 0  # of this thread: what a living process changes in the store
+        self._lives: dict[int, tuple[str, float]] = {}  # rank -> what it last wrote, and when that was first read
 
     def __enter__(self) -> Watch:
         if not self.seconds:
@@ -97,25 +104,25 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
 
     def heartbeat(self, what: str, slack: float = 1.0) -> None:
-        """There is progress: `what` begins, which may take `slack` times as long as other things."""
+        """Note progress: `what` begins, and it may take `slack` times as long as other work."""
         moment = time.monotonic()
         if self._doing != "starting" and self._slack == 1.0:
             self._longest = max(self._longest, moment - self._since)
         self._doing, self._since, self._slack = what, moment, slack
 
     def started(self) -> None:
-        """The first step is done: nothing is compiled any more. Later calls do nothing."""
+        """Note that the first step is done, so that nothing is compiled any more. Later calls do nothing."""
         if self._start and self.seconds:
             self._start = 0.0
             self._lengthen_timeouts()
 
     def block_while_aborting(self) -> None:
-        """While an alarm ends the process, wait for it: what fails now fails since the other ranks are ending."""
+        """Wait for the end while an alarm ends the process: what fails now fails because the other ranks are ending."""
         if self._alarmed.is_set():
             time.sleep(3600)
 
     def _lengthen_timeouts(self) -> None:
-        """Have the process groups' own time-outs come after ours: they know less, and NCCL's ends the process at once.
+        """Make the process groups' own time-outs longer than the watch's: they report less, and NCCL's ends the process at once.
 
         Groups that libraries make have torch's defaults (NCCL: 10 minutes), whatever the first one was given.
         """
@@ -141,14 +148,14 @@ class Watch:
                 slept = time.monotonic() - began
                 if slept > self._period + self.patience:  # the whole process was suspended, and goes on
                     self._since += slept
-                judge = None if leaving else self._look()
+                judge = None if leaving else self._check()
                 if judge is not None:
-                    self._end(judge)
+                    self._abort(judge)
         with contextlib.suppress(_Silent):
             if self._store is not None:
                 self._store.ask(lambda store: store.set(f"life/{self.world.rank}", "left"))
 
-    def _look(self) -> int | None:
+    def _check(self) -> int | None:
         """The rank that raised the alarm, maybe this one; None while there is none."""
         if self._store is None:
             return self.world.rank if self._late() else None
@@ -159,8 +166,8 @@ class Watch:
 
     def _exchange(self, store: dist.Store) -> int | None:
         rank, late = self.world.rank, self._late()
-        self._beats += 1
-        store.set(f"life/{rank}", f"{self._beats} {'late' if late else 'moves'}")
+        self._rounds += 1
+        store.set(f"life/{rank}", f"{self._rounds} {'late' if late else 'moves'}")
         if store.check(["alarm"]):
             return int(store.get("alarm"))
         if not late:
@@ -173,7 +180,7 @@ class Watch:
         return int(store.compare_set("alarm", "", str(rank)))
 
     def _life(self, store: dist.Store, rank: int) -> str | None:
-        """What a rank says of itself; None when it has been silent for too long."""
+        """What a rank last wrote of itself; None when it has been silent for too long."""
         life = store.get(f"life/{rank}").decode()
         before, since = self._lives.get(rank, ("", 0.0))
         if life != before:
@@ -181,96 +188,100 @@ class Watch:
             return life
         return life if life == "left" or time.monotonic() - since < self.patience else None
 
-    def _end(self, judge: int) -> None:
-        """Answer the alarm, say what was found, and end this process."""
+    def _abort(self, judge: int) -> None:
+        """Answer the alarm, report what was found, and end this process."""
         self._alarmed.set()
         hidden = [threading.get_ident(), *([self._store.thread.ident] if self._store else [])]
-        ours = standing(self.world.rank, self._doing, self._pause(), hidden)
+        own = take_snapshot(self.world.rank, self._doing, self._pause(), hidden)
         deadline = threading.Timer(3 * self.patience + 2 * LEAVE, os._exit, (1,))  # whatever hangs from here on
         deadline.daemon = True
         deadline.start()
         try:
-            self._say(judge, ours)
+            self._report(judge, own)
         finally:
             logging.shutdown()
             os._exit(1)
 
-    def _say(self, judge: int, ours: RankSnapshot) -> None:
+    def _report(self, judge: int, own: RankSnapshot) -> None:
         rank = self.world.rank
         if judge != rank:
-            log.info("rank %d raised an alarm; this one:\n%s", judge, report({rank: ours}, []))
-        said, silent, why, alone = {rank: ours}, list[int](), "", False
+            log.info("rank %d raised an alarm; this one:\n%s", judge, format_stacks({rank: own}, []))
+        snapshots, silent, reason, cut_off = {rank: own}, list[int](), "", False
         try:
             if judge == rank:
-                said, silent = self._collect(ours)
+                snapshots, silent = self._collect(own)
             else:
-                why = self._hear(judge, ours)
+                reason = self._await_verdict(judge, own)
         except _Silent:
-            alone = True
+            cut_off = True
             silent = [] if rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
-        why = why or headline(said, silent, ours.seconds)
-        why += "; the ranks' store, which rank 0 or its launcher keeps, does not answer" if alone else ""
-        told = f"{why}\n{report(said, silent)}"
-        reports = rank == min(1, self.world.size - 1) if alone else judge == rank
-        if alone or reports:
-            log.error("%s", told)
-        tell_launcher(StuckError(why))
+        reason = reason or headline(snapshots, silent, own.seconds)
+        reason += "; the ranks' store, which rank 0 or its launcher keeps, does not answer" if cut_off else ""
+        text = f"{reason}\n{format_stacks(snapshots, silent)}"
+        reports = rank == min(1, self.world.size - 1) if cut_off else judge == rank
+        if cut_off or reports:
+            log.error("%s", text)
+        tell_launcher(StuckError(reason))
         with contextlib.suppress(_Silent):
-            if reports and self._store is not None and not alone:
-                verdict = json.dumps([why, len(said)])
+            if reports and self._store is not None and not cut_off:
+                verdict = Verdict(reason=reason, answered=len(snapshots)).model_dump_json()
                 self._store.ask(lambda store: store.set("verdict", verdict))
         if self.closing is not None:
-            self.closing(why)
+            self.closing(reason)
         elif reports:
-            self._stand_in(why, told, 0 in silent)
+            self._report_for_rank_zero(reason, text, 0 in silent)
         with contextlib.suppress(_Silent):
-            if self._store is not None and not alone:
-                self._leave_together()
+            if self._store is not None and not cut_off:
+                self._wait_for_closed_records()
 
-    def _collect(self, ours: RankSnapshot) -> tuple[dict[int, RankSnapshot], list[int]]:
-        """What every rank says of itself, and the ranks that do not answer; those that have left the run are neither."""
-        said = {self.world.rank: ours}
+    def _collect(self, own: RankSnapshot) -> tuple[dict[int, RankSnapshot], list[int]]:
+        """The snapshots of the ranks, and the ranks that do not answer; those that have left the run are neither."""
+        snapshots = {self.world.rank: own}
         if self._store is None:
-            return said, []
+            return snapshots, []
         asked = [r for r in range(self.world.size) if r != self.world.rank and not self._has_left(r)]
         until = time.monotonic() + self.patience
-        while (missing := [r for r in asked if r not in said]) and time.monotonic() < until:
+        while (missing := [r for r in asked if r not in snapshots]) and time.monotonic() < until:
             for rank in missing:
-                text = self._read(f"standing/{rank}")
+                text = self._read(f"snapshot/{rank}")
                 if text is not None:
-                    said[rank] = RankSnapshot.model_validate_json(text)
+                    snapshots[rank] = RankSnapshot.model_validate_json(text)
             time.sleep(0.1)
-        return dict(sorted(said.items())), missing
+        return dict(sorted(snapshots.items())), missing
 
-    def _hear(self, judge: int, ours: RankSnapshot) -> str:
-        """Answer the rank that raised the alarm, and wait for what it finds."""
+    def _await_verdict(self, judge: int, own: RankSnapshot) -> str:
+        """Answer the rank that raised the alarm, and wait for the reason that it finds."""
         assert self._store is not None
-        self._store.ask(lambda store: store.set(f"standing/{self.world.rank}", ours.model_dump_json()))
+        self._store.ask(lambda store: store.set(f"snapshot/{self.world.rank}", own.model_dump_json()))
         until = time.monotonic() + 2 * self.patience
         while time.monotonic() < until:
-            text = self._read("verdict")
-            if text is not None:
-                return str(json.loads(text)[0])
+            verdict = self._verdict()
+            if verdict is not None:
+                return verdict.reason
             time.sleep(0.1)
-        return headline({self.world.rank: ours}, [judge], ours.seconds)
+        return headline({self.world.rank: own}, [judge], own.seconds)
 
-    def _stand_in(self, why: str, told: str, absent: bool) -> None:
+    def _report_for_rank_zero(self, reason: str, text: str, absent: bool) -> None:
         """Write what rank 0 would: the run's log, and its record where rank 0 cannot."""
         with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"rank {self.world.rank}, in place of rank 0: {told}\n")
+            file.write(f"rank {self.world.rank}, in place of rank 0: {text}\n")
         if absent:
-            self._record_failure(f"{StuckError.__name__}: {why}")
+            self._record_failure(f"{StuckError.__name__}: {reason}")
 
-    def _leave_together(self) -> None:
-        """Wait until all that answered have closed their records: a rank that ends takes the others' connections along."""
+    def _wait_for_closed_records(self) -> None:
+        """Wait until all that answered have closed their records: a rank that ends closes the others' connections too."""
         assert self._store is not None
-        verdict = self._read("verdict")
-        count = json.loads(verdict)[1] if verdict is not None else 0
+        verdict = self._verdict()
+        count = 0 if verdict is None else verdict.answered
         closed = self._store.ask(lambda store: store.add("closed", 1))
         until = time.monotonic() + LEAVE
         while closed < count and time.monotonic() < until:
             time.sleep(0.1)
             closed = self._store.ask(lambda store: store.add("closed", 0))
+
+    def _verdict(self) -> Verdict | None:
+        text = self._read("verdict")
+        return None if text is None else Verdict.model_validate_json(text)
 
     def _has_left(self, rank: int) -> bool:
         return self._read(f"life/{rank}") == "left"
@@ -291,7 +302,7 @@ class _Store:
         self.thread.start()
 
     def ask(self, work: Callable[[dist.Store], T]) -> T:
-        """What `work` says of the store.
+        """What `work` returns for the store.
 
         Raises:
             _Silent: no answer in time; or the connection is gone.
@@ -327,7 +338,7 @@ def _connect(patience: float) -> dist.Store:
 
 
 @contextlib.contextmanager
-def _native_stacks(out: Path, rank: int) -> Iterator[Any]:
+def _native_stacks(out: Path, rank: int) -> Iterator[TextIO | None]:
     """The file for stacks that the interpreter writes without Python's lock; None where it cannot be opened."""
     try:
         file = (out / ("log.txt" if rank == 0 else f"log.rank{rank}.txt")).open("a", encoding="utf-8")

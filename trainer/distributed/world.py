@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+BROKEN = re.compile(r"Connection (closed|reset) by peer")  # in the bare RuntimeErrors of gloo
+
 
 class PeerFault(RuntimeError):
     """Another rank failed; its own message says why."""
+
+
+class ConnectionLost(PeerFault):
+    """Another rank has ended, and its connections with it."""
+
+
+@contextlib.contextmanager
+def lost_connections_typed() -> Iterator[None]:
+    """Around collectives: a bare RuntimeError about a broken connection becomes :class:`ConnectionLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        broken = None if isinstance(error, PeerFault) else BROKEN.search(str(error))
+        if broken is None:
+            raise
+        raise ConnectionLost(f"another rank has ended, which closed the connection to it ({broken[0]})") from error
 
 
 @dataclass(frozen=True)
@@ -28,34 +48,40 @@ class World:
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
+    @lost_connections_typed()
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
+    @lost_connections_typed()
     def sum(self, values: Tensor) -> None:
         """Replace `values` by their sum over ranks."""
         if self.size > 1:
             dist.all_reduce(values)
 
+    @lost_connections_typed()
     def max(self, values: Tensor) -> None:
         """Replace `values` by their largest over ranks."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
 
+    @lost_connections_typed()
     def broadcast(self, values: Tensor) -> None:
         """Replace `values` by those of rank 0."""
         if self.size > 1:
             dist.broadcast(values, 0)
 
-    def gather(self, value: Any) -> list[Any] | None:
+    @lost_connections_typed()
+    def gather(self, value: T) -> list[T] | None:
         """Every rank's picklable `value`, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size if self.is_rank_zero else None
+        values = [value] * self.size if self.is_rank_zero else None
         dist.gather_object(value, values)
         return values
 
-    def broadcast_object(self, value: Any) -> Any:
+    @lost_connections_typed()
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's picklable `value`, on every rank."""
         if self.size == 1:
             return value
@@ -63,11 +89,12 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def gather_all(self, value: Any) -> list[Any]:
+    @lost_connections_typed()
+    def gather_all(self, value: T) -> list[T]:
         """Every rank's picklable `value`, on every rank."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -81,10 +108,10 @@ class World:
             fault = error
             raise
         finally:
-            told = self.gather_all(None if fault is None else f"{type(fault).__name__}: {fault}")
-            failed = next((rank for rank, text in enumerate(told) if text is not None), None)
+            errors = self.gather_all(None if fault is None else f"{type(fault).__name__}: {fault}")
+            failed = next((rank for rank, error in enumerate(errors) if error is not None), None)
             if fault is None and failed is not None:
-                raise PeerFault(f"stopped, since rank {failed} failed: {told[failed]}")
+                raise PeerFault(f"stopped, since rank {failed} failed: {errors[failed]}")
 
     @contextlib.contextmanager
     def on_rank_zero(self) -> Iterator[bool]:
@@ -99,6 +126,6 @@ class World:
             fault = error
             raise
         finally:
-            told = self.broadcast_object(None if fault is None else f"{type(fault).__name__}: {fault}")
-            if fault is None and told is not None:
-                raise PeerFault(f"stopped, since rank 0 failed: {told}")
+            message = self.broadcast_object(None if fault is None else f"{type(fault).__name__}: {fault}")
+            if fault is None and message is not None:
+                raise PeerFault(f"stopped, since rank 0 failed: {message}")

@@ -60,12 +60,14 @@ def evaluate(
     for name in parts.tasks:
         mine += _task_rows(forward, parts, config, name, split, world, dtype, advance, before_batch, change)
     everyone = world.gather(mine)
-    table, metrics = None, None
+    result = None
     if everyone is not None:
         table = pd.DataFrame([row for rows in everyone for row in rows], columns=[*COLUMNS, "target", "value"])
         table = table.sort_values(["task", "id"], kind="stable", ignore_index=True)
-        metrics = {name: score_table(parts, table[table["task"] == name], name) for name in parts.tasks}
-    return world.broadcast_object((table, metrics))
+        result = table, {name: score_table(parts, table[table["task"] == name], name) for name in parts.tasks}
+    result = world.broadcast_object(result)
+    assert result is not None
+    return result
 
 
 def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.sampling import GlobalBatch
 from trainer.distributed.consistency import check_consistency
 from trainer.distributed.deepspeed_config import check_machine, dtype_of
+from trainer.distributed.launcher import STOPPED
 from trainer.distributed.process_group import tell_launcher
-from trainer.distributed.signals import STOPPED, StopRequest, StopRequested
+from trainer.distributed.signals import StopRequest, StopRequested
 from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
-from trainer.distributed.world import World
+from trainer.distributed.world import World, lost_connections_typed
 from trainer.files import write_json, write_text
 from trainer.run.assemble import assemble
 from trainer.run.calibrate import write_calibration
@@ -170,6 +171,7 @@ class Trainer:
         self.callbacks: tuple[Callback, ...] = (*own, *callbacks)
         run.step_context.contribute = self._contribute
 
+    @lost_connections_typed()
     def train(self, last: Path | None, saved: CheckpointState | None) -> str:
         """Train to the last step and evaluate, or until asked to stop; returns the run's state."""
         state = "done"

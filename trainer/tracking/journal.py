@@ -1,4 +1,4 @@
-"""The journal of a run: every number a training tells, on disk before anything is sent anywhere. The source of truth.
+"""The journal of a run: every number of a training, on disk before anything is sent anywhere. The source of truth.
 
 ``journal.jsonl`` in the run folder is append-only, one JSON object per line, in the order things happened:
 
@@ -7,8 +7,8 @@
     {"kind": "artifact", "time": …, "path": "metrics.json", "folder": null}            a file to keep; relative to the run
     {"kind": "state", "time": …, "state": "done"}                                      how the process ended the run
 
-Times are seconds since the epoch. A (metric, step) stands in it once: a run that was killed trains the steps after its
-last checkpoint again, must come to the same values, and writes them no second time.
+Times are seconds since the epoch. A (metric, step) is written once: a run that was killed trains the steps after its last
+checkpoint again, must come to the same values, and does not write them a second time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,28 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 SPEED, MEDIAN_SPEED = "train/samples_per_second", "train/median_samples_per_second"
-TIMED = ("_per_second",)  # endings of metrics that depend on time: training a step again gives another value
-SYSTEM = "system/"  # beginning of those that describe the machine
+TIMED = ("_per_second",)  # suffixes of metrics that depend on time: training a step again gives another value
+SYSTEM = "system/"  # prefix of those that describe the machine
+
+
+class Record(TypedDict, total=False):
+    """One line: `step` and `metrics`, or a `kind` (start, artifact, state) and what belongs to it; `time` always."""
+
+    time: float
+    step: int
+    metrics: dict[str, float]
+    kind: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    path: str
+    folder: str | None
+    state: str
 
 
 class Journal:
@@ -55,7 +69,7 @@ class Journal:
             self._file.truncate(whole)
 
     def metrics(self, values: Mapping[str, float | None], step: int) -> None:
-        """Note numbers at `step`. Undefined and non-finite ones are left out, and so is what stands there already.
+        """Write numbers at `step`. Undefined and non-finite ones are left out, and so is what was written before.
 
         Raises:
             OSError: they cannot be written; the journal is as it was before.
@@ -75,18 +89,20 @@ class Journal:
             for name, number in fresh.items():
                 self._seen.setdefault(name, {})[step] = number
 
-    def note(self, kind: str, **values: Any) -> None:
-        """Append a record of another kind than metrics.
+    def note(self, record: Record) -> None:
+        """Append a record of another kind than metrics; the time is added.
 
         Raises:
             OSError: it cannot be written; the journal is as it was before.
         """
-        self._append({"kind": kind, "time": time.time(), **values})
+        stamped: Record = {"kind": record["kind"], "time": time.time()}
+        stamped.update(record)
+        self._append(stamped)
 
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         start, written = self._file.seek(0, os.SEEK_END), 0
         try:
@@ -126,7 +142,7 @@ def read_journal(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(values.items()) for name, values in found.items()}
 
 
-def entries(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def entries(path: Path, start: int = 0) -> Iterator[tuple[int, Record | None]]:
     """(offset of the line's end, record) of each whole line from the offset `start` on; None for a damaged line."""
     if not path.is_file():
         return
@@ -140,10 +156,10 @@ def entries(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any] | 
                 record = json.loads(line)
             except ValueError:
                 record = None
-            yield end, record if isinstance(record, dict) else None
+            yield end, cast(Record, record) if isinstance(record, dict) else None
 
 
-def _numbers(record: dict[str, Any] | None, path: Path, end: int) -> Iterator[tuple[str, int, float]]:
+def _numbers(record: Record | None, path: Path, end: int) -> Iterator[tuple[str, int, float]]:
     """(metric, step, value) of a metrics record; nothing for other kinds."""
     try:
         if record is None:

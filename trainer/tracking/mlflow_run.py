@@ -1,4 +1,4 @@
-"""One run in MLflow, as the outbox needs it: found or created, and each thing said so that saying it twice is no harm."""
+"""One run in MLflow, as the outbox needs it: found or created; sending a record twice does no harm."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer.config import TrackConfig
+from trainer.tracking.journal import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +97,7 @@ class MlflowRun:
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
 
-    def metrics(self, records: Iterable[dict[str, Any]], *, in_doubt: bool) -> None:
+    def metrics(self, records: Iterable[Record], *, in_doubt: bool) -> None:
         """The numbers of journal records, with the journal's times; `in_doubt`: only those the server does not have."""
         from mlflow.entities import Metric
 

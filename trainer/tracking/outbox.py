@@ -1,6 +1,9 @@
 """From the journal of a run to MLflow: what was not sent yet, in order, each record once.
 
-``tracking.json`` in the run folder says how far it came: the MLflow run's id, and the offset in the journal up to which
+Written by hand, since MLflow's own asynchronous logging keeps what is not sent in memory: a killed run, or a server that is
+down when the run ends, would lose it.
+
+``tracking.json`` in the run folder holds how far it came: the MLflow run's id, and the offset in the journal up to which
 all is on the server. A process that is killed, or a request that times out although the server took it, leaves at most
 one batch in doubt; it is compared with what the server has before it is sent again. The time of a value is the
 journal's own, so that a store which sees a value twice nevertheless sees the same, and keeps one.
@@ -17,20 +20,20 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import TrackConfig, saved_config
 from trainer.files import write_json
-from trainer.tracking.journal import JOURNAL, entries
+from trainer.tracking.journal import JOURNAL, Record, entries
 from trainer.tracking.mlflow_run import METRICS, MlflowRun
 
 log = logging.getLogger(__name__)
 
 PROGRESS = "tracking.json"
 LOCK = ".tracking.lock"
-SEND_SECONDS = 2.0  # between two looks at the journal: numbers of all steps in between share a request
+SEND_SECONDS = 2.0  # between two readings of the journal: numbers of all steps in between share a request
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts while the server does not answer
 LAST_PAUSE = 1.0  # the same while the end of the training waits for it
 PATIENCE = (1.0, 2.0)  # seconds between the attempts of egmf track sync
@@ -44,8 +47,18 @@ class OutboxBusy(RuntimeError):
 class RecordBatch:
     """Records of one request: many with metrics, or a single one of another kind; `end` is the offset behind them."""
 
-    records: list[dict[str, Any]]
+    records: list[Record]
     end: int
+
+
+@dataclass
+class SendProgress:
+    """``tracking.json``: how far a journal is sent."""
+
+    key: str  # of the journal, a tag of its MLflow run
+    run_id: str | None = None
+    creations: int = 0  # requests to create the MLflow run; more than one may have left an empty twin
+    sent: int = 0  # offset in the journal up to which all is on the server
 
 
 class Outbox:
@@ -55,8 +68,7 @@ class Outbox:
         self.run, self.track, self.uri = run, track, uri
         self.journal = run / JOURNAL
         self.sent = 0  # records, by this object
-        start = {"key": uuid.uuid4().hex, "run_id": run_id, "creations": 0, "sent": 0}
-        self._progress = {**start, **_read_progress(run / PROGRESS)}
+        self._progress = _read_progress(run / PROGRESS) or SendProgress(uuid.uuid4().hex, run_id)
         self._remote: MlflowRun | None = None
         self._found = False  # whether the MLflow run was there when we last looked
         self._lock: IO[str] | None = None
@@ -68,8 +80,7 @@ class Outbox:
     @property
     def run_id(self) -> str | None:
         """The MLflow run's id; None while the server has not been reached."""
-        run_id = self._progress["run_id"]
-        return None if run_id is None else str(run_id)
+        return self._progress.run_id
 
     @property
     def refused(self) -> int:
@@ -78,10 +89,10 @@ class Outbox:
 
     def unsent(self) -> int:
         """Records of the journal that are not known to be on the server."""
-        return sum(record is not None for _, record in entries(self.journal, self._progress["sent"]))
+        return sum(record is not None for _, record in entries(self.journal, self._progress.sent))
 
     def send(self, given_up: threading.Event | None = None) -> None:
-        """Send all that the journal holds by now, or until `given_up` is set, which is looked at between requests.
+        """Send all that the journal holds by now, or until `given_up` is set, which is checked between requests.
 
         Raises:
             OutboxBusy: another process is sending.
@@ -116,23 +127,23 @@ class Outbox:
             lock.close()
             raise OutboxBusy(f"another process is sending the records of {self.run}") from error
         self._lock = lock
-        self._progress.update(_read_progress(self.run / PROGRESS))  # as the last holder left it
+        self._progress = _read_progress(self.run / PROGRESS) or self._progress  # as the last holder left it
 
     def _open(self) -> MlflowRun:
         """The MLflow run: the one we know if the server has it, otherwise one found or created, with all to be sent."""
-        if self._progress["sent"] > self.journal.stat().st_size:
-            log.warning("%s is not the journal that was sent before: it gets an MLflow run of its own", self.journal)
+        if self._progress.sent > self.journal.stat().st_size:
+            log.warning("%s is shorter than what was uploaded; uploading to a new MLflow run", self.journal)
             self._note(key=uuid.uuid4().hex, run_id=None, sent=0)
             self._remote, self._found = None, False
         if self._remote is None:
-            self._remote = MlflowRun(self.uri, self.track, self.run, self._progress["key"])
+            self._remote = MlflowRun(self.uri, self.track, self.run, self._progress.key)
         if self._found:
             return self._remote
         if self.run_id is None or not self._remote.exists(self.run_id):
             if self.run_id is not None:
-                log.warning("MLflow at %s has no run %s: all is sent to another one", self.uri, self.run_id)
+                log.warning("MLflow at %s has no run %s: uploading everything to a new one", self.uri, self.run_id)
             # written before the run is created, so that it is found again if the answer is lost
-            self._note(run_id=None, sent=0, creations=self._progress["creations"] + 1)
+            self._note(run_id=None, sent=0, creations=self._progress.creations + 1)
             self._note(run_id=self._remote.find_or_create(self._started()))
         self._found = True
         return self._remote
@@ -140,7 +151,7 @@ class Outbox:
     def _send_batch(self, remote: MlflowRun, batch: RecordBatch) -> None:
         record = batch.records[0]
         if "metrics" in record:
-            in_doubt = self._in_doubt or self._progress["sent"] < self._compared_until
+            in_doubt = self._in_doubt or self._progress.sent < self._compared_until
             remote.metrics(batch.records, in_doubt=in_doubt)
             self._in_doubt = False
             return
@@ -150,7 +161,7 @@ class Outbox:
         elif kind == "artifact":
             remote.artifact(self.run / record["path"], record["folder"])
         elif kind == "state":
-            if self._progress["creations"] > 1:
+            if self._progress.creations > 1:
                 remote.remove_twins()
             remote.end(record["state"], record["time"])
         else:
@@ -158,7 +169,7 @@ class Outbox:
 
     def _batches(self) -> Iterator[RecordBatch]:
         batch, values = RecordBatch([], 0), 0
-        for end, record in entries(self.journal, self._progress["sent"]):
+        for end, record in entries(self.journal, self._progress.sent):
             if record is None:
                 continue
             size = len(record.get("metrics", ()))
@@ -175,9 +186,9 @@ class Outbox:
     def _started(self) -> float:
         return next((record["time"] for _, record in entries(self.journal) if record is not None), time.time())
 
-    def _note(self, **values: Any) -> None:
-        self._progress.update(values)
-        write_json(self.run / PROGRESS, self._progress)
+    def _note(self, **changes: Any) -> None:
+        self._progress = replace(self._progress, **changes)
+        write_json(self.run / PROGRESS, asdict(self._progress))
 
 
 class Sender(threading.Thread):
@@ -287,20 +298,19 @@ def tracking_uri(track: TrackConfig, run: Path) -> str:
     return track.uri or f"sqlite:///{run.resolve().parent / 'mlflow.db'}"
 
 
-def _read_progress(path: Path) -> dict[str, Any]:
-    """What `path` notes; nothing where it does not exist.
+def _read_progress(path: Path) -> SendProgress | None:
+    """The progress in the file `path`; None where it does not exist.
 
     Raises:
         ValueError: it is damaged.
     """
     if not path.is_file():
-        return {}
+        return None
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return SendProgress(**{field.name: raw[field.name] for field in fields(SendProgress) if field.name in raw})
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and all is sent to a new MLflow run") from error
-    assert isinstance(noted, dict)
-    return noted
 
 
 def _short(error: Exception) -> str:

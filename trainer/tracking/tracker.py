@@ -1,11 +1,10 @@
-"""What a run tells: the journal in its folder, and from there MLflow, without the training ever waiting for it."""
+"""What a run records: its journal, and from there MLflow, without the training ever waiting for a server."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trainer.config import RunConfig, flatten
 from trainer.tracking.journal import JOURNAL, Journal
@@ -57,13 +56,13 @@ class Tracker:
         """Values of steps trained again that were not equal to those in the journal."""
         return 0 if self._journal is None else self._journal.differences
 
-    def start(self, config: RunConfig, tags: dict[str, Any]) -> None:
-        """The resolved config as parameters (long ones cut, and said so) and `tags`."""
+    def start(self, config: RunConfig, tags: Mapping[str, object]) -> None:
+        """Record the resolved config as parameters (long ones cut, with a warning) and `tags`."""
         if self._journal is None:
             return
         params = {key: _shorten(key, value) for key, value in flatten(config).items()}
         texts = {key: str(value) for key, value in {**tags, **config.track.tags}.items()}
-        self._journal.note("start", params=params, tags=texts)
+        self._journal.note({"kind": "start", "params": params, "tags": texts})
 
     def metrics(self, values: Mapping[str, float | None], step: int) -> None:
         """Numbers at `step`; what is undefined is left out, and what the journal has already is only compared."""
@@ -81,7 +80,7 @@ class Tracker:
             return
         whole, run = path.resolve(), self._out.resolve()
         place = whole.relative_to(run) if whole.is_relative_to(run) else whole
-        self._journal.note("artifact", path=str(place), folder=folder)
+        self._journal.note({"kind": "artifact", "path": str(place), "folder": folder})
 
     def finish(self, state: str) -> None:
         """End the record: `state` is that of run.json. Waits up to ``track.flush_seconds`` for the server.
@@ -91,7 +90,7 @@ class Tracker:
         if self._journal is None:
             return
         try:
-            self._journal.note("state", state=state)
+            self._journal.note({"kind": "state", "state": state})
         finally:
             self._journal.close()
             if self._journal.differences:
@@ -112,7 +111,7 @@ class Tracker:
             )
 
 
-def _shorten(key: str, value: Any) -> str:
+def _shorten(key: str, value: object) -> str:
     text = str(value)
     if len(text) > PARAMETER_LIMIT:
         log.warning("parameter %s is cut to %d characters in MLflow; config.yaml has it whole", key, PARAMETER_LIMIT)
