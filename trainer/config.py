@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast, get_args
 
@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from yaml import YAMLError
 
-from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, nest
+from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, nest
 from trainer.shipped import locate, nearest_config
 
 log = logging.getLogger(__name__)
@@ -44,16 +44,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
-OFF: Final[tuple[Any, ...]] = (
-    None,
-    False,
-    0,
-    "",
-    "none",
-    "auto",
-    [],
-    {},
-)  # values of a setting that say that it is not used
+# values of a setting that mean that it is not used
+OFF: Final[tuple[Any, ...]] = (None, False, 0, "", "none", "auto", [], {})
 
 
 class ConfigError(ValueError):
@@ -71,15 +63,17 @@ class DataConfig(Section):
 
     path: str = Field(
         "data/{task}",
-        description="prepared dataset (egmf prepare); '{task}' stands for the task's name",
+        description="Prepared dataset (egmf prepare); '{task}' is replaced by the task's name.",
         json_schema_extra=EXECUTION,
     )
-    prompt_language: Literal["auto", "en", "zh"] = Field("auto", description="auto: the task's own language")
-    answers: Literal["words", "indices"] = Field(
-        "words", description="the model answers with label words or label numbers"
+    prompt_language: Literal["auto", "en", "zh"] = Field(
+        "auto", description="Language of the prompts; auto: the task's own."
     )
-    history: int = Field(0, ge=0, description="previous utterances of the conversation shown in the prompt")
-    max_text_tokens: PositiveInt = Field(256, description="longer texts keep their last tokens")
+    answers: Literal["words", "indices"] = Field(
+        "words", description="words: the model answers with label words; indices: with label numbers."
+    )
+    history: int = Field(0, ge=0, description="Previous utterances of the conversation in the prompt.")
+    max_text_tokens: PositiveInt = Field(256, description="Longer texts are cut to their last tokens.")
     layout: Literal["packed", "padded"] = Field(
         "packed",
         description="Micro-batch layout: packed = one unpadded row sharing one instruction; padded = one row per sample.",
@@ -88,18 +82,21 @@ class DataConfig(Section):
     workers: int | None = Field(
         None,
         ge=0,
-        description="processes per rank that collate ahead; default: 2 on a GPU, none elsewhere",
+        description="Processes per rank that collate batches ahead; default: 2 on a GPU, none elsewhere.",
         json_schema_extra=EXECUTION,
     )
-    modality_dropout: Fraction = Field(0.0, description="probability of hiding audio or video of a training sample")
-    weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="task -> share of steps, several tasks")
+    modality_dropout: Fraction = Field(0.0, description="Probability of dropping audio or video of a training sample.")
+    weights: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="Task -> share of the steps, for several tasks."
+    )
     sampling: Literal["natural", "balanced", "sqrt"] = Field(
         "natural",
-        description="of training samples. natural: each once an epoch; balanced, sqrt: drawn with replacement, classes equally "
-        "often, or by the square roots of their sizes",
+        description="Sampling of training data. natural: each sample once an epoch; balanced, sqrt: drawn with replacement, "
+        "classes equally often, or by the square roots of their sizes.",
     )
     mixing_temperature: Annotated[float, Field(ge=1.0, allow_inf_nan=True)] = Field(
-        1.0, description="T: a task of n samples has a share of steps like n^(1/T); .inf: every task the same"
+        1.0,
+        description="T: a task of n samples gets a share of the steps proportional to n^(1/T); .inf: all tasks the same share.",
     )
 
     @model_validator(mode="after")
@@ -140,11 +137,11 @@ class TinyConfig(Section):
 class BackboneConfig(Section):
     """The causal language model."""
 
-    name: str = Field("tiny", description="hub name, folder, or 'tiny' (built locally)")
+    name: str = Field("tiny", description="Hub name, folder, or 'tiny' (built locally).")
     revision: str | None = None
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "blocks", "sdpa", "eager"] = Field(
         "auto",
-        description="of packed rows. blocks: each sample padded to the longest, behind the shared prefix; flash_attention_2, "
+        description="Attention of packed rows. blocks: each sample padded to the longest, behind the shared prefix; flash_attention_2, "
         "varlen (PyTorch's own): nothing padded; flex: compiled; sdpa, eager: one mask for the row, which every family takes",
         json_schema_extra=EXECUTION,
     )
@@ -152,17 +149,17 @@ class BackboneConfig(Section):
     double_quantization: bool = True
     read: Literal["each", "rank0"] = Field(
         "each",
-        description="who reads the weights: every rank, or rank 0 for all, where others have no access to the files",
+        description="Who reads the weights: each rank, or rank 0 for all (where others cannot access the files).",
         json_schema_extra=EXECUTION,
     )
     gradient_checkpointing: bool = Field(False, json_schema_extra=EXECUTION)
     reentrant: bool = Field(
         False,
-        description="gradient checkpointing by autograd's older, reentrant way (the same gradients)",
+        description="Gradient checkpointing by autograd's older, reentrant implementation (the same gradients).",
         json_schema_extra=EXECUTION,
     )
     trust_remote_code: bool = Field(
-        False, description="runs code from the model's repository: only for sources you trust"
+        False, description="Run code from the model's repository: only for sources you trust."
     )
     tiny: TinyConfig = Field(default_factory=TinyConfig)
 
@@ -272,87 +269,91 @@ class ModelConfig(Section):
 
 class LearningRates(Section):
     fusion: PositiveFloat = 1e-3
-    backbone: PositiveFloat = Field(2e-4, description="of LoRA, or of the whole backbone with adapter.kind=full")
+    backbone: PositiveFloat = Field(
+        2e-4, description="Learning rate of LoRA, or of the whole backbone with adapter.kind=full."
+    )
 
 
 class TrainConfig(Section):
     """Optimisation; the global batch is a number of samples, the same on any number of ranks."""
 
     seed: int = Field(0, ge=0)
-    epochs: PositiveFloat = Field(10.0, description="passes over the training data")
-    steps: PositiveInt | None = Field(None, description="optimizer steps; given, it stands instead of epochs")
+    epochs: PositiveFloat = Field(10.0, description="Passes over the training data.")
+    steps: PositiveInt | None = Field(None, description="Optimizer steps; replaces epochs.")
     global_batch: PositiveInt = 32
     micro_tokens: PositiveInt = Field(
         2048,
-        description="positions one rank passes through the backbone at once: limits memory, never changes meaning",
+        description="Positions that one rank passes through the backbone at once: limits memory, does not change results.",
         json_schema_extra=EXECUTION,
     )
     micro_batch: PositiveInt | None = Field(
-        None, description="samples one rank holds at once, where fewer are wanted", json_schema_extra=EXECUTION
+        None,
+        description="Samples that one rank trains at once, at most: limits memory further.",
+        json_schema_extra=EXECUTION,
     )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
+    offload: Literal["none", "cpu"] = Field("none", description="Where ZeRO keeps the optimizer's states.")
     lr: LearningRates = Field(default_factory=LearningRates)
     weight_decay: float = Field(0.01, ge=0.0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the steps")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Warm-up, as a share of the steps.")
     class_weights: Literal["none", "inverse", "effective"] = Field(
         "none",
-        description="of samples in the loss, by the size of their class in the training data: 1 / n, or (1 - beta) / (1 - beta^n)",
+        description="Weights of samples in the loss, by the size n of their class in the training data: 1 / n, or (1 - beta) / (1 - beta^n).",
     )
-    class_weight_beta: Fraction = Field(0.999, description="beta of class_weights=effective")
+    class_weight_beta: Fraction = Field(0.999, description="beta of class_weights=effective.")
     label_smoothing: Fraction = Field(
         0.0,
-        description="share of an answer token's target spread over the tokens that continue some answer of the task",
+        description="Share of an answer token's target that is spread over all tokens that continue some answer of the task.",
     )
     regression_loss: float = Field(
         0.0,
         ge=0.0,
-        description="weight of the expected absolute error over the number grid, added to a regression task's loss; "
-        "every sample then carries all answers",
+        description="Weight of the expected absolute error over the number grid in a regression task's loss; "
+        "each sample then carries all answers.",
     )
-    clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0 switches clipping off")
+    clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0: no clipping.")
     log_every: PositiveInt = Field(10, json_schema_extra=EXECUTION)
     eval_every: int | None = Field(
-        None, ge=1, description="steps between validations; default: once an epoch", json_schema_extra=SELECTION
+        None, ge=1, description="Steps between validations; default: once an epoch.", json_schema_extra=SELECTION
     )
     save_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints; default: at each validation", json_schema_extra=EXECUTION
+        None, ge=1, description="Steps between checkpoints; default: at each validation.", json_schema_extra=EXECUTION
     )
-    keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the best", json_schema_extra=EXECUTION)
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept, beside the best.", json_schema_extra=EXECUTION)
     resume: Literal["auto", "never"] = Field(
         "auto",
-        description="continue the run folder's last checkpoint; never: put what is there aside and start anew",
+        description="auto: continue the run folder's last checkpoint; never: move what is there to before-TIME and start anew.",
         json_schema_extra=EXECUTION,
     )
     stop_signals: list[StopSignal] = Field(
         default_factory=lambda: list(STOP_SIGNALS),
         min_length=1,
-        description="any of these, on any rank, makes all ranks stop with a checkpoint; take SIGUSR1 out where NCCL uses it",
+        description="Signals that, sent to any rank, stop all ranks with a checkpoint; leave SIGUSR1 out where NCCL uses it.",
         json_schema_extra=EXECUTION,
     )
     probe: bool = Field(
-        True, description="try the largest batches of the data before the first step", json_schema_extra=EXECUTION
+        True, description="Try the largest batches of the data before the first step.", json_schema_extra=EXECUTION
     )
     rendezvous_seconds: PositiveFloat = Field(
         300.0, description="Seconds each rank waits for the others at start-up.", json_schema_extra=EXECUTION
     )
     max_skipped: PositiveInt = Field(
         5,
-        description="steps in a row with a loss or gradient that is no number, after which the run stops",
+        description="Steps in a row with a non-finite loss or gradient, after which the run stops.",
         json_schema_extra=SELECTION,
     )
     spike: PositiveFloat = Field(
         8.0,
-        description="a loss this many robust deviations above the recent median is marked",
+        description="A loss so many robust standard deviations above the recent median is marked as a spike.",
         json_schema_extra=EXECUTION,
     )
     stuck_seconds: float = Field(
         600.0,
         ge=0.0,
-        description="without progress on any rank for so long, the run ends and says where; 0: never",
+        description="Seconds without progress on any rank, after which the run ends with every rank's stacks; 0: never.",
         json_schema_extra=EXECUTION,
     )
 
@@ -365,39 +366,46 @@ def _default_splits() -> list[Split]:
 
 
 class EvalConfig(Section):
-    mode: Literal["score", "generate"] = Field("score", description="score every answer, or generate freely and parse")
-    prediction: Literal["expectation", "mode"] = Field("expectation", description="of a regression task's number grid")
+    mode: Literal["score", "generate"] = Field(
+        "score", description="score: score every possible answer; generate: generate text and parse it."
+    )
+    prediction: Literal["expectation", "mode"] = Field(
+        "expectation",
+        description="Prediction from a regression task's number grid: its expectation, or its most probable value.",
+    )
     tokens: PositiveInt = Field(
-        8192, description="positions one rank scores at once: limits memory", json_schema_extra=EXECUTION
+        8192, description="Positions that one rank scores at once: limits memory.", json_schema_extra=EXECUTION
     )
     batch: PositiveInt | None = Field(
-        None, description="samples one rank scores at once, where fewer are wanted", json_schema_extra=EXECUTION
+        None, description="Samples that one rank scores at once, at most.", json_schema_extra=EXECUTION
     )
     splits: list[Split] = Field(default_factory=_default_splits)
 
 
 class TrackConfig(Section):
     mlflow: bool = True
-    uri: str | None = Field(None, description="default: an SQLite store, mlflow.db, beside the run folder")
+    uri: str | None = Field(
+        None, description="MLflow server or store; default: the SQLite file mlflow.db beside the run folder."
+    )
     experiment: str = "egmf"
     run_name: str | None = None
     tags: dict[str, str] = Field(default_factory=dict)
     system_metrics: bool = True
-    report: bool = Field(True, description="write report.html and its pictures when the run ends")
-    flush_seconds: float = Field(30.0, ge=0.0, description="the end of a run waits so long for the server, not longer")
+    report: bool = Field(True, description="Write report.html and its pictures when the run ends.")
+    flush_seconds: float = Field(30.0, ge=0.0, description="Maximum seconds to wait for MLflow when a run ends.")
 
 
 class RunConfig(Section):
     """One run: one training with one seed."""
 
-    task: str | list[str] = Field(description="a built-in task, a YAML file that defines one, or a list of these")
+    task: str | list[str] = Field(description="A built-in task, a YAML file that defines one, or a list of these.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig, json_schema_extra=SCORING)
     track: TrackConfig = Field(default_factory=TrackConfig, json_schema_extra=RECORD)
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="raw DeepSpeed keys, laid over the derived ones"
+        default_factory=dict, description="Raw DeepSpeed keys; they override the derived ones."
     )
 
     @field_validator("task")
@@ -482,19 +490,6 @@ def dump_config(config: RunConfig) -> str:
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, for tracking and comparison; lists and empty sections stay values."""
     return dotted(config.model_dump(mode="json"))
-
-
-def dotted(raw: dict[str, Any]) -> dict[str, Any]:
-    """:func:`flatten` of a config that is a plain dictionary."""
-
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            yield prefix, value
-
-    return dict(walk("", raw))
 
 
 def _merge(base: Any, over: Any, where: str) -> RunConfig:

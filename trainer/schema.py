@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, get_args, get_origin
 
@@ -47,6 +47,19 @@ def find(model: type[BaseModel], key: str) -> Place | None:
         fields.append(part)
         current = field.annotation
     return Place(tuple(fields), "", current, affects)
+
+
+def dotted(raw: dict[str, Any]) -> dict[str, Any]:
+    """A nested dictionary flat: dotted key -> value; lists and empty dictionaries stay values."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", raw))
 
 
 def nest(model: type[BaseModel], flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ PLANTED = 1
 class Case:
     """A run: `overrides` change what is computed (single process and ranks alike), `engine` only how.
 
-    `plant` puts a loss or a gradient that is no number into step `PLANTED`, on the last rank only.
+    `plant` puts a non-finite loss or gradient into step `PLANTED`, on the last rank only.
     """
 
     name: str

@@ -30,7 +30,7 @@ class Spoil(torch.autograd.Function):
 
 @contextlib.contextmanager
 def planted(model: torch.nn.Module, plant: str | None) -> Iterator[None]:
-    """Inside the block the model's losses, or their gradients, are no numbers."""
+    """Inside the block the model's losses, or their gradients, are not finite."""
 
     def spoil(_, __, output):  # type: ignore[no-untyped-def]
         spoiled = output.loss_B * float("nan") if plant == "loss" else Spoil.apply(output.loss_B)

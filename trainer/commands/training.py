@@ -168,14 +168,14 @@ def replay(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> int:
-    """Repeat a step whose loss or gradient was no number, and name the module where it begins."""
+    """Repeat a step whose loss or gradient was not finite, and name the module where it begins."""
 
     def work(world: Any) -> int:
         from trainer.logs import set_up_logging
         from trainer.run.replay import replay as repeat
 
         set_up_logging(None, world.rank, debug=debug)
-        table = Table("micro-batch", "samples without a number", "first such module", "gradients without a number")
+        table = Table("micro-batch", "non-finite samples", "first non-finite module", "non-finite gradients")
         for micro in repeat(folder, world, overrides or []):
             bad = [name for name, loss in micro.losses.items() if not math.isfinite(loss)]
             gradients = [*micro.gradients[:3], *(["…"] if len(micro.gradients) > 3 else [])]

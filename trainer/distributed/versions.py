@@ -9,13 +9,30 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 DECIDING = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "egmf-trainer")
 RECORDED = ("egmf-trainer", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "mlflow", "numpy")
 ABSENT = "none"
+
+
+class GitState(TypedDict, total=False):
+    """Of the source that a process runs from; empty when it is no checkout."""
+
+    commit: str
+    changed: bool  # tracked files differ from the commit
+
+
+class Environment(TypedDict):
+    """What a run's record says of the process that wrote it."""
+
+    versions: dict[str, str | None]
+    platform: str
+    device: str
+    git: GitState
+    command: list[str]
 
 
 @functools.cache
@@ -32,7 +49,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Versions, platform and git state, for the record."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in RECORDED}},
@@ -45,7 +62,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def git_state() -> dict[str, Any]:
+def git_state() -> GitState:
     """Commit and whether files differ from it, of the source this package runs from; empty when it is no checkout."""
 
     def ask(*arguments: str) -> str:

@@ -1,8 +1,8 @@
-"""What keeps a bad step from spoiling a run: non-finite losses and gradients are found, and their step is skipped.
+"""Guards of a step: non-finite losses and gradients are found, their step is skipped, and its batch can be kept.
 
 DeepSpeed's own checks differ between ZeRO stages and precisions (deepspeed 0.19: stage 0 in fp32 and stages 1 and 2 in
-bf16 have none), so one decision is made for all ranks before the step, and is carried out alike at every stage: the
-whole step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had.
+bf16 have none), so one decision is made for all ranks before the step, and it works the same at every stage: the whole
+step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -32,12 +32,36 @@ if TYPE_CHECKING:
 ABOUT, WEIGHTS = "about.json", "model.safetensors"
 
 
+class StepFacts(TypedDict):
+    """Of a step whose loss or gradient was not finite."""
+
+    step: int  # from 1
+    task: str
+    samples: list[str]  # those with a non-finite loss
+    seed: int
+
+
+class MicroBatchFacts(TypedDict):
+    """Of one of its micro-batches; a non-finite loss is written as text."""
+
+    file: str
+    rank: int
+    micro_step: int
+    losses: dict[str, float | str]
+
+
+class DumpFacts(StepFacts):
+    """``about.json`` of a dump."""
+
+    micro_batches: list[MicroBatchFacts]
+
+
 class NonFiniteError(ValueError):
-    """Too many steps in a row had a loss or gradient that is no number."""
+    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
 class Guard:
-    """Watches the local gradients of trainable parameters, and can keep the optimizer still.
+    """Watches the local gradients of trainable parameters, and can freeze the optimizer.
 
     Args:
         engine: its trainable parameters are watched, its optimizer's step is wrapped.
@@ -46,7 +70,7 @@ class Guard:
 
     def __init__(self, engine: DeepSpeedEngine, device: torch.device, *, gradients: bool) -> None:
         self._sum = torch.zeros((), device=device)
-        self._still = False
+        self._frozen = False
         if gradients:
             for parameter in engine.module.parameters():
                 if parameter.requires_grad:
@@ -55,7 +79,7 @@ class Guard:
         step = optimizer.step
 
         def guarded(*arguments: Any, **named: Any) -> Any:
-            return None if self._still else step(*arguments, **named)
+            return None if self._frozen else step(*arguments, **named)
 
         optimizer.step = guarded
 
@@ -69,20 +93,20 @@ class Guard:
         return bad
 
     @contextlib.contextmanager
-    def freeze_optimizer(self, still: bool) -> Iterator[None]:
-        """Inside the block the optimizer does not move, if `still`."""
-        self._still = still
+    def freeze_optimizer(self, frozen: bool) -> Iterator[None]:
+        """Inside the block the optimizer does not move, if `frozen`."""
+        self._frozen = frozen
         try:
             yield
         finally:
-            self._still = False
+            self._frozen = False
 
 
 class LossMonitor:
-    """How the steps have gone: skipped ones, and losses that stand far above the recent ones. Part of a checkpoint.
+    """Counts skipped steps, and losses far above the recent ones. Part of a checkpoint.
 
     A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
-    The deviation counts as `FLOOR` at least: what happens among losses near 0 is no news.
+    The deviation counts as `FLOOR` at least: small fluctuations near zero are not flagged.
     """
 
     WINDOW, LEAST, FLOOR = 64, 16, 0.01
@@ -129,7 +153,7 @@ class NonFiniteDump:
         self._micros.append((batch, loss_B))
 
     def bad_ids(self) -> list[str]:
-        """This rank's samples whose loss is no number."""
+        """This rank's samples whose loss is not finite."""
         return [
             sample
             for batch, loss_B in self._micros
@@ -137,30 +161,31 @@ class NonFiniteDump:
             if not good
         ]
 
-    def write(self, folder: Path, world: World, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def write(self, folder: Path, world: World, about: StepFacts, weights: dict[str, Tensor]) -> None:
         """rankR.microJ.safetensors for every micro-batch, model.safetensors, about.json; called by all ranks."""
         with world.on_rank_zero() as first:
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(weights, folder / WEIGHTS)
-        told = []
+        own: list[MicroBatchFacts] = []
         with world.fail_together():
             for place, (batch, loss_B) in enumerate(self._micros):
                 name = f"rank{world.rank}.micro{place}.safetensors"
                 save_batch(batch, folder / name)
                 losses = {i: x if math.isfinite(x) else str(x) for i, x in zip(batch.ids, loss_B.tolist(), strict=True)}
-                told.append({"file": name, "rank": world.rank, "micro_step": place, "losses": losses})
-        parts = world.gather(told)
+                own.append({"file": name, "rank": world.rank, "micro_step": place, "losses": losses})
+        parts = world.gather(own)
         with world.on_rank_zero() as first:
             if first:
                 assert parts is not None
-                write_json(folder / ABOUT, {**about, "micro_batches": [micro for part in parts for micro in part]})
+                facts = DumpFacts(**about, micro_batches=[micro for part in parts for micro in part])
+                write_json(folder / ABOUT, facts)
 
 
 def save_batch(batch: Batch | PackedBatch, path: Path) -> None:
-    """A batch as one safetensors file; what is no tensor stands in its metadata."""
+    """A batch as one safetensors file; everything but tensors goes into its metadata."""
     tensors: dict[str, Tensor] = {}
-    plain = _take_apart(batch, "", tensors)
+    plain = _to_json(batch, "", tensors)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"plain": json.dumps(plain)})
 
 
@@ -169,33 +194,33 @@ def load_batch(path: Path) -> Batch | PackedBatch:
     with safe_open(path, "pt") as handle:
         plain = json.loads(handle.metadata()["plain"])
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no dictionary)
-    return _put_together(plain, tensors)
+    return _from_json(plain, tensors)
 
 
-_HELD = {kind.__name__: kind for kind in (Batch, PackedBatch, Packing, FusionInput, Features, Choices, AnswerTrie)}
+_KINDS = {kind.__name__: kind for kind in (Batch, PackedBatch, Packing, FusionInput, Features, Choices, AnswerTrie)}
 
 
-def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON knows it; its tensors go into `tensors` under dotted names."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if is_dataclass(value):
-        held = {
-            f.name: _take_apart(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)
+        inner = {
+            f.name: _to_json(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)
         }
-        return {"kind": type(value).__name__, "fields": held}
+        return {"kind": type(value).__name__, "fields": inner}
     if isinstance(value, list):
-        return [_take_apart(inner, f"{name}.{i}", tensors) for i, inner in enumerate(value)]
+        return [_to_json(inner, f"{name}.{i}", tensors) for i, inner in enumerate(value)]
     return value
 
 
-def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [_put_together(inner, tensors) for inner in value]
+        return [_from_json(inner, tensors) for inner in value]
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
     if isinstance(value, dict):
-        held = {key: _put_together(inner, tensors) for key, inner in value["fields"].items()}
-        return _HELD[value["kind"]](**held)
+        fields_of = {key: _from_json(inner, tensors) for key, inner in value["fields"].items()}
+        return _KINDS[value["kind"]](**fields_of)
     return value

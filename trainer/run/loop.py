@@ -34,9 +34,9 @@ from trainer.run.callbacks import Callback, FinishedStep, Metrics, ProgressCallb
 from trainer.run.evaluate import evaluate, format_selection_metrics, selection_values, write_predictions
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import archive_previous_run, open_folder
-from trainer.run.guard import NonFiniteDump, NonFiniteError
+from trainer.run.guard import NonFiniteDump, NonFiniteError, StepFacts
 from trainer.run.probe import memory_explained, probe
-from trainer.run.record import Report, RunRecord, close_run, close_stuck_run, now, record_failure
+from trainer.run.record import RecordValues, Report, RunRecord, State, close_run, close_stuck_run, now, record_failure
 from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
 from trainer.run.start_log import log_start
@@ -78,7 +78,8 @@ def fit(
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _archive_stale_run(config, out, world, checkpoints)
         record = RunRecord(out, enabled=world.is_rank_zero)
-        fresh, begun, state = not record.values, False, "failed"
+        fresh, begun = not record.values, False
+        state: State = "failed"
         tracker: Tracker | None = None
         try:
             last = checkpoints.newest(repair=True)
@@ -92,19 +93,26 @@ def fit(
                 if first:
                     write_text(out / "config.yaml", dump_config(config))
             begun = True
-            record.update(state="running", started=now(), ended=None, failure=None, **environment(), **_process())
-            tracked = (record.values.get("mlflow") or {}).get("run_id")
-            run_id = tracked or (None if saved is None else saved.mlflow_run)
+            process: RecordValues = {**environment(), "pid": os.getpid(), "host": socket.gethostname()}
+            record.update({"state": "running", "started": now(), "ended": None, "failure": None, **process})
+            tracked = record.values.get("mlflow")
+            run_id = (tracked["run_id"] if tracked else None) or (saved.mlflow_run if saved else None)
             tracker = Tracker(config, out, enabled=world.is_rank_zero, run_id=run_id)
             run = Run(
                 config, out, world, parts, identity, tracker=tracker, checkpoints=checkpoints, watch=watch, stop=stop
             )
             record.update(
-                precision=config.train.precision,
-                seed=config.train.seed,
-                steps=run.steps,
-                mlflow={"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,
-                **identity.model_dump(exclude={"settings"}),
+                {
+                    "precision": config.train.precision,
+                    "seed": config.train.seed,
+                    "steps": run.steps,
+                    "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,
+                    "tasks": identity.tasks,
+                    "data": identity.data,
+                    "base": identity.base,
+                    "world": identity.world,
+                    "zero": identity.zero,
+                }
             )
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
@@ -115,7 +123,7 @@ def fit(
             tell_launcher(error)
             if begun or fresh:
                 with contextlib.suppress(OSError):  # the disk may be what failed
-                    record.update(failure=f"{type(error).__name__}: {error}", state="failed", ended=now())
+                    record.update({"failure": f"{type(error).__name__}: {error}", "state": "failed", "ended": now()})
             raise
         finally:
             if begun:
@@ -148,13 +156,9 @@ def _has_other_settings(config: RunConfig, out: Path) -> bool:
         return True
 
 
-def _process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
-def _tags(values: dict[str, Any]) -> dict[str, Any]:
+def _tags(values: RecordValues) -> dict[str, object]:
     """What MLflow shows of a run beside its settings, from the record."""
-    tags = {f"version.{name}": version for name, version in values["versions"].items()}
+    tags: dict[str, object] = {f"version.{name}": version for name, version in values["versions"].items()}
     tags.update({f"git.{key}": value for key, value in values["git"].items()})
     tags.update({f"data.{task}": fingerprint for task, fingerprint in values["data"].items()})
     about = {"world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
@@ -172,9 +176,9 @@ class Trainer:
         run.step_context.contribute = self._contribute
 
     @lost_connections_typed()
-    def train(self, last: Path | None, saved: CheckpointState | None) -> str:
+    def train(self, last: Path | None, saved: CheckpointState | None) -> State:
         """Train to the last step and evaluate, or until asked to stop; returns the run's state."""
-        state = "done"
+        state: State = "done"
         try:
             self._resume(last, saved)
             self._try_largest_batches()
@@ -256,8 +260,8 @@ class Trainer:
         if self.run.health.in_a_row < self.config.train.max_skipped:
             return
         folder = self.run.out / "nonfinite" / step_name(step + 1)
-        about = {"step": step + 1, "task": batch.task, "samples": ids, "seed": self.config.train.seed}
-        dump.write(folder, self.world, about, trainable_state(self.engine.module, self.world))
+        step_facts = StepFacts(step=step + 1, task=batch.task, samples=ids, seed=self.config.train.seed)
+        dump.write(folder, self.world, step_facts, trainable_state(self.engine.module, self.world))
         raise NonFiniteError(
             f"the loss or a gradient was not finite in {self.run.health.in_a_row} steps in a row, the last of them step "
             f"{step + 1}; samples: {shown}\nthe batch and the weights are in {folder}: look at them with "

@@ -42,7 +42,7 @@ def probe(
     with most text, audio and video fill.
 
     Raises:
-        ValueError: it does not fit into memory (with the settings to change), or its loss is no number.
+        ValueError: it does not fit into memory (with the settings to change), or its loss is not finite.
     """
     faults = []
     counters = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)

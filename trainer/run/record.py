@@ -8,8 +8,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast
 
+from trainer.distributed.versions import GitState
 from trainer.files import write_json
 from trainer.tracking.tracker import Tracker
 
@@ -17,22 +18,55 @@ log = logging.getLogger(__name__)
 Report = Callable[[Path], list[Path]]  # makes pictures of a run folder and says where they are
 
 RECORD = "run.json"
+State = Literal["running", "done", "stopped", "failed"]
+
+
+class MlflowPlace(TypedDict):
+    """Where a run is recorded; `run_id` is None while the server has not been reached."""
+
+    uri: str
+    run_id: str | None
+
+
+class RecordValues(TypedDict, total=False):
+    """What ``run.json`` holds. Of a run that did not get far, some are absent."""
+
+    state: State
+    started: str  # of the last process; ISO 8601, UTC
+    ended: str | None
+    failure: str | None
+    versions: dict[str, str | None]
+    platform: str
+    device: str
+    git: GitState
+    command: list[str]
+    pid: int
+    host: str
+    precision: str
+    seed: int
+    steps: int
+    mlflow: MlflowPlace | None
+    tasks: list[str]
+    data: dict[str, str]  # task -> fingerprint
+    base: str  # hash of the frozen backbone
+    world: int
+    zero: int
 
 
 class RunRecord:
-    """``run.json``, kept by rank 0 and written whole at every change. `state` is running, done, stopped or failed."""
+    """``run.json``, kept by rank 0 and written whole at every change."""
 
     def __init__(self, out: Path, *, enabled: bool) -> None:
         self.path, self.enabled = out / RECORD, enabled
-        self.values: dict[str, Any] = read_record(out) or {}
+        self.values: RecordValues = read_record(out) or {}
 
-    def update(self, **values: Any) -> None:
+    def update(self, values: RecordValues) -> None:
         self.values.update(values)
         if self.enabled:
             write_json(self.path, self.values)
 
 
-def read_record(out: Path) -> dict[str, Any] | None:
+def read_record(out: Path) -> RecordValues | None:
     """The record of a run folder, None where there is none.
 
     Raises:
@@ -46,27 +80,27 @@ def read_record(out: Path) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to start anew, the checkpoints stay") from error
     assert isinstance(value, dict)
-    return value
+    return cast(RecordValues, value)
 
 
 def record_failure(out: Path, why: str) -> None:
-    """Close the record of a run that is still said to be running; for a rank that stands in for rank 0."""
+    """Close a record whose state is still running; called by another rank where rank 0 does not answer."""
     record = RunRecord(out, enabled=True)
     if record.values.get("state") == "running":
-        record.update(state="failed", failure=why, ended=now())
+        record.update({"state": "failed", "failure": why, "ended": now()})
 
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def close_run(out: Path, record: RunRecord, tracker: Tracker | None, state: str, report: Report | None) -> None:
-    """Close the record however the run ended; no trouble here may hide what ended it.
+def close_run(out: Path, record: RunRecord, tracker: Tracker | None, state: State, report: Report | None) -> None:
+    """Close the record however the run ended; an error here is a warning, so that it does not hide what ended the run.
 
-    A failed run tells MLflow first and draws its report last: its other ranks, and the launcher, do not wait long.
+    A failed run closes its MLflow run first and draws its report last: its other ranks, and the launcher, do not wait long.
     """
     with warn_only("the run's end could not be recorded"):
-        record.update(state=state, ended=now())
+        record.update({"state": state, "ended": now()})
     if state == "failed":
         _close_tracker(out, record, tracker, state, [])
     pictures: list[Path] = []
@@ -78,24 +112,25 @@ def close_run(out: Path, record: RunRecord, tracker: Tracker | None, state: str,
 
 def close_stuck_run(out: Path, record: RunRecord, tracker: Tracker, why: str) -> None:
     """Close the record of a run whose main thread hangs; called by the watch."""
-    record.update(failure=f"StuckError: {why}", state="failed", ended=now())
+    record.update({"failure": f"StuckError: {why}", "state": "failed", "ended": now()})
     _close_tracker(out, record, tracker, "failed", [])
 
 
-def _close_tracker(out: Path, record: RunRecord, tracker: Tracker | None, state: str, pictures: list[Path]) -> None:
+def _close_tracker(out: Path, record: RunRecord, tracker: Tracker | None, state: State, pictures: list[Path]) -> None:
     if tracker is None:
         return
-    with warn_only("the run's end could not be told to MLflow"):
+    with warn_only("the run's end could not be recorded in MLflow"):
         tracked = tracker.enabled
         for path in [out / "run.json", *pictures]:
             tracker.artifact(path, "report" if path in pictures else None)
         tracker.finish(state)
         if tracked:
-            record.update(mlflow={"uri": tracker.uri, "run_id": tracker.run_id})
+            record.update({"mlflow": {"uri": tracker.uri, "run_id": tracker.run_id}})
 
 
 @contextlib.contextmanager
 def warn_only(what: str) -> Iterator[None]:
+    """An exception inside the block is a warning that begins with `what`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001

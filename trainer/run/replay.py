@@ -1,4 +1,4 @@
-"""A step that was no number, once more: the saved batch through the saved weights, naming where it begins."""
+"""A non-finite step, once more: the saved batch through the saved weights, to find the module where it begins."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from trainer.config import saved_config
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
 from trainer.run.assemble import assemble
-from trainer.run.guard import ABOUT, WEIGHTS, load_batch
+from trainer.run.guard import ABOUT, WEIGHTS, DumpFacts, load_batch
 
 
 @dataclass
 class Replay:
-    """What one micro-batch gave: each sample's loss, the first module (in order of execution) whose output is no number,
-    and the trainable weights whose gradient is none."""
+    """What one micro-batch gave: each sample's loss, the first module (in order of execution) whose output is not finite,
+    and the trainable weights whose gradient is not."""
 
     file: str
     losses: dict[str, float]
@@ -39,8 +39,8 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
         ValueError: the folder is not one of these, or its run cannot be rebuilt.
     """
     if not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder} holds no {ABOUT}: name a folder nonfinite/step-… of a run")
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        raise ValueError(f"{folder} has no {ABOUT}: give a folder nonfinite/step-… of a run")
+    about: DumpFacts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     run = folder.resolve().parent.parent
     config = saved_config(run, overrides)
     parts = assemble(config, run, world, dtype_of(config))
@@ -49,7 +49,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
     found: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(_Watch(name, found))
-    told = []
+    replays = []
     for micro in about["micro_batches"]:
         found.clear()
         model.zero_grad()
@@ -59,12 +59,12 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
         (output.loss_B.sum() + output.auxiliary_B.sum() + output.unused_param_zero).backward()
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         losses = dict(zip(batch.ids, output.loss_B.detach().tolist(), strict=True))
-        told.append(Replay(micro["file"], losses, found[0] if found else None, bad))
-    return told
+        replays.append(Replay(micro["file"], losses, found[0] if found else None, bad))
+    return replays
 
 
 class _Watch:
-    """Notes a module whose output is the first that is no number; inner modules finish before those that hold them."""
+    """Notes the first module whose output is not finite; inner modules finish before those that hold them."""
 
     def __init__(self, name: str, found: list[str]) -> None:
         self.name, self.found = name or "the model", found

@@ -10,7 +10,6 @@ from typing import cast
 
 import yaml
 
-from trainer.config import dotted
 from trainer.files import load_yaml
 from trainer.results.compare.compared_run import (
     REQUIRED_SETTINGS,
@@ -23,6 +22,7 @@ from trainer.results.compare.compared_run import (
 from trainer.results.records import RunRecord
 from trainer.results.run_folder import RunFolder, is_run
 from trainer.results.runs import State, parse_time, state_of
+from trainer.schema import dotted
 from trainer.tracking.journal import JOURNAL, SPEED, read_journal
 
 DEPTH = 4  # levels of folders below a given one that are searched for runs
