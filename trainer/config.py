@@ -184,7 +184,7 @@ class GateConfig(Section):
     usage_decay: Fraction = 0.9
     kernel: Literal["auto", "triton", "reference"] = Field(
         "auto",
-        description="of the mix; auto: triton on CUDA where it can run, else the reference",
+        description="Kernel of the gate's mix; auto: Triton on CUDA where it can run, else the reference.",
         json_schema_extra=EXECUTION,
     )
 
@@ -220,11 +220,11 @@ class FusionConfig(Section):
     expert_loss_weight: float = Field(
         0.0,
         ge=0.0,
-        description="of the answers that each expert alone gives, by a linear head of its own, and of the gate's trust in them; 0: no heads",
+        description="Weight of the loss of each expert's own answers (by a linear head) and of the gate's trust in them; 0: no heads.",
     )
     compile: bool = Field(
         False,
-        description="torch.compile for the fusion network; minutes at the start of a run",
+        description="torch.compile for the fusion network; takes minutes at the start of a run.",
         json_schema_extra=EXECUTION,
     )
     gate: GateConfig = Field(default_factory=GateConfig)

@@ -29,20 +29,20 @@ NOISY = (
     "git",
 )
 SILENT = {
-    "bitsandbytes.backends.cpu.ops": logging.ERROR,  # says that a kernel of the hub is absent: it is not needed
-    "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for what the sender says in words
+    "bitsandbytes.backends.cpu.ops": logging.ERROR,  # a kernel of the hub is absent, and is not needed
+    "mlflow.store.db.utils": logging.CRITICAL,  # a traceback; the sender logs one sentence
 }
 
 
 class LogFile(logging.FileHandler):
-    """A log that says once that it can no longer be written (a full disk), in place of a traceback per line."""
+    """A log file that reports once that it cannot be written (a full disk), instead of a traceback per line."""
 
-    _told = False
+    _reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self._told:
-            self._told = True
-            sys.stderr.write(f"{self.baseFilename} cannot be written any more: {sys.exc_info()[1]}\n")
+        if not self._reported:
+            self._reported = True
+            sys.stderr.write(f"{self.baseFilename} can no longer be written: {sys.exc_info()[1]}\n")
 
 
 def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console: Console | None = None) -> None:
@@ -60,9 +60,9 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
             handler.close()
     screen: logging.Handler
     if rank == 0:
-        shown = console or Console(stderr=True)
-        if shown.is_terminal:
-            screen = RichHandler(console=shown, show_path=debug, rich_tracebacks=False, omit_repeated_times=False)
+        terminal = console or Console(stderr=True)
+        if terminal.is_terminal:
+            screen = RichHandler(console=terminal, show_path=debug, rich_tracebacks=False, omit_repeated_times=False)
         else:
             screen = logging.StreamHandler()
             screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -102,9 +102,9 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
 
 @contextlib.contextmanager
 def captured_stdout() -> Iterator[None]:
-    """What Python code prints inside the block goes to the log, as detail."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    """Whatever Python code prints inside the block goes to the log at level debug."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         yield
-    for line in said.getvalue().splitlines():
+    for line in printed.getvalue().splitlines():
         log.debug("%s", line)

@@ -1,4 +1,4 @@
-"""What a pydantic schema says about a dotted key: which field it is, what a change of it affects, the nearest valid name."""
+"""Dotted keys of a pydantic schema: their fields, what a change of them affects, and the nearest valid names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Place:
     fields: tuple[str, ...]
     rest: str
     annotation: Any
-    affects: Effect  # of the field, or of the innermost section around it that says; training where none does
+    affects: Effect  # as marked at the field, or at the innermost section around it; training where nothing is marked
 
 
 def find(model: type[BaseModel], key: str) -> Place | None:
@@ -93,9 +93,9 @@ def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
     if fault["type"] == "value_error":
         return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
     given = fault.get("input")
-    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    but = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
     near = nearest(given, _expected(fault)) if isinstance(given, str) and fault["type"] == "literal_error" else ""
-    return f"{key}: {fault['msg'].replace('Input should', 'must', 1)}{shown}{near}"
+    return f"{key}: {fault['msg'].replace('Input should', 'must', 1)}{but}{near}"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

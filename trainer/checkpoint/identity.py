@@ -1,6 +1,6 @@
-"""What makes a run this run: a checkpoint and the run that continues it must agree on it.
+"""The identity of a run: a checkpoint and the run that continues it must agree on it.
 
-Which settings may differ is said at each field of the schema (:mod:`trainer.config`, in the words of :data:`trainer.schema.Effect`), and nowhere else.
+Which settings may differ is marked at each field of the schema (:mod:`trainer.config`, :data:`trainer.schema.Effect`), and nowhere else.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Put back what :func:`random_state` gave; a GPU's state only where there is one."""
+    """Restore what :func:`random_state` returned; a GPU's state only on a GPU."""
     torch.set_rng_state(state["torch"])
     place, has_gauss, gauss = state["numpy.rest"].tolist()
     keys = state["numpy.keys"].numpy().astype(np.uint32)

@@ -58,7 +58,7 @@ class Checkpoints:
         self.folder, self.world, self.keep = folder, world, keep
 
     def open(self) -> None:
-        """Make the folder ready for writing: what an interrupted save or removal left is cleared away."""
+        """Make the folder ready for writing: remove what an interrupted save or removal left."""
         with self.world.on_rank_zero() as first:
             if first:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ class Checkpoints:
                 sync(writing)
 
     def newest(self, *, repair: bool = False) -> Path | None:
-        """The newest whole checkpoint; what is damaged is passed over with a warning, and with `repair` put aside.
+        """The newest whole checkpoint; damaged ones are skipped with a warning, and renamed with `repair`.
 
         Raises:
             CheckpointError: there are checkpoints, and every one of them is damaged.
@@ -125,19 +125,19 @@ class Checkpoints:
         for name in self.world.broadcast_object(list(reversed(self.names()))):
             faults = self.verify(self.folder / name)
             if not faults:
-                self._pass_over(damaged, self.folder / name, repair)
+                self._skip_damaged(damaged, self.folder / name, repair)
                 return self.folder / name
             damaged[name] = faults
         if damaged:
-            told = "\n".join(f"  {name}: {'; '.join(faults[:3])}" for name, faults in damaged.items())
+            listed = "\n".join(f"  {name}: {'; '.join(faults[:3])}" for name, faults in damaged.items())
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole:\n{told}\n"
+                f"no checkpoint in {self.folder} is whole:\n{listed}\n"
                 "bring one back from a copy, or start anew with train.resume=never"
             )
         return None
 
     def verify(self, checkpoint: Path) -> list[str]:
-        """What is wrong with a checkpoint, read in full, the ranks sharing the work; the same answer on every rank.
+        """The faults of a checkpoint, read in full, the ranks sharing the work; the same answer on every rank.
 
         Raises:
             CheckpointError: it is of another format, so that this version cannot say.
@@ -175,32 +175,32 @@ class Checkpoints:
         path = self.folder / mark.read_text(encoding="utf-8").strip()
         if not path.is_dir():
             raise CheckpointError(
-                f"validation chose {path.name}, which is no longer in {self.folder}: bring it back, or remove {mark} to use the newest"
+                f"validation chose {path.name}, which is no longer in {self.folder}: restore it, or remove {mark} to use the newest"
             )
         return path
 
     def mark(self, best: str | None) -> None:
-        """Write down which is the best; on rank 0."""
+        """Record which is the best; on rank 0."""
         if best is None:
             (self.folder / BEST).unlink(missing_ok=True)
         else:
             write_text(self.folder / BEST, best)
 
-    def _pass_over(self, damaged: dict[str, list[str]], good: Path, repair: bool) -> None:
+    def _skip_damaged(self, damaged: dict[str, list[str]], good: Path, repair: bool) -> None:
         with self.world.on_rank_zero() as first:
             for name, faults in damaged.items() if first else ():
                 log.warning("checkpoint %s is damaged (%s): %s is used", name, "; ".join(faults[:3]), good.name)
                 if repair:
-                    aside = self.folder / f"damaged-{name}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    (self.folder / name).rename(aside)
+                    renamed = self.folder / f"damaged-{name}"
+                    shutil.rmtree(renamed, ignore_errors=True)
+                    (self.folder / name).rename(renamed)
 
     def _retain(self, best: str | None) -> None:
         for name in self.names()[: -self.keep]:
             if name != best:
-                going = self.folder / f".removing-{name}"
-                (self.folder / name).rename(going)
-                shutil.rmtree(going)
+                removing = self.folder / f".removing-{name}"
+                (self.folder / name).rename(removing)
+                shutil.rmtree(removing)
 
 
 def step_name(step: int) -> str:
@@ -239,7 +239,7 @@ def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> No
 
 @contextlib.contextmanager
 def _write_errors_explained(what: str, folder: Path) -> Iterator[None]:
-    """A failure to write `what` becomes one message that says why and what stays."""
+    """A failure to write `what` becomes one message: why, and which checkpoint remains."""
     try:
         yield
     except (OSError, SafetensorError) as error:

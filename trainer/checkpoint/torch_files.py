@@ -1,4 +1,4 @@
-"""DeepSpeed's files are torch's: writing and reading them, with the errors that torch raises turned into types of ours."""
+"""DeepSpeed writes and reads its files by torch.save and torch.load; their errors are turned into types here."""
 
 from __future__ import annotations
 

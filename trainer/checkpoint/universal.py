@@ -65,7 +65,7 @@ def load_universal(engine: DeepSpeedEngine, place: Path) -> str | None:
     engine._config.load_universal_checkpoint = True
     library = logging.getLogger("DeepSpeed")
     level = library.level
-    library.setLevel(logging.ERROR)  # it warns of what is so by design: no tensor parallelism
+    library.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism, which is meant
     loaded: str | None
     try:
         loaded, _ = engine.load_checkpoint(str(place), tag=TAG, load_module_strict=False)

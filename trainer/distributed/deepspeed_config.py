@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration derived from ours, what of it is in force, and the combinations that are refused."""
+"""DeepSpeed's configuration derived from ours, which of its values are in force, and the combinations that are refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Joining and leaving the process group, through DeepSpeed's own initialisation; and what must be set before it.
 
-Works under the ``deepspeed`` launcher, ``torchrun`` and ``srun`` alike (they set RANK, WORLD_SIZE, LOCAL_RANK,
+Works under the ``deepspeed`` launcher, ``torchrun`` and ``srun`` (they set RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR, MASTER_PORT), and as a single process with none of these.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def start_world(seconds: float = SECONDS) -> World:
-    """Join the run's processes (or start alone), through DeepSpeed's own initialisation.
+    """Join the run's ranks (or be the only one), through DeepSpeed's own initialisation.
 
     On CPU the backend is gloo. DeepSpeed's shared-memory all-reduce is compiled on first use; without a C++ compiler or
     ninja it is left out with one warning.
@@ -37,7 +37,7 @@ def start_world(seconds: float = SECONDS) -> World:
         seconds: that each rank waits for the others.
 
     Raises:
-        ValueError: a launcher set some but not all of the variables that processes need to meet, or they cannot meet
+        ValueError: a launcher set some but not all of the variables of a rendezvous, or the rendezvous failed
             (:func:`trainer.distributed.rendezvous.rendezvous`).
     """
     _check_launcher()
@@ -76,7 +76,7 @@ def quiet_deepspeed() -> None:
     """Set what DeepSpeed reads when it is imported; call before any import of it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "egmf" / "torch_extensions"))
-    # an unactivated environment (ssh!) has its ninja beside its python; another version would build every op anew
+    # an environment that is not activated (ssh) has its ninja beside its python; another version would rebuild every op
     ninja = Path(sys.executable).parent / "ninja"
     if ninja.exists() and shutil.which("ninja") != str(ninja):
         os.environ["PATH"] = f"{ninja.parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -1,4 +1,4 @@
-"""Stop signals: a run that is asked to stop finishes its step, writes a checkpoint and says that it can go on."""
+"""Stop signals: a run that gets one finishes its step, writes a checkpoint and exits as resumable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """Remembers that a stop was asked for, on this rank; :meth:`agreed` spreads it, so that all ranks stop at one place.
+    """Remembers that this rank was asked to stop; :meth:`agreed` shares it, so that all ranks stop at the same place.
 
     Signals that are repeated change nothing (schedulers and launchers often send several), but for Ctrl-C, which ends the
     process at once when a stop was asked for before.
@@ -51,7 +51,7 @@ class StopRequest:
         """Stop here when any rank was asked to; called by all ranks.
 
         Raises:
-            StopRequested: on every rank alike.
+            StopRequested: on every rank at the same place.
         """
         if self.agreed(world):
             raise StopRequested

@@ -26,7 +26,7 @@ class GitState(TypedDict, total=False):
 
 
 class Environment(TypedDict):
-    """What a run's record says of the process that wrote it."""
+    """What a run's record holds of the process that wrote it."""
 
     versions: dict[str, str | None]
     platform: str

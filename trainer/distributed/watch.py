@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class StuckError(RuntimeError):
-    """The run made no progress; the message says which rank stood where."""
+    """The run made no progress; the message lists which rank waited where."""
 
 
 class Verdict(BaseModel):

@@ -1,4 +1,4 @@
-"""The temperature of a finished run: fitted on its validation predictions, written into its folder, told to MLflow."""
+"""The temperature of a finished run: fitted on its validation predictions, written into its folder, recorded in MLflow."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def write_calibration(
     parts: RunComponents, tables: Mapping[str, pd.DataFrame], out: Path, checkpoint: str, tracker: Tracker, step: int
 ) -> None:
     """Write ``calibration.json``; predictions and metrics stay as they are."""
-    held = calibrated(parts, tables)
-    write_json(out / CALIBRATION, {"checkpoint": checkpoint, "tasks": {n: c and asdict(c) for n, c in held.items()}})
+    calibrations = calibrated(parts, tables)
+    write_json(
+        out / CALIBRATION, {"checkpoint": checkpoint, "tasks": {n: c and asdict(c) for n, c in calibrations.items()}}
+    )
     tracker.artifact(out / CALIBRATION)
-    for name, calibration in held.items():
+    for name, calibration in calibrations.items():
         if calibration is None:
             log.warning(
                 "no temperature for %s: no validation predictions with probabilities (eval.splits, eval.mode)", name
@@ -54,6 +56,6 @@ def write_calibration(
         else:
             log.info("temperature of %s, fitted on %s: %.3f", name, calibration.fitted_on, calibration.temperature)
     for split in tables:
-        told = {name: c.splits.get(split, {}) if c is not None else {} for name, c in held.items()}
-        values = {n: {k: v for k, v in s.items() if k.endswith("_calibrated")} for n, s in told.items()}
+        metrics = {name: c.splits.get(split, {}) if c is not None else {} for name, c in calibrations.items()}
+        values = {n: {k: v for k, v in m.items() if k.endswith("_calibrated")} for n, m in metrics.items()}
         tracker.metrics(flatten_metrics(f"best/{split}", values), step)

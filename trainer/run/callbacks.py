@@ -1,4 +1,4 @@
-"""Hooks of a training: what happens beside it, at named moments. The run's own tracking, progress and watch are such hooks."""
+"""Hooks of a training, called at its named moments. The run's own tracking, progress and watch are such hooks."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class FinishedStep:
 
     step: int  # optimizer steps taken, this one included
     result: StepResult
-    spike: bool  # the loss stands far above the recent ones
+    spike: bool  # the loss is far above the recent ones
     learning_rates: list[float]  # of the parameter groups, fusion's first and the backbone's last
     seconds: float
 
 
 class Callback:
-    """Override what is wanted; nothing happens in the rest.
+    """Override what you need; the rest does nothing.
 
     Every rank calls every method, in the order of the callbacks, so that collectives are allowed unless a method says otherwise.
     What a method raises ends the run.
     """
 
     def on_train_start(self, run: Run, step: int) -> None:
-        """The engine stands and a checkpoint is loaded; `step` steps are done."""
+        """The engine is built and a checkpoint, if any, is loaded; `step` steps are done."""
 
     def on_step_scalars(self, run: Run, scalars: StepScalars) -> None:
         """Before a step's numbers are reduced over ranks: add further ones, the same names on every rank."""
@@ -137,6 +137,6 @@ class TrackingCallback(Callback):
 
 
 def is_logged(run: Run, finished: FinishedStep) -> bool:
-    """Whether a step's numbers are recorded: every `train.log_every`, the first and last, and what stands out."""
+    """Whether a step's numbers are recorded: every `train.log_every`, the first and last, skipped steps and spikes."""
     step, result = finished.step, finished.result
     return step % run.config.train.log_every == 0 or step in (1, run.steps) or result.skipped or finished.spike

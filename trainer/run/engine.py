@@ -56,17 +56,17 @@ class Schedule:
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, train: TrainConfig, steps: int) -> None:
-        self._engine, self._ours = engine, engine.lr_scheduler is None
+        self._engine, self._is_set_here = engine, engine.lr_scheduler is None
         self._base = [group["lr"] for group in engine.optimizer.param_groups]
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         self._factor: Callable[[int], float] = get_scheduler(
-            name, nothing, round(train.warmup * steps), steps
+            name, unused, round(train.warmup * steps), steps
         ).lr_lambdas[0]
 
     def set(self, step: int) -> None:
-        """Have the rates of step `step` (from 0) in the optimizer."""
-        groups = self._engine.optimizer.param_groups if self._ours else []  # new ones after every load
+        """Put the rates of step `step` (from 0) into the optimizer."""
+        groups = self._engine.optimizer.param_groups if self._is_set_here else []  # other objects after every load
         for group, base in zip(groups, self._base, strict=bool(groups)):
             group["lr"] = base * self._factor(step)
 

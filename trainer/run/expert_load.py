@@ -49,17 +49,17 @@ def warn_of_dead(tasks: Sequence[str], experts: Sequence[str], split: str, table
     """Log a warning for each task whose gate has given up an expert, by the predictions of a split."""
     for task in tasks:
         weights = table.loc[table["task"] == task, "gate_expert"].dropna()
-        told = warning(task, split, load_balance(experts, np.array(weights.tolist()))) if len(weights) else None
-        if told is not None:
-            log.warning("%s", told)
+        text = warning(task, split, load_balance(experts, np.array(weights.tolist()))) if len(weights) else None
+        if text is not None:
+            log.warning("%s", text)
 
 
 def warning(task: str, split: str, balance: LoadBalance) -> str | None:
     """A sentence about dead experts, None where there are none."""
     if not balance.dead:
         return None
-    told = ", ".join(f"{e} (mean weight {balance.mean[e]:.3f}, at most {balance.largest[e]:.3f})" for e in balance.dead)
+    dead = ", ".join(f"{e} (mean weight {balance.mean[e]:.3f}, at most {balance.largest[e]:.3f})" for e in balance.dead)
     return (
-        f"dead expert{'s' if len(balance.dead) > 1 else ''} of {task} on {split}: {told}; what it reads may not matter here, or "
+        f"dead expert{'s' if len(balance.dead) > 1 else ''} of {task} on {split}: {dead}; its input may carry nothing for this task, or "
         "model.fusion.gate.balance_weight is too small"
     )

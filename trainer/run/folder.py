@@ -59,7 +59,7 @@ def hold(out: Path) -> Iterator[None]:
         except OSError as error:
             handle.seek(0)
             raise ValueError(
-                f"another training is going on in {out} ({handle.read().strip() or 'unknown'}): wait for it, stop it, or choose another --out"
+                f"another training is running in {out} ({handle.read().strip() or 'unknown'}): wait for it, stop it, or choose another --out"
             ) from error
         handle.truncate(0)
         try:
@@ -72,12 +72,12 @@ def hold(out: Path) -> Iterator[None]:
 
 def archive_previous_run(out: Path) -> Path | None:
     """Move an earlier run's files into ``before-TIME`` inside the folder; None where there are none. Logs stay."""
-    there = sorted(path for pattern in RESULTS for path in out.glob(pattern))
-    if not there:
+    found = sorted(path for pattern in RESULTS for path in out.glob(pattern))
+    if not found:
         return None
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
-    aside = out / f"before-{stamp}"
-    aside.mkdir()
-    for path in there:
-        path.rename(aside / path.name)
-    return aside
+    archive = out / f"before-{stamp}"
+    archive.mkdir()
+    for path in found:
+        path.rename(archive / path.name)
+    return archive

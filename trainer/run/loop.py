@@ -136,7 +136,7 @@ def _watch(config: RunConfig, out: Path, world: World) -> Watch:
 
 
 def _archive_stale_run(config: RunConfig, out: Path, world: World, checkpoints: Checkpoints) -> None:
-    """Put aside what another run left in the folder: asked for, or of other settings and with nothing to continue."""
+    """Archive what another run left in the folder: if asked for, or if it has other settings and no checkpoint to continue."""
     with world.on_rank_zero() as first:
         if first:
             anew = config.train.resume == "never" or (not checkpoints.names() and _has_other_settings(config, out))
@@ -269,7 +269,7 @@ class Trainer:
         )
 
     def _validate_and_save(self) -> None:
-        """A stop during the validation breaks it off: the checkpoint says that it is due."""
+        """A stop during the validation breaks it off; the checkpoint then notes that it is due."""
         try:
             self._validate()
         except StopRequested:
@@ -318,7 +318,7 @@ class Trainer:
                 self.run.checkpoints.mark(self.run.selection.best)
 
     def _evaluate_best(self) -> None:
-        """Evaluate the best checkpoint on the configured splits and write what it says."""
+        """Evaluate the best checkpoint on the configured splits; write predictions, metrics and temperatures."""
         out, tracker, checkpoints = self.run.out, self.run.tracker, self.run.checkpoints
         chosen = checkpoints.best()
         if chosen is None:

@@ -38,8 +38,8 @@ class Samples(Dataset[Any]):
 class BatchPrefetcher:
     """Batches of one step after the other.
 
-    Without workers a batch is made when it is asked for. With them, processes make the next ones meanwhile; they are
-    started anew when the steps do not follow each other. The batches are the same either way.
+    Without workers a batch is collated when it is asked for. With them, processes collate the next ones meanwhile; they are
+    restarted when the steps are not consecutive. The batches are the same with and without workers.
     """
 
     def __init__(self, samples: Samples, *, pin: bool = False) -> None:
@@ -49,7 +49,7 @@ class BatchPrefetcher:
         self._next = -1
 
     def work_ahead(self, workers: int, plan: PlannedSteps, stop: int) -> None:
-        """Let `workers` processes make the batches; 0 leaves it as it is.
+        """Let `workers` processes collate the batches; 0: none.
 
         Args:
             plan: step -> its global batch and this rank's micro-batches, as :meth:`step` will be given them.
@@ -58,11 +58,11 @@ class BatchPrefetcher:
         self.workers, self.plan, self.stop = workers, plan, stop
 
     def step(self, step: int, batch: GlobalBatch, micros: Sequence[MicroBatch]) -> Iterator[Batch | PackedBatch]:
-        """The batches of `step`; all of them are to be taken."""
+        """The batches of `step`; consume fully before the next call."""
         if not self.workers:
             for micro in micros:
-                made = self.samples[batch, micro]
-                yield made.pin_memory() if self.pin else made
+                collated = self.samples[batch, micro]
+                yield collated.pin_memory() if self.pin else collated
             return
         if self._ahead is None or self._next != step:
             self.close()
@@ -78,7 +78,7 @@ class BatchPrefetcher:
     def _loader(self, first: int) -> DataLoader[Any]:
         return DataLoader(
             self.samples,
-            sampler=_Endless(self, first),
+            sampler=_PlannedMicroBatches(self, first),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=AHEAD,
@@ -88,7 +88,9 @@ class BatchPrefetcher:
         )
 
 
-class _Endless:
+class _PlannedMicroBatches:
+    """The micro-batches of all steps from `first` on, as the data loader's workers get them."""
+
     def __init__(self, feed: BatchPrefetcher, first: int) -> None:
         self.feed, self.first = feed, first
 
@@ -107,5 +109,5 @@ def _ignore_stop_signals(worker: int) -> None:
 
 def workers(config: RunConfig, device: torch.device) -> int:
     """How many processes collate: as configured, or `WORKERS_PER_GPU` on a GPU and none elsewhere."""
-    asked = config.data.workers
-    return asked if asked is not None else WORKERS_PER_GPU if device.type == "cuda" else 0
+    configured = config.data.workers
+    return configured if configured is not None else WORKERS_PER_GPU if device.type == "cuda" else 0

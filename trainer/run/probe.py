@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 NO_MEMORY = ("alloc", "not enough memory", "could not create a primitive")
-"""What bare RuntimeErrors say where memory ran out: the CPU allocator, std::bad_alloc, and oneDNN, which says no more."""
+"""In the bare RuntimeErrors of exhausted memory: the CPU allocator's, std::bad_alloc, and oneDNN's, which has no better text."""
 
 
 class MemoryFault(ValueError):

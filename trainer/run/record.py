@@ -15,7 +15,7 @@ from trainer.files import write_json
 from trainer.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
-Report = Callable[[Path], list[Path]]  # makes pictures of a run folder and says where they are
+Report = Callable[[Path], list[Path]]  # draws the pictures of a run folder and returns their paths
 
 RECORD = "run.json"
 State = Literal["running", "done", "stopped", "failed"]

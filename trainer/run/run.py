@@ -1,4 +1,4 @@
-"""One training: its parts, its engine and order of samples, and where it stands. What the loop drives and callbacks see."""
+"""One training: its parts, its engine, its order of samples and its progress; what the loop drives and callbacks see."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """What is given, and what is made of it: a new engine for `parts`, with nothing loaded yet."""
+    """What a run is given, and what is built from it: a new engine for `parts`, with no checkpoint loaded yet."""
 
     config: RunConfig
     out: Path

@@ -1,4 +1,4 @@
-"""What a run says before its first step: positions and idle ranks, class weights, size and place."""
+"""What a run logs before its first step: positions and idle ranks, class weights, size, devices, MLflow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def log_start(run: Run, start: int) -> None:
 
 
 def _log_layout(run: Run) -> None:
-    """Say what the first epoch's beginning costs in positions, and which ranks it leaves idle."""
+    """Log the positions a sample costs in the first steps, and warn of idle ranks."""
     steps = range(min(run.order.steps_per_epoch, run.steps, STEPS_COUNTED))
     samples = positions = idle = 0
     for step in steps:
@@ -48,14 +48,14 @@ def _log_layout(run: Run) -> None:
     log.info("%s: %.1f positions a sample through the backbone", run.config.data.layout, positions / samples)
     if idle > 0:
         log.warning(
-            "%d of %d processes have nothing to do in some steps: a global batch makes too few micro-batches. Set "
+            "%d of %d ranks are idle in some steps: a global batch has too few micro-batches. Set "
             "train.micro_batch=%d, or raise train.global_batch",
             idle, run.world.size, -(-run.config.train.global_batch // run.world.size),
         )  # fmt: skip
 
 
 def _log_weights(run: Run) -> None:
-    """Say what classes weigh, and warn where few samples get most of the loss."""
+    """Log the weights of classes, and warn where few samples get most of the loss."""
     for name, collate in run.parts.collators.items():
         weight_C = collate.objective.weight_C
         if weight_C is None:

@@ -8,7 +8,7 @@ all is on the server. A process that is killed, or a request that times out alth
 one batch in doubt; it is compared with what the server has before it is sent again. The time of a value is the
 journal's own, so that a store which sees a value twice nevertheless sees the same, and keeps one.
 
-:class:`Sender` does this in a thread beside the training, :func:`sync` (``egmf track sync``) later, in its own process.
+:class:`Sender` does this in a thread during the training, :func:`sync` (``egmf track sync``) later, in its own process.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Outbox:
 
         Raises:
             OutboxBusy: another process is sending.
-            Exception: whatever goes wrong at the server or on the way. What was sent stays noted, the rest is next.
+            Exception: any error of the server or the network. What was sent is recorded; the rest is sent next time.
         """
         self._acquire()
         try:
@@ -112,7 +112,7 @@ class Outbox:
             raise
 
     def close(self) -> None:
-        """Let others send."""
+        """Let other processes send."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -192,7 +192,7 @@ class Outbox:
 
 
 class Sender(threading.Thread):
-    """Sends a run's journal beside the training, and tries again, ever more rarely, while the server does not take it."""
+    """Sends a run's journal during the training; retries, ever more rarely, while the server does not take it."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(name="mlflow-sender", daemon=True)
@@ -233,7 +233,7 @@ class Sender(threading.Thread):
             self._trouble = time.monotonic()
             log.warning(
                 "MLflow at %s does not take the run's records; training goes on, they wait in %s and are sent when it "
-                "does. It says: %s",
+                "does. Its answer: %s",
                 self.outbox.uri,
                 self.outbox.journal,
                 _short(error),
