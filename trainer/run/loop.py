@@ -193,7 +193,7 @@ class Trainer:
             log.warning("stopped at step %d of %d; the same command continues it", self.run.steps_done, self.run.steps)
             state = "stopped"
         finally:
-            self.run.step_context.feed.close()
+            self.run.step_context.prefetcher.close()
             for callback in self.callbacks:
                 callback.on_train_end(self.run)
         self.engine.destroy()  # its hooks would keep the model in memory, and this process may train another

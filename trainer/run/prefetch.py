@@ -91,12 +91,12 @@ class BatchPrefetcher:
 class _PlannedMicroBatches:
     """The micro-batches of all steps from `first` on, as the data loader's workers get them."""
 
-    def __init__(self, feed: BatchPrefetcher, first: int) -> None:
-        self.feed, self.first = feed, first
+    def __init__(self, prefetcher: BatchPrefetcher, first: int) -> None:
+        self.prefetcher, self.first = prefetcher, first
 
     def __iter__(self) -> Iterator[Wanted]:
-        for step in range(self.first, self.feed.stop):
-            batch, micros = self.feed.plan(step)
+        for step in range(self.first, self.prefetcher.stop):
+            batch, micros = self.prefetcher.plan(step)
             yield from ((batch, micro) for micro in micros)
 
 

@@ -66,7 +66,7 @@ class Run:
         self.health = LossMonitor(train.spike)
         self.selection = Selection({name: task.maximise for name, task in parts.tasks.items()})
         self.step_context = StepContext(self.engine, parts, config, world, self.guard, self.stop, self.watch.heartbeat)
-        self.step_context.feed.work_ahead(workers(config, world.device), self._planned, self.steps)
+        self.step_context.prefetcher.work_ahead(workers(config, world.device), self._planned, self.steps)
 
     def _planned(self, step: int) -> tuple[GlobalBatch, list[MicroBatch]]:
         batch = self.order.step(step)

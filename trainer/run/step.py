@@ -41,7 +41,7 @@ class StepContext:
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
     weights: dict[str, np.ndarray] = field(init=False)  # of the training samples, by task; none where all weigh 1
     limits: Limits = field(init=False)
-    feed: BatchPrefetcher = field(init=False)
+    prefetcher: BatchPrefetcher = field(init=False)
 
     def __post_init__(self) -> None:
         parts = self.parts
@@ -52,7 +52,7 @@ class StepContext:
             if collate.objective.weight_C is not None
         }
         self.limits = Limits.of_training(self.config)
-        self.feed = BatchPrefetcher(
+        self.prefetcher = BatchPrefetcher(
             Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators),
             pin=self.world.device.type == "cuda",
         )
@@ -86,7 +86,7 @@ class StepResult:
     scalars: StepScalars  # all of these, and what others contributed, by name
 
 
-def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: NonFiniteDump) -> StepResult:
+def train_step(training: StepContext, batch: GlobalBatch, step: int, dump: NonFiniteDump) -> StepResult:
     """One optimizer step over a global batch; a step whose loss or gradient is not finite on any rank moves nothing.
 
     loss = Σ_i w_i (loss_i + gate_i) / Σ_i w_i over the global batch. DeepSpeed averages gradients over ranks, so
@@ -97,7 +97,7 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: N
     micros = training.micro_batches(batch)
     dtype, total = dtype_of(config), training.weight(batch)
     scalars = StepScalars(world)
-    for place, (micro, rows) in enumerate(zip(micros, training.feed.step(step, batch, micros), strict=True)):
+    for place, (micro, rows) in enumerate(zip(micros, training.prefetcher.step(step, batch, micros), strict=True)):
         training.heartbeat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         rows = rows.to(world.device, dtype)
         torch.manual_seed(mix(config.train.seed, step, place, world.rank))
@@ -110,7 +110,7 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, evidence: N
         scalars.add("loss", loss_B.detach().sum())
         scalars.add("auxiliary_loss", auxiliary_B.detach().sum())
         scalars.add("positions", rows.positions if micro.weight else 0)
-        evidence.add(rows, loss_B.detach())
+        dump.add(rows, loss_B.detach())
     scalars.add("non_finite", guard.found())
     scalars.add("stop_requested", training.stop.asked)
     gate = None if training.parts.model.fusion is None else training.parts.model.fusion.gate
