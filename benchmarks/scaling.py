@@ -191,7 +191,8 @@ def _prepare(overrides: list[str], out: Path, world: Any) -> tuple[Any, int]:
     from trainer.distributed.signals import StopRequest
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.guards.dump import NonFiniteDump
+    from trainer.run.guards.guard import Guard
     from trainer.run.step import StepContext, train_step
 
     config = load_config(ROOT / "configs/tiny.yaml", overrides)

@@ -60,15 +60,15 @@ def batch(config: Any, folder: Path, world: Any) -> dict[str, Any]:
     checkpoint takes: the weights that are trained twice, their copies in fp32 and Adam's two moments.
 
     Raises:
-        ValueError: what :func:`trainer.run.probe.probe` raises.
+        ValueError: what :func:`trainer.run.guards.probe.probe` raises.
     """
     import torch
 
     from trainer.distributed.deepspeed_config import check_machine, dtype_of
     from trainer.run.assemble import assemble
     from trainer.run.engine import build_engine
-    from trainer.run.guard import Guard
-    from trainer.run.probe import probe
+    from trainer.run.guards.guard import Guard
+    from trainer.run.guards.probe import probe
 
     check_machine(config, world.device)
     dtype = dtype_of(config)

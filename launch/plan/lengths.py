@@ -25,7 +25,7 @@ from trainer.data.imbalance import training_order
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, load_tokenizer
 from trainer.run.assemble import make_objective
-from trainer.run.probe import largest
+from trainer.run.guards.probe import largest
 from trainer.tasks import Task, get_task
 from trainer.text import encode, start_tokens
 

@@ -37,7 +37,8 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
     from trainer.logs import set_up_logging
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.guards.dump import NonFiniteDump
+    from trainer.run.guards.guard import Guard
     from trainer.run.step import StepContext, train_step
 
     world = start_world()

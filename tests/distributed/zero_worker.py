@@ -61,7 +61,8 @@ def main(data: Path, out: Path, wanted: str) -> None:
     from trainer.run.assemble import assemble
     from trainer.run.engine import Schedule, build_engine
     from trainer.run.evaluate import evaluate
-    from trainer.run.guard import Guard, NonFiniteDump
+    from trainer.run.guards.dump import NonFiniteDump
+    from trainer.run.guards.guard import Guard
     from trainer.run.step import StepContext, train_step
 
     world = start_world()

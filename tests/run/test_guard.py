@@ -17,8 +17,9 @@ from trainer.checkpoint.state import LossMonitorState
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
 from trainer.run.assemble import assemble
-from trainer.run.guard import LossMonitor, load_batch, save_batch
-from trainer.run.probe import MemoryFault, memory_explained
+from trainer.run.guards.dump import load_batch, save_batch
+from trainer.run.guards.guard import LossMonitor
+from trainer.run.guards.probe import MemoryFault, memory_explained
 
 TINY = f"{ROOT}/configs/tiny.yaml"
 SMALL = ("task=meld", "train.global_batch=8", "train.micro_batch=4", "train.log_every=1", "model.backbone.tiny.vocab_size=400",

@@ -37,7 +37,7 @@ class SelectionState(BaseModel):
 
 
 class LossMonitorState(BaseModel):
-    """Of :class:`trainer.run.guard.LossMonitor`."""
+    """Of :class:`trainer.run.guards.guard.LossMonitor`."""
 
     skipped: int = 0
     in_a_row: int = 0

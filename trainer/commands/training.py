@@ -172,7 +172,7 @@ def replay(
 
     def work(world: Any) -> int:
         from trainer.logs import set_up_logging
-        from trainer.run.replay import replay as repeat
+        from trainer.run.guards.replay import replay as repeat
 
         set_up_logging(None, world.rank, debug=debug)
         table = Table("micro-batch", "non-finite samples", "first non-finite module", "non-finite gradients")

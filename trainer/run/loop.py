@@ -30,16 +30,24 @@ from trainer.distributed.world import World, lost_connections_typed
 from trainer.files import write_json, write_text
 from trainer.run.assemble import assemble
 from trainer.run.calibrate import write_calibration
-from trainer.run.callbacks import Callback, FinishedStep, Metrics, ProgressCallback, TrackingCallback, WatchCallback
+from trainer.run.callbacks import (
+    Callback,
+    FinishedStep,
+    Metrics,
+    ProgressCallback,
+    StartLogCallback,
+    TrackingCallback,
+    WatchCallback,
+)
 from trainer.run.evaluate import evaluate, format_selection_metrics, selection_values, write_predictions
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import archive_previous_run, open_folder
-from trainer.run.guard import NonFiniteDump, NonFiniteError, StepFacts
-from trainer.run.probe import memory_explained, probe
+from trainer.run.guards.dump import NonFiniteDump, StepFacts
+from trainer.run.guards.guard import NonFiniteError
+from trainer.run.guards.probe import memory_explained, probe
 from trainer.run.record import RecordValues, Report, RunRecord, State, close_run, close_stuck_run, now, record_failure
 from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
-from trainer.run.start_log import log_start
 from trainer.run.step import StepResult, train_step
 from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.tracking.progress import Progress
@@ -171,7 +179,7 @@ class Trainer:
     def __init__(self, run: Run, callbacks: Sequence[Callback] = ()) -> None:
         self.run, self.config, self.world, self.parts, self.engine = run, run.config, run.world, run.parts, run.engine
         progress = Progress(run.steps, enabled=run.world.is_rank_zero)
-        own = (TrackingCallback(run.tracker), ProgressCallback(progress), WatchCallback(run.watch))
+        own = (StartLogCallback(), TrackingCallback(run.tracker), ProgressCallback(progress), WatchCallback(run.watch))
         self.callbacks: tuple[Callback, ...] = (*own, *callbacks)
         run.step_context.contribute = self._contribute
 
@@ -184,7 +192,6 @@ class Trainer:
             self._try_largest_batches()
             if saved is not None and saved.validation_due:
                 self._validate_late()
-            log_start(self.run, self.run.steps_done)
             for callback in self.callbacks:
                 callback.on_train_start(self.run, self.run.steps_done)
             self._take_steps()

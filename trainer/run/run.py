@@ -21,7 +21,7 @@ from trainer.distributed.watch import Watch
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
 from trainer.run.engine import Schedule, build_engine
-from trainer.run.guard import Guard, LossMonitor
+from trainer.run.guards.guard import Guard, LossMonitor
 from trainer.run.prefetch import workers
 from trainer.run.step import StepContext
 from trainer.tracking.tracker import Tracker

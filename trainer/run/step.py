@@ -18,7 +18,8 @@ from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
-from trainer.run.guard import Guard, NonFiniteDump
+from trainer.run.guards.dump import NonFiniteDump
+from trainer.run.guards.guard import Guard
 from trainer.run.prefetch import BatchPrefetcher, Samples
 from trainer.run.scalars import StepScalars
 

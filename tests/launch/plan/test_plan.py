@@ -27,7 +27,7 @@ from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
 from trainer.data.sampling import GlobalBatchSampler, Limits, micro_batches
 from trainer.models.backbone.loading import load_tokenizer
-from trainer.run.probe import largest
+from trainer.run.guards.probe import largest
 from trainer.tasks import get_task
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; parameters as published

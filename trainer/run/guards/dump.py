@@ -1,20 +1,12 @@
-"""Guards of a step: non-finite losses and gradients are found, their step is skipped, and its batch can be kept.
-
-DeepSpeed's own checks differ between ZeRO stages and precisions (deepspeed 0.19: stage 0 in fp32 and stages 1 and 2 in
-bf16 have none), so one decision is made for all ranks before the step, and it works the same at every stage: the whole
-step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had.
-"""
+"""The micro-batches of a non-finite step, written down with the weights so that the step can be repeated."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -22,12 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.batch import AnswerTrie, Batch, Choices, Features, FusionInput, PackedBatch, Packing
-from trainer.checkpoint.state import LossMonitorState
 from trainer.distributed.world import World
 from trainer.files import write_json
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 ABOUT, WEIGHTS = "about.json", "model.safetensors"
 
@@ -54,93 +42,6 @@ class DumpFacts(StepFacts):
     """``about.json`` of a dump."""
 
     micro_batches: list[MicroBatchFacts]
-
-
-class NonFiniteError(ValueError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
-
-
-class Guard:
-    """Watches the local gradients of trainable parameters, and can freeze the optimizer.
-
-    Args:
-        engine: its trainable parameters are watched, its optimizer's step is wrapped.
-        gradients: watch gradients too; off for fp16, where DeepSpeed's loss scaling expects some to overflow.
-    """
-
-    def __init__(self, engine: DeepSpeedEngine, device: torch.device, *, gradients: bool) -> None:
-        self._sum = torch.zeros((), device=device)
-        self._frozen = False
-        if gradients:
-            for parameter in engine.module.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(self._watch)
-        optimizer = engine.basic_optimizer
-        step = optimizer.step
-
-        def guarded(*arguments: Any, **named: Any) -> Any:
-            return None if self._frozen else step(*arguments, **named)
-
-        optimizer.step = guarded
-
-    def _watch(self, gradient: Tensor) -> None:
-        self._sum += gradient.detach().sum(dtype=torch.float32) * 0.0  # 0, or nan where any element is inf or nan
-
-    def found(self) -> Tensor:
-        """Whether a local gradient since the last call held inf or nan (1 or 0, on the device)."""
-        bad = torch.isfinite(self._sum).logical_not().double()
-        self._sum.zero_()
-        return bad
-
-    @contextlib.contextmanager
-    def freeze_optimizer(self, frozen: bool) -> Iterator[None]:
-        """Inside the block the optimizer does not move, if `frozen`."""
-        self._frozen = frozen
-        try:
-            yield
-        finally:
-            self._frozen = False
-
-
-class LossMonitor:
-    """Counts skipped steps, and losses far above the recent ones. Part of a checkpoint.
-
-    A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
-    The deviation counts as `FLOOR` at least: small fluctuations near zero are not flagged.
-    """
-
-    WINDOW, LEAST, FLOOR = 64, 16, 0.01
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-        self.skipped = self.in_a_row = self.spikes = 0
-        self._recent: deque[float] = deque(maxlen=self.WINDOW)
-
-    def step(self, loss: float, skipped: bool) -> bool:
-        """Count a step; whether its loss is a spike."""
-        if skipped:
-            self.skipped += 1
-            self.in_a_row += 1
-            return False
-        self.in_a_row = 0
-        spike = False
-        if len(self._recent) >= self.LEAST:
-            recent = torch.tensor(list(self._recent), dtype=torch.float64)
-            median = recent.quantile(0.5)
-            spread = 1.4826 * (recent - median).abs().quantile(0.5)
-            spike = loss > float(median + self.factor * spread.clamp_min(self.FLOOR))
-        self.spikes += spike
-        self._recent.append(loss)
-        return spike
-
-    def state(self) -> LossMonitorState:
-        return LossMonitorState(
-            skipped=self.skipped, in_a_row=self.in_a_row, spikes=self.spikes, recent=list(self._recent)
-        )
-
-    def restore(self, state: LossMonitorState) -> None:
-        self.skipped, self.in_a_row, self.spikes = state.skipped, state.in_a_row, state.spikes
-        self._recent.extend(state.recent)
 
 
 class NonFiniteDump:

@@ -17,7 +17,7 @@ from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
-from trainer.run.guard import Guard
+from trainer.run.guards.guard import Guard
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

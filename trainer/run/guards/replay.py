@@ -18,7 +18,7 @@ from trainer.config import saved_config
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
 from trainer.run.assemble import assemble
-from trainer.run.guard import ABOUT, WEIGHTS, DumpFacts, load_batch
+from trainer.run.guards.dump import ABOUT, WEIGHTS, DumpFacts, load_batch
 
 
 @dataclass
