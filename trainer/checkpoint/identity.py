@@ -5,10 +5,11 @@ Which settings may differ is marked at each field of the schema (:mod:`trainer.c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer
 
 from trainer.config import RunConfig, check_config, flatten
 from trainer.distributed.deepspeed_config import zero_stage
@@ -26,6 +27,11 @@ class RunIdentity(BaseModel):
     world: int
     zero: int
     settings: dict[str, Any]  # dotted key -> value of what affects the training
+
+    @field_serializer("settings")
+    def _as_json_holds_them(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """JSON has no infinity: it is written as text, which the schema reads back as a number."""
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in settings.items()}
 
 
 def identify(config: RunConfig, *, data: dict[str, str], base: str, world_size: int) -> RunIdentity:
