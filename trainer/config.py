@@ -1,9 +1,6 @@
-"""The schema of a run, and how a run's YAML becomes one checked object.
+"""The schema of a run, and how a run's YAML (:mod:`trainer.config_files`) becomes one checked object.
 
-A config file is YAML. ``extends: other.yaml`` (a path or a list of paths, relative to the file) is merged underneath it,
-and dotted overrides (``train.lr.fusion=1e-3``) are merged on top. A config that comes with the package goes by its name,
-``meld``, on the command line and behind ``extends``. The result is validated by one schema, and every fault is reported in
-one message, unknown keys with the nearest valid name.
+Every fault is reported in one message, unknown keys with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -12,10 +9,9 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, cast, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,10 +23,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from yaml import YAMLError
 
+from trainer.config_files import ConfigError, merge, parse_overrides, read_layers
 from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, nest
-from trainer.shipped import locate, nearest_config
+from trainer.shipped import locate
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +42,6 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 # values of a setting that mean that it is not used
 OFF: Final[tuple[Any, ...]] = (None, False, 0, "", "none", "auto", [], {})
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message lists every fault with its dotted key."""
 
 
 class Section(BaseModel):
@@ -434,8 +426,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
-    over = _parse_overrides(overrides)
-    return _merge(_read(locate(path), ()), over, str(path))
+    over = parse_overrides(overrides)
+    return check_config(merge(read_layers(locate(path)), over, str(path)), where=str(path))
 
 
 def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
@@ -449,9 +441,8 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
-    over = _parse_overrides([*overrides, *([f"data.path={data}"] if data else [])])
-    raw = cast(dict[str, Any], OmegaConf.to_container(_read(path, ())))
-    kept, unknown = nest(RunConfig, dotted(raw))
+    over = parse_overrides([*overrides, *([f"data.path={data}"] if data else [])])
+    kept, unknown = nest(RunConfig, dotted(merge(read_layers(path), {}, str(path))))
     used = {key: value for key, value in unknown.items() if value not in OFF}
     if used:
         names = ", ".join(f"{key}={value!r}" for key, value in used.items())
@@ -461,7 +452,7 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
         )
     if unknown:
         log.info("%s: not used and left out, since this version does not have them: %s", path, ", ".join(unknown))
-    return _merge(kept, over, str(path))
+    return check_config(merge(kept, over, str(path)), where=str(path))
 
 
 def _version_of(run: Path) -> str:
@@ -490,42 +481,3 @@ def dump_config(config: RunConfig) -> str:
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, for tracking and comparison; lists and empty sections stay values."""
     return dotted(config.model_dump(mode="json"))
-
-
-def _merge(base: Any, over: Any, where: str) -> RunConfig:
-    merged = OmegaConf.merge(base, over)
-    try:
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {error}") from error
-    return check_config(raw, where=where)
-
-
-def _read(path: Path, chain: tuple[Path, ...]) -> Any:
-    here = path.resolve()
-    if here in chain:
-        loop = " -> ".join(str(p) for p in (*chain, here))
-        raise ConfigError(f"{path}: extends itself: {loop}")
-    if not here.is_file():
-        by = f", extended by {chain[-1]}" if chain else ""
-        raise ConfigError(f"no config file {path}{by}{nearest_config(path)}")
-    try:
-        node = OmegaConf.load(here)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of sections, such as 'task: meld'")
-    bases = node.pop("extends", None)
-    bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
-    parents = [_read(locate(base, here.parent), (*chain, here)) for base in bases]
-    return OmegaConf.merge(*parents, node)
-
-
-def _parse_overrides(overrides: Sequence[str]) -> Any:
-    bad = [o for o in overrides if "=" not in o or o.startswith("=")]
-    if bad:
-        raise ConfigError(f"overrides are written key=value, such as train.zero=3; not: {', '.join(bad)}")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from trainer.config import RunConfig, check_config, flatten
+from trainer.config import RunConfig, flatten
 from trainer.distributed.deepspeed_config import zero_stage
-from trainer.schema import Effect, find, nest
+from trainer.schema import Effect, find
 
 
 class RunIdentity(BaseModel):
@@ -63,12 +63,15 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def completed_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """:func:`training_settings` that another version may have saved, as this version would have, and those it does not have.
+    """:func:`training_settings` that another version may have saved, as this version has them, and those it does not have.
 
-    A key that was not known then has the schema's default.
-
-    Raises:
-        ConfigError: a value that this version does not take.
+    A key that was not known then has the schema's default; saved values are not checked.
     """
-    nested, unknown = nest(RunConfig, saved)
-    return training_settings(check_config(nested, where="the saved settings")), unknown
+    known = {key: value for key, value in saved.items() if find(RunConfig, key) is not None}
+    for key, default in training_settings(RunConfig(task="any")).items():
+        if key not in known and not any(
+            name.startswith(f"{key}.") for name in known
+        ):  # of a dictionary that is not empty
+            known[key] = default
+    gone = {key: value for key, value in saved.items() if key not in known}
+    return {key: value for key, value in known.items() if effect_of(key) == "training"}, gone

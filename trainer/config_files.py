@@ -1,0 +1,76 @@
+"""The layers of a config: YAML files that extend each other, and overrides on top, merged before they are checked.
+
+``extends: other.yaml`` (a path or a list of paths, relative to the file) is merged underneath a file, and dotted overrides
+(``train.lr.fusion=1e-3``) on top. A config that comes with the package goes by its name, ``meld``, on the command line and behind
+``extends``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.shipped import locate, nearest_config
+
+Layer = DictConfig | Mapping[str, Any]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message lists every fault with its dotted key."""
+
+
+def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
+    """A file with what it extends underneath.
+
+    Raises:
+        ConfigError: a file that is absent, is not a mapping in YAML, or extends itself; `chain` are those that extend it.
+    """
+    here = path.resolve()
+    if here in chain:
+        loop = " -> ".join(str(p) for p in (*chain, here))
+        raise ConfigError(f"{path}: extends itself: {loop}")
+    if not here.is_file():
+        by = f", extended by {chain[-1]}" if chain else ""
+        raise ConfigError(f"no config file {path}{by}{nearest_config(path)}")
+    try:
+        node = OmegaConf.load(here)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of sections, such as 'task: meld'")
+    bases = node.pop("extends", None)
+    bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
+    parents = [read_layers(locate(base, here.parent), (*chain, here)) for base in bases]
+    return cast(DictConfig, OmegaConf.merge(*parents, node))
+
+
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """``dotted.key=value`` words as one layer.
+
+    Raises:
+        ConfigError: what is not of this form, or no value in YAML.
+    """
+    bad = [o for o in overrides if "=" not in o or o.startswith("=")]
+    if bad:
+        raise ConfigError(f"overrides are written key=value, such as train.zero=3; not: {', '.join(bad)}")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error
+
+
+def merge(base: Layer, over: Layer, where: str) -> dict[str, Any]:
+    """One layer over another, as plain values.
+
+    Raises:
+        ConfigError: the layers do not fit, or a reference in them leads nowhere; `where` begins the message.
+    """
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(base, over), resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {error}") from error
