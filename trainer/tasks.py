@@ -15,14 +15,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Language = Literal["en", "zh"]
-Family = Literal["emotion", "mosei", "sims"]
+from trainer.metric_table import FAMILIES, Metric
 
-METRICS: dict[Family, tuple[str, ...]] = {
-    "emotion": ("acc", "wf1", "macro_f1"),
-    "mosei": ("has0_acc", "has0_f1", "non0_acc", "non0_f1", "acc7", "acc5", "mae", "corr"),
-    "sims": ("acc2", "acc3", "acc5", "f1", "weak_acc2", "mae", "corr", "r2"),
-}
+Language = Literal["en", "zh"]
+Kind = Literal["classification", "regression"]
 
 
 class TaskError(ValueError):
@@ -77,43 +73,54 @@ class Prompt(BaseModel):
     close: str = "</>"
 
 
+def _families(kind: Kind) -> list[str]:
+    """The families of metrics that a task of `kind` can have."""
+    return [name for name, family in FAMILIES.items() if family.kind == kind]
+
+
 class Task(BaseModel):
     """One benchmark's question."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    kind: Literal["classification", "regression"]
+    kind: Kind
     language: Language = "en"
     labels: tuple[str, ...] = ()
     grid: Grid | None = None
-    family: Family = "emotion"
-    select: str
+    family: str = "emotion"  # of metrics, a key of trainer.metric_table.FAMILIES
+    select: str  # the metric that chooses the checkpoint
     prompts: dict[Language, Prompt]
 
     @model_validator(mode="after")
     def _whole(self) -> Task:
+        fitting = _families(self.kind)
+        families = "metrics family " + " or ".join(map(repr, fitting))
         if self.kind == "classification":
             if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(map(str.strip, self.labels)):
                 raise ValueError(f"classification needs at least two different labels, not {list(self.labels)}")
-            if self.grid is not None or self.family != "emotion":
-                raise ValueError("classification has labels and the metrics family 'emotion', and no grid")
-        elif self.grid is None or self.labels or self.family == "emotion":
-            raise ValueError("regression needs a grid and a metrics family 'mosei' or 'sims', and no labels")
-        if self.select not in METRICS[self.family]:
-            raise ValueError(f"select={self.select!r} is none of the task's metrics: {', '.join(METRICS[self.family])}")
+            if self.grid is not None or self.family not in fitting:
+                raise ValueError(f"classification has labels and the {families}, and no grid")
+        elif self.grid is None or self.labels or self.family not in fitting:
+            raise ValueError(f"regression needs a grid and a {families}, and no labels")
+        if self.select not in self.metrics:
+            raise ValueError(f"select={self.select!r} is none of the task's metrics: {', '.join(self.metrics)}")
         if self.language not in self.prompts:
             raise ValueError(f"no prompt in the task's language {self.language!r}")
         return self
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the task's metrics, as :mod:`trainer.answers.metrics` computes them."""
-        return METRICS[self.family]
+        """The keys of the task's metrics."""
+        return tuple(metric.key for metric in FAMILIES[self.family].metrics)
+
+    def metric(self, key: str) -> Metric:
+        """One of :attr:`metrics`; KeyError where there is none."""
+        return FAMILIES[self.family].metric(key)
 
     @property
-    def maximise(self) -> bool:
+    def greater_is_better(self) -> bool:
         """Whether more of the selecting metric is better."""
-        return self.select != "mae"
+        return self.metric(self.select).greater_is_better
 
     @cached_property
     def answers_words(self) -> tuple[str, ...]:
@@ -289,14 +296,15 @@ def get_task(name: str) -> Task:
 def define_task(raw: Any, where: str = "task") -> Task:
     """A task from a plain mapping, such as a YAML file's or a dataset record's.
 
-    `select` defaults to the family's usual metric, `family` to 'mosei' for regression, `prompts` to the general ones.
+    `family` defaults to the kind's first, `select` to the family's usual metric, `prompts` to the general ones.
     """
     if not isinstance(raw, dict):
         raise TaskError(f"{where} must hold a mapping with name, kind, and labels or grid")
     raw = dict(raw)
     regression = raw.get("kind") == "regression"
-    raw.setdefault("family", "mosei" if regression else "emotion")
-    raw.setdefault("select", {"mosei": "non0_f1", "sims": "acc2"}.get(str(raw["family"]), "wf1"))
+    raw.setdefault("family", _families("regression" if regression else "classification")[0])
+    family = FAMILIES.get(str(raw["family"]))
+    raw.setdefault("select", "" if family is None else family.select)
     raw.setdefault("prompts", _sentiment_prompts() if regression else _emotion_prompts("utterance", "这句话"))
     try:
         return Task.model_validate(raw)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 
+from trainer.answers.metrics import compute
 from trainer.checkpoint.selection import Selection
+from trainer.tasks import BUILT_IN
 
 
 def chosen(selection: Selection, validations: list[dict[str, float | None]]) -> list[str | None]:
@@ -25,6 +28,28 @@ def test_one_task_takes_the_better_value_and_the_earlier_of_equal_ones() -> None
         "step-0", "step-1", "step-1", "step-1", "step-1", "step-5",
     ]  # fmt: skip
     assert chosen(Selection({"d": False}), [{"d": v} for v in [0.9, 0.4, 0.5]]) == ["step-0", "step-1", "step-1"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_selecting_metric_of_a_task_takes_right_predictions_over_wrong_ones(name: str) -> None:
+    task = BUILT_IN[name]
+    truth, guess = (
+        ([0, 1, 1, 0], [0, 1, 0, 0]) if task.grid is None else ([0.3, -1.0, 0.5, -0.2], [0.3, -1.0, -0.5, 0.0])
+    )
+    high, low = compute(task, truth, truth)[task.select], compute(task, truth, guess)[task.select]
+    assert high < low if name == "diagnostic-regression" else high > low
+    for validations, best in (
+        ([low, high], "step-1"),
+        ([high, low], "step-0"),
+        ([high, high], "step-0"),
+        ([None, low], "step-1"),
+        ([math.nan, low], "step-1"),
+        ([low, None], "step-0"),
+        ([low, math.nan], "step-0"),
+        ([None, math.nan], None),
+    ):
+        selection = Selection({name: task.greater_is_better})
+        assert chosen(selection, [{name: value} for value in validations])[-1] == best
 
 
 def test_of_equal_values_the_smaller_nll_is_taken() -> None:

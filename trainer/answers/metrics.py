@@ -1,99 +1,26 @@
-"""The benchmarks' metrics as their published code computes them, and what every prediction is worth beside them.
+"""All scores of a task's predictions: its metrics, by class, and what the probabilities are worth.
 
-Legend: N samples, C answers of the task. `docs/metrics.md` defines every key, with its source. The rules for all:
+Legend: N samples, C answers of the task. `trainer/metric_table.py` says what each metric is, `docs/metrics.md` defines every
+key, with its source. The rules for all:
 
 - An invalid prediction (None, nan, inf) is wrong in every accuracy and F1, and left out of MAE, Corr, R2 and calibration.
 - What is undefined is None, never nan and never 0. Metrics are unrounded fractions.
-- Numbers are put into classes in float32, as published code does: the 0.1 of a float32 label is no more than 0.1 there,
-  but is more than it in float64. Sums run in float64.
-
-Sources: MOSEI and MOSI: thuiar/MMSA, `src/MMSA/utils/metricsTop.py`. SIMS v2: thuiar/ch-sims-v2, `utils/metricsTop.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    log_loss,
-    mean_absolute_error,
-    precision_recall_fscore_support,
-    r2_score,
-)
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
+from trainer.metric_table import FAMILIES, INVALID, LARGEST, WeightedMetric
 from trainer.tasks import Task
 
-INVALID = -100  # the class of an invalid prediction: no truth has it
 BINS = 15
-_LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 3
-
-Formula = Literal["accuracy", "weighted F1", "macro F1", "MAE", "Corr", "R2"]
-Rule = Callable[[np.ndarray], np.ndarray]  # float32 numbers to classes, or to whether they count
-
-
-def _cut(*edges: float) -> Rule:
-    """Classes between `edges`, which belong to the class below them."""
-    cuts = np.array(edges, dtype=np.float32)
-    return lambda x: np.digitize(x, cuts, right=True)
-
-
-def _rounded(limit: int) -> Rule:
-    return lambda x: np.round(np.clip(x, -limit, limit))  # np.round: half to even
-
-
-def _nonzero(x: np.ndarray) -> np.ndarray:
-    return x != 0
-
-
-def _positive(x: np.ndarray) -> np.ndarray:
-    return x > 0
-
-
-def _not_negative(x: np.ndarray) -> np.ndarray:
-    return x >= 0
-
-
-def _weak(x: np.ndarray) -> np.ndarray:
-    return np.abs(x) <= np.float32(0.4)
-
-
-# family -> metric -> formula, how numbers become classes, and by which truths a sample counts (None: all)
-_DEFINITIONS: dict[str, dict[str, tuple[Formula, Rule | None, Rule | None]]] = {
-    "emotion": {
-        "acc": ("accuracy", None, None),
-        "wf1": ("weighted F1", None, None),
-        "macro_f1": ("macro F1", None, None),
-    },
-    "mosei": {
-        "has0_acc": ("accuracy", _not_negative, None),
-        "has0_f1": ("weighted F1", _not_negative, None),
-        "non0_acc": ("accuracy", _positive, _nonzero),
-        "non0_f1": ("weighted F1", _positive, _nonzero),
-        "acc7": ("accuracy", _rounded(3), None),
-        "acc5": ("accuracy", _rounded(2), None),
-        "mae": ("MAE", None, None),
-        "corr": ("Corr", None, None),
-    },
-    "sims": {
-        "acc2": ("accuracy", _cut(0.0), None),
-        "acc3": ("accuracy", _cut(-0.1, 0.1), None),
-        "acc5": ("accuracy", _cut(-0.7, -0.1, 0.1, 0.7), None),
-        "f1": ("weighted F1", _cut(0.0), None),
-        "weak_acc2": ("accuracy", _cut(0.0), _weak),
-        "mae": ("MAE", None, None),
-        "corr": ("Corr", None, None),
-        "r2": ("R2", None, None),
-    },
-}
 
 Values = Sequence[float] | Sequence[float | None] | np.ndarray
 
@@ -120,64 +47,22 @@ def compute(
     """
     truth_N, guess_N = _numbers(targets), _numbers(predictions)
     p_NC = None if probabilities is None else np.asarray(probabilities, dtype=np.float64)
-    valid_N: np.ndarray = np.abs(guess_N) <= _LARGEST  # False for nan; more than float32 holds is inf to published code
+    valid_N: np.ndarray = np.abs(guess_N) <= LARGEST  # False for nan; more than float32 holds is inf to published code
     _check(task, truth_N, guess_N, valid_N, p_NC)
     out: dict[str, Any] = {"n": len(truth_N), "invalid_rate": float(np.mean(~valid_N)) if len(truth_N) else None}
-    out |= {name: _value(ingredients(task, name, truth_N, guess_N)) for name in task.metrics}
+    out |= {key: _defined(metric_of(task, key, truth_N, guess_N).value()) for key in task.metrics}
     if task.kind == "classification":
         truth_N = truth_N.astype(int)
         guess_N = np.where(valid_N, guess_N, INVALID).astype(int)
-        out |= _emotion(task, truth_N, guess_N)
+        out |= _by_class(task, truth_N, guess_N)
     if p_NC is not None:
         out |= _calibration(task, truth_N[valid_N], guess_N[valid_N], p_NC[valid_N])
     return out
 
 
-@dataclass(frozen=True)
-class Ingredients:
-    """What one metric is computed from: `formula` over truth and prediction of the samples that `counted_N` names.
-
-    Of an accuracy or F1 both are classes, `classes` those that F1 averages over, and an invalid prediction is INVALID.
-    Of MAE, Corr and R2 they are numbers, and invalid predictions are not counted. What is not counted has no meaning.
-    """
-
-    formula: Formula
-    truth_N: np.ndarray
-    guess_N: np.ndarray
-    counted_N: np.ndarray
-    classes: int = 0
-
-
-def ingredients(task: Task, metric: str, truth_N: np.ndarray, guess_N: np.ndarray) -> Ingredients:
-    """The one place that says what each metric of a task is: which samples, which classes, which formula.
-
-    Args:
-        truth_N: label indices, or the unrounded truth.
-        guess_N: label indices or numbers; nan, and what float32 cannot hold, is invalid.
-    """
-    formula, rule, subset = _DEFINITIONS[task.family][metric]
-    valid_N: np.ndarray = np.abs(guess_N) <= _LARGEST
-    if task.family == "sims":
-        truth_N, guess_N = np.clip(truth_N, -1, 1), np.clip(guess_N, -1, 1)
-    counted_N = np.ones(len(truth_N), dtype=bool) if subset is None else subset(truth_N.astype(np.float32))
-    if rule is None and task.kind == "regression":
-        return Ingredients(formula, truth_N, guess_N, counted_N & valid_N)
-    classes = len(task.labels) or 2
-    return Ingredients(formula, *_classes(truth_N, guess_N, valid_N, rule or (lambda x: x)), counted_N, classes)
-
-
-def primary(task: Task, metrics: Mapping[str, Any]) -> float | None:
-    """The metric that selects a checkpoint of `task`, None where it is undefined."""
-    return metrics[task.select]
-
-
-def better(task: Task, a: float | None, b: float | None) -> bool:
-    """Whether the selecting metric `a` beats `b`: strictly, and what is undefined (None, nan) beats nothing."""
-    if a is None or np.isnan(a):
-        return False
-    if b is None or np.isnan(b):
-        return True
-    return a > b if task.maximise else a < b
+def metric_of(task: Task, key: str, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
+    """One metric of a task, for any weights of the samples; see :meth:`trainer.metric_table.Metric.of`."""
+    return FAMILIES[task.family].of(key, truth_N, guess_N)
 
 
 def reliability(
@@ -215,8 +100,8 @@ def calibration_error(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(gaps) / total if total else None
 
 
-def _emotion(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> dict[str, Any]:
-    """What is told of a classification beside its metrics, by class."""
+def _by_class(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> dict[str, Any]:
+    """Precision, recall, F1 and support of each class, and the confusion matrix."""
     classes = list(range(len(task.labels)))
     if len(truth_N) == 0:
         return {}
@@ -254,52 +139,6 @@ def _calibration(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, p_NC: np.
     }
 
 
-def _value(of: Ingredients) -> float | None:
-    truth, guess = of.truth_N[of.counted_N], of.guess_N[of.counted_N]
-    if of.formula in ("weighted F1", "macro F1"):
-        return _f1(truth, guess, list(range(of.classes)), of.formula.split()[0])
-    return {"accuracy": _accuracy, "MAE": _mae, "Corr": _corr, "R2": _r2}[of.formula](truth, guess)
-
-
-def _classes(
-    truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Truth and prediction as classes by `rule`, which sees float32."""
-    out_N = np.full(len(guess_N), INVALID)
-    out_N[valid_N] = rule(guess_N[valid_N].astype(np.float32)).astype(int)
-    return rule(truth_N.astype(np.float32)).astype(int), out_N
-
-
-def _accuracy(truth_N: np.ndarray, guess_N: np.ndarray) -> float | None:
-    return float(accuracy_score(truth_N, guess_N)) if len(truth_N) else None
-
-
-def _f1(truth_N: np.ndarray, guess_N: np.ndarray, classes: list[int], average: str = "weighted") -> float | None:
-    """F1 averaged over the `classes` that occur in truth or prediction; the invalid class is never one of them."""
-    if len(truth_N) == 0:
-        return None
-    return _defined(f1_score(truth_N, guess_N, labels=classes, average=average, zero_division=np.nan))
-
-
-def _mae(truth_N: np.ndarray, guess_N: np.ndarray) -> float | None:
-    return float(mean_absolute_error(truth_N, guess_N)) if len(truth_N) else None
-
-
-def _corr(truth_N: np.ndarray, guess_N: np.ndarray) -> float | None:
-    if _constant(truth_N) or _constant(guess_N):
-        return None
-    return _defined(pearsonr(truth_N, guess_N).statistic)
-
-
-def _r2(truth_N: np.ndarray, guess_N: np.ndarray) -> float | None:
-    return None if _constant(truth_N) else _defined(r2_score(truth_N, guess_N, force_finite=False))
-
-
-def _constant(values_N: np.ndarray) -> bool:
-    """Whether all values are one in float32; so are none and a single one."""
-    return len(np.unique(values_N.astype(np.float32))) < 2
-
-
 def _defined(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
@@ -313,7 +152,7 @@ def _check(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.nda
     if truth_N.shape != guess_N.shape or truth_N.ndim != 1:
         raise MetricError(f"{task.name}: truth of shape {truth_N.shape} against predictions of {guess_N.shape}")
     if not np.isfinite(truth_N).all():
-        faults.append(f"truth that is no finite number: {_first(truth_N, ~np.isfinite(truth_N))}")
+        faults.append(f"truth that is not finite: {_first(truth_N, ~np.isfinite(truth_N))}")
     if task.kind == "classification":
         count = len(task.labels)
         for name, values_N, there_N in (("truth", truth_N, np.isfinite(truth_N)), ("prediction", guess_N, valid_N)):

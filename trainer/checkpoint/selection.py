@@ -1,4 +1,4 @@
-"""Which checkpoint is the best so far, by what its validation said."""
+"""Which checkpoint is the best so far, by its validation metrics."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Selection:
     never chosen and enters no ranking.
 
     Args:
-        maximise: task -> whether more of its metric is better.
+        greater_is_better: task -> whether more of its metric is better.
     """
 
-    def __init__(self, maximise: Mapping[str, bool]) -> None:
-        self._sign = {task: 1.0 if more else -1.0 for task, more in maximise.items()}
+    def __init__(self, greater_is_better: Mapping[str, bool]) -> None:
+        self._sign = {task: 1.0 if greater else -1.0 for task, greater in greater_is_better.items()}
         self._validations: dict[str, dict[str, float]] = {}
         self._nll: dict[str, dict[str, float | None]] = {}
         self.best: str | None = None
@@ -34,7 +34,7 @@ class Selection:
 
         `nll` says of each task its mean negative log-likelihood; one that is not known counts as infinite.
         """
-        known = {task: value for task, value in values.items() if value is not None}
+        known = {task: value for task, value in values.items() if value is not None and not math.isnan(value)}
         if len(known) < len(self._sign):
             return False
         self._validations[name] = known

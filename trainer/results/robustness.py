@@ -11,12 +11,12 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from trainer.answers.metrics import ingredients
+from trainer.answers.metrics import metric_of
 from trainer.config import MODALITIES, Modality
 from trainer.files import write_json
 from trainer.results.compare.compared_run import Answers
 from trainer.results.compare.from_folders import run_from_folder
-from trainer.results.compare.statistics import columns, estimate, resample_counts, value
+from trainer.results.compare.statistics import estimate, resample_counts
 from trainer.results.corruption import Corruption, Mode, spread_of
 from trainer.run.saved import SavedRun
 from trainer.tasks import Task
@@ -202,25 +202,17 @@ def _against(task: Task, rows: pd.DataFrame, reference: Answers, seed: int) -> A
     if len(ids) != len(reference.ids_N) or (ids != reference.ids_N).any():
         raise ValueError("the reference answered other samples: compare runs of the same data")
     counts_BN = resample_counts(len(ids), RESAMPLES, np.random.default_rng(seed))
-    ours, theirs = (
-        ingredients(task, task.select, truth_N, guess_N)
-        for truth_N, guess_N in (
-            (rows["target"].to_numpy(float), rows["value"].to_numpy(float)),
-            (reference.truth_N, reference.guess_N),
-        )
-    )
-    whole, resampled = (
-        value(ours.formula, weight @ columns(ours)) - value(theirs.formula, weight @ columns(theirs))
-        for weight in (np.ones((1, len(ids))), counts_BN)
-    )
+    run = metric_of(task, task.select, rows["target"].to_numpy(float), rows["value"].to_numpy(float))
+    other = metric_of(task, task.select, reference.truth_N, reference.guess_N)
+    whole = np.array([run.value() - other.value()])
+    resampled = run.weighted(counts_BN) - other.weighted(counts_BN)
     found = estimate(whole, resampled, len(ids), LEVEL)
-    far = found.high if task.maximise else None if found.low is None else -found.low
+    far = found.high if task.greater_is_better else None if found.low is None else -found.low
     return Against(found.value, found.low, found.high, far is not None and far < 0)
 
 
 def _value(task: Task, answers: Answers) -> float | None:
-    of = ingredients(task, task.select, answers.truth_N, answers.guess_N)
-    found = float(value(of.formula, columns(of).sum(0)))
+    found = metric_of(task, task.select, answers.truth_N, answers.guess_N).value()
     return found if np.isfinite(found) else None
 
 

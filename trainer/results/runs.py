@@ -144,7 +144,7 @@ def selected_value(run: RunFolder) -> Selected:
         step = step if step in common else max(common, default=None)
         values = {name: series[name][step] if step is not None else None for name in run.tasks}
     signed = [
-        None if value is None else -value if len(names) > 1 and not run.tasks[name].maximise else value
+        None if value is None else -value if len(names) > 1 and not run.tasks[name].greater_is_better else value
         for name, value in values.items()
     ]
     known = [value for value in signed if value is not None]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from trainer.answers.metrics import compute, primary
+from trainer.answers.metrics import compute
 from trainer.answers.scoring import Predictions, parse_answers, predict
 from trainer.batch import Sample
 from trainer.config import RunConfig
@@ -82,7 +82,7 @@ def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> dict[str
 
 def selection_values(parts: RunComponents, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     """The metric of each task that chooses a checkpoint."""
-    return {name: primary(task, metrics[name]) for name, task in parts.tasks.items()}
+    return {name: metrics[name][task.select] for name, task in parts.tasks.items()}
 
 
 def flatten_metrics(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -100,7 +100,7 @@ def format_selection_metrics(split: str, parts: RunComponents, metrics: dict[str
     """The selecting metrics in words, for the log."""
     told = []
     for name, task in parts.tasks.items():
-        value = primary(task, metrics[name])
+        value = metrics[name][task.select]
         told.append(f"{name} {split} {task.select} {'undefined' if value is None else f'{value:.4f}'}")
     return ", ".join(told)
 

@@ -64,7 +64,7 @@ class Run:
         self.schedule = Schedule(self.engine, train, self.steps)
         self.guard = Guard(self.engine, world.device, gradients=self.dtype is not torch.float16)
         self.health = LossMonitor(train.spike)
-        self.selection = Selection({name: task.maximise for name, task in parts.tasks.items()})
+        self.selection = Selection({name: task.greater_is_better for name, task in parts.tasks.items()})
         self.step_context = StepContext(self.engine, parts, config, world, self.guard, self.stop, self.watch.heartbeat)
         self.step_context.prefetcher.work_ahead(workers(config, world.device), self._planned, self.steps)
 

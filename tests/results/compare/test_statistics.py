@@ -1,4 +1,4 @@
-"""The statistics of comparisons against brute force: metrics of scikit-learn on each resample, enumeration, other tests."""
+"""The statistics of comparisons against brute force: metrics on each resample, enumeration, other tests."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainer.answers.metrics import compute, ingredients
+from trainer.answers.metrics import compute, metric_of
 from trainer.results.compare.statistics import (
-    columns,
     corrected,
     estimate,
     mcnemar,
     over_seeds,
     resample_counts,
-    value,
 )
 from trainer.tasks import get_task
 
@@ -52,8 +50,8 @@ def test_every_metric_from_sums_is_the_published_one(name: str) -> None:
     for case, (t, g) in cases.items():
         expected = compute(task, t, g)
         for metric in task.metrics:
-            of = ingredients(task, metric, t, g)
-            got = float(value(of.formula, columns(of).sum(0)))
+            of = metric_of(task, metric, t, g)
+            got = float(of.weighted(np.ones((1, len(t))))[0])
             if expected[metric] is None:
                 assert np.isnan(got), (case, metric)
             else:
@@ -68,8 +66,7 @@ def test_resampled_metrics_are_those_of_the_samples_drawn(name: str) -> None:
     assert (counts_BN.sum(1) == 60).all()
     assert 0.6 < (counts_BN > 0).mean() < 0.66  # 1 - 1/e
     for metric in task.metrics:
-        of = ingredients(task, metric, truth, guess)
-        got_B = value(of.formula, counts_BN.astype(float) @ columns(of))
+        got_B = metric_of(task, metric, truth, guess).weighted(counts_BN)
         for counts_N, got in zip(counts_BN, got_B, strict=True):
             drawn = np.repeat(np.arange(60), counts_N.astype(int))
             assert got == pytest.approx(compute(task, truth[drawn], guess[drawn])[metric], abs=1e-9), metric

@@ -14,29 +14,27 @@ No result here is chosen by a test score: there is no best run, seed or group, a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from trainer.answers.metrics import Ingredients, ingredients
+from trainer.answers.metrics import metric_of
+from trainer.metric_table import WeightedMetric, accuracy
 from trainer.results.compare.compared_run import Answers, ComparedRun
 from trainer.results.compare.groups import Group, group_runs, some
 from trainer.results.compare.statistics import (
     Correction,
     Estimate,
-    columns,
     corrected,
     estimate,
     mcnemar,
     over_seeds,
     resample_counts,
-    value,
 )
 from trainer.tasks import Task
 
 ALL_PAIRS = 10  # groups up to which each is compared with each
-LESS_IS_BETTER = ("mae",)
 EVERY = "all"  # the kind that stands for all samples
 _RNG = 0
 
@@ -103,6 +101,7 @@ class Comparison:
     differences: list[Difference] = field(default_factory=list)
     differing: dict[str, dict[str, str | None]] = field(default_factory=dict)
     baseline: str | None = None
+    less_is_better: list[str] = field(default_factory=list)  # metrics
     notes: list[str] = field(default_factory=list)
 
     def score(self, task: str, group: str, metric: str, kind: str = EVERY) -> Score:
@@ -165,6 +164,9 @@ def compare(
         groups,
     )
     out.notes += notes
+    out.less_is_better = sorted(
+        {m for one in tasks.values() for m in one.metrics if not one.metric(m).greater_is_better}
+    )
     out.differing = {key: {g.name: g.settings[key] for g in groups} for key in (groups[0].settings if groups else {})}
     if sort_by is not None:
         _sort(out, tasks, sort_by)
@@ -238,7 +240,7 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
         out.validation[group.name] = _score(
             out, task, group, metric, EVERY, len(group.runs[0].answers["valid"][task.name].ids_N), values
         )
-    sign = 1 if metric in LESS_IS_BETTER else -1
+    sign = -1 if task.metric(metric).greater_is_better else 1
 
     def place(group: Group) -> tuple[bool, float]:
         mean = out.validation[group.name].mean
@@ -249,8 +251,7 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
 
 def _values(task: Task, metric: str, answers: Answers) -> float:
     """A metric of one run on all samples; nan where undefined."""
-    of = ingredients(task, metric, answers.truth_N, answers.guess_N)
-    return float(value(of.formula, columns(of).sum(0)))
+    return metric_of(task, metric, answers.truth_N, answers.guess_N).value()
 
 
 def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
@@ -335,10 +336,9 @@ def _add_scores(out: Comparison, task: Task, answers: dict[int, Answers]) -> dic
         for run in group.runs:
             one = answers[id(run)]
             for metric in task.metrics:
-                of = ingredients(task, metric, one.truth_N, one.guess_N)
-                parts_NK = columns(of)
+                of = metric_of(task, metric, one.truth_N, one.guess_N)
                 for kind in out.kinds[task.name]:
-                    values[id(run), metric, kind] = float(value(of.formula, parts_NK[_chosen(one, kind)].sum(0)))
+                    values[id(run), metric, kind] = of.value(_chosen(one, kind))
         invalid = [float(np.isnan(answers[id(run)].guess_N).mean()) for run in group.runs]
         out.invalid_rate[task.name, group.name] = sum(invalid) / len(invalid)
         for metric, kind in itertools.product(task.metrics, out.kinds[task.name]):
@@ -366,7 +366,7 @@ def _add_differences(
     counts_BN = resample_counts(samples, out.resamples, np.random.default_rng(_RNG))
     for metric, kind in itertools.product(out.tested[task.name], out.kinds[task.name]):
         chosen_N = _chosen(first, kind)
-        made = {key: ingredients(task, metric, one.truth_N, one.guess_N) for key, one in answers.items()}
+        made = {key: metric_of(task, metric, one.truth_N, one.guess_N) for key, one in answers.items()}
         resampled = _resampled(made, chosen_N, counts_BN)
         for group, base in pairs:
             seeds = sorted(set(group.seeds) & set(base.seeds))
@@ -379,7 +379,7 @@ def _add_differences(
             if seeds:
                 resampled_B = sum(resampled[a] - resampled[b] for a, b in zip(mine, theirs, strict=True)) / len(seeds)
                 found = estimate(differences_S, np.asarray(resampled_B), int(chosen_N.sum()), out.level)
-                if made[mine[0]].formula == "accuracy":
+                if task.metric(metric).formula is accuracy:
                     p_mcnemar = mcnemar(*(_right([made[key] for key in keys], chosen_N) for keys in (mine, theirs)))
             p = max((q for q in (found.p, p_mcnemar) if q is not None), default=None)
             out.differences.append(
@@ -393,17 +393,18 @@ def _add_differences(
         out.notes.append(f"{task.name}: no differences, since no seed is common to {some(alone)}")
 
 
-def _resampled(made: dict[int, Ingredients], chosen_N: np.ndarray, counts_BN: np.ndarray) -> dict[int, np.ndarray]:
-    """[B] of each run: the metric on each resample. Counts are exact in float32, other sums are made in float64."""
-    formula = next(iter(made.values())).formula
-    exact = np.float32 if formula in ("accuracy", "weighted F1", "macro F1") else np.float64
-    counts_BN = (counts_BN if chosen_N.all() else counts_BN[:, chosen_N]).astype(exact, copy=False)
-    return {key: value(formula, counts_BN @ columns(of)[chosen_N].astype(exact)) for key, of in made.items()}
+def _resampled(
+    made: Mapping[int, WeightedMetric], chosen_N: np.ndarray, counts_BN: np.ndarray
+) -> dict[int, np.ndarray]:
+    """[B] of each run: the metric of the chosen samples on each resample."""
+    counts_BM = counts_BN if chosen_N.all() else counts_BN[:, chosen_N]
+    counts_BM = counts_BM.astype(np.result_type(*(of.columns_NK for of in made.values())), copy=False)
+    return {key: of.weighted(counts_BM, chosen_N) for key, of in made.items()}
 
 
-def _right(made: Sequence[Ingredients], chosen_N: np.ndarray) -> np.ndarray:
-    """[S, N]: the right answers, of the samples that count."""
-    return np.stack([(of.truth_N == of.guess_N)[of.counted_N & chosen_N] for of in made])
+def _right(made: Sequence[WeightedMetric], chosen_N: np.ndarray) -> np.ndarray:
+    """[S, N]: the right answers, of the samples that an accuracy counts."""
+    return np.stack([of.columns_NK[of.counted_N & chosen_N, 1] for of in made])
 
 
 def _correct(out: Comparison) -> None:

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
+from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score
 from trainer.results.compare.groups import Group
 from trainer.results.printable import Table, printable, rich_table
 
@@ -95,7 +95,7 @@ def differences(found: Comparison) -> Table | None:
         ]
         row += [str(len(d.seeds)), signed(d.value), span(d.low, d.high, sign=True), p_value(d.p)]
         table.rows.append([*row, p_value(d.p_corrected), verdict(d)])
-    less = [name for name in LESS_IS_BETTER if any(d.metric == name for d in found.differences)]
+    less = [name for name in found.less_is_better if any(d.metric == name for d in found.differences)]
     table.note = (
         "Paired by seed and sample. Intervals and p: bootstrap over samples together with the variance over seeds; p of an accuracy: the "
         f"larger of that and McNemar's exact test. p corrected: {TESTS[found.correction]}; significant: it is at most {1 - found.level:.2g}."

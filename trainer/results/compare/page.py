@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.results.compare import output
-from trainer.results.compare.comparison import EVERY, LESS_IS_BETTER, Comparison, Difference, Score
+from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score
 from trainer.results.printable import Table
 from trainer.results.report.drawing import BLUE, INK, MUTED, PAPER, Names, Picture, render
 from trainer.results.report.pages import render_page
@@ -84,7 +84,7 @@ def _groups(found: Comparison, scores: Sequence[Score]) -> Picture:
             ax.plot(values, [y + 0.27] * len(values), "o", color=MUTED, markerfacecolor=PAPER, markersize=4, zorder=2)
             if score.mean is not None:
                 _bar(ax, y, score.mean, score.low, score.high, BLUE)
-        ax.set_xlabel(_less(first.metric))
+        ax.set_xlabel(_axis_label(found, first.metric))
 
     told = [f"{s.group} {output.number(s.mean)}, {output.span(s.low, s.high)}" for s in scores]
     title = f"{first.metric} of {first.task}, {found.split}{'' if first.kind == EVERY else f', {first.kind}'}"
@@ -114,7 +114,9 @@ def _differences(found: Comparison, rows: Sequence[Difference]) -> Picture | Non
             assert d.value is not None
             _bar(ax, y, d.value, d.low, d.high, BLUE if d.significant else MUTED)
         minus = f" − {found.baseline}" if found.baseline else ""
-        ax.set_xlabel(textwrap.shorten(f"difference of {_less(first.metric)}{minus}", 2 * NAME, placeholder=" …"))
+        ax.set_xlabel(
+            textwrap.shorten(f"difference of {_axis_label(found, first.metric)}{minus}", 2 * NAME, placeholder=" …")
+        )
 
     told = [
         f"{label} {output.signed(d.value)}, {output.span(d.low, d.high, sign=True)}, significant: {output.verdict(d)}"
@@ -148,8 +150,8 @@ def _bar(ax: Axes, y: int, value: float, low: float | None, high: float | None, 
     ax.plot([value], [y], "o", color=colour, markersize=6, zorder=4)
 
 
-def _less(metric: str) -> str:
-    return f"{metric} (less is better)" if metric in LESS_IS_BETTER else metric
+def _axis_label(found: Comparison, metric: str) -> str:
+    return f"{metric} (less is better)" if metric in found.less_is_better else metric
 
 
 def _name(*words: str) -> str:

@@ -1,6 +1,6 @@
-"""The statistics of a comparison: metrics over resampled samples, intervals, paired tests, correction for many tests.
+"""The statistics of a comparison: resampled samples, intervals, paired tests, correction for many tests.
 
-Legend: N samples, B resamples, S seeds, K columns. Undefined is nan in arrays and None elsewhere, never 0.
+Legend: N samples, B resamples, S seeds. Undefined is nan in arrays and None elsewhere, never 0.
 
 What is estimated. Two trainings differ by their seed, and a test set is one draw of the samples there could be. Let
 ``d_s`` be the difference of a metric between two groups at seed s, on all samples. The estimate is ``d``, the mean of
@@ -30,11 +30,8 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, stats
 
-from trainer.answers.metrics import Formula, Ingredients
-
 Correction = Literal["holm", "bh", "none"]
 DEFINED = 0.95  # share of the resamples in which a metric must be defined
-_FLAT = 1e-12  # variance, of columns scaled to variance 1, below which they are constant
 
 
 def resample_counts(samples: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -42,66 +39,6 @@ def resample_counts(samples: int, resamples: int, rng: np.random.Generator) -> n
     drawn_BN = rng.integers(samples, size=(resamples, samples))
     drawn_BN += np.arange(resamples)[:, None] * samples
     return np.bincount(drawn_BN.ravel(), minlength=resamples * samples).reshape(resamples, samples).astype(np.float32)
-
-
-def columns(of: Ingredients) -> np.ndarray:
-    """[N, K]: what `of`'s formula needs of each sample, 0 where it does not count: :func:`value` takes their sums."""
-    truth_N, guess_N, counted_N = of.truth_N, of.guess_N, of.counted_N
-    if of.formula == "accuracy":
-        parts = [np.ones(len(truth_N)), truth_N == guess_N]
-    elif of.formula in ("weighted F1", "macro F1"):
-        classes = np.arange(of.classes)
-        truth_NC, guess_NC = truth_N[:, None] == classes, guess_N[:, None] == classes
-        parts = [*truth_NC.T, *guess_NC.T, *(truth_NC & guess_NC).T]
-    else:
-        parts = _moments(of)
-    return np.stack([np.where(counted_N, part, 0.0) for part in parts], axis=1)
-
-
-def _moments(of: Ingredients) -> list[np.ndarray]:
-    one_N = np.ones(len(of.truth_N))
-    if of.formula == "MAE":
-        return [one_N, np.abs(of.truth_N - of.guess_N)]
-    t_N, scale = _standard(of.truth_N, of.counted_N)
-    if of.formula == "R2":
-        return [one_N, t_N, t_N**2, ((of.truth_N - of.guess_N) * scale) ** 2]
-    g_N, _ = _standard(of.guess_N, of.counted_N)
-    return [one_N, t_N, g_N, t_N**2, g_N**2, t_N * g_N]
-
-
-def _standard(values_N: np.ndarray, counted_N: np.ndarray) -> tuple[np.ndarray, float]:
-    """The values with mean 0 and variance 1, and by what they were multiplied; all 0 where float32 sees one value."""
-    used = values_N[counted_N]
-    if len(np.unique(used.astype(np.float32))) < 2:
-        return np.zeros(len(values_N)), 0.0
-    scale = 1.0 / float(used.std())
-    return (values_N - used.mean()) * scale, scale
-
-
-def value(formula: Formula, sums: np.ndarray) -> np.ndarray:
-    """The metric from the sums of its :func:`columns` over samples (the last axis of `sums` is K); nan where undefined.
-
-    With each sample once it is what :func:`trainer.answers.metrics.compute` says.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if formula in ("accuracy", "MAE"):
-            return np.asarray(sums[..., 1] / sums[..., 0])
-        if formula in ("weighted F1", "macro F1"):
-            truth, guess, both = np.split(sums.astype(np.float64), 3, axis=-1)
-            f1 = 2 * both / (truth + guess)  # nan: a class in neither, left out
-            weight = truth if formula == "weighted F1" else (truth + guess > 0).astype(float)
-            return np.asarray(np.where(weight > 0, f1 * weight, 0.0).sum(-1) / weight.sum(-1))
-        mean = sums[..., 1:] / sums[..., :1]
-        if formula == "R2":
-            variance = _positive(mean[..., 1] - mean[..., 0] ** 2)
-            return np.asarray(1 - mean[..., 2] / variance)
-        t, g, tt, gg, tg = np.moveaxis(mean, -1, 0)
-        spread = _positive(tt - t**2) * _positive(gg - g**2)
-        return np.asarray(np.clip((tg - t * g) / np.sqrt(spread), -1, 1))
-
-
-def _positive(variance: np.ndarray) -> np.ndarray:
-    return np.where(variance > _FLAT, variance, np.nan)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def validation(run: RunFolder) -> Picture | None:
 
     last = [f"{labels[task]} {series[-1][1]:.4f} at step {series[-1][0]}" for task, series in curves.items()]
     choice = "no checkpoint is chosen yet" if chosen is None else f"the checkpoint of step {chosen} is chosen"
-    less = [task for task in curves if not run.tasks[task].maximise]
+    less = [task for task in curves if not run.tasks[task].greater_is_better]
     caption = ""
     if less:
         caption = "Less is better." if len(curves) == 1 else f"Less is better for {', '.join(less)}."

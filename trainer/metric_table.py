@@ -1,0 +1,359 @@
+"""The metrics: one entry each, from which scores, the choice of a checkpoint, comparisons and docs/metrics.md come.
+
+A metric is a function of sums over samples: its formula gives each sample a few numbers, the `columns`, and says how the
+metric follows from their sums. So one formula serves one evaluation, where every sample counts once, and a comparison, where
+each of thousands of resamples counts every sample as often as it was drawn.
+
+To add one, write its formula if no other has it, its :class:`Metric`, and name that in a family; see docs/extending.md.
+
+Legend: N samples, M of them counted, K columns, B resamples. Undefined is nan in arrays and None elsewhere, never 0.
+
+Sources: MOSEI and MOSI: thuiar/MMSA, `src/MMSA/utils/metricsTop.py`. SIMS v2: thuiar/ch-sims-v2, `utils/metricsTop.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+INVALID = -100  # the class of an invalid prediction: no truth has it
+LARGEST = float(np.finfo(np.float32).max)  # what is beyond it is inf to published code
+_FLAT = 1e-12  # share of the variance over all samples below which a resample's values are constant
+
+Rule = Callable[[np.ndarray], np.ndarray]  # float32 numbers to classes, or to whether a sample counts
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A metric as a function of sums over samples.
+
+    `columns`: K arrays [M], booleans where they are counted. `value`: the metric from their K sums, each an array of one
+    shape, () or [B]; nan where undefined. `whole`: the metric where every sample counts once, of formulas for which a
+    library's result differs from `value` by rounding.
+    """
+
+    columns: Sequence[np.ndarray]
+    value: Callable[..., np.ndarray]
+    whole: Callable[[], float] | None = None
+
+
+Formula = Callable[[np.ndarray, np.ndarray], Terms]  # truth [M], prediction [M]: classes, or float64 numbers
+
+
+@dataclass(frozen=True)
+class WeightedMetric:
+    """A metric of N predictions for any weights of the samples.
+
+    `counted_N`: the samples in the metric's subset, with a valid prediction where the metric leaves invalid ones out.
+    """
+
+    terms: Terms
+    counted_N: np.ndarray
+
+    @cached_property
+    def columns_NK(self) -> np.ndarray:
+        """0 where a sample does not count. float32 if all columns are counts, which it holds exactly; else float64."""
+        counts = all(column.dtype == bool for column in self.terms.columns)
+        shape = (len(self.counted_N), len(self.terms.columns))
+        columns_NK = np.zeros(shape, dtype=np.float32 if counts else np.float64)
+        columns_NK[self.counted_N] = np.stack(self.terms.columns, axis=1)
+        return columns_NK
+
+    def value(self, chosen_N: np.ndarray | None = None) -> float:
+        """The metric over all samples, or those that `chosen_N` marks; nan where undefined."""
+        if chosen_N is not None and not chosen_N.all():
+            return float(self._from_sums(self.columns_NK[chosen_N].sum(0, dtype=np.float64)))
+        if self.terms.whole is not None:
+            return self.terms.whole()
+        return float(self._from_sums(np.array([column.sum() for column in self.terms.columns], dtype=np.float64)))
+
+    def weighted(self, weight_BM: np.ndarray, chosen_N: np.ndarray | None = None) -> np.ndarray:
+        """[B]: the metric where the m-th of all samples, or of those that `chosen_N` marks, counts `weight_BM[b, m]` times."""
+        columns_MK = self.columns_NK if chosen_N is None or chosen_N.all() else self.columns_NK[chosen_N]
+        sums_BK = weight_BM.astype(columns_MK.dtype, copy=False) @ columns_MK
+        return self._from_sums(sums_BK.astype(np.float64, copy=False))
+
+    def _from_sums(self, sums: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.terms.value(*np.moveaxis(sums, -1, 0)))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of a task.
+
+    Args:
+        key: its name in metrics.json and everywhere else.
+        name: what the literature calls it.
+        definition: what the formula is applied to, in Markdown; docs/metrics.md shows it.
+        formula: of the samples that count.
+        source: whose definition it is.
+        greater_is_better: the direction in which checkpoints and groups are ordered by it.
+        classes: how numbers (float32) become the classes that the formula compares; an invalid prediction is then a class of
+            its own. None: the formula takes the numbers, and samples with an invalid prediction do not count.
+        subset: by which truths (float32) a sample counts; None: all.
+    """
+
+    key: str
+    name: str
+    definition: str
+    formula: Formula
+    source: str
+    greater_is_better: bool = True
+    classes: Rule | None = None
+    subset: Rule | None = None
+
+    def of(self, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
+        """The metric of predictions.
+
+        Numbers are put into classes in float32, as published code does: the 0.1 of a float32 label is no more than 0.1
+        there, but is more than it in float64. Sums run in float64.
+
+        Args:
+            truth_N: float64; label indices, or the unrounded truth.
+            guess_N: float64; label indices or numbers; nan, and what float32 cannot hold, is invalid.
+        """
+        valid_N: np.ndarray = np.abs(guess_N) <= LARGEST  # False for nan
+        counted_N = np.ones(len(truth_N), dtype=bool)
+        if self.subset is not None:
+            counted_N = self.subset(truth_N.astype(np.float32))
+        if self.classes is None:
+            counted_N = counted_N & valid_N
+            return WeightedMetric(self.formula(truth_N[counted_N], guess_N[counted_N]), counted_N)
+        truth_class_N = self.classes(truth_N.astype(np.float32)).astype(int)
+        guess_class_N = np.full(len(guess_N), INVALID)
+        guess_class_N[valid_N] = self.classes(guess_N[valid_N].astype(np.float32)).astype(int)
+        return WeightedMetric(self.formula(truth_class_N[counted_N], guess_class_N[counted_N]), counted_N)
+
+
+# ---- formulas
+
+
+def accuracy(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """Σ [t = p] / M."""
+    return Terms([_each(truth), truth == guess], lambda count, hits: hits / count)
+
+
+def weighted_f1(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """Σ_c (true_c / M) · F1_c; scikit-learn's `average="weighted"`."""
+    return _f1(truth, guess, weigh=lambda true_C, predicted_C: true_C)
+
+
+def macro_f1(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """The mean of F1_c over the classes that occur in truth or prediction; scikit-learn's `average="macro"`."""
+    return _f1(truth, guess, weigh=lambda true_C, predicted_C: (true_C + predicted_C > 0).astype(float))
+
+
+def _f1(truth: np.ndarray, guess: np.ndarray, weigh: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Terms:
+    """The weighted mean of F1_c = 2 hits_c / (true_c + predicted_c). INVALID is predicted, but averaged in nowhere."""
+    classes = np.setdiff1d(np.union1d(truth, guess), [INVALID])
+    true_CM, predicted_CM = (values == classes[:, None] for values in (truth, guess))
+
+    def value(*sums: np.ndarray) -> np.ndarray:
+        true_C, predicted_C, hits_C = np.split(np.stack(sums, axis=-1), 3, axis=-1)
+        f1_C = np.where(true_C + predicted_C > 0, 2 * hits_C / (true_C + predicted_C), 0.0)
+        weight_C = weigh(true_C, predicted_C)
+        return np.asarray((f1_C * weight_C).sum(-1) / weight_C.sum(-1))
+
+    if not len(classes):
+        return _undefined(truth)
+    return Terms([*true_CM, *predicted_CM, *(true_CM & predicted_CM)], value)
+
+
+def mean_absolute_error(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """Σ |t − p| / M."""
+    return Terms([_each(truth), np.abs(truth - guess)], lambda count, error: error / count)
+
+
+def pearson(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """Pearson's r; undefined where truth or prediction is constant in float32, or fewer than two samples count."""
+    if _constant(truth) or _constant(guess):
+        return _undefined(truth)
+    t_M, p_M = ((values - values.mean()) / values.std() for values in (truth, guess))
+
+    def value(count: np.ndarray, *sums: np.ndarray) -> np.ndarray:
+        t, p, tt, pp, tp = (total / count for total in sums)
+        spread = _if_varied(tt - t**2) * _if_varied(pp - p**2)
+        return np.clip((tp - t * p) / np.sqrt(spread), -1, 1)
+
+    def whole() -> float:
+        from scipy.stats import pearsonr  # slow to import, and this file is imported by all that knows tasks
+
+        return float(pearsonr(truth, guess).statistic)
+
+    return Terms([_each(truth), t_M, p_M, t_M**2, p_M**2, t_M * p_M], value, whole)
+
+
+def r2(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """1 − Σ (t − p)² / Σ (t − mean t)²; undefined where the truth is constant in float32."""
+    if _constant(truth):
+        return _undefined(truth)
+    t = truth - truth.mean()  # the resample's own mean is near
+    variance = (t**2).mean()
+
+    def value(count: np.ndarray, t: np.ndarray, tt: np.ndarray, residual: np.ndarray) -> np.ndarray:
+        spread = tt - t**2 / count
+        return np.asarray(1 - residual / np.where(spread > _FLAT * variance * count, spread, np.nan))
+
+    return Terms([_each(truth), t, t**2, (truth - guess) ** 2], value)
+
+
+def _each(values: np.ndarray) -> np.ndarray:
+    """A column whose sum is the number of samples."""
+    return np.ones(len(values), dtype=bool)
+
+
+def _undefined(values: np.ndarray) -> Terms:
+    return Terms([_each(values)], lambda count: np.full(np.shape(count), np.nan))
+
+
+def _constant(values: np.ndarray) -> bool:
+    """Whether all values are one in float32; so are none and a single one."""
+    return len(np.unique(values.astype(np.float32))) < 2
+
+
+def _if_varied(variance: np.ndarray) -> np.ndarray:
+    """Variances of values whose variance over all samples is 1; nan where they are constant."""
+    return np.where(variance > _FLAT, variance, np.nan)
+
+
+# ---- rules: float32 numbers to classes, or to whether a sample counts
+
+
+def label(x: np.ndarray) -> np.ndarray:
+    """Label indices are classes already."""
+    return x
+
+
+def cut(*edges: float) -> Rule:
+    """Classes between `edges`, which belong to the class below them."""
+    cuts = np.array(edges, dtype=np.float32)
+    return lambda x: np.digitize(x, cuts, right=True)
+
+
+def rounded(limit: int) -> Rule:
+    """Clipped to ± `limit`, then rounded half to even."""
+    return lambda x: np.round(np.clip(x, -limit, limit))
+
+
+def positive(x: np.ndarray) -> np.ndarray:
+    return x > 0
+
+
+def not_negative(x: np.ndarray) -> np.ndarray:
+    return x >= 0
+
+
+def nonzero(x: np.ndarray) -> np.ndarray:
+    return x != 0
+
+
+def weak(x: np.ndarray) -> np.ndarray:
+    return np.abs(x) <= np.float32(0.4)
+
+
+# ---- metrics
+
+SKLEARN = "MELD (Poria et al. 2019) and CHERMA (Sun et al. 2023) report weighted F1 as scikit-learn computes it"
+MMSA = "`src/MMSA/utils/metricsTop.py` of thuiar/MMSA (regression of MOSI and MOSEI), which prints four decimals"
+SIMS_V2 = "`utils/metricsTop.py` of thuiar/ch-sims-v2"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The metrics that are reported of the tasks of one kind of benchmark.
+
+    `select` chooses the checkpoint where a task does not say otherwise. Truth and prediction are clipped to ± `clip` first.
+    """
+
+    kind: Literal["classification", "regression"]
+    select: str
+    metrics: tuple[Metric, ...]
+    clip: float | None = None
+
+    def metric(self, key: str) -> Metric:
+        """KeyError where there is none."""
+        return {metric.key: metric for metric in self.metrics}[key]
+
+    def of(self, key: str, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
+        """See :meth:`Metric.of`."""
+        if self.clip is not None:
+            guess_N = np.where(np.abs(guess_N) <= LARGEST, guess_N, np.nan)  # clipping must not make inf valid
+            truth_N, guess_N = (np.clip(values_N, -self.clip, self.clip) for values_N in (truth_N, guess_N))
+        return self.metric(key).of(truth_N, guess_N)
+
+
+def _pair(
+    accuracy_key: str, f1_key: str, definition: str, source: str, classes: Rule, subset: Rule | None = None
+) -> tuple[Metric, Metric]:
+    """Accuracy and weighted F1 of the same two classes."""
+    return (
+        Metric(accuracy_key, "accuracy", definition, accuracy, source, classes=classes, subset=subset),
+        Metric(f1_key, "weighted F1", definition, weighted_f1, source, classes=classes, subset=subset),
+    )
+
+
+EMOTION = Family(
+    kind="classification",
+    select="wf1",
+    metrics=(
+        Metric("acc", "accuracy", "share of predictions equal to the label", accuracy, SKLEARN, classes=label),
+        Metric(
+            "wf1", "weighted F1", "Σ_c (n_c / n) · F1_c, n_c the true count of class c (scikit-learn `average=\"weighted\"`)",
+            weighted_f1, SKLEARN, classes=label,
+        ),
+        Metric(
+            "macro_f1", "macro F1", "mean of F1_c over the classes that occur in truth or prediction (scikit-learn's default)",
+            macro_f1, SKLEARN, classes=label,
+        ),
+    ),
+)  # fmt: skip
+
+MOSEI = Family(
+    kind="regression",
+    select="non0_f1",
+    metrics=(
+        *_pair("has0_acc", "has0_f1", "two classes, `≥ 0` against `< 0`, all samples", MMSA, not_negative),
+        *_pair(
+            "non0_acc", "non0_f1",
+            "samples whose truth is not 0; two classes, `> 0` against `≤ 0`, so a prediction of 0 counts as negative",
+            MMSA, positive, nonzero,
+        ),
+        Metric(
+            "acc7", "seven-class accuracy",
+            "truth and prediction clipped to ±3, then rounded half to even: 0.5 → 0, 1.5 → 2, 2.5 → 2",
+            accuracy, MMSA, classes=rounded(3),
+        ),
+        Metric("acc5", "five-class accuracy", "the same with ±2", accuracy, MMSA, classes=rounded(2)),
+        Metric("mae", "mean absolute error", "unclipped", mean_absolute_error, MMSA, greater_is_better=False),
+        Metric("corr", "Pearson's r", "unclipped", pearson, MMSA),
+    ),
+)  # fmt: skip
+
+SIMS = Family(
+    kind="regression",
+    select="acc2",
+    clip=1.0,
+    metrics=(
+        Metric("acc2", "accuracy", "two classes cut at 0, zero is negative: [−1, 0], (0, 1]", accuracy, SIMS_V2, classes=cut(0.0)),
+        Metric("acc3", "three-class accuracy", "[−1, −0.1], (−0.1, 0.1], (0.1, 1]", accuracy, SIMS_V2, classes=cut(-0.1, 0.1)),
+        Metric(
+            "acc5", "five-class accuracy", "[−1, −0.7], (−0.7, −0.1], (−0.1, 0.1], (0.1, 0.7], (0.7, 1]",
+            accuracy, SIMS_V2, classes=cut(-0.7, -0.1, 0.1, 0.7),
+        ),
+        Metric("f1", "weighted F1", "two classes cut at 0, zero is negative: [−1, 0], (0, 1]", weighted_f1, SIMS_V2, classes=cut(0.0)),
+        Metric(
+            "weak_acc2", "accuracy", "`acc2` over the samples with −0.4 ≤ truth ≤ 0.4; `null` where there are none",
+            accuracy, SIMS_V2, classes=cut(0.0), subset=weak,
+        ),
+        Metric("mae", "mean absolute error", "of the clipped values", mean_absolute_error, SIMS_V2, greater_is_better=False),
+        Metric("corr", "Pearson's r", "of the clipped values", pearson, SIMS_V2),
+        Metric("r2", "coefficient of determination", "1 − Σ(t − p)² / Σ(t − mean t)², of the clipped values", r2, SIMS_V2),
+    ),
+)  # fmt: skip
+
+FAMILIES = {"emotion": EMOTION, "mosei": MOSEI, "sims": SIMS}
