@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import trainer.models.fusion.experts  # noqa: F401  # registers those that are built in
 from trainer.config import MODALITIES, FusionConfig, Modality
 from trainer.models.fusion.expert import Expert
-from trainer.models.fusion.registry import import_plugin, registered_experts
+from trainer.models.fusion.registry import registered_experts
+from trainer.plugins import PluginError, load_plugin
+
+log = logging.getLogger(__name__)
 
 
 def kept_modalities(config: FusionConfig, inputs: Mapping[str, Mapping[str, int]]) -> tuple[Modality, ...]:
@@ -31,7 +37,7 @@ def expert_classes(config: FusionConfig) -> dict[str, type[Expert]]:
         ValueError: a plugin that cannot be imported, or a name that nobody registered, with the nearest one.
     """
     for plugin in config.plugins:
-        import_plugin(plugin)
+        _load(plugin)
     known = registered_experts()
     faults = []
     for name in config.ordered_experts:
@@ -57,3 +63,17 @@ def fitting_experts(classes: dict[str, type[Expert]], modalities: Sequence[str])
             f"no expert can be built: each needs so many modalities: {names}; and there is only {', '.join(modalities)}"
         )
     return kept
+
+
+@functools.cache  # once a process: so does the log
+def _load(plugin: str) -> None:
+    if plugin.endswith(".py") and not Path(plugin).is_file():
+        raise ValueError(
+            f"model.fusion.plugins: there is no file {plugin}. Where it has moved, name its new place: "
+            f"model.fusion.plugins=[/new/place/{Path(plugin).name}]"
+        )
+    log.warning("model.fusion.plugins: Python code of %s runs in this process", plugin)
+    try:
+        load_plugin(plugin)
+    except PluginError as error:
+        raise ValueError(f"model.fusion.plugins: {error}") from error
