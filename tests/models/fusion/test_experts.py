@@ -10,6 +10,7 @@ import torch
 
 from tests.models.fusion.fusion_cases import config, lengths_mask, stream, streams
 from trainer.models.fusion.encoders import EncodedModality, sinusoidal_positions
+from trainer.models.fusion.expert import Expert
 from trainer.models.fusion.experts import (
     NEARNESS,
     SHARPNESS,
@@ -412,3 +413,34 @@ def test_half_precision_is_near_float32(kind, dtype):
     assert half.dtype == dtype
     assert torch.isfinite(half).all()
     torch.testing.assert_close(half.float(), reference, rtol=0, atol=0.15 if dtype == torch.bfloat16 else 0.02)
+
+
+class Constant(Expert):
+    """As many ones as `vectors` says, whatever it is shown."""
+
+    least_modalities = 3
+    vectors = 3
+
+    def build(self, config, modalities):
+        self.width = config.width
+
+    def values(self, streams):
+        rows = len(next(iter(streams.values())).mask_BT)
+        return [torch.ones(rows, self.slots, self.width, dtype=torch.float64) for _ in range(self.vectors)]
+
+
+def test_an_expert_counts_where_a_sample_has_as_many_modalities_as_it_needs():
+    expert = build(Constant)
+    _, valid_BM = expert(streams(LENGTHS))
+    np.testing.assert_array_equal(valid_BM.numpy(), PRESENT & (PRESENT.sum(1, keepdims=True) == 3))
+    with pytest.raises(ValueError, match="Constant needs at least 3 modalities, not 2"):
+        Constant(config(), ALL[:2])
+
+
+def test_an_expert_that_gives_other_vectors_is_refused_by_name(monkeypatch):
+    expert = build(Constant)
+    monkeypatch.setattr(Constant, "vectors", 2)
+    with pytest.raises(
+        ValueError, match=r"Constant must give 3 tensors \[B, 3, D\], one per modality, not: \[5, 3, 8\]"
+    ):
+        expert(streams(LENGTHS))
