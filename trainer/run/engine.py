@@ -7,7 +7,7 @@ DeepSpeed's mean over ranks is the weighted mean over the global batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -18,7 +18,7 @@ from trainer.config import RunConfig, TrainConfig
 from trainer.distributed.deepspeed_config import deepspeed_config, offloads_optimizer
 from trainer.logs import captured_stdout
 from trainer.models.egmf import EGMF
-from trainer.models.optimizer_groups import parameter_groups
+from trainer.models.optimizer_groups import ParameterGroup, parameter_groups
 
 
 def build_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpeedEngine:
@@ -83,9 +83,9 @@ def build_inference_engine(model: EGMF, config: RunConfig) -> deepspeed.DeepSpee
     return engine
 
 
-def _optimizer(groups: list[dict[str, Any]], train: TrainConfig, raw: dict[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(groups: list[ParameterGroup], train: TrainConfig, raw: dict[str, Any]) -> torch.optim.Optimizer:
     if offloads_optimizer(raw):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, betas=train.betas, adamw_mode=True)
-    return torch.optim.AdamW(groups, betas=train.betas, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(cast(list[dict[str, Any]], groups), betas=train.betas, fused=torch.cuda.is_available())
