@@ -21,8 +21,9 @@ import numpy as np
 
 from trainer.answers.metrics import metric_of
 from trainer.metric_table import WeightedMetric, accuracy
+from trainer.listing import group_by_value, join_truncated
 from trainer.results.compare.compared_run import Answers, ComparedRun
-from trainer.results.compare.groups import Group, group_runs, some
+from trainer.results.compare.groups import Group, group_runs
 from trainer.results.compare.statistics import (
     Correction,
     Estimate,
@@ -179,19 +180,17 @@ def compare(
 
 
 def _common_tasks(runs: Sequence[ComparedRun], asked: str | None, *, force: bool) -> dict[str, Task]:
-    sets = {tuple(sorted(run.tasks)) for run in runs}
+    by_tasks = group_by_value((tuple(sorted(run.tasks)), run.where) for run in runs)
     if asked is not None:
         without = [run.where for run in runs if asked not in run.tasks]
         if without:
             raise ValueError(f"these runs have no task {asked}: {', '.join(without)}")
         return {asked: runs[0].tasks[asked]}
     common = [name for name in runs[0].tasks if all(name in run.tasks for run in runs)]
-    if len(sets) > 1 and not (force and common):
-        told = [
-            f"{', '.join(names)}: {some([r.where for r in runs if tuple(sorted(r.tasks)) == names])}" for names in sets
-        ]
+    if len(by_tasks) > 1 and not (force and common):
+        lines = [f"{', '.join(names)}: {join_truncated(where)}" for names, where in by_tasks.items()]
         cure = f"--task {common[0]} compares on one, --force on all that they share" if common else "they share none"
-        raise ValueError("\n  ".join([f"the runs have different tasks ({cure})", *told]))
+        raise ValueError("\n  ".join([f"the runs have different tasks ({cure})", *lines]))
     return {name: runs[0].tasks[name] for name in common}
 
 
@@ -199,12 +198,10 @@ def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: b
     faults = []
     for name, task in tasks.items():
         if any(run.tasks[name] != task for run in runs):
-            faults.append(f"{name} is not defined alike in all runs: its labels, numbers or prompts differ")
-        prints: dict[str, list[str]] = {}
-        for run in runs:
-            prints.setdefault(run.fingerprints.get(name, "unknown"), []).append(run.where)
-        if len(prints) > 1 or "unknown" in prints:
-            faults += [f"{name}, data {print_[:16]}: {some(where)}" for print_, where in prints.items()]
+            faults.append(f"the runs define {name} differently: its labels, numbers or prompts differ")
+        by_data = group_by_value((run.fingerprints.get(name, "unknown"), run.where) for run in runs)
+        if len(by_data) > 1 or "unknown" in by_data:
+            faults += [f"{name}, data {data[:16]}: {join_truncated(where)}" for data, where in by_data.items()]
     if faults and not force:
         raise ValueError(
             "\n  ".join(["the runs were not made on the same data (--force compares them nevertheless)", *faults])
@@ -219,7 +216,7 @@ def _asked_metrics(task: Task, metrics: Sequence[str]) -> list[str]:
 
 def _check_metrics(tasks: dict[str, Task], tested: dict[str, list[str]], metrics: Sequence[str]) -> None:
     known = list(dict.fromkeys(name for task in tasks.values() for name in task.metrics))
-    unknown = [name for name in metrics if name != "all" and not any(name in some for some in tested.values())]
+    unknown = [name for name in metrics if name != "all" and not any(name in chosen for chosen in tested.values())]
     if unknown:
         raise ValueError(f"no metric {', '.join(unknown)} of {', '.join(tasks)}: there are {', '.join(known)}")
 
@@ -281,10 +278,10 @@ def _facts(out: Comparison) -> list[str]:
     runs = [run for group in out.groups for run in group.runs]
     commits = {run.commit for run in runs}
     if len(commits) > 1:
-        notes.append(f"the runs were made by different code: {some(sorted(str(c)[:12] for c in commits))}")
+        notes.append(f"the runs were made by different code: {join_truncated(sorted(str(c)[:12] for c in commits))}")
     single = [group.name for group in out.groups if len(group.runs) == 1]
     if single:
-        notes.append(f"one seed only, which says nothing of what others would give: {some(single)}")
+        notes.append(f"one seed only, which says nothing of what others would give: {join_truncated(single)}")
     return notes
 
 
@@ -308,7 +305,7 @@ def _compare_task(
     if other and not force:
         raise ValueError(
             f"{task.name}, {out.split}: these runs answered other samples, or samples with other truths, than "
-            f"{runs[0].where}: {some(other)}"
+            f"{runs[0].where}: {join_truncated(other)}"
         )
     if other:
         out.notes.append(f"{task.name}: no differences are tested, since the runs answered different samples")
@@ -390,7 +387,7 @@ def _add_differences(
             )  # fmt: skip
     alone = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
     if alone:
-        out.notes.append(f"{task.name}: no differences, since no seed is common to {some(alone)}")
+        out.notes.append(f"{task.name}: no differences, since no seed is common to {join_truncated(alone)}")
 
 
 def _resampled(
