@@ -150,7 +150,7 @@ def timed(*words: str) -> dict[str, Any]:
         "priority": os.getpriority(os.PRIO_PROCESS, 0),
         "peak_MiB": round(peak / 2**20),
         "runs": sum(len(group["runs"]) for group in comparison["groups"]),
-        "kept_in_mlflow": "kept in MLflow" in stderr,
+        "kept_in_mlflow": "logged to MLflow" in stderr,
     }
 
 

@@ -23,7 +23,7 @@ from trainer.files import write_json, write_text
 from trainer.results.printable import Table
 
 if TYPE_CHECKING:
-    from trainer.results.compare.evidence import Tables
+    from trainer.results.compare.evidence import SuiteTables
 
 TABLE, VALUES = "reproduce.md", "reproduce.json"
 Say = Callable[[str], None]
@@ -133,7 +133,7 @@ def hours(suite: Suite, sweep: Sweep, budget: Budget) -> str:
 
 def reproduce(
     suite: Suite, sweep: Sweep, budget: Budget, say: Say, *, debug: bool = False
-) -> tuple[int, Tables | None]:
+) -> tuple[int, SuiteTables | None]:
     """Make what is not there yet, and the tables of all that is done. Returns the exit code and the tables.
 
     Raises:
@@ -147,9 +147,9 @@ def reproduce(
     return result.code, tell(suite, sweep)
 
 
-def tell(suite: Suite, sweep: Sweep) -> Tables | None:
+def tell(suite: Suite, sweep: Sweep) -> SuiteTables | None:
     """The tables of the finished runs, also written into the suite's folder; None where there are none yet."""
-    from trainer.results.compare.evidence import evidence_tables, published_tables, together_tables
+    from trainer.results.compare.evidence import evidence_tables, multitask_tables, published_tables
 
     children = sweep.children()
     done = {
@@ -160,8 +160,8 @@ def tell(suite: Suite, sweep: Sweep) -> Tables | None:
     if not done or (suite.baseline is not None and suite.baseline not in done):
         return None
     if suite.together is not None:
-        alone = {task: (one.variant, one.metric) for task, one in suite.together.alone.items()}
-        tables = together_tables(done, suite.together.variant, alone, loses=suite.together.loses)
+        single = {task: (one.variant, one.metric) for task, one in suite.together.alone.items()}
+        tables = multitask_tables(done, suite.together.variant, single, tolerance=suite.together.loses)
     elif suite.baseline is not None:
         pairs = {kind: (one.expert, one.without) for kind, one in suite.evidence.items()}
         tables = evidence_tables(done, suite.baseline, pairs)
@@ -179,7 +179,7 @@ def tell(suite: Suite, sweep: Sweep) -> Tables | None:
     return tables
 
 
-def markdown(suite: Suite, sweep: Sweep, tables: Tables) -> str:
+def markdown(suite: Suite, sweep: Sweep, tables: SuiteTables) -> str:
     """The tables as a page, with what made them."""
     about = _about([child.out for child in sweep.children()])
     parts = [f"# {suite.title}", "Made by:", f"    {command(sweep)}", "\n".join(f"- {line}" for line in about)]

@@ -24,7 +24,9 @@ def compare(
     ],
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="test differences of this metric (may be repeated; all); default: the task's"),
+        typer.Option(
+            help="metric whose differences are tested (repeatable, or all); default: the task's selecting metric"
+        ),
     ] = None,
     group_by: Annotated[
         str | None,
@@ -32,27 +34,31 @@ def compare(
     ] = None,
     task: Annotated[str | None, typer.Option(help="compare on this task only")] = None,
     baseline: Annotated[str | None, typer.Option(help="compare all groups with this one", metavar="GROUP")] = None,
-    split: Annotated[Literal["test", "valid", "train"], typer.Option(help="whose predictions are compared")] = "test",
+    split: Annotated[
+        Literal["test", "valid", "train"], typer.Option(help="split whose predictions are compared")
+    ] = "test",
     sort_by: Annotated[
         str | None, typer.Option(help="sort groups by a metric on validation (never on test)", metavar="METRIC")
     ] = None,
     kinds: Annotated[bool, typer.Option("--kinds", help="also by kind of sample, where the data has kinds")] = False,
-    correction: Annotated[Literal["holm", "bh", "none"], typer.Option(help="of p for many comparisons")] = "holm",
-    level: Annotated[float, typer.Option(help="of intervals")] = 0.95,
-    resamples: Annotated[int, typer.Option(help="of the samples, for intervals and p")] = 2000,
+    correction: Annotated[
+        Literal["holm", "bh", "none"], typer.Option(help="of p-values for multiple comparisons")
+    ] = "holm",
+    level: Annotated[float, typer.Option(help="confidence level of intervals")] = 0.95,
+    resamples: Annotated[int, typer.Option(help="bootstrap resamples, for intervals and p-values")] = 2000,
     uri: Annotated[
         str | None, typer.Option(help="MLflow store: sqlite:///FILE or http://HOST; default: beside the folders")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="write compare.csv, .json, .tex and .html there", metavar="DIR")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="compare although data or tasks differ")] = False,
-    log: Annotated[bool, typer.Option("--log/--no-log", help="keep the files in MLflow, beside the runs")] = True,
+    force: Annotated[bool, typer.Option("--force", help="compare even if data or tasks differ")] = False,
+    log: Annotated[bool, typer.Option("--log/--no-log", help="log the files to MLflow, beside the runs")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare runs: mean and deviation over seeds, intervals, paired tests, cost, and what differs between the configs."""
+    """Compare runs: mean and deviation over seeds, intervals, paired tests, cost, and settings that differ."""
     from trainer.results.compare.comparison import compare as compare_runs
-    from trainer.results.compare.output import as_json as plain
+    from trainer.results.compare.output import as_json as comparison_json
     from trainer.results.compare.output import terminal
     from trainer.results.compare.sources import find_runs
 
@@ -75,14 +81,14 @@ def compare(
     )
     comparison.notes[:0] = found.notes
     if as_json:
-        print_json(plain(comparison))
+        print_json(comparison_json(comparison))
     else:
         wide().print(terminal(comparison))
     _keep(comparison, out, log=log)
 
 
 def _keep(comparison: Comparison, out: Path | None, *, log: bool) -> None:
-    """Write the files and log them; where MLflow does not take them that is said, for the comparison is made."""
+    """Write the files and log them. A failure to log is only a warning, since the comparison itself is done."""
     from trainer.results.compare.files import NAME, log_comparison, store_of, write_comparison
 
     store = store_of(comparison) if log else None
@@ -94,6 +100,6 @@ def _keep(comparison: Comparison, out: Path | None, *, log: bool) -> None:
         if store is not None:
             try:
                 run_id = log_comparison(comparison, files, *store)
-                say(f"kept in MLflow at {store[0]}: run {run_id} ({NAME}) of the experiment {store[1]}")
+                say(f"logged to MLflow at {store[0]}: run {run_id} ({NAME}) of the experiment {store[1]}")
             except ValueError as error:
-                say(f"warning: {error}; --no-log does not try")
+                say(f"warning: {error}; --no-log turns logging off")

@@ -26,7 +26,7 @@ track_app = typer.Typer(help="The record of runs in MLflow.", no_args_is_help=Tr
 
 @app.command()
 def show(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")], as_json: Json = False) -> None:
-    """Show a run: scores, curves in numbers, gate weights, examples, config, environment."""
+    """Show a run: scores, training curves as numbers, gate weights, examples, config, environment."""
     from trainer.results.show import run_json, show_run
 
     if as_json:
@@ -40,7 +40,7 @@ def list_runs_command(
     folder: Annotated[Path, typer.Argument(help="a folder of run folders", metavar="[FOLDER]")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """List the runs of a folder: state and why, step, the selecting metric, age."""
+    """List the runs of a folder: state and its reason, step, selecting metric, time since the last activity."""
     from trainer.results.runs import lines_json, list_runs, runs_table
 
     lines = list_runs(folder)
@@ -52,7 +52,7 @@ def list_runs_command(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")]) -> None:
-    """Write a run's report.html and its pictures; works on runs in progress too."""
+    """Write a run's report.html and its pictures; also for runs in progress."""
     from trainer.results.report.report import PAGE, write_report
 
     pictures = write_report(run)

@@ -1,14 +1,13 @@
-"""The tables of a suite: accuracy by kind of evidence, differences to the full model, gate weights by kind, and values as published.
+"""The tables of a suite: scores by kind of evidence, differences to the full model, gate weights by kind, published values.
 
-Everything is on the test split, whose samples the runs' checkpoints were not chosen by.
+Everything is on the test split; checkpoints were chosen on validation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,12 +18,14 @@ from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.printable import Table
 from trainer.results.run_folder import read_run
 
-Gates = dict[str, dict[str, dict[str, list[float]]]]  # variant -> kind -> expert -> mean weight, one per seed
+FULL, DROP = 0.90, 0.10  # expected: score of the baseline on every kind; loss on its kind when an expert is removed
+
+GateWeights = dict[str, dict[str, dict[str, list[float]]]]  # variant -> kind -> expert -> mean weight, one per seed
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is expected, what was found, and whether that meets it (None: it cannot be said)."""
+    """An expectation, the finding, and whether the finding meets it (None: undecided)."""
 
     expected: str
     found: str
@@ -32,27 +33,24 @@ class Claim:
 
 
 @dataclass
-class Tables:
-    """The tables of a suite and what stands behind them (plain, JSON-safe)."""
+class SuiteTables:
+    """The tables of a suite, its claims, notes, and the numbers behind the tables as JSON values."""
 
     tables: list[Table]
     claims: list[Claim]
     notes: list[str]
-    values: dict[str, Any] = field(default_factory=dict)
-
-
-FULL, COSTS = 0.90, 0.10  # expected: accuracy of the baseline on every kind; what removing an expert costs on its own
+    values: dict[str, object] = field(default_factory=dict)
 
 
 def evidence_tables(
     runs: Mapping[str, Sequence[Path]], baseline: str, evidence: Mapping[str, tuple[str, str]], *, level: float = 0.95
-) -> Tables:
+) -> SuiteTables:
     """The tables of variants on data with kinds of evidence.
 
     Args:
         runs: variant -> finished run folders, one per seed.
         baseline: the variant with which the others are compared, paired by seed and sample.
-        evidence: kind -> (the expert it is made for, the variant without it).
+        evidence: kind -> (the expert that it needs, the variant without that expert).
 
     Raises:
         ValueError: the runs cannot be compared.
@@ -65,7 +63,7 @@ def evidence_tables(
     kinds = [EVERY, *(kind for kind in evidence if kind in compared.kinds[task])]
     kinds += [kind for kind in compared.kinds[task] if kind not in kinds]
     gates = gate_weights(runs)
-    return Tables(
+    return SuiteTables(
         [
             _score_table(compared, task, metric, kinds),
             _difference_table(compared, task, metric, kinds, baseline),
@@ -86,8 +84,8 @@ def evidence_tables(
 
 def published_tables(
     runs: Mapping[str, Sequence[Path]], published: Mapping[str, tuple[str, float, str]], *, level: float = 0.95
-) -> Tables:
-    """Variants, each by itself, beside values as published: variant -> (metric, value, what the source calls it).
+) -> SuiteTables:
+    """Each variant beside its published value: `published` is variant -> (metric, value, the source's name of the metric).
 
     Raises:
         ValueError: the runs of a variant cannot be read together.
@@ -95,7 +93,7 @@ def published_tables(
     columns = ["benchmark", "metric", "published", "here, mean ± sd", f"{level:.0%} interval of the mean", "seeds"]
     table = Table("Beside the paper's table", columns)
     values, notes = [], []
-    for variant, (metric, value, called) in published.items():
+    for variant, (metric, value, source_name) in published.items():
         if not runs.get(variant):
             table.rows.append([variant, metric, f"{value:.4f}", "not run", "", "0"])
             continue
@@ -103,76 +101,73 @@ def published_tables(
         score = compared.score(next(iter(compared.tested)), variant, metric)
         interval = "" if score.low is None or score.high is None else f"{score.low:.4f} to {score.high:.4f}"
         table.rows.append([variant, metric, f"{value:.4f}", _mean(score), interval, str(len(score.seeds))])
-        values.append({"published": value, "called": called, **asdict(score)})
+        values.append({"published": value, "called": source_name, **asdict(score)})
         notes += [f"{variant}: {note}" for note in compared.notes]
     table.note = "The paper's names: " + "; ".join(
-        f"{variant}: {called}" for variant, (_, _, called) in published.items()
+        f"{variant}: {source_name}" for variant, (_, _, source_name) in published.items()
     )
-    return Tables([table], [], notes, {"level": level, "scores": values})
+    return SuiteTables([table], [], notes, {"level": level, "scores": values})
 
 
-def together_tables(
+def multitask_tables(
     runs: Mapping[str, Sequence[Path]],
-    together: str,
-    alone: Mapping[str, tuple[str, str]],
+    multitask: str,
+    single: Mapping[str, tuple[str, str]],
     *,
-    loses: float,
+    tolerance: float,
     level: float = 0.95,
-) -> Tables:
+) -> SuiteTables:
     """One model of several tasks beside a model of each task.
 
     Args:
         runs: variant -> finished run folders, one per seed.
-        together: the variant of all tasks.
-        alone: task -> (the variant that trains it alone, the metric; more is better).
-        loses: by how much the mean over seeds may be lower.
+        multitask: the variant of all tasks.
+        single: task -> (the variant of that task only, the metric, of which more is better).
+        tolerance: by how much the multi-task mean over seeds may be lower.
 
     Raises:
         ValueError: the runs of a task cannot be compared.
     """
     table = Table(
-        "One model of all tasks, and a model of each", ["task", "metric", "alone", "together", "difference", "seeds"]
+        "One model of all tasks, and one of each",
+        ["task", "metric", "single-task", "multi-task", "difference", "seeds"],
     )
     claims, notes, values = [], [], []
-    for task, (variant, metric) in alone.items():
-        if not runs.get(variant) or not runs.get(together):
+    for task, (variant, metric) in single.items():
+        expectation = f"{multitask} loses at most {tolerance:.2f} on {task}"
+        if not runs.get(variant) or not runs.get(multitask):
             table.rows.append([task, metric, *["not run"] * 3, "0"])
-            claims.append(Claim(f"{together} loses at most {loses:.2f} on {task}", "not run", None))
+            claims.append(Claim(expectation, "not run", None))
             continue
-        both = _compared({variant: runs[variant], together: runs[together]})
+        both = _compared({variant: runs[variant], multitask: runs[multitask]})
         compared = compare(both, task=task, metrics=[metric], baseline=variant, level=level)
-        scores = [compared.score(task, name, metric) for name in (variant, together)]
+        scores = [compared.score(task, name, metric) for name in (variant, multitask)]
         (difference,) = (d for d in compared.differences if d.kind == EVERY)
-        shown = _difference(difference)
-        table.rows.append([task, metric, *map(_mean, scores), shown, str(len(difference.seeds))])
-        met = None if difference.value is None else difference.value >= -loses
-        claims.append(Claim(f"{together} loses at most {loses:.2f} on {task}", shown, met))
+        found = _difference(difference)
+        table.rows.append([task, metric, *map(_mean, scores), found, str(len(difference.seeds))])
+        met = None if difference.value is None else difference.value >= -tolerance
+        claims.append(Claim(expectation, found, met))
         notes += [f"{task}: {note}" for note in compared.notes]
         values.append({"scores": [asdict(score) for score in scores], "difference": asdict(difference)})
     table.note = f"Mean ± standard deviation over seeds; the difference with its {level:.0%} interval, paired by seed and sample."
-    return Tables([table], claims, notes, {"level": level, "tasks": values})
+    return SuiteTables([table], claims, notes, {"level": level, "tasks": values})
 
 
-def gate_weights(runs: Mapping[str, Sequence[Path]]) -> Gates:
+def gate_weights(runs: Mapping[str, Sequence[Path]]) -> GateWeights:
     """Mean weight of each expert over the samples of each kind, of every run that has a gate."""
-    found: Gates = {}
+    weights: GateWeights = {}
     for variant, paths in runs.items():
         for path in paths:
             for result in analyse(read_run(path)):
                 for group in result.gates.groups.get("kind", []) if result.gates is not None else []:
+                    of_kind = weights.setdefault(variant, {}).setdefault(group.name, {})
                     for expert, weight in group.expert.items():
-                        found.setdefault(variant, {}).setdefault(group.name, {}).setdefault(expert, []).append(weight)
-    return found
+                        of_kind.setdefault(expert, []).append(weight)
+    return weights
 
 
 def _compared(runs: Mapping[str, Sequence[Path]]) -> list[ComparedRun]:
-    found = []
-    for variant, paths in runs.items():
-        for path in paths:
-            run = run_from_folder(path)
-            run.group = variant
-            found.append(run)
-    return found
+    return [replace(run_from_folder(path), group=variant) for variant, paths in runs.items() for path in paths]
 
 
 def _score_table(compared: Comparison, task: str, metric: str, kinds: Sequence[str]) -> Table:
@@ -189,18 +184,18 @@ def _score_table(compared: Comparison, task: str, metric: str, kinds: Sequence[s
 
 def _difference_table(compared: Comparison, task: str, metric: str, kinds: Sequence[str], baseline: str) -> Table:
     table = Table(f"Difference of {metric} to {baseline}, with {compared.level:.0%} interval", ["", *kinds])
-    held = {(d.group, d.kind): d for d in compared.differences if d.metric == metric and d.task == task}
+    by_place = {(d.group, d.kind): d for d in compared.differences if d.metric == metric and d.task == task}
     for group in compared.groups:
         if group.name != baseline:
-            table.rows.append([group.name, *(_difference(held.get((group.name, kind))) for kind in kinds)])
+            table.rows.append([group.name, *(_difference(by_place.get((group.name, kind))) for kind in kinds)])
     table.note = (
-        "Paired by seed and sample; the interval says what new seeds and new samples would show (docs/compare.md). "
+        "Paired by seed and sample; the interval is for new seeds and new samples (docs/compare.md). "
         f"*: p of the difference, corrected for all of this table ({compared.correction}), is at most {1 - compared.level:.2g}."
     )
     return table
 
 
-def _gate_table(gates: Gates) -> Table:
+def _gate_table(gates: GateWeights) -> Table:
     experts = list(dict.fromkeys(e for kinds in gates.values() for weights in kinds.values() for e in weights))
     table = Table("Mean weight of each expert at the gate, by kind of evidence", ["", "kind", *experts])
     for variant, kinds in gates.items():
@@ -221,19 +216,18 @@ def _claims(
             continue
         mean = compared.score(task, baseline, metric, kind).mean
         met = None if mean is None else mean >= FULL
-        claims.append(
-            Claim(f"{baseline} reaches {FULL:.2f} on {kind}", "undefined" if mean is None else f"{mean:.3f}", met)
-        )
-        found = [d for d in compared.differences if (d.group, d.metric, d.kind) == (without, metric, kind)]
-        lost = found[0] if found else None
+        found = "undefined" if mean is None else f"{mean:.3f}"
+        claims.append(Claim(f"{baseline} reaches {FULL:.2f} on {kind}", found, met))
+        differences = (d for d in compared.differences if (d.group, d.metric, d.kind) == (without, metric, kind))
+        drop = next(differences, None)
         met = None
-        if lost is not None and lost.value is not None and lost.high is not None:
-            met = lost.value <= -COSTS and lost.high < 0
-        claims.append(Claim(f"{without} loses {COSTS:.2f} on {kind}, the interval below 0", _difference(lost), met))
+        if drop is not None and drop.value is not None and drop.high is not None:
+            met = drop.value <= -DROP and drop.high < 0
+        claims.append(Claim(f"{without} loses {DROP:.2f} on {kind}, the interval below 0", _difference(drop), met))
         weights = {name: float(np.mean(per_seed)) for name, per_seed in gates.get(kind, {}).items()}
-        shown = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+        found = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()) or "no gate"
         met = max(weights, key=lambda name: weights[name]) == expert if weights else None
-        claims.append(Claim(f"the gate of {baseline} weighs {expert} most on {kind}", shown or "no gate", met))
+        claims.append(Claim(f"the gate of {baseline} weighs {expert} most on {kind}", found, met))
     return claims
 
 
@@ -245,7 +239,7 @@ def _mean(score: Score) -> str:
 
 def _difference(difference: Difference | None) -> str:
     if difference is None or difference.value is None:
-        return "not known"
+        return "unknown"
     mark = "*" if difference.significant else ""
     if difference.low is None or difference.high is None:
         return f"{difference.value:+.3f}"

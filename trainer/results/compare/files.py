@@ -1,4 +1,4 @@
-"""A comparison's files, and their way into MLflow."""
+"""A comparison written to files, and logged to MLflow."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from trainer.results.compare.page import page
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts
 
 
-def write_comparison(found: Comparison, out: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Write ``compare.csv``, ``.json``, ``.tex`` and ``.html`` into `out`, each whole or not at all.
 
     Raises:
         ValueError: `out` cannot be written.
     """
     texts = {
-        "csv": output.as_csv(found),
-        "json": json.dumps(output.as_json(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "tex": output.as_tex(found),
-        "html": page(found),
+        "csv": output.as_csv(comparison),
+        "json": json.dumps(output.as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "tex": output.as_tex(comparison),
+        "html": page(comparison),
     }
     paths = []
     try:
@@ -35,24 +35,24 @@ def write_comparison(found: Comparison, out: Path) -> list[Path]:
             write_text(path, text)
             paths.append(path)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written ({error.strerror}): name another folder with --out") from error
+        raise ValueError(f"{out} cannot be written ({error.strerror}): choose another folder with --out") from error
     return paths
 
 
-def store_of(found: Comparison) -> tuple[str, str] | None:
+def store_of(comparison: Comparison) -> tuple[str, str] | None:
     """MLflow store and experiment of the first compared run that is in one; None where none is."""
-    for group in found.groups:
+    for group in comparison.groups:
         for run in group.runs:
             if run.mlflow and run.experiment:
                 return run.mlflow[0], run.experiment
     return None
 
 
-def log_comparison(found: Comparison, files: Sequence[Path], uri: str, experiment: str) -> str:
-    """Keep the files as artifacts of an MLflow run of their own, named compare, beside the runs; returns its id.
+def log_comparison(comparison: Comparison, files: Sequence[Path], uri: str, experiment: str) -> str:
+    """Log the files as artifacts of an MLflow run of their own, named compare, beside the runs; returns its id.
 
     Raises:
-        ValueError: the store does not take them.
+        ValueError: the store refuses them or cannot be reached.
     """
     client = connect(uri)
     from mlflow.exceptions import MlflowException
@@ -61,18 +61,18 @@ def log_comparison(found: Comparison, files: Sequence[Path], uri: str, experimen
     tags = {
         **resolve_tags(),
         KIND_TAG: NAME,
-        "egmf.split": found.split,
-        "egmf.baseline": found.baseline or "each with each",
-        "egmf.runs": " ".join(run.mlflow[1] for group in found.groups for run in group.runs if run.mlflow)[:5000],
+        "egmf.split": comparison.split,
+        "egmf.baseline": comparison.baseline or "each with each",
+        "egmf.runs": " ".join(run.mlflow[1] for group in comparison.groups for run in group.runs if run.mlflow)[:5000],
     }
     try:
-        there = client.get_experiment_by_name(experiment)
-        if there is None:
+        entity = client.get_experiment_by_name(experiment)
+        if entity is None:
             raise ValueError(f"MLflow at {uri} has no experiment {experiment}")
-        run_id = client.create_run(there.experiment_id, tags=tags, run_name=NAME).info.run_id
+        run_id = client.create_run(entity.experiment_id, tags=tags, run_name=NAME).info.run_id
         for path in files:
             client.log_artifact(run_id, str(path), NAME)
         client.set_terminated(run_id)
     except (MlflowException, OSError) as error:
-        raise ValueError(f"MLflow at {uri} does not take the comparison: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the comparison cannot be logged to MLflow at {uri}: {str(error).splitlines()[0]}") from error
     return str(run_id)
