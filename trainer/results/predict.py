@@ -96,7 +96,8 @@ def predict(
                 advance(len(chunk))
         if run.world.is_rank_zero and not tally.answered + tally.bad:
             raise PredictError("the input holds no samples: it is empty; nothing was written")
-    return run.world.broadcast_object(tally)
+    total: Tally = run.world.broadcast_object(tally)
+    return total
 
 
 def _check_options(run: SavedRun, options: Options) -> None:

@@ -155,4 +155,5 @@ def _numbers(task: Task, cells: pa.ChunkedArray) -> np.ndarray:
             return np.full(len(cells), np.nan)
         indices = compute.index_in(cells, value_set=pa.array(task.labels, cells.type)).combine_chunks()
         return np.asarray(compute.fill_null(indices.cast(pa.float64()), np.nan))
-    return pd.to_numeric(pd.Series(cells.to_pylist(), dtype=object), errors="coerce").to_numpy(float)
+    numbers: np.ndarray = pd.to_numeric(pd.Series(cells.to_pylist(), dtype=object), errors="coerce").to_numpy(float)
+    return numbers

@@ -183,7 +183,8 @@ def _artifacts(client: MlflowClient, entity: MlflowEntity, splits: Sequence[str]
 
     info = entity.info
     if info.artifact_uri.startswith(("file:", "/")):
-        return prediction_files(Path(local_file_uri_to_path(info.artifact_uri)), splits, _label(entity))
+        local = str(local_file_uri_to_path(info.artifact_uri))  # type: ignore[no-untyped-call]
+        return prediction_files(Path(local), splits, _label(entity))
     out = folder / info.run_id
     out.mkdir()
     files = {}

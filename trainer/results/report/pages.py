@@ -1,8 +1,6 @@
-"""A page from a template: everything that comes from data is escaped, and a name that the template lacks is a fault."""
+"""Pages from templates: everything that comes from data is escaped, and a template's undefined name is an error."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -10,7 +8,7 @@ from markupsafe import Markup
 from trainer.results.report.drawing import COLOURS
 
 
-def render_page(template: str, **values: Any) -> str:
+def render_page(template: str, **values: object) -> str:
     """The page as HTML. Templates also get `colours`, and the filter `picture`, which writes a picture's SVG."""
     environment = Environment(
         loader=PackageLoader("trainer.results.report"),
@@ -19,7 +17,9 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["picture"] = lambda picture: Markup(picture.svg)  # drawn here, its texts escaped by the writer
+    environment.filters["picture"] = lambda picture: Markup(
+        picture.svg
+    )  # from drawing.py, whose XML writer escapes all text
     colours = {name: {"light": light, "dark": dark} for name, (light, dark) in COLOURS.items()}
     environment.globals["colours"] = colours
     return environment.get_template(template).render(**values)
