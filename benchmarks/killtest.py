@@ -1,6 +1,6 @@
 """Is a run that is killed again and again the same run?
 
-    python benchmarks/killtest.py --kills 100 --work DIR [--cases zero1,zero2-nf4] [--out benchmarks/results/FILE.json]
+    python -m benchmarks.killtest --kills 100 --work DIR [--cases zero1,zero2-nf4] [--out benchmarks/results/FILE.json]
 
 A case is a two-process run (module dropout, LoRA, gradient accumulation with an uneven last micro-batch) at one ZeRO
 stage, with and without NF4. Each case is run once undisturbed. Then a chain: the run is started, SIGKILLed at a random
@@ -14,10 +14,8 @@ them, or the launcher. With the same --work an interrupted test goes on where it
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -28,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
+
+from benchmarks.machine import describe, today
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {f"zero{z}{suffix}": (z, suffix) for z in (1, 2, 3) for suffix in ("", "-nf4")}
@@ -266,9 +265,9 @@ def main() -> int:
         results[name] = run_case(Chain(name, args.work.resolve(), data, args.procs, args.steps), share, args.seed)
     kills = [kill for case in results.values() for kill in case["kills"]]
     record = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/killtest.py --kills {args.kills} --seed {args.seed}",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "date": today(),
+        "command": f"python -m benchmarks.killtest --kills {args.kills} --seed {args.seed}",
+        "machine": describe("torch", "deepspeed"),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "kills": len(kills),
         "moments": {m: sum(kill["moment"] == m for kill in kills) for m in MOMENTS},

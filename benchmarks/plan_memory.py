@@ -14,21 +14,26 @@ import argparse
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import describe, today
+from benchmarks.ranks import ROOT, prepare_steps, run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.distributed.world import World
+
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192}
 STEPS = 2
 SAMPLES = 16  # of a step, and in all: every step has the same, so the largest micro-batch is among its two
 LIMIT = 0.15
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 WARM_UP = {  # what libraries allocate on first use belongs to no case
     "warm-up": ("model.backbone.name=tiny", "model.backbone.quantization=none"),
     "warm-up-3": (
@@ -132,29 +137,7 @@ def measure(chosen: list[Case], model: Path, data: Path, work: Path, timeout: fl
     if {case.name for case in chosen} <= _measured(place, procs).keys():
         return {case.name: _measured(place, procs)[case.name] for case in chosen}
     (place / "cases.json").write_text(json.dumps({case.name: case.overrides(model, data) for case in chosen}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = []
-    for rank in range(procs):
-        env = {
-            **os.environ,
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-            "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.plan_memory", "--rank", str(place)]
-        with (place / f"rank{rank}.log").open("w") as output:
-            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output))
-    try:
-        codes = [rank.wait(timeout=timeout) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(codes):
-        logs = "\n".join((place / f"rank{i}.log").read_text()[-3000:] for i in range(procs))
-        raise RuntimeError(f"exit codes {codes}\n{logs}")
+    run_ranks(["benchmarks.plan_memory", "--rank", str(place)], procs, place, timeout, **ALLOCATOR)
     return {case.name: _measured(place, procs)[case.name] for case in chosen}
 
 
@@ -206,35 +189,22 @@ def work_of_rank(place: Path) -> None:
     stop_world()
 
 
-def _train(overrides: list[str], out: Path, world: Any, marks: dict[str, float]) -> None:
-    from trainer.config import load_config
-    from trainer.data.sampling import GlobalBatchSampler
-    from trainer.distributed.deepspeed_config import dtype_of
-    from trainer.distributed.signals import StopRequest
-    from trainer.run.assemble import assemble
-    from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guards.dump import NonFiniteDump
-    from trainer.run.guards.guard import Guard
-    from trainer.run.step import StepContext, train_step
-
-    config = load_config(ROOT / "configs/tiny.yaml", overrides)
-    parts = assemble(config, out, world, dtype_of(config))
-    for parameter in parts.model.parameters():  # out of the mapped file, as on a GPU
-        if not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.clone()
-    engine = build_engine(parts.model, config)
-    schedule = Schedule(engine, config.train, STEPS)
-    training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
-    lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-    order = GlobalBatchSampler(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
+def _train(overrides: list[str], out: Path, world: World, marks: dict[str, float]) -> None:
+    steps = prepare_steps(overrides, out, world, STEPS, _copy_mapped)
     gc.collect()
     time.sleep(0.1)
     marks["steps"] = time.time()
-    for step in range(STEPS):
-        schedule.set(step)
-        train_step(training, order.step(step), step, NonFiniteDump())
+    for index in range(STEPS):
+        steps.step(index)
     marks["end"] = time.time()
-    engine.destroy()
+    steps.engine.destroy()
+
+
+def _copy_mapped(model: torch.nn.Module) -> None:
+    """Copy the weights out of the memory-mapped file, as a GPU does."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.clone()
 
 
 def predict(case: Case, model: Path, data: Path) -> dict[str, Any]:

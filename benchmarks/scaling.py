@@ -23,7 +23,6 @@ import functools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -33,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, today
+from benchmarks.ranks import ROOT, prepare_steps, run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM, STEPS = 2, 3
 FACTORS = {  # of the larger of a collective's tensors, for N ranks: passes over (N-1)/N of it
     "all_reduce": 2,
@@ -161,19 +160,19 @@ def work_of_rank(place: Path, own_network: bool) -> None:
     for name, overrides in json.loads((place / "cases.json").read_text()).items():
         if any(world.gather_all(name in results)):  # by an earlier start
             continue
-        step, samples = _prepare(overrides, place / name, world)
+        steps = prepare_steps(overrides, place / name, world, WARM + STEPS)
         for index in range(WARM):
-            step(index)
+            steps.step(index)
         world.barrier()
         calls.sent.clear()
         lo, began = loopback(), time.perf_counter()
         for index in range(WARM, WARM + STEPS):
-            step(index)
+            steps.step(index)
         seconds = time.perf_counter() - began
         called = {key: round(value / STEPS) for key, value in calls.sent.items()}
         world.barrier()
         results[name] = {
-            "samples_per_second": samples * STEPS / seconds,
+            "samples_per_second": steps.samples * STEPS / seconds,
             "called": called,
             "sent": round((loopback() - lo) / STEPS / world.size) if own_network else None,
         }
@@ -181,59 +180,6 @@ def work_of_rank(place: Path, own_network: bool) -> None:
         if world.is_rank_zero:
             write_json(written, results)
     stop_world()
-
-
-def _prepare(overrides: list[str], out: Path, world: Any) -> tuple[Any, int]:
-    """A function that takes an optimizer step, and the samples of a step."""
-    from trainer.config import load_config
-    from trainer.data.sampling import GlobalBatchSampler
-    from trainer.distributed.deepspeed_config import dtype_of
-    from trainer.distributed.signals import StopRequest
-    from trainer.run.assemble import assemble
-    from trainer.run.engine import Schedule, build_engine
-    from trainer.run.guards.dump import NonFiniteDump
-    from trainer.run.guards.guard import Guard
-    from trainer.run.step import StepContext, train_step
-
-    config = load_config(ROOT / "configs/tiny.yaml", overrides)
-    parts = assemble(config, out, world, dtype_of(config))
-    engine = build_engine(parts.model, config)
-    schedule = Schedule(engine, config.train, WARM + STEPS)
-    training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
-    lengths = {name: opened["train"].lengths() for name, opened in parts.data.items()}
-    order = GlobalBatchSampler(lengths, global_batch=config.train.global_batch, seed=config.train.seed)
-
-    def step(index: int) -> None:
-        schedule.set(index)
-        train_step(training, order.step(index), index, NonFiniteDump())
-
-    return step, config.train.global_batch
-
-
-def run_ranks(place: Path, procs: int, own_network: bool) -> None:
-    """Start the ranks, all in this network namespace, and wait for them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = []
-    for rank in range(procs):
-        place_of = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs)}
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        env = {
-            **os.environ,
-            **place_of,
-            **rendezvous,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, "-m", "benchmarks.scaling", "--rank", str(place), str(int(own_network))]
-        with (place / f"rank{rank}.log").open("w") as output:
-            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output))
-    codes = [rank.wait() for rank in ranks]
-    if any(codes):
-        logs = "\n".join((place / f"rank{i}.log").read_text()[-3000:] for i in range(procs))
-        raise SystemExit(f"exit codes {codes}\n{logs}")
 
 
 def own_network_possible() -> bool:
@@ -289,7 +235,9 @@ def main() -> None:
         work_of_rank(Path(sys.argv[2]), sys.argv[3] == "1")
         return
     if sys.argv[1:2] == ["--group"]:
-        run_ranks(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")
+        place, procs, own_network = sys.argv[2:]
+        arguments = ["benchmarks.scaling", "--rank", place, own_network]
+        run_ranks(arguments, int(procs), Path(place), GLOO_SOCKET_IFNAME="lo")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)

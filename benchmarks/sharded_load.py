@@ -32,8 +32,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import describe, today
+from benchmarks.ranks import ROOT, run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "sharded-load.json"
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16,
          "num_key_value_heads": 16, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
@@ -120,28 +120,8 @@ def measure(folder: Path, loader: str, ranks: int, work: Path) -> dict[str, Any]
     """Peak over ranks of one loader on `ranks` processes."""
     out = work / f"{loader.replace(' ', '-')}-{ranks}"
     out.mkdir()
-    port = 20000 + os.getpid() % 20000
-    processes = []
-    for r in range(ranks):
-        env = {**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.sharded_load",
-            "--rank",
-            loader,
-            "--work",
-            str(out),
-            "--model",
-            str(folder),
-        ]
-        processes.append(
-            subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
-    codes = [process.wait(timeout=900) for process in processes]
-    if any(codes):
-        raise SystemExit(f"{loader} on {ranks} ranks: exit codes {codes}")
+    arguments = ["benchmarks.sharded_load", "--rank", loader, "--work", str(out), "--model", str(folder)]
+    run_ranks(arguments, ranks, out, timeout=900)
     per_rank = [json.loads(path.read_text()) for path in out.glob("*.json")]
     return {
         "peak_mib": max(t["peak"] for t in per_rank) / 2**20,

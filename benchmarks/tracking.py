@@ -14,24 +14,22 @@ what is left, and the server's histories are compared with the journal, value by
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from benchmarks.machine import describe, today
 from tests.tracking.mlflow_server import MlflowServer, Proxy, histories
 from trainer.config import RunConfig, check_config, dump_config
 from trainer.files import write_json
@@ -218,18 +216,6 @@ def start_up(work: Work, out: Path, steps: int = 600) -> float:
     return seconds
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "memory_GiB": round(psutil.virtual_memory().total / 2**30),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("mlflow", "torch", "SQLAlchemy")},
-        "threads": torch.get_num_threads(),
-        "load_average": [round(value, 1) for value in psutil.getloadavg()],
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -261,9 +247,11 @@ def main() -> int:
             server.stop()
     report = {
         "question": " ".join(str(__doc__).splitlines()[0].split()),
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         "command": "python -m benchmarks.tracking " + " ".join(sys.argv[1:]),
-        "machine": machine(),
+        "machine": describe("mlflow", "torch", "SQLAlchemy"),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 1) for value in psutil.getloadavg()],
         "rounds": args.rounds,
         "pairs": args.pairs,
         "steps": args.steps,

@@ -104,7 +104,7 @@ def test_groups_may_be_asked_for_or_given(two: Path, tmp_path: Path) -> None:
         compare(runs, group_by=["model.fusion.expert"])
     for run in runs:
         run.group = "yours" if run.name.startswith("less") else "mine"
-    with pytest.raises(ValueError, match=r"names 0 groups.*there are: mine; yours"):
+    with pytest.raises(ValueError, match=r"matches 0 groups.*there are: mine; yours"):
         compare(runs, baseline="his")
 
 

@@ -1,14 +1,14 @@
-"""Runs compared honestly: groups of runs that differ by their seed alone, their means, and paired tests between groups.
+"""The comparison of runs: groups of runs that differ only in their seed, their means, and paired tests between groups.
 
 From run folders, without MLflow::
 
     runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.compare.from_folders
     comparison = compare(runs, baseline="full", kinds=True)
 
-A run's group is decided by its config, or by `run.group` where it is set (on all runs). `find_runs` reads folders, MLflow
-runs and experiments alike. What the numbers mean is in :mod:`trainer.results.compare.statistics` and in docs/compare.md.
+A run's group is decided by its config, or by `run.group` where all runs have one. :func:`trainer.results.compare.sources.find_runs`
+reads folders, MLflow runs and experiments. :mod:`trainer.results.compare.statistics` and docs/compare.md define the numbers.
 
-No result here is chosen by a test score: there is no best run, seed or group, and groups are sorted by validation only.
+Nothing here is selected by a test score: there is no best run, seed or group, and groups are sorted by validation only.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from trainer.results.compare.statistics import (
 )
 from trainer.tasks import Task
 
-ALL_PAIRS = 10  # groups up to which each is compared with each
+ALL_PAIRS = 10  # groups up to which all pairs are compared
 EVERY = "all"  # the kind that stands for all samples
 _RNG = 0
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a group on the samples of a kind: each seed's value, their mean, standard deviation and t interval."""
+    """A metric of a group on the samples of a kind: the value of each seed, their mean, standard deviation and t interval."""
 
     task: str
     group: str
@@ -61,8 +61,8 @@ class Score:
 class Difference:
     """`group` minus `baseline`, paired by seed and sample.
 
-    `p` is that of the bootstrap over samples and seeds; for an accuracy the larger of it and McNemar's, which takes the
-    trained models as given. `p_corrected` is it, corrected for all differences of the comparison that have one.
+    `p` is that of the bootstrap over samples and seeds; for an accuracy the larger of it and McNemar's, which is
+    conditional on the trained models. `p_corrected` is `p` corrected for all differences of the comparison that have one.
     """
 
     task: str
@@ -86,7 +86,7 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` found. `notes` says in words what a reader must know; `differing` is setting -> group -> value."""
+    """The result of :func:`compare`. `notes` are caveats for readers; `differing` is setting -> group -> value."""
 
     split: str
     level: float
@@ -106,7 +106,11 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def score(self, task: str, group: str, metric: str, kind: str = EVERY) -> Score:
-        """The one score of these names; KeyError where there is none."""
+        """The score of these names.
+
+        Raises:
+            KeyError: there is none.
+        """
         for score in self.scores:
             if (score.task, score.group, score.metric, score.kind) == (task, group, metric, kind):
                 return score
@@ -131,16 +135,16 @@ def compare(
     """Compare finished runs on the predictions of a split.
 
     Args:
-        metrics: whose differences are tested; by default each task's selecting metric. "all" stands for every one.
-        task: only this one, of runs that may have others; by default all, and then all runs must have the same.
-        group_by: settings, or sections of them, by whose values the runs are grouped; by default all that make a difference.
-        baseline: the group with which all others are compared; by default each with each, up to ten groups.
-        kinds: also on the samples of each kind of the data.
-        sort_by: a metric *on validation* by which the groups are sorted, best first; the runs need its predictions.
-        correction: of p-values, for all tests of this comparison.
-        level: of intervals; a difference is significant where its corrected p is at most ``1 - level``.
-        resamples: of the samples.
-        force: compare although data or tasks differ.
+        metrics: those whose differences are tested; by default each task's selecting metric; "all" for every metric.
+        task: compare on this task only; by default on all, and then all runs must have the same tasks.
+        group_by: settings, or sections of them, by which the runs are grouped; by default all that can affect results.
+        baseline: the group with which all others are compared; by default all pairs, up to ten groups.
+        kinds: also compare on the samples of each kind of the data.
+        sort_by: a metric *on validation* by which the groups are sorted, best first; needs predictions on validation.
+        correction: method that corrects the p-values of all tests of this comparison.
+        level: confidence level of intervals; a difference is significant where its corrected p is at most ``1 - level``.
+        resamples: number of bootstrap resamples of the samples.
+        force: compare even if data or tasks differ.
 
     Raises:
         ValueError: nothing to compare, or runs that are not comparable; every reason in one message.
@@ -151,7 +155,7 @@ def compare(
         raise ValueError(f"level={level} must lie between 0 and 1, and resamples={resamples} be at least 100")
     tasks = _common_tasks(runs, task, force=force)
     _check_data(runs, tasks, force=force)
-    tested = {name: _asked_metrics(one, metrics) for name, one in tasks.items()}
+    tested = {name: _tested_metrics(one, metrics) for name, one in tasks.items()}
     _check_metrics(tasks, tested, metrics)
     groups, notes = group_runs(runs, group_by)
     out = Comparison(
@@ -172,24 +176,26 @@ def compare(
     if sort_by is not None:
         _sort(out, tasks, sort_by)
     pairs = _pairs(out, baseline)
-    out.notes += _facts(out)
+    out.notes += _caveats(out)
     for one in tasks.values():
         _compare_task(out, one, pairs, kinds=kinds, force=force)
     _correct(out)
     return out
 
 
-def _common_tasks(runs: Sequence[ComparedRun], asked: str | None, *, force: bool) -> dict[str, Task]:
+def _common_tasks(runs: Sequence[ComparedRun], only: str | None, *, force: bool) -> dict[str, Task]:
     by_tasks = group_by_value((tuple(sorted(run.tasks)), run.where) for run in runs)
-    if asked is not None:
-        without = [run.where for run in runs if asked not in run.tasks]
+    if only is not None:
+        without = [run.where for run in runs if only not in run.tasks]
         if without:
-            raise ValueError(f"these runs have no task {asked}: {', '.join(without)}")
-        return {asked: runs[0].tasks[asked]}
+            raise ValueError(f"these runs have no task {only}: {', '.join(without)}")
+        return {only: runs[0].tasks[only]}
     common = [name for name in runs[0].tasks if all(name in run.tasks for run in runs)]
     if len(by_tasks) > 1 and not (force and common):
         lines = [f"{', '.join(names)}: {join_truncated(where)}" for names, where in by_tasks.items()]
-        cure = f"--task {common[0]} compares on one, --force on all that they share" if common else "they share none"
+        cure = (
+            f"--task {common[0]} compares on one, --force on all common ones" if common else "they have none in common"
+        )
         raise ValueError("\n  ".join([f"the runs have different tasks ({cure})", *lines]))
     return {name: runs[0].tasks[name] for name in common}
 
@@ -204,11 +210,11 @@ def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: b
             faults += [f"{name}, data {data[:16]}: {join_truncated(where)}" for data, where in by_data.items()]
     if faults and not force:
         raise ValueError(
-            "\n  ".join(["the runs were not made on the same data (--force compares them nevertheless)", *faults])
+            "\n  ".join(["the runs were not made on the same data (--force compares them anyway)", *faults])
         )
 
 
-def _asked_metrics(task: Task, metrics: Sequence[str]) -> list[str]:
+def _tested_metrics(task: Task, metrics: Sequence[str]) -> list[str]:
     if not metrics:
         return [task.select]
     return [name for name in task.metrics if name in metrics or "all" in metrics]
@@ -226,8 +232,8 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
     split, _, metric = sort_by.rpartition("/")
     if split not in ("", "valid"):
         raise ValueError(
-            f"groups are not sorted by {sort_by}: whoever picks the first row then chooses on the {split} split, and its "
-            f"score no longer says what new data would give. Sort by validation: --sort-by valid/{metric}"
+            f"groups are not sorted by {sort_by}: whoever picks the first row then chooses on the {split} split, and that "
+            f"score no longer estimates performance on new data. Sort by validation: --sort-by valid/{metric}"
         )
     task = next(iter(tasks.values()))
     if len(tasks) > 1 or metric not in task.metrics:
@@ -252,46 +258,39 @@ def _values(task: Task, metric: str, answers: Answers) -> float:
 
 
 def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
-    """(group, what it is compared with)."""
+    """(group, the group it is compared with)."""
     names = [group.name for group in out.groups]
     if baseline is not None:
-        named = [g for g in out.groups if g.name == baseline]
-        named = named or [g for g in out.groups if baseline in g.name]
-        named = named or [g for g in out.groups if any(run.name.startswith(baseline) for run in g.runs)]
-        if len(named) != 1:
+        matching = [g for g in out.groups if g.name == baseline]
+        matching = matching or [g for g in out.groups if baseline in g.name]
+        matching = matching or [g for g in out.groups if any(run.name.startswith(baseline) for run in g.runs)]
+        if len(matching) != 1:
             raise ValueError(
-                f"--baseline {baseline!r} names {len(named)} groups: write a group's name, a part of it, or how its runs' "
+                f"--baseline {baseline!r} matches {len(matching)} groups: give a group's name, a part of it, or how its runs' "
                 f"names begin; there are: {'; '.join(names)}"
             )
-        out.baseline = named[0].name
-        return [(group, named[0]) for group in out.groups if group is not named[0]]
+        out.baseline = matching[0].name
+        return [(group, matching[0]) for group in out.groups if group is not matching[0]]
     if len(names) > ALL_PAIRS:
         out.notes.append(
-            f"no differences are tested: {len(names)} groups make too many pairs; name one with --baseline"
+            f"no differences are tested: {len(names)} groups make too many pairs; choose one with --baseline"
         )
         return []
     return [(b, a) for a, b in itertools.combinations(out.groups, 2)]
 
 
-def _facts(out: Comparison) -> list[str]:
+def _caveats(out: Comparison) -> list[str]:
     notes = []
     runs = [run for group in out.groups for run in group.runs]
     commits = {run.commit for run in runs}
     if len(commits) > 1:
-        notes.append(f"the runs were made by different code: {join_truncated(sorted(str(c)[:12] for c in commits))}")
+        notes.append(
+            f"the runs were made by different versions of the code: {join_truncated(sorted(str(c)[:12] for c in commits))}"
+        )
     single = [group.name for group in out.groups if len(group.runs) == 1]
     if single:
-        notes.append(f"one seed only, which says nothing of what others would give: {join_truncated(single)}")
+        notes.append(f"one seed only, which says nothing about other seeds: {join_truncated(single)}")
     return notes
-
-
-@dataclass
-class _Cell:
-    """One metric on the samples of one kind, of one task."""
-
-    metric: str
-    kind: str
-    chosen_N: np.ndarray
 
 
 def _compare_task(
@@ -301,18 +300,18 @@ def _compare_task(
     runs = [run for group in out.groups for run in group.runs]
     answers = {id(run): run.answers[out.split][task.name] for run in runs}
     first = answers[id(runs[0])]
-    other = [r.where for r in runs if not _same_samples(first, answers[id(r)])]
-    if other and not force:
+    different = [r.where for r in runs if not _same_samples(first, answers[id(r)])]
+    if different and not force:
         raise ValueError(
-            f"{task.name}, {out.split}: these runs answered other samples, or samples with other truths, than "
-            f"{runs[0].where}: {join_truncated(other)}"
+            f"{task.name}, {out.split}: these runs predicted other samples, or samples with other labels, than "
+            f"{runs[0].where}: {join_truncated(different)}"
         )
-    if other:
-        out.notes.append(f"{task.name}: no differences are tested, since the runs answered different samples")
-    by_kind = kinds and first.kind_N is not None and not other
+    if different:
+        out.notes.append(f"{task.name}: no differences are tested, since the runs predicted different samples")
+    by_kind = kinds and first.kind_N is not None and not different
     out.kinds[task.name] = [EVERY, *(sorted({str(k) for k in first.kind_N if k is not None}) if by_kind else [])]  # type: ignore[union-attr]
     values = _add_scores(out, task, answers)
-    if not other and pairs:
+    if not different and pairs:
         _add_differences(out, task, pairs, answers, values)
 
 
