@@ -41,7 +41,7 @@ def test_scores_and_the_constant_answer_equal_scikit_learn(meld: Path, data: Pat
     assert results.constant_scores["acc"] == pytest.approx((table["label"] == guess).mean())
 
 
-def test_without_its_data_the_constant_answer_is_that_of_the_split_and_texts_are_not_told(
+def test_without_its_data_the_constant_answer_is_that_of_the_split_and_texts_are_missing(
     meld: Path, copy: Callable[[Path], Path]
 ) -> None:
     run = copy(meld)
@@ -57,9 +57,7 @@ def test_without_its_data_the_constant_answer_is_that_of_the_split_and_texts_are
     assert any("no longer exists" in note for note in folder.notes)
 
 
-def test_another_dataset_at_the_same_place_is_not_taken_for_the_runs_own(
-    meld: Path, copy: Callable[[Path], Path]
-) -> None:
+def test_another_dataset_at_the_same_path_is_not_used(meld: Path, copy: Callable[[Path], Path]) -> None:
     run = copy(meld)
     text = (run / "run.json").read_text()
     (run / "run.json").write_text(text.replace('"data": {"meld": "', '"data": {"meld": "0'))
@@ -78,13 +76,15 @@ def test_gate_means_equal_loops(unified: Path) -> None:
     assert list(gates.all.expert) == names
     assert list(gates.all.modality) == streams
     for group in (gates.all, *gates.groups["class"]):
-        mine = [row for row in rows if group.name in ("all", row["label"])]
-        assert group.n == len(mine) > 0
+        group_rows = [row for row in rows if group.name in ("all", row["label"])]
+        assert group.n == len(group_rows) > 0
         for e, name in enumerate(names):
-            assert group.expert[name] == pytest.approx(sum(row["gate_expert"][e] for row in mine) / len(mine))
+            assert group.expert[name] == pytest.approx(
+                sum(row["gate_expert"][e] for row in group_rows) / len(group_rows)
+            )
         for m, name in enumerate(streams):
-            total = sum(row["gate_expert"][e] * row["gate_modality"][e][m] for row in mine for e in range(3))
-            assert group.modality[name] == pytest.approx(total / len(mine))
+            total = sum(row["gate_expert"][e] * row["gate_modality"][e][m] for row in group_rows for e in range(3))
+            assert group.modality[name] == pytest.approx(total / len(group_rows))
     assert gates.inside["semantic"]["audio"] == pytest.approx(np.mean([row["gate_modality"][1][1] for row in rows]))
     assert "kind" not in gates.groups
     meld = results_of(unified)["meld"].gates
@@ -145,12 +145,12 @@ def test_the_load_of_experts_and_a_dead_one(meld: Path, copy: Callable[[Path], P
     for split in ("valid", "test"):
         table = pd.read_parquet(meld / "predictions" / f"{split}.parquet")
         weights = np.stack(table["gate_expert"])
-        held = results.balance[split]
-        assert list(held.mean.values()) == pytest.approx([sum(w[e] for w in weights) / len(table) for e in range(3)])
-        assert list(held.largest.values()) == pytest.approx([max(w[e] for w in weights) for e in range(3)])
-        mean = np.array(list(held.mean.values()))
-        assert held.variation == pytest.approx(np.sqrt(((mean - 1 / 3) ** 2).mean()) * 3)
-        assert held.n == len(table)
+        load = results.balance[split]
+        assert list(load.mean.values()) == pytest.approx([sum(w[e] for w in weights) / len(table) for e in range(3)])
+        assert list(load.largest.values()) == pytest.approx([max(w[e] for w in weights) for e in range(3)])
+        mean = np.array(list(load.mean.values()))
+        assert load.variation == pytest.approx(np.sqrt(((mean - 1 / 3) ** 2).mean()) * 3)
+        assert load.n == len(table)
     run = copy(meld)
     path = run / "predictions" / "test.parquet"
     table = pd.read_parquet(path)
@@ -169,14 +169,14 @@ def test_the_load_of_experts_and_a_dead_one(meld: Path, copy: Callable[[Path], P
 
 
 def test_the_temperature_is_that_of_the_validation_predictions(meld: Path, copy: Callable[[Path], Path]) -> None:
-    told = results_of(meld)["meld"].calibration
-    assert told is not None
-    assert set(told.splits) == {"valid", "test"}
+    both_splits = results_of(meld)["meld"].calibration
+    assert both_splits is not None
+    assert set(both_splits.splits) == {"valid", "test"}
     run = copy(meld)
     (run / "predictions" / "test.parquet").unlink()
-    alone = results_of(run)["meld"].calibration
-    assert alone is not None
-    assert alone.temperature == told.temperature
+    valid_only = results_of(run)["meld"].calibration
+    assert valid_only is not None
+    assert valid_only.temperature == both_splits.temperature
     (run / "predictions" / "test.parquet").write_bytes((meld / "predictions" / "test.parquet").read_bytes())
     (run / "predictions" / "valid.parquet").unlink()
     assert results_of(run)["meld"].calibration is None

@@ -1,4 +1,4 @@
-"""How runs stand: their own word against the process that should be there."""
+"""States of runs: what the record says, checked against the process that should be running."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def test_a_running_run_is_believed_while_its_process_is_there(tmp_path: Path) ->
     assert f"process {process.pid} is gone" in str(lost)
 
 
-def test_a_number_that_another_process_has_by_now_is_not_the_run(tmp_path: Path) -> None:
+def test_another_process_with_the_same_id_is_not_the_run(tmp_path: Path) -> None:
     old = "2001-01-01T00:00:00+00:00"
     run = put(tmp_path, "r", state="running", pid=os.getpid(), host=socket.gethostname(), started=old)
     assert state_of(read_run(run)).name == "lost"
 
 
-def test_a_process_elsewhere_is_not_judged(tmp_path: Path) -> None:
+def test_a_process_on_another_host_is_believed(tmp_path: Path) -> None:
     run = put(tmp_path, "r", state="running", pid=1, host="another-node")
     state = state_of(read_run(run))
     assert state.name == "running"
     assert "another-node" in str(state)
 
 
-def test_the_list_says_state_and_why(tmp_path: Path, meld: Path) -> None:
+def test_the_list_has_state_and_reason(tmp_path: Path, meld: Path) -> None:
     put(tmp_path, "broke", state="failed", failure="ValueError: no [red]disk\x1b[31m", ended=now())
     put(tmp_path, "halted", state="stopped", ended="2026-01-01T00:00:00+00:00")
     (put(tmp_path, "early", state="running") / "run.json").unlink()
@@ -74,23 +74,23 @@ def test_the_list_says_state_and_why(tmp_path: Path, meld: Path) -> None:
     assert lines["broke"].why == "ValueError: no [red]disk\x1b[31m"
     assert (lines["done"].step, lines["done"].steps) == (40, 40)
     assert (lines["halted"].step, lines["halted"].steps) == (None, 100)
-    held = json.loads((meld / "metrics.json").read_text())
-    assert lines["done"].value == held["valid"]["meld"]["wf1"]
-    shown = egmf("runs", str(tmp_path))
-    assert shown.returncode == 0, shown.stderr
-    assert "no [red]disk" in shown.stdout
-    assert "\x1b" not in shown.stdout
-    told = json.loads(egmf("runs", str(tmp_path), "--json").stdout)
-    assert {run["name"] for run in told["runs"]} == set(lines)
+    metrics = json.loads((meld / "metrics.json").read_text())
+    assert lines["done"].value == metrics["valid"]["meld"]["wf1"]
+    done = egmf("runs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "no [red]disk" in done.stdout
+    assert "\x1b" not in done.stdout
+    listed = json.loads(egmf("runs", str(tmp_path), "--json").stdout)
+    assert {run["name"] for run in listed["runs"]} == set(lines)
 
 
 def test_the_selected_value_is_that_of_the_chosen_step_and_else_the_newest(
     unified: Path, copy: Callable[[Path], Path]
 ) -> None:
     run = copy(unified)
-    held = json.loads((run / "metrics.json").read_text())["valid"]
+    metrics = json.loads((run / "metrics.json").read_text())["valid"]
     keys = {"meld": "wf1", "cherma": "wf1", "simsv2": "acc2"}
-    expected = sum(held[task][key] for task, key in keys.items()) / 3
+    expected = sum(metrics[task][key] for task, key in keys.items()) / 3
     assert selected_value(read_run(run)).value == pytest.approx(expected)
     (run / "metrics.json").unlink()
     assert selected_value(read_run(run)).step == 20
@@ -101,12 +101,12 @@ def test_the_selected_value_is_that_of_the_chosen_step_and_else_the_newest(
     assert newest.value == pytest.approx(expected - 0.02)
 
 
-def test_a_folder_that_is_not_there_or_holds_no_runs_is_said(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_and_one_without_runs_an_empty_list(tmp_path: Path) -> None:
     assert list_runs(tmp_path) == []
     with pytest.raises(ValueError, match="no folder"):
         list_runs(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(5, "5 s"), (65, "1 min"), (7300, "2 h"), (200000, "2 d")])
-def test_ages_are_told_in_the_largest_unit_that_fits(seconds: float, shown: str) -> None:
-    assert age(seconds) == shown
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (65, "1 min"), (7300, "2 h"), (200000, "2 d")])
+def test_ages_have_the_largest_unit_that_fits(seconds: float, text: str) -> None:
+    assert age(seconds) == text

@@ -11,7 +11,7 @@ from tests.distributed.processes import egmf
 def test_the_terminal_gets_everything_and_nothing_is_cut(unified: Path) -> None:
     done = egmf("show", str(unified), COLUMNS="40")
     assert done.returncode == 0, done.stderr
-    held = json.loads((unified / "metrics.json").read_text())["test"]
+    metrics = json.loads((unified / "metrics.json").read_text())["test"]
     for words in (
         "unified-run",
         "done",
@@ -22,7 +22,7 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(unified: Path) -> None:
     ):
         assert words in done.stdout, words
     for task, key in (("meld", "wf1"), ("cherma", "macro_f1"), ("simsv2", "mae")):
-        assert f"{held[task][key]:.4f}" in done.stdout, (task, key)
+        assert f"{metrics[task][key]:.4f}" in done.stdout, (task, key)
     for words in (
         "majority class of train",
         "愤怒",
@@ -35,17 +35,17 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(unified: Path) -> None:
     assert "…" not in done.stdout
 
 
-def test_json_is_the_same_and_alone(unified: Path) -> None:
+def test_json_has_the_same_content_and_stdout_nothing_else(unified: Path) -> None:
     done = egmf("show", str(unified), "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    held = json.loads((unified / "metrics.json").read_text())
-    assert told["state"] == "done"
-    assert (told["step"], told["steps"], told["checkpoint"]) == (40, 40, "step-00000020")
-    assert told["tasks"]["simsv2"]["scores"]["test"] == held["test"]["simsv2"]
-    assert told["tasks"]["meld"]["constant"]["scores"]["acc"] < 1
-    assert told["tasks"]["cherma"]["gates"]["class"][0]["name"] == "愤怒"
-    assert told["tasks"]["meld"]["worst"][0]["text"]
-    assert [step for step, _ in told["validation"]["meld"]] == [10, 20, 30, 40]
-    assert told["config"]["train"]["steps"] == 40
-    assert told["notes"] == []
+    shown = json.loads(done.stdout)
+    metrics = json.loads((unified / "metrics.json").read_text())
+    assert shown["state"] == "done"
+    assert (shown["step"], shown["steps"], shown["checkpoint"]) == (40, 40, "step-00000020")
+    assert shown["tasks"]["simsv2"]["scores"]["test"] == metrics["test"]["simsv2"]
+    assert shown["tasks"]["meld"]["constant"]["scores"]["acc"] < 1
+    assert shown["tasks"]["cherma"]["gates"]["class"][0]["name"] == "愤怒"
+    assert shown["tasks"]["meld"]["worst"][0]["text"]
+    assert [step for step, _ in shown["validation"]["meld"]] == [10, 20, 30, 40]
+    assert shown["config"]["train"]["steps"] == 40
+    assert shown["notes"] == []

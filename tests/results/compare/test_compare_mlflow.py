@@ -78,8 +78,8 @@ def check_logged(uri: str, run_id: str, folder: Path) -> None:
     run = client.get_run(run_id)
     assert (run.info.run_name, run.info.status, run.data.tags["egmf.kind"]) == ("compare", "FINISHED", "compare")
     assert sorted(a.path for a in client.list_artifacts(run_id, "compare")) == [f"compare/compare.{k}" for k in FILES]
-    held = client.download_artifacts(run_id, "compare/compare.json", str(folder))
-    assert len(json.loads(Path(held).read_text())["groups"]) == 2
+    path = client.download_artifacts(run_id, "compare/compare.json", str(folder))
+    assert len(json.loads(Path(path).read_text())["groups"]) == 2
     assert len(find_runs(["egmf"], ["test"], uri).runs) == 4
 
 

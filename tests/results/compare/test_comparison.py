@@ -1,4 +1,4 @@
-"""Comparisons of run folders: groups, numbers against direct computation, and what is refused or said."""
+"""Comparisons of run folders: groups, numbers against direct computation, refusals and notes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_groups_scores_and_cost_are_those_of_the_files(two: Path, runs: list[Com
     assert [g.seeds for g in found.groups] == [[1, 2, 3]] * 2
     for group, stem in ((FULL, "full"), (LESS, "less")):
         for metric in ("acc", "wf1", "macro_f1"):
-            held = [compute(get_task("meld"), *truth_and_guess(two / f"{stem}-s{s}"))[metric] for s in (1, 2, 3)]
+            values = [compute(get_task("meld"), *truth_and_guess(two / f"{stem}-s{s}"))[metric] for s in (1, 2, 3)]
             score = found.score("meld", group, metric)
-            assert score.values == pytest.approx(held)
-            assert (score.mean, score.sd) == pytest.approx((np.mean(held), np.std(held, ddof=1)))
+            assert score.values == pytest.approx(values)
+            assert (score.mean, score.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
             assert score.n == 200
     assert found.groups[0].cost() == (4.0, "core-hours")  # 2 hours of 2 processes with a thread each
     assert found.groups[0].speed() == 102.0
@@ -94,7 +94,7 @@ def test_kinds_are_their_samples_alone(two: Path, runs: list[ComparedRun]) -> No
     assert all(p.p_corrected >= p.p for p in found.differences if p.p is not None and p.p_corrected is not None)
 
 
-def test_groups_may_be_asked_for_or_given(two: Path, tmp_path: Path) -> None:
+def test_groups_by_chosen_settings_or_given_by_the_caller(two: Path, tmp_path: Path) -> None:
     make_seeded(tmp_path / "c", 4, 0.7, ["train.lr.fusion=0.01"])
     runs = find_runs([str(two), str(tmp_path)], ["test"]).runs
     found = compare(runs, group_by=["model.fusion"])
@@ -108,7 +108,7 @@ def test_groups_may_be_asked_for_or_given(two: Path, tmp_path: Path) -> None:
         compare(runs, baseline="his")
 
 
-def test_a_seed_twice_is_said_and_the_newest_counts(two: Path, tmp_path: Path) -> None:
+def test_of_two_runs_with_one_seed_the_newest_counts_and_a_note_says_so(two: Path, tmp_path: Path) -> None:
     make_seeded(tmp_path / "again", 2, 0.99, started="2026-02-01T00:00:00+00:00")
     found = compare(find_runs([str(two), str(tmp_path)], ["test"]).runs)
     assert found.groups[0].seeds == [1, 2, 3]
@@ -124,7 +124,7 @@ def test_a_group_with_two_configs_for_one_seed_is_refused(two: Path, tmp_path: P
         compare(runs, group_by=["model.fusion.experts"])
 
 
-def test_unfinished_runs_are_left_out_and_named(two: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_are_left_out_with_a_note(two: Path, tmp_path: Path) -> None:
     make_seeded(tmp_path / "broke", 9, state="failed", failure="no room")
     found = find_runs([str(two), str(tmp_path)], ["test"])
     assert len(found.runs) == 6
@@ -173,25 +173,25 @@ def test_what_is_undefined_or_unknown_is_missing_everywhere(tmp_path: Path) -> N
     assert (constant.values, constant.mean, constant.sd) == ([None], None, None)
     assert [d.value for d in found.differences] == [None]
     assert any("no seed is common" in note for note in found.notes)
-    shown = tables(found)[0]
-    assert shown.rows[1][shown.columns.index("corr")] == "—"
+    table = tables(found)[0]
+    assert table.rows[1][table.columns.index("corr")] == "—"
     left = pd.read_parquet(tmp_path / "a" / "predictions" / "test.parquet")["valid"]
-    assert shown.rows[0][-1] == f"{1 - left.mean():.4f}"
+    assert table.rows[0][-1] == f"{1 - left.mean():.4f}"
     assert json.loads(json.dumps(as_json(found), allow_nan=False))["differences"][0]["p"] is None
     assert "difference,simsv2,corr,all,width=64,width=256,200,,,,,,,," in as_csv(found)
 
 
 def test_json_csv_and_tex_hold_the_numbers(runs: list[ComparedRun]) -> None:
     found = compare(runs, metrics=["acc"])
-    held = json.loads(json.dumps(as_json(found), allow_nan=False))
-    assert held["scores"][0]["values"] == found.scores[0].values
-    assert [run["seed"] for run in held["groups"][0]["runs"]] == [1, 2, 3]
+    written = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert written["scores"][0]["values"] == found.scores[0].values
+    assert [run["seed"] for run in written["groups"][0]["runs"]] == [1, 2, 3]
     rows = pd.read_csv(io.StringIO(as_csv(found)))
     assert rows["value"].tolist() == [s.mean for s in found.scores] + [d.value for d in found.differences]
-    written = as_tex(found)
-    assert written.count("\\begin{tabular}") == written.count("\\end{tabular}") == 2
-    assert "experts=[local, semantic, global]" in written
-    assert f"{found.scores[0].mean:.4f} $\\pm$ {found.scores[0].sd:.4f}" in written
+    latex = as_tex(found)
+    assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 2
+    assert "experts=[local, semantic, global]" in latex
+    assert f"{found.scores[0].mean:.4f} $\\pm$ {found.scores[0].sd:.4f}" in latex
     assert (
         tex("a_b & 5% \\x {y}~^ <")
         == "a\\_b \\& 5\\% \\textbackslash{}x \\{y\\}\\textasciitilde{}\\textasciicircum{} $<$"
@@ -209,8 +209,8 @@ def test_many_groups_need_a_baseline(tmp_path: Path) -> None:
 
 
 def test_the_command(two: Path) -> None:
-    shown = egmf("compare", str(two), "--kinds", "--sort-by", "acc", "--baseline", "full")
-    assert shown.returncode == 0, shown.stderr
+    done = egmf("compare", str(two), "--kinds", "--sort-by", "acc", "--baseline", "full")
+    assert done.returncode == 0, done.stderr
     for text in (
         "meld, test: 200 samples",
         "Differences",
@@ -219,7 +219,7 @@ def test_the_command(two: Path) -> None:
         "model.fusion.experts",
         "valid acc",
     ):
-        assert text in shown.stdout
+        assert text in done.stdout
     done = egmf("compare", str(two), "--sort-by", "test/acc", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     assert "chooses on the test split" in done.stderr
@@ -235,9 +235,9 @@ def test_what_cannot_be_found_or_read_is_one_message(two: Path, tmp_path: Path) 
     table.assign(label="bored").to_parquet(strange / "predictions" / "test.parquet")
     with pytest.raises(
         ValueError, match=r"4 faults[\s\S]*contains none[\s\S]*is damaged[\s\S]*labels that the task does not have"
-    ) as told:
+    ) as raised:
         find_runs([str(tmp_path / "empty"), str(tmp_path / "runs"), "gone"], ["test"], f"sqlite:///{tmp_path}/no.db")
-    assert "there is no MLflow store" in str(told.value)
+    assert "there is no MLflow store" in str(raised.value)
     with pytest.raises(ValueError, match="no predictions of train"):
         find_runs([str(two)], ["train"])
     with pytest.raises(ValueError, match="no finished runs"):

@@ -64,7 +64,7 @@ def test_it_fits_and_can_be_read(browser: Browser, page: Path, size: tuple[int, 
 
 @pytest.mark.browser
 @in_browser
-def test_it_asks_for_nothing_and_tells_its_pictures_in_words(browser: Browser, page: Path) -> None:
+def test_it_asks_for_nothing_and_describes_its_pictures(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.requests == [page.resolve().as_uri()]
     assert browser.messages == []

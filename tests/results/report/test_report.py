@@ -95,7 +95,7 @@ def test_a_finished_run_has_everything(reported: Path) -> None:
     assert "Not on this page" not in page.text
 
 
-def test_every_picture_has_words_for_those_who_do_not_see_it(reported: Path) -> None:
+def test_every_picture_has_a_text_description(reported: Path) -> None:
     page = Page(reported / "report.html")
     ids = {a["id"] for _, a in page.elements if a.get("id")}
     for svg in page.all("svg"):
@@ -179,27 +179,29 @@ DAMAGE: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 @pytest.mark.parametrize("how", ["cut", "garbage", "empty", "gone"])
-def test_what_is_damaged_or_not_there_yet_is_said_and_the_rest_shown(
+def test_what_is_damaged_or_missing_is_noted_and_the_rest_shown(
     name: str, how: str, meld: Path, copy: Callable[[Path], Path]
 ) -> None:
     run = copy(meld)
     path = run / name
-    held = path.read_bytes()
+    content = path.read_bytes()
     path.unlink()
     if how != "gone":
-        path.write_bytes({"cut": held[: len(held) * 2 // 3], "garbage": b"\xff\xfe{[\x00" * 40, "empty": b""}[how])
-    told = run_json(run)
+        path.write_bytes(
+            {"cut": content[: len(content) * 2 // 3], "garbage": b"\xff\xfe{[\x00" * 40, "empty": b""}[how]
+        )
+    shown = run_json(run)
     show_run(run)
-    json.dumps(told, allow_nan=False)
+    json.dumps(shown, allow_nan=False)
     if how == "garbage":
         write_report(run)
         page = Page(run / "report.html")
         for words in DAMAGE[name]:
-            assert any(words in note for note in told["notes"]), told["notes"]
+            assert any(words in note for note in shown["notes"]), shown["notes"]
             assert words in page.text
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("task: cherma\ntrain: {steps: 100}\n")
