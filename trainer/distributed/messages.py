@@ -1,8 +1,12 @@
-"""How ranks, nodes and their faults are listed in messages."""
+"""How ranks, nodes, runs and their faults are listed in messages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Value = TypeVar("Value", bound=Hashable)
 
 LISTED = 4  # names in a message before "and N more"
 
@@ -32,9 +36,9 @@ def format_faults(faults: Sequence[str], head: str) -> str:
     return "\n".join([f"{head}: {count}", *(f"  {fault}" for fault in faults)])
 
 
-def group_by_value(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """(place, value) pairs as value -> the places that have it, in the order of their first appearance."""
-    groups: dict[str, list[str]] = {}
-    for place, value in pairs:
-        groups.setdefault(value, []).append(place)
+def group_by_value(pairs: Iterable[tuple[Item, Value]]) -> dict[Value, list[Item]]:
+    """(item, value) pairs as value -> the items that have it, in the order of their first appearance."""
+    groups: dict[Value, list[Item]] = {}
+    for item, value in pairs:
+        groups.setdefault(value, []).append(item)
     return groups

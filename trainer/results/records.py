@@ -1,50 +1,12 @@
-"""The JSON files of a run folder as types: their keys, and what stands behind each. A key may be absent in older runs.
+"""The JSON files that results read, as types: metrics, robustness, the record of a dataset.
 
-Nothing is checked here: a file of a run in progress or of another version may lack any key.
+Nothing is checked here: a file of a run in progress or of an older version may lack any key. ``run.json`` has its type in
+:mod:`trainer.run.record`.
 """
 
 from __future__ import annotations
 
 from typing import TypedDict
-
-
-class GitRecord(TypedDict, total=False):
-    """The commit that the run's code was at; `changed`: with local changes on top."""
-
-    commit: str | None
-    changed: bool | None
-
-
-class MlflowRecord(TypedDict):
-    """The store's address, and the run's id there."""
-
-    uri: str
-    run_id: str
-
-
-class RunRecord(TypedDict, total=False):
-    """``run.json``. Times are ISO 8601; `data` is task -> fingerprint of its dataset."""
-
-    state: str
-    failure: str | None
-    started: str
-    ended: str | None
-    pid: int
-    host: str
-    tasks: list[str]
-    data: dict[str, str]
-    steps: int
-    seed: int
-    world: int
-    zero: int
-    precision: str
-    device: str
-    platform: str
-    base: str
-    command: list[str]
-    versions: dict[str, str]
-    git: GitRecord
-    mlflow: MlflowRecord
 
 
 class TargetStatistics(TypedDict):

@@ -16,7 +16,8 @@ import pandas as pd
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
 from trainer.data.sampling import GlobalBatchSampler
-from trainer.results.records import DatasetRecord, RobustnessRecord, RunRecord, TaskScores, number_or_none
+from trainer.results.records import DatasetRecord, RobustnessRecord, TaskScores, number_or_none
+from trainer.run.record import RecordValues
 from trainer.tasks import Task, TaskError, define_task, get_task
 from trainer.tracking.journal import JOURNAL, read_journal
 
@@ -33,7 +34,7 @@ class RunFolder:
 
     path: Path
     config: RunConfig | None = None
-    record: RunRecord = field(default_factory=RunRecord)
+    record: RecordValues = field(default_factory=RecordValues)
     results: dict[str, dict[str, TaskScores]] = field(default_factory=dict)  # split -> task, of metrics.json
     checkpoint: str | None = None  # the name of the one that validation chose
     journal: dict[str, Series] = field(default_factory=dict)
@@ -94,7 +95,7 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
         raise ValueError(f"{path} is not a run folder ({why}): egmf train makes one, egmf runs lists them")
     run = RunFolder(path)
     run.config = _config(run)
-    run.record = _read_json(run, "run.json", "the run's state and environment", RunRecord) or {}
+    run.record = _read_json(run, "run.json", "the run's state and environment", RecordValues) or {}
     run.results, run.checkpoint = _results(run)
     run.journal = _journal(run)
     run.data = _datasets(run)

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.results.printable import printable
-from trainer.results.records import RunRecord, number_or_none
+from trainer.results.records import number_or_none
 from trainer.results.run_folder import RunFolder, is_run, read_run
+from trainer.run.record import RecordValues
 from trainer.tracking.journal import JOURNAL
 
 STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red", "unknown": "red"}
@@ -94,7 +95,7 @@ def state_of(run: RunFolder) -> State:
     return State("done") if name == "done" else State("unknown", "run.json has no state")
 
 
-def _running(record: RunRecord) -> State:
+def _running(record: RecordValues) -> State:
     pid, host = record.get("pid"), record.get("host")
     if not isinstance(pid, int) or not isinstance(host, str):
         return State("running", "its record has no process")

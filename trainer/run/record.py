@@ -8,11 +8,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
-from trainer.distributed.versions import GitState
 from trainer.files import write_json
-from trainer.tracking.tracker import Tracker
+
+if TYPE_CHECKING:  # egmf runs reads records without loading torch
+    from trainer.distributed.versions import GitState
+    from trainer.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 Report = Callable[[Path], list[Path]]  # draws the pictures of a run folder and returns their paths

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trainer.answers.metrics import metric_of
+from trainer.distributed.messages import group_by_value, join_truncated
 from trainer.metric_table import WeightedMetric, accuracy
-from trainer.listing import group_by_value, join_truncated
 from trainer.results.compare.compared_run import Answers, ComparedRun
 from trainer.results.compare.groups import Group, group_runs
 from trainer.results.compare.statistics import (
@@ -184,7 +184,7 @@ def compare(
 
 
 def _common_tasks(runs: Sequence[ComparedRun], only: str | None, *, force: bool) -> dict[str, Task]:
-    by_tasks = group_by_value((tuple(sorted(run.tasks)), run.where) for run in runs)
+    by_tasks = group_by_value((run.where, tuple(sorted(run.tasks))) for run in runs)
     if only is not None:
         without = [run.where for run in runs if only not in run.tasks]
         if without:
@@ -205,7 +205,7 @@ def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: b
     for name, task in tasks.items():
         if any(run.tasks[name] != task for run in runs):
             faults.append(f"the runs define {name} differently: its labels, numbers or prompts differ")
-        by_data = group_by_value((run.fingerprints.get(name, "unknown"), run.where) for run in runs)
+        by_data = group_by_value((run.where, run.fingerprints.get(name, "unknown")) for run in runs)
         if len(by_data) > 1 or "unknown" in by_data:
             faults += [f"{name}, data {data[:16]}: {join_truncated(where)}" for data, where in by_data.items()]
     if faults and not force:

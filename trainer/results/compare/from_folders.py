@@ -19,9 +19,9 @@ from trainer.results.compare.compared_run import (
     read_splits,
     tasks_of,
 )
-from trainer.results.records import RunRecord
 from trainer.results.run_folder import RunFolder, is_run
 from trainer.results.runs import State, parse_time, state_of
+from trainer.run.record import RecordValues
 from trainer.schema import dotted
 from trainer.tracking.journal import JOURNAL, SPEED, read_journal
 
@@ -54,6 +54,7 @@ def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | N
     tasks = tasks_of(config, fingerprints)
     speeds = [speed for _, speed in journal.get(SPEED, [])]
     tracked = record.get("mlflow")
+    run_id = tracked["run_id"] if tracked else None
     return ComparedRun(
         name=name or path.resolve().name,
         where=str(path),
@@ -70,9 +71,7 @@ def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | N
             samples_per_second=statistics.median(speeds) if speeds else None,
         ),
         commit=(record.get("git") or {}).get("commit"),
-        mlflow=(tracked["uri"], tracked["run_id"])
-        if tracked and tracked.get("uri") and tracked.get("run_id")
-        else None,
+        mlflow=(tracked["uri"], run_id) if tracked and run_id else None,
         experiment=config.get("track.experiment"),
     )
 
@@ -108,7 +107,7 @@ def _run_folders(folder: Path, depth: int = DEPTH) -> list[Path]:
     return paths
 
 
-def _read_record(path: Path) -> RunRecord:
+def _read_record(path: Path) -> RecordValues:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,7 +116,7 @@ def _read_record(path: Path) -> RunRecord:
         raise ValueError(f"{path} cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not the record of a run")
-    return cast(RunRecord, value)
+    return cast(RecordValues, value)
 
 
 def _read_config(path: Path) -> dict[str, str]:

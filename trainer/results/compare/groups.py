@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.checkpoint.identity import effect_of
-from trainer.listing import group_by_value
+from trainer.distributed.messages import group_by_value
 from trainer.results.compare.compared_run import ComparedRun
 
 LONG = 60  # characters of a group's name, beyond which the runs' common name is tried
@@ -59,7 +59,7 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
     keys = _matching_settings(by, known) if by else varying
     given = all(run.group is not None for run in runs)
     members_by = group_by_value(
-        (str(run.group) if given else tuple(run.config.get(key) for key in keys), run) for run in runs
+        (run, str(run.group) if given else tuple(run.config.get(key) for key in keys)) for run in runs
     )
     reported = [key for key in (varying if given else keys) if _varies(key, runs)]
     names = [str(group) for group in members_by] if given else _group_names(list(members_by.values()), reported)

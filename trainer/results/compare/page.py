@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainer.listing import group_by_value
+from trainer.distributed.messages import group_by_value
 from trainer.results.compare import output
 from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score
 from trainer.results.printable import Table
@@ -48,7 +48,7 @@ def page(comparison: Comparison) -> str:
         ),
         ("resamples", str(comparison.resamples)),
     ]
-    by_metric = group_by_value(((d.task, d.metric, d.kind), d) for d in comparison.differences)
+    by_metric = group_by_value((d, (d.task, d.metric, d.kind)) for d in comparison.differences)
     about = [table for table in (output.settings(comparison), output.costs(comparison)) if table]
     return render_page(
         TEMPLATE,
