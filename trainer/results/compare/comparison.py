@@ -179,7 +179,7 @@ def compare(
     out.notes += _caveats(out)
     for one in tasks.values():
         _compare_task(out, one, pairs, kinds=kinds, force=force)
-    _correct(out)
+    _correct_p_values(out)
     return out
 
 
@@ -239,22 +239,16 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
     if len(tasks) > 1 or metric not in task.metrics:
         raise ValueError(f"--sort-by takes a metric of one task (--task): {', '.join(task.metrics)}; not {metric}")
     for group in out.groups:
-        values = np.array([_values(task, metric, run.answers["valid"][task.name]) for run in group.runs])
-        out.validation[group.name] = _score(
-            out, task, group, metric, EVERY, len(group.runs[0].answers["valid"][task.name].ids_N), values
-        )
+        answers = [run.answers["valid"][task.name] for run in group.runs]
+        values_S = np.array([metric_of(task, metric, one.truth_N, one.guess_N).value() for one in answers])
+        out.validation[group.name] = _score(out, task, group, metric, EVERY, len(answers[0].ids_N), values_S)
     sign = -1 if task.metric(metric).greater_is_better else 1
 
-    def place(group: Group) -> tuple[bool, float]:
+    def order(group: Group) -> tuple[bool, float]:
         mean = out.validation[group.name].mean
         return mean is None, 0.0 if mean is None else sign * mean
 
-    out.groups.sort(key=place)
-
-
-def _values(task: Task, metric: str, answers: Answers) -> float:
-    """A metric of one run on all samples; nan where undefined."""
-    return metric_of(task, metric, answers.truth_N, answers.guess_N).value()
+    out.groups.sort(key=order)
 
 
 def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
@@ -308,8 +302,9 @@ def _compare_task(
         )
     if different:
         out.notes.append(f"{task.name}: no differences are tested, since the runs predicted different samples")
-    by_kind = kinds and first.kind_N is not None and not different
-    out.kinds[task.name] = [EVERY, *(sorted({str(k) for k in first.kind_N if k is not None}) if by_kind else [])]  # type: ignore[union-attr]
+    out.kinds[task.name] = [EVERY]
+    if kinds and first.kind_N is not None and not different:
+        out.kinds[task.name] += sorted({str(kind) for kind in first.kind_N if kind is not None})
     values = _add_scores(out, task, answers)
     if not different and pairs:
         _add_differences(out, task, pairs, answers, values)
@@ -330,24 +325,36 @@ def _add_scores(out: Comparison, task: Task, answers: dict[int, Answers]) -> dic
     values: dict[tuple[int, str, str], float] = {}
     for group in out.groups:
         for run in group.runs:
-            one = answers[id(run)]
+            of_run = answers[id(run)]
             for metric in task.metrics:
-                of = metric_of(task, metric, one.truth_N, one.guess_N)
+                of = metric_of(task, metric, of_run.truth_N, of_run.guess_N)
                 for kind in out.kinds[task.name]:
-                    values[id(run), metric, kind] = of.value(_chosen(one, kind))
+                    values[id(run), metric, kind] = of.value(_chosen(of_run, kind))
         invalid = [float(np.isnan(answers[id(run)].guess_N).mean()) for run in group.runs]
         out.invalid_rate[task.name, group.name] = sum(invalid) / len(invalid)
         for metric, kind in itertools.product(task.metrics, out.kinds[task.name]):
             n = int(_chosen(answers[id(group.runs[0])], kind).sum())
-            held_S = np.array([values[id(run), metric, kind] for run in group.runs])
-            out.scores.append(_score(out, task, group, metric, kind, n, held_S))
+            values_S = np.array([values[id(run), metric, kind] for run in group.runs])
+            out.scores.append(_score(out, task, group, metric, kind, n, values_S))
     return values
 
 
 def _score(out: Comparison, task: Task, group: Group, metric: str, kind: str, n: int, values_S: np.ndarray) -> Score:
     mean = over_seeds(values_S, out.level)
-    shown = [None if np.isnan(v) else float(v) for v in values_S]
-    return Score(task.name, group.name, metric, kind, n, group.seeds, shown, mean.mean, mean.sd, mean.low, mean.high)
+    values = [None if np.isnan(v) else float(v) for v in values_S]
+    return Score(task.name, group.name, metric, kind, n, group.seeds, values, mean.mean, mean.sd, mean.low, mean.high)
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """A metric of every run on the samples of one kind: on all of them, and on each resample. Runs go by ``id(run)``."""
+
+    metric: str
+    kind: str
+    chosen_N: np.ndarray
+    of: dict[int, WeightedMetric]
+    value: dict[int, float]
+    resampled_B: dict[int, np.ndarray]
 
 
 def _add_differences(
@@ -358,52 +365,66 @@ def _add_differences(
     values: dict[tuple[int, str, str], float],
 ) -> None:
     first = answers[id(out.groups[0].runs[0])]
-    samples = len(first.ids_N)
-    counts_BN = resample_counts(samples, out.resamples, np.random.default_rng(_RNG))
+    counts_BN = resample_counts(len(first.ids_N), out.resamples, np.random.default_rng(_RNG))
     for metric, kind in itertools.product(out.tested[task.name], out.kinds[task.name]):
         chosen_N = _chosen(first, kind)
-        made = {key: metric_of(task, metric, one.truth_N, one.guess_N) for key, one in answers.items()}
-        resampled = _resampled(made, chosen_N, counts_BN)
-        for group, base in pairs:
-            seeds = sorted(set(group.seeds) & set(base.seeds))
-            two = [{run.seed: id(run) for run in one.runs} for one in (group, base)]
-            mine, theirs = ([keys[seed] for seed in seeds] for keys in two)
-            differences_S = np.array(
-                [values[a, metric, kind] - values[b, metric, kind] for a, b in zip(mine, theirs, strict=True)]
-            )
-            found, p_mcnemar = Estimate(None), None
-            if seeds:
-                resampled_B = sum(resampled[a] - resampled[b] for a, b in zip(mine, theirs, strict=True)) / len(seeds)
-                found = estimate(differences_S, np.asarray(resampled_B), int(chosen_N.sum()), out.level)
-                if task.metric(metric).formula is accuracy:
-                    p_mcnemar = mcnemar(*(_right([made[key] for key in keys], chosen_N) for keys in (mine, theirs)))
-            p = max((q for q in (found.p, p_mcnemar) if q is not None), default=None)
-            out.differences.append(
-                Difference(
-                    task.name, group.name, base.name, metric, kind, int(chosen_N.sum()), seeds, found.value, found.low, found.high,
-                    p if found.p is not None else None, found.p, p_mcnemar, found.se_samples, found.se_seeds,
-                )
-            )  # fmt: skip
-    alone = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
-    if alone:
-        out.notes.append(f"{task.name}: no differences, since no seed is common to {join_truncated(alone)}")
+        of = {key: metric_of(task, metric, of_run.truth_N, of_run.guess_N) for key, of_run in answers.items()}
+        value = {key: values[key, metric, kind] for key in answers}
+        resampled = _Resampled(metric, kind, chosen_N, of, value, _on_resamples(of, chosen_N, counts_BN))
+        out.differences += [_difference(out, task, group, base, resampled) for group, base in pairs]
+    disjoint = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
+    if disjoint:
+        out.notes.append(f"{task.name}: no differences, since no seed is common to {join_truncated(disjoint)}")
 
 
-def _resampled(
-    made: Mapping[int, WeightedMetric], chosen_N: np.ndarray, counts_BN: np.ndarray
+def _on_resamples(
+    of: Mapping[int, WeightedMetric], chosen_N: np.ndarray, counts_BN: np.ndarray
 ) -> dict[int, np.ndarray]:
     """[B] of each run: the metric of the chosen samples on each resample."""
     counts_BM = counts_BN if chosen_N.all() else counts_BN[:, chosen_N]
-    counts_BM = counts_BM.astype(np.result_type(*(of.columns_NK for of in made.values())), copy=False)
-    return {key: of.weighted(counts_BM, chosen_N) for key, of in made.items()}
+    counts_BM = counts_BM.astype(np.result_type(*(one.columns_NK for one in of.values())), copy=False)
+    return {key: one.weighted(counts_BM, chosen_N) for key, one in of.items()}
 
 
-def _right(made: Sequence[WeightedMetric], chosen_N: np.ndarray) -> np.ndarray:
-    """[S, N]: the right answers, of the samples that an accuracy counts."""
-    return np.stack([of.columns_NK[of.counted_N & chosen_N, 1] for of in made])
+def _difference(out: Comparison, task: Task, group: Group, base: Group, resampled: _Resampled) -> Difference:
+    """`group` minus `base`, paired by the seeds that both have."""
+    seeds = sorted(set(group.seeds) & set(base.seeds))
+    by_seed, base_by_seed = ({run.seed: id(run) for run in one.runs} for one in (group, base))
+    pairs = [(by_seed[seed], base_by_seed[seed]) for seed in seeds]
+    n = int(resampled.chosen_N.sum())
+    estimated, p_mcnemar = Estimate(None), None
+    if seeds:
+        differences_S = np.array([resampled.value[a] - resampled.value[b] for a, b in pairs])
+        resampled_B = sum(resampled.resampled_B[a] - resampled.resampled_B[b] for a, b in pairs) / len(seeds)
+        estimated = estimate(differences_S, np.asarray(resampled_B), n, out.level)
+        if task.metric(resampled.metric).formula is accuracy:
+            p_mcnemar = mcnemar(*(_correct_SN(resampled, keys) for keys in zip(*pairs, strict=True)))
+    p_values = [p for p in (estimated.p, p_mcnemar) if p is not None]
+    return Difference(
+        task=task.name,
+        group=group.name,
+        baseline=base.name,
+        metric=resampled.metric,
+        kind=resampled.kind,
+        n=n,
+        seeds=seeds,
+        value=estimated.value,
+        low=estimated.low,
+        high=estimated.high,
+        p=max(p_values) if estimated.p is not None else None,
+        p_bootstrap=estimated.p,
+        p_mcnemar=p_mcnemar,
+        se_samples=estimated.se_samples,
+        se_seeds=estimated.se_seeds,
+    )
 
 
-def _correct(out: Comparison) -> None:
+def _correct_SN(resampled: _Resampled, keys: Sequence[int]) -> np.ndarray:
+    """[S, N]: which answers of the runs are correct, of the samples that an accuracy counts."""
+    return np.stack([of.columns_NK[of.counted_N & resampled.chosen_N, 1] for of in (resampled.of[key] for key in keys)])
+
+
+def _correct_p_values(out: Comparison) -> None:
     corrected_p = corrected([d.p for d in out.differences], out.correction)
     out.differences = [
         replace(d, p_corrected=p, significant=None if p is None else p <= 1 - out.level)
