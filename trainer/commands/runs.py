@@ -87,7 +87,7 @@ def track_sync(
 
 @config_app.command("list")
 def config_list(as_json: Json = False) -> None:
-    """List the configs and suites that come with the package; each goes by its name wherever a CONFIG or SUITE is asked for."""
+    """List the configs and suites that come with the package; each can be given by its name as CONFIG or SUITE."""
     from trainer.shipped import list_configs, list_suites
 
     shipped = {"configs": list_configs(), "suites": list_suites()}

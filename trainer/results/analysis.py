@@ -50,12 +50,12 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
     out.constant, value = _constant(run, task, rows)
     out.constant_scores = cast(TaskScores, compute(task, rows["target"].to_numpy(), np.full(len(rows), value)))
     scored = {split: found for split, table in tables.items() if (found := _scored(table)) is not None}
-    if (shown := scored.get(out.split)) is not None:
+    if (displayed := scored.get(out.split)) is not None:
         if task.kind == "classification":
-            bins = reliability(shown.target_N, shown.value_N, shown.p_NC)
+            bins = reliability(displayed.target_N, displayed.value_N, displayed.p_NC)
             out.reliability = [cast(ReliabilityBin, row) for row in bins]
         else:
-            out.coverage = coverage(task, shown.target_N, shown.p_NC)
+            out.coverage = coverage(task, displayed.target_N, displayed.p_NC)
     out.gates = _gates(run, task, rows)
     out.calibration = calibrate(task, scored)
     for split, table in tables.items():
@@ -181,7 +181,7 @@ def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
 
 
 def _gate_names(run: RunFolder, experts: int, modalities: int) -> tuple[list[str], list[str]]:
-    """The names of the gate's columns: what the config asked for, less what the fusion network leaves out.
+    """The names of the gate's columns: what the config asked for, without what the fusion network leaves out.
 
     It leaves out modalities that no dataset has, and the semantic expert where there is one modality only.
     """

@@ -36,10 +36,12 @@ class Table:
 
 def rich_table(table: Table, box: Box = HEAVY_HEAD) -> RichTable:
     """The table for a terminal: nothing is cut off, and no text is taken for markup."""
-    shown = RichTable(title=Text(printable(table.title), "bold"), title_justify="left", box=box)
-    shown.show_header = any(table.columns)
+    rendered = RichTable(title=Text(printable(table.title), "bold"), title_justify="left", box=box)
+    rendered.show_header = any(table.columns)
     for i, name in enumerate(table.columns):
-        shown.add_column(Text(printable(name)), justify="right" if i and not table.words else "left", overflow="fold")
+        rendered.add_column(
+            Text(printable(name)), justify="right" if i and not table.words else "left", overflow="fold"
+        )
     for row in table.rows:
-        shown.add_row(*(Text(printable(cell)) for cell in row))
-    return shown
+        rendered.add_row(*(Text(printable(cell)) for cell in row))
+    return rendered

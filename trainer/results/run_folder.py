@@ -25,7 +25,7 @@ Series = list[tuple[int, float]]  # (step, value)
 Record = TypeVar("Record")
 
 PREDICTIONS = "predictions"
-SPLITS = ("test", "valid", "train")  # the first of them that a run has predictions of is the one that is shown
+SPLITS = ("test", "valid", "train")  # in order of preference: the first that a run has predictions of is shown
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _config(run: RunFolder) -> RunConfig | None:
 
 
 def _read_json(run: RunFolder, name: str, what: str, kind: Callable[[], Record]) -> Record | None:
-    """A JSON object of the run folder, taken for a `kind`; a note where there is none, which says `what` that hides."""
+    """A JSON object of the run folder as a `kind`; None, and a note on `what` cannot be shown, where it cannot be read."""
     try:
         value = json.loads((run.path / name).read_text(encoding="utf-8"))
         if isinstance(value, dict):

@@ -178,7 +178,7 @@ def gates(results: TaskResults) -> Iterator[Table]:
 
 
 def task_details(results: TaskResults) -> list[Table]:
-    """The tables of a task behind its scores and classes, those of them that there are."""
+    """The tables of a task that follow its scores and classes: confusion, calibration, gates, experts' load, robustness."""
     found = [confusion(results), calibration(results), temperature(results), *gates(results), balance(results)]
     if results.robustness is not None:
         found.append(robustness(results.task.name, results.robustness))

@@ -2,7 +2,7 @@
 
 Legend: N samples, B resamples, S seeds. Undefined is nan in arrays and None elsewhere, never 0.
 
-What is estimated. Two trainings differ by their seed, and a test set is one draw of the samples there could be. Let
+What is estimated. Two trainings differ by their seed, and a test set is one sample of its population. Let
 ``d_s`` be the difference of a metric between two groups at seed s, on all samples. The estimate is ``d``, the mean of
 ``d_s``, for the difference that new seeds *and* new samples would show on average. Its variance has two parts:
 
@@ -12,8 +12,8 @@ What is estimated. Two trainings differ by their seed, and a test set is one dra
 
 Each has its own interval (Student's t with N-1 and S-1 degrees of freedom); the half-widths are added as squares, and p is
 the level at which the interval ends at 0. With one seed it is the paired bootstrap over samples; where samples do not
-vary it is the paired t-test over seeds. Two simpler ways were left, since they miss the truth more often than they say
-(`tests/results/compare/test_statistics.py` measures all): resampling the seeds with replacement too, of which there are three or
+vary it is the paired t-test over seeds. Two simpler methods were dropped, since their coverage is below their level
+(`tests/results/compare/test_statistics.py` measures it): resampling the seeds with replacement too, of which there are three or
 five; and one t interval from the summed variance with Satterthwaite's degrees of freedom.
 
 Sources: Bouthillier et al. 2021 (both parts of the variance, pairing by seed); Dror et al. 2018 (paired bootstrap,
@@ -52,7 +52,7 @@ class Mean:
 
 
 def over_seeds(values_S: np.ndarray, level: float) -> Mean:
-    """Mean over seeds. A seed at which the metric is undefined makes the mean so: leaving it out would flatter."""
+    """Mean over seeds; undefined if any seed is, since leaving seeds out would be a selection."""
     count = len(values_S)
     if not count or np.isnan(values_S).any():
         return Mean(None, None, None, None)
@@ -73,7 +73,7 @@ class Estimate:
     high: float | None = None
     p: float | None = None
     se_samples: float | None = None
-    se_seeds: float | None = None  # None: one seed, whose variance cannot be known
+    se_seeds: float | None = None  # None with one seed, which gives no variance
 
 
 def estimate(differences_S: np.ndarray, resampled_B: np.ndarray, samples: int, level: float) -> Estimate:
@@ -101,12 +101,12 @@ def estimate(differences_S: np.ndarray, resampled_B: np.ndarray, samples: int, l
 
 
 def _half_width(parts: Sequence[tuple[float, int]], p: float) -> float:
-    """Of the interval of level ``1 - p`` of a value whose variance has `parts`: (standard error, degrees of freedom) each."""
+    """Half the width of the interval of level ``1 - p``; each of `parts` is (standard error, degrees of freedom)."""
     return float(np.sqrt(sum((stats.t.isf(p / 2, max(n, 1)) * se) ** 2 for se, n in parts)))
 
 
 def _p(parts: Sequence[tuple[float, int]], distance: float) -> float:
-    """The p at which :func:`_half_width` is `distance`; at least e^-280."""
+    """The p at which :func:`_half_width` equals `distance`; at least e^-280."""
     smallest = -280.0
     if _half_width(parts, np.exp(smallest)) < distance:
         return float(np.exp(smallest))
@@ -114,9 +114,9 @@ def _p(parts: Sequence[tuple[float, int]], distance: float) -> float:
 
 
 def mcnemar(right_SN: np.ndarray, other_SN: np.ndarray) -> float:
-    """Exact two-sided McNemar test of two groups' right answers, paired by seed and sample; the trained models are given.
+    """Exact two-sided McNemar test of two groups' correct answers, paired by seed and sample, conditional on the models.
 
-    Under the null hypothesis the two groups' answers to a sample could be exchanged, at all seeds together: the sum over
+    Under the null hypothesis the two groups' answers to a sample are exchangeable, at all seeds together: the sum over
     samples of ``d_n = Σ_s right_sn - other_sn`` then has random signs. Its distribution is computed exactly, as a
     convolution of binomials. With one seed this is McNemar's exact test (McNemar 1947). With several it is the exact form
     of the test for clustered pairs (Durkalski et al. 2003): summing the seeds' tables, as if their answers to one sample
@@ -136,9 +136,9 @@ def mcnemar(right_SN: np.ndarray, other_SN: np.ndarray) -> float:
 
 
 def corrected(p_values: Sequence[float | None], method: Correction) -> list[float | None]:
-    """p-values corrected for their number: Holm (any of them wrong), Benjamini-Hochberg (share of wrong ones), or not.
+    """p-values corrected for multiple tests: Holm (family-wise error), Benjamini-Hochberg (false discovery rate), or not.
 
-    What is None is no test: it stays None and does not count. Sources: Holm 1979; Benjamini & Hochberg 1995.
+    None is not a test: it stays None and does not count. Sources: Holm 1979; Benjamini & Hochberg 1995.
     """
     places = [i for i, p in enumerate(p_values) if p is not None]
     p_M = np.array([p_values[i] for i in places], dtype=float)
