@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,18 @@ from typing import Any
 from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
 
 quiet_deepspeed()
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+def documented(name: str) -> Any:
+    """An instance of the class that a Python block of docs/extending.md defines."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (block,) = (text for text in blocks if f"class {name}(" in text)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return names[name]()
 
 
 def main(data: Path, out: Path) -> None:
@@ -63,7 +76,7 @@ def main(data: Path, out: Path) -> None:
     config = config_of(
         Case("", (*steps, "train.log_every=1", "train.probe=false"), ("train.zero=2",)), data, engine=True
     )
-    assert fit(config, out, world, stop=StopRequest(), callbacks=[Notes()]) == 0
+    assert fit(config, out, world, stop=StopRequest(), callbacks=[Notes(), documented("ResidentMemory")]) == 0
     (out / f"events{world.rank}.json").write_text(json.dumps(events))
     stop_world()
 

@@ -53,3 +53,10 @@ def test_a_callback_reads_the_step_and_adds_numbers_of_its_own(run: Path, events
         assert [result["loss"] for result in results] == [losses[step] for step in range(1, STEPS + 1)]
         assert [result["sum of ranks + 1"] for result in results] == [3.0] * STEPS
         assert [result["mean of ranks"] for result in results] == [0.5] * STEPS
+
+
+@pytest.mark.distributed
+def test_the_documented_callback_records_the_memory_of_both_ranks(run: Path) -> None:
+    values = dict(read_journal(run / "journal.jsonl")["system/resident_gib"])
+    assert list(values) == list(range(1, STEPS + 1))
+    assert all(0.2 < value < 20 for value in values.values())
