@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import psutil
@@ -109,7 +109,19 @@ def _yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def timed(*words: str) -> dict[str, Any]:
+class Timing(TypedDict):
+    """What one command took, and what it did."""
+
+    seconds: float
+    processor_seconds: float
+    load_average: float
+    priority: int
+    peak_MiB: int
+    runs: int
+    kept_in_mlflow: bool
+
+
+def timed(*words: str) -> Timing:
     """Seconds of the command, of the processor too, and its peak memory; it must succeed and have tested every group."""
     command = [
         sys.executable,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,8 +57,10 @@ class Counter:
         self.positions = 0
         decoder.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        rows = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+    def _count(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor | None]) -> None:
+        embeds = kwargs.get("inputs_embeds")
+        rows = embeds if embeds is not None else kwargs["input_ids"]
+        assert rows is not None
         self.positions += rows.shape[0] * rows.shape[1]
 
 

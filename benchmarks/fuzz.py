@@ -23,7 +23,10 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.data.fuzzing import Format
 
 HERE = Path(__file__).parent
 FAILURES = HERE / "failures"
@@ -85,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _again(known: dict[str, Any], name: str, file: str) -> int:
+def _again(known: dict[str, Format], name: str, file: str) -> int:
     from tests.data.fuzzing import Bench
 
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +99,7 @@ def _again(known: dict[str, Any], name: str, file: str) -> int:
 # ── the watcher ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fuzz(name: str, cases: int, engine: str, seed: int) -> dict[str, Any]:
+def _fuzz(name: str, cases: int, engine: str, seed: int) -> dict[str, float]:
     """`cases` damaged files of one format; a worker that dies or hangs is a failure, and another goes on."""
     with tempfile.TemporaryDirectory(prefix="fuzz") as made:
         folder = Path(made)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -178,19 +178,46 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def traffic(device: str, compile_it: bool) -> list[dict[str, Any]]:
+class TrafficRow(TypedDict, total=False):
+    """Tensors [B, K, D] that each contender moves; `compiled` only where it was compiled."""
+
+    dtype: str
+    B: int
+    D: int
+    stacked: float
+    kernel: float
+    compiled: float
+
+
+class TimeRow(TypedDict):
+    """Times of the contenders at one size, their errors, the operator's bytes and the least time to move them."""
+
+    dtype: str
+    B: int
+    D: int
+    errors: dict[str, float]
+    microseconds: dict[str, float]
+    bytes: int
+    floor_microseconds: float | None
+    ratios: dict[str, float]
+
+
+def bytes_moved(run: Run) -> int:
+    """Bytes of all operators of a pass."""
+    with Traffic() as counted:
+        run()
+    return counted.bytes
+
+
+def traffic(device: str, compile_it: bool) -> list[TrafficRow]:
     """Bytes of one pass in tensors [B, K, D], counted from operators' and, compiled, from Inductor's kernels' arguments."""
     rows = []
     B, D = 64, 512
     for name, dtype in DTYPES.items():
         inputs = make(B, D, dtype, device)
         one = B * K * D * dtype.itemsize
-        row: dict[str, Any] = {"dtype": name, "B": B, "D": D}
-        for label, mix in (("stacked", stacked), ("kernel", gate_mix)):
-            run = step(mix, inputs)
-            with Traffic() as counted:
-                run()
-            row[label] = counted.bytes / one
+        row: TrafficRow = {"dtype": name, "B": B, "D": D}
+        row["stacked"], row["kernel"] = (bytes_moved(step(mix, inputs)) / one for mix in (stacked, gate_mix))
         if compile_it:
             torch._dynamo.reset()
             metrics.reset()
@@ -206,7 +233,7 @@ def traffic(device: str, compile_it: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(device: str, rounds: int, compile_it: bool) -> list[dict[str, Any]]:
+def measure(device: str, rounds: int, compile_it: bool) -> list[TimeRow]:
     rows = []
     speed = next((s for n, s in BANDWIDTH.items() if device == "cuda" and n in torch.cuda.get_device_name()), None)
     for name, dtype in DTYPES.items():
@@ -223,18 +250,18 @@ def measure(device: str, rounds: int, compile_it: bool) -> list[dict[str, Any]]:
                     f"graph {label}": graphed(run) for label, run in contenders.items() if label != "stacked"
                 }
             taken = timed(contenders, rounds, device)
-            row: dict[str, Any] = {"dtype": name, "B": B, "D": D, "errors": errors, "microseconds": taken}
-            row["bytes"] = moved(B, D, dtype.itemsize)
-            row["floor_microseconds"] = row["bytes"] / speed * 1e6 if speed else None
-            row["ratios"] = {
-                f"{other} / kernel": taken[other] / taken["kernel"] for other in mixes if other != "kernel"
-            }
+            size = moved(B, D, dtype.itemsize)
+            row: TimeRow = {
+                "dtype": name, "B": B, "D": D, "errors": errors, "microseconds": taken, "bytes": size,
+                "floor_microseconds": size / speed * 1e6 if speed else None,
+                "ratios": {f"{other} / kernel": taken[other] / taken["kernel"] for other in mixes if other != "kernel"},
+            }  # fmt: skip
             rows.append(row)
             print(line(row), flush=True)
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: TimeRow) -> str:
     taken = "  ".join(f"{name} {value:8.0f}" for name, value in row["microseconds"].items())
     ratios = "  ".join(f"{name} {value:.2f}" for name, value in row["ratios"].items())
     floor = f"  floor {row['floor_microseconds']:.1f}" if row["floor_microseconds"] else ""

@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -60,10 +59,18 @@ def compile_kernel(kernel: str, capability: int, dtype: str, D: int, E: int = 3,
     """PTX and cubin of a kernel, as a launch with 16-byte aligned tensors would compile it."""
     function = KERNELS[kernel]
     tiling = gate_triton.tile(ROWS, D)
-    constants: dict[str, Any] = {"K": 4, "E": E, "M": M, "D": D, "temperature": 1.0, "eps": 1e-6, "dtype": tl.float32}
+    constants: dict[str, object] = {
+        "K": 4,
+        "E": E,
+        "M": M,
+        "D": D,
+        "temperature": 1.0,
+        "eps": 1e-6,
+        "dtype": tl.float32,
+    }
     constants |= {"mean_modality": False, "mean_expert": False, "R": tiling["R"], "BLOCK": tiling["BLOCK"]}
-    signature: dict[str, Any] = {}
-    aligned: dict[tuple[int, ...], Any] = {}
+    signature: dict[str, str | tuple[str, ...]] = {}
+    aligned: dict[tuple[int, ...], list[list[object]]] = {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"

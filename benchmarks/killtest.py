@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pandas as pd
 
@@ -35,6 +35,23 @@ STEPS, EVAL_EVERY, SAVE_EVERY = 60, 6, 3
 MOMENTS = ("step", "save", "evaluation")
 VICTIMS = ("all", "rank 0", "rank 1", "launcher")
 POLL = 0.002
+
+
+class Kill(TypedDict):
+    """What was killed, when, and whether a checkpoint was being written."""
+
+    moment: str
+    victim: str
+    writing: bool
+    step: int
+
+
+class Progress(TypedDict):
+    """What a case has been through; `equal` says of each finished chain whether it equals the undisturbed run."""
+
+    kills: list[Kill]
+    chains: int
+    equal: list[bool]
 
 
 class Chain:
@@ -82,7 +99,7 @@ class Chain:
         code = self.start(out).wait()
         assert code == 0, f"{self.name}: the killed run, continued, ended with {code}; see {out}.txt"
 
-    def kill_once(self, out: Path, moment: str, victim: str, rng: random.Random) -> dict[str, Any] | None:
+    def kill_once(self, out: Path, moment: str, victim: str, rng: random.Random) -> Kill | None:
         """Start or continue the run and kill it; None when it ended before the moment came, or was ending."""
         launcher = self.start(out)
         log = out / "log.txt"
@@ -101,7 +118,7 @@ class Chain:
 
 
 def _step_moment(launcher: subprocess.Popen[bytes], out: Path, begun: int, rng: random.Random) -> bool:
-    if not _wait_for(launcher, lambda: "INFO trainer.tracking.progress: step" in _told(out, begun)):
+    if not _wait_for(launcher, lambda: "INFO trainer.tracking.progress: step" in _logged(out, begun)):
         return False
     return _sleep(launcher, rng.uniform(0.0, 3.0))
 
@@ -114,7 +131,7 @@ def _save_moment(launcher: subprocess.Popen[bytes], out: Path, begun: int, rng: 
 
 def _evaluation_moment(launcher: subprocess.Popen[bytes], out: Path, begun: int, rng: random.Random) -> bool:
     ends = [f": step {step}/" for step in range(EVAL_EVERY, STEPS + 1, EVAL_EVERY)]
-    if not _wait_for(launcher, lambda: any(end in _told(out, begun) for end in ends)):
+    if not _wait_for(launcher, lambda: any(end in _logged(out, begun) for end in ends)):
         return False
     return _sleep(launcher, rng.uniform(0.0, 0.3))
 
@@ -126,7 +143,7 @@ _MOMENTS: dict[str, Callable[[subprocess.Popen[bytes], Path, int, random.Random]
 }
 
 
-def _told(out: Path, begun: int) -> str:
+def _logged(out: Path, begun: int) -> str:
     try:
         with (out / "log.txt").open(encoding="utf-8") as handle:
             handle.seek(begun)
@@ -200,7 +217,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 
 def differences(whole: Path, killed: Path, steps: int) -> list[str]:
-    """What the killed run says differently; empty when nothing is."""
+    """What differs in the killed run; empty when nothing does."""
     faults = []
     last = f"checkpoints/step-{steps:08d}/model.safetensors"
     if (whole / last).read_bytes() != (killed / last).read_bytes():
@@ -218,10 +235,10 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
     return faults
 
 
-def run_case(chain: Chain, kills: int, seed: int) -> dict[str, Any]:
+def run_case(chain: Chain, kills: int, seed: int) -> Progress:
     """Spend `kills` on a case, over as many chains as it takes; what was done is kept in kills.json."""
     whole, kept = chain.reference(), chain.work / "kills.json"
-    done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"kills": [], "chains": 0, "equal": []}
+    done: Progress = json.loads(kept.read_text()) if kept.exists() else {"kills": [], "chains": 0, "equal": []}
     rng = random.Random(f"{seed} {chain.name} {len(done['kills'])}")
     while len(done["kills"]) < kills or len(done["equal"]) < done["chains"]:
         out = chain.work / f"chain{len(done['equal'])}"

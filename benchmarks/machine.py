@@ -7,12 +7,24 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
 
-def describe(*packages: str) -> dict[str, Any]:
+class Machine(TypedDict, total=False):
+    """Processor, memory, system and versions; `gpu` and `cuda` where a benchmark used them."""
+
+    processor: str
+    cores: int
+    memory_gib: float
+    system: str
+    versions: dict[str, str]
+    gpu: str | None
+    cuda: str | None
+
+
+def describe(*packages: str) -> Machine:
     """Processor, memory, system, versions of Python and of `packages`."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from benchmarks.machine import describe, today
 from benchmarks.ranks import ROOT, prepare_steps, run_ranks
@@ -128,7 +128,34 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def measure(chosen: list[Case], model: Path, data: Path, work: Path, timeout: float = 3600) -> dict[str, list[Any]]:
+class RankMemory(TypedDict):
+    """A rank's bytes: `base` at the start of the case; over it, `built` when the engine stands and the `peak` of the steps."""
+
+    base: int
+    built: int
+    peak: int
+
+
+class Planned(TypedDict):
+    """The plan's bytes of a rank, and what they consist of."""
+
+    bytes: int
+    parts: dict[str, int]
+
+
+class Result(TypedDict):
+    """A case: the plan and the ranks, and by what share the plan is off on each."""
+
+    case: str
+    planned: int
+    parts: dict[str, int]
+    measured: list[RankMemory]
+    off: list[float]
+
+
+def measure(
+    chosen: list[Case], model: Path, data: Path, work: Path, timeout: float = 3600
+) -> dict[str, list[RankMemory]]:
     """Train the cases (all of one number of processes), one after the other; name -> per rank the bytes over the case's
     start: `built` when the engine stands, `peak` during the steps."""
     procs = chosen[0].procs
@@ -141,7 +168,7 @@ def measure(chosen: list[Case], model: Path, data: Path, work: Path, timeout: fl
     return {case.name: _measured(place, procs)[case.name] for case in chosen}
 
 
-def _measured(place: Path, procs: int) -> dict[str, list[Any]]:
+def _measured(place: Path, procs: int) -> dict[str, list[RankMemory]]:
     """What all ranks have written: name of a case -> the ranks' results, in order."""
     files = [place / f"rank{rank}.json" for rank in range(procs)]
     per_rank = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
@@ -207,7 +234,7 @@ def _copy_mapped(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def predict(case: Case, model: Path, data: Path) -> dict[str, Any]:
+def predict(case: Case, model: Path, data: Path) -> Planned:
     """The plan's figure for the same run, in bytes; buffers as CPUs count them."""
     from launch.plan.lengths import run_lengths
     from launch.plan.memory import rank_memory
@@ -243,7 +270,7 @@ def main() -> None:
     model, data = make_model(work / "model"), work / "data"
     if not (data / "meld").is_dir():
         prepare_toy("meld", data, train=SAMPLES)
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     chosen = [c for c in cases() if not args.cases or any(part in c.name for part in args.cases.split(","))]
     predicted = {case.name: predict(case, model, data) for case in chosen}
     for case in chosen:  # in processes of its own: DeepSpeed's engines leave something behind

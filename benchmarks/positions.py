@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,7 +23,7 @@ from benchmarks.machine import describe, today
 from trainer.batch import Sample
 from trainer.config import DataConfig
 from trainer.data.collate import Collator
-from trainer.data.dataset import open_dataset
+from trainer.data.dataset import SplitView, open_dataset
 from trainer.data.prepare import prepare
 from trainer.data.sampling import GlobalBatchSampler, Limits, Sizes, micro_batches
 from trainer.tasks import get_task
@@ -70,7 +70,21 @@ def positions(sizes: Sizes, lengths: np.ndarray, global_batch: int, limits: Limi
     return float(total / len(lengths))
 
 
-def count(task: str, tokenizer: PreTrainedTokenizerFast, samples: Any, lengths: np.ndarray) -> dict[str, Any]:
+class Counts(TypedDict):
+    """Positions of a sample: of the instruction, the text, all its own; and in all by layout. `target` is what was aimed at."""
+
+    instruction: int
+    text: float
+    own: float
+    fixed: int
+    padded: float
+    packed: dict[str, float]
+    target: float
+
+
+def count(
+    task: str, tokenizer: PreTrainedTokenizerFast, samples: SplitView | list[Sample], lengths: np.ndarray
+) -> Counts:
     collate = Collator(
         get_task(task), tokenizer, DataConfig(),
         widths={}, rates={}, pseudo_tokens=4, modalities=("text", "audio", "video"),

@@ -29,7 +29,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from benchmarks.machine import describe, today
 from benchmarks.ranks import ROOT, prepare_steps, run_ranks
@@ -189,7 +189,25 @@ def own_network_possible() -> bool:
     return subprocess.run(["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
 
 
-def measure(procs: int, data: Path, work: Path, cases: list[Case]) -> dict[str, Any]:
+class Counted(TypedDict):
+    """A case as rank 0 counted it: bytes of an optimizer step by collective, and on the wire where that can be seen."""
+
+    samples_per_second: float
+    called: dict[str, int]
+    sent: int | None
+
+
+class Theory(TypedDict):
+    """The bytes of a step by the plan and by the ZeRO paper."""
+
+    micro_steps: float
+    trained_bytes: int
+    frozen_bytes: int
+    planned: dict[str, int]
+    paper: int
+
+
+def measure(procs: int, data: Path, work: Path, cases: list[Case]) -> dict[str, Counted]:
     """Name of the case -> what rank 0 counted."""
     place = work / f"procs{procs}"
     place.mkdir(parents=True, exist_ok=True)
@@ -199,11 +217,11 @@ def measure(procs: int, data: Path, work: Path, cases: list[Case]) -> dict[str, 
     if own:
         command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    results: dict[str, Any] = json.loads((place / "results.json").read_text())
+    results: dict[str, Counted] = json.loads((place / "results.json").read_text())
     return results
 
 
-def theory(case: Case, procs: int, data: Path) -> dict[str, Any]:
+def theory(case: Case, procs: int, data: Path) -> Theory:
     """The plan's bytes of a step, and the paper's."""
     from launch.plan.lengths import run_lengths
     from launch.plan.memory import PERSISTENCE, wire_bytes

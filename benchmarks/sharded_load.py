@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -116,7 +116,16 @@ def rank(folder: Path, loader: str, out: Path) -> None:
     stop_world()
 
 
-def measure(folder: Path, loader: str, ranks: int, work: Path) -> dict[str, Any]:
+class Measured(TypedDict):
+    """The largest peak, remainder and time of all ranks, and the fewest samples of memory that a rank has."""
+
+    peak_mib: float
+    after_mib: float
+    seconds: float
+    samples: int
+
+
+def measure(folder: Path, loader: str, ranks: int, work: Path) -> Measured:
     """Peak over ranks of one loader on `ranks` processes."""
     out = work / f"{loader.replace(' ', '-')}-{ranks}"
     out.mkdir()

@@ -32,18 +32,58 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from benchmarks.machine import describe, today
+
+if TYPE_CHECKING:
+    from benchmarks.contenders import Contender
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("ours", "ours padded", "padded")
 SAMPLES = 256
 STEPS = 8  # of an epoch
 MOST_CALLS, LEAST_SECONDS = 3, 10.0
-MEASURES = ("train", "evaluate")
+Measure = Literal["train", "evaluate"]
+MEASURES: tuple[Measure, ...] = ("train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One column on one shape; a `quick` case takes single steps."""
+
+    shape: str
+    backbone: str
+    threads: int
+    quick: bool
+    column: str = ""
+
+
+Timing = dict[str, float]  # samples, positions and seconds of a measure
+
+
+class Measured(TypedDict):
+    """One column in one round."""
+
+    model_mib: float
+    train: Timing
+    evaluate: Timing
+
+
+Round = dict[str, Measured]  # by column
+
+
+class Summary(TypedDict):
+    """Medians over rounds by column, and ratios by measure and column; with every round."""
+
+    shape: str
+    vocabulary: int
+    columns: dict[str, Measured]
+    ratios: dict[str, dict[str, dict[str, float]]]
+    rounds: list[Round]
 
 
 def anonymous() -> int:
@@ -70,40 +110,39 @@ def peak_memory() -> Iterator[list[int]]:
         watcher.join()
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
+def measure(case: Case) -> Measured:
     """One column of one case, in this process."""
     import torch
 
     from benchmarks.contenders import build
     from benchmarks.shapes import SHAPES, make_samples
 
-    torch.set_num_threads(case["threads"])
-    shape = SHAPES[case["shape"]]
+    torch.set_num_threads(case.threads)
+    shape = SHAPES[case.shape]
     samples = make_samples(shape, SAMPLES)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the thread pools
     before = anonymous()
-    contender = build(case["column"], shape, samples, Path(case["backbone"]))
+    contender = build(case.column, shape, samples, Path(case.backbone))
     built, step = anonymous(), iter(range(10**6))
-    steps, seconds = (1, 0.0) if case["quick"] else (STEPS, LEAST_SECONDS)
+    steps, seconds = (1, 0.0) if case.quick else (STEPS, LEAST_SECONDS)
     for _ in range(2):
         contender.step(next(step))
 
     def epoch() -> int:
         return sum(contender.step(next(step)) for _ in range(steps))
 
-    measured: dict[str, Any] = {"model_mib": (built - before) / 2**20}
-    measured["train"] = _timed(epoch, contender, seconds)
+    train = _timed(epoch, contender, seconds)
     with peak_memory() as peak:
         contender.step(next(step))
-    measured["train"]["peak_mib"] = (peak[0] - before) / 2**20
+    train["peak_mib"] = (peak[0] - before) / 2**20
     with peak_memory() as peak:  # warms up too
         contender.evaluate()
-    measured["evaluate"] = _timed(contender.evaluate, contender, seconds / 2)
-    measured["evaluate"]["peak_mib"] = (peak[0] - before) / 2**20
-    return measured
+    evaluate = _timed(contender.evaluate, contender, seconds / 2)
+    evaluate["peak_mib"] = (peak[0] - before) / 2**20
+    return {"model_mib": (built - before) / 2**20, "train": train, "evaluate": evaluate}
 
 
-def _timed(call: Any, contender: Any, seconds: float) -> dict[str, float]:
+def _timed(call: Callable[[], int], contender: Contender, seconds: float) -> Timing:
     """Medians over calls: one, and up to MOST_CALLS while they take less than `seconds`."""
     wall: list[float] = []
     cpu: list[float] = []
@@ -128,19 +167,19 @@ def _timed(call: Any, contender: Any, seconds: float) -> dict[str, float]:
     }
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
+def run_case(case: Case) -> Measured:
     """:func:`measure` in a fresh process."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(case["threads"]), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
-        command = [sys.executable, "-m", "benchmarks.throughput", "--case", json.dumps(case), output.name]
+        command = [sys.executable, "-m", "benchmarks.throughput", "--case", json.dumps(asdict(case)), output.name]
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{case['column']} on {case['shape']} failed:\n{done.stderr[-3000:]}")
-        result: dict[str, Any] = json.load(output)
+            raise SystemExit(f"{case.column} on {case.shape} failed:\n{done.stderr[-3000:]}")
+        result: Measured = json.load(output)
     return result
 
 
-def ratios(rounds: list[dict[str, dict[str, Any]]], measure: str, other: str, key: str) -> dict[str, float]:
+def ratios(rounds: list[Round], measure: Measure, other: str, key: str) -> dict[str, float]:
     """How many times faster ours is than `other`, within each round: median, smallest, largest."""
     if key == "samples_per_second":
         found = [r["ours"][measure][key] / r[other][measure][key] for r in rounds]
@@ -149,26 +188,27 @@ def ratios(rounds: list[dict[str, dict[str, Any]]], measure: str, other: str, ke
     return {"median": statistics.median(found), "least": min(found), "most": max(found)}
 
 
-def summarise(shape: str, vocabulary: int, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def summarise(shape: str, vocabulary: int, rounds: list[Round]) -> Summary:
     """Medians over the rounds of every column, and the ratios."""
-    row: dict[str, Any] = {"shape": shape, "vocabulary": vocabulary, "columns": {}, "ratios": {}}
+    row: Summary = {"shape": shape, "vocabulary": vocabulary, "columns": {}, "ratios": {}, "rounds": rounds}
     for column in COLUMNS:
         results = [r[column] for r in rounds]
-        row["columns"][column] = {
-            "model_mib": statistics.median(h["model_mib"] for h in results),
-            **{m: {k: statistics.median(h[m][k] for h in results) for k in results[0][m]} for m in MEASURES},
-        }
+        train, evaluate = (
+            {key: statistics.median(result[measure][key] for result in results) for key in results[0][measure]}
+            for measure in MEASURES
+        )
+        model_mib = statistics.median(result["model_mib"] for result in results)
+        row["columns"][column] = {"model_mib": model_mib, "train": train, "evaluate": evaluate}
     for measure in MEASURES:
         for other in COLUMNS[1:]:
             row["ratios"][f"{measure}, {other}"] = {
                 key: ratios(rounds, measure, other, key)
                 for key in ("samples_per_second", "cpu_seconds_per_sample", "positions_per_sample", "peak_mib")
             }
-    row["rounds"] = rounds
     return row
 
 
-def show(rows: list[dict[str, Any]]) -> str:
+def show(rows: list[Summary]) -> str:
     head = (
         f"{'':28} {'column':12} {'samples/s':>10} {'positions':>10} {'peak MiB':>9}   ours is faster by (least to most)"
     )
@@ -188,7 +228,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--case"]:
-        Path(sys.argv[3]).write_text(json.dumps(measure(json.loads(sys.argv[2]))))
+        Path(sys.argv[3]).write_text(json.dumps(measure(Case(**json.loads(sys.argv[2])))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="meld,mosei,simsv2")
@@ -205,10 +245,10 @@ def main() -> None:
         for vocabulary in map(int, args.vocab.split(",")):
             backbone = make_backbone(Path(work) / str(vocabulary), vocabulary)
             for shape in args.shapes.split(","):
-                rounds: list[dict[str, dict[str, Any]]] = []
+                rounds: list[Round] = []
                 for _ in range(1 if args.quick else args.rounds):
-                    case = {"shape": shape, "backbone": str(backbone), "threads": args.threads, "quick": args.quick}
-                    rounds.append({column: run_case({**case, "column": column}) for column in COLUMNS})
+                    case = Case(shape, str(backbone), args.threads, args.quick)
+                    rounds.append({column: run_case(replace(case, column=column)) for column in COLUMNS})
                 rows.append(summarise(shape, vocabulary, rounds))
                 print(show(rows[-1:]), flush=True)
     print("\n" + show(rows))

@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from bitsandbytes.nn import Params4bit
@@ -54,7 +54,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16
 GLOBAL_BATCH, SAMPLES, LORA_RANK, STD = 64, 128, 16, 0.02
 
 
-def random_model(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device, nf4: bool) -> Qwen3ForCausalLM:
+def random_model(
+    sizes: dict[str, int | float | bool], dtype: torch.dtype, device: torch.device, nf4: bool
+) -> Qwen3ForCausalLM:
     """A frozen random Qwen3 on `device`; of a layer's weights in `dtype` at most one layer's exist beside it."""
     config = Qwen3Config(**sizes, dtype=dtype, attn_implementation="sdpa")
     with torch.device("meta"):
@@ -129,7 +131,26 @@ def contender(column: str, backbone: Backbone, folder: Path, device: torch.devic
     return Padded(shape, data, PaddedModel(backbone.model, data, shape).to(device), GLOBAL_BATCH)
 
 
-def measure(made: Contender, device: torch.device, seconds: float) -> dict[str, Any]:
+class Row(TypedDict, total=False):
+    """A case: its rates, or `failed` and why."""
+
+    precision: str
+    checkpointing: bool
+    column: str
+    samples_per_second: float
+    positions_per_second: float
+    positions_per_sample: float
+    step_seconds: float
+    steps: int
+    peak_gib: float | None
+    evaluate_samples_per_second: float
+    evaluate_positions_per_sample: float
+    attention: str
+    utilisation: float | None
+    failed: str
+
+
+def measure(made: Contender, device: torch.device, seconds: float) -> Row:
     """Training epochs after one that warms up, for about `seconds`; then an evaluation, the second of two."""
     cuda = device.type == "cuda"
 
@@ -164,7 +185,7 @@ def measure(made: Contender, device: torch.device, seconds: float) -> dict[str, 
     }
 
 
-def cases(device: torch.device, sizes: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+def cases(device: torch.device, sizes: dict[str, int | float | bool], seconds: float) -> list[Row]:
     """Every precision, with and without checkpointing, every column; printed as they come."""
     dtype = torch.bfloat16
     rows = []
@@ -189,7 +210,7 @@ def cases(device: torch.device, sizes: dict[str, Any], seconds: float) -> list[d
                 else:
                     base.activation_checkpointing_disable()
                 for column in COLUMNS:
-                    row: dict[str, Any] = {"precision": precision, "checkpointing": checkpointing, "column": column}
+                    row: Row = {"precision": precision, "checkpointing": checkpointing, "column": column}
                     try:
                         row |= measure(contender(column, backbone, folder, device), device, seconds)
                         row["attention"] = backbone.attention
@@ -208,7 +229,7 @@ def cases(device: torch.device, sizes: dict[str, Any], seconds: float) -> list[d
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     head = f"{row['precision']:5} {'checkpointing' if row['checkpointing'] else '':14} {row['column']:12}"
     if "failed" in row:
         return f"{head} {row['failed']}"
