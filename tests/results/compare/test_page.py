@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.browser import CHROMIUM, Browser
-from tests.browser.test_browser import POOR_CONTRAST
+from tests.browser.browser import CHROMIUM, POOR_CONTRAST, Browser
 from tests.results.seeded import make_seeded, make_two
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.files import write_comparison

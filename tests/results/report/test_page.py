@@ -7,36 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.browser import CHROMIUM, Browser
+from tests.browser.browser import CHROMIUM, POOR_CONTRAST, Browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
-
-# every text with its contrast to what is behind it (WCAG 2); cells of heat maps are judged in test_report
-POOR_CONTRAST = """
-(() => {
-  const rgb = text => (text.match(/[\\d.]+/g) || []).map(Number);
-  const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const behind = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const c = rgb(getComputedStyle(e).backgroundColor);
-      if (c.length && c[3] !== 0) return c;
-    }
-    return [255, 255, 255];
-  };
-  const poor = [];
-  for (const element of document.querySelectorAll('body *')) {
-    if (![...element.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
-    if (element.closest('desc, title')) continue;
-    const style = getComputedStyle(element);
-    const front = rgb(element.closest('svg') ? style.fill : style.color);
-    const [a, b] = [light(front), light(behind(element))].sort((x, y) => y - x);
-    const ratio = (a + .05) / (b + .05);
-    if (ratio < 4.5) poor.push([element.tagName, element.textContent.slice(0, 40), ratio]);
-  }
-  return poor;
-})()
-"""
 
 
 @pytest.fixture(scope="module")
