@@ -1,12 +1,14 @@
-"""Predictions for own samples: equal to the evaluation's, and bad lines cost nothing but themselves."""
+"""Predictions of samples without labels: equal to the evaluation's in every format, and bad samples cost only themselves."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
+import pickle
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ import torch
 
 from tests.distributed.processes import egmf, run_ranks
 from tests.toy import WIDTHS, prepare_toy
+from trainer.batch import Sample
 from trainer.data.dataset import open_dataset
-from trainer.data.unlabelled import LONGEST, Asked, Checked, PredictError, UnlabelledReader, check_places
+from trainer.data.prepare import prepare_source
+from trainer.data.readers.raw import ReaderError
+from trainer.data.readers.source import open_source
+from trainer.data.unlabelled.inputs import LONGEST, PredictError, TaskInput, check_places, open_input
+from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.distributed.world import World
 from trainer.results import predict as module
 from trainer.results.predict import Options, Tally, predict
@@ -79,8 +86,7 @@ def answers(
     opened: SavedRun, path: Path, out: Path, options: Options | None = None
 ) -> tuple[Tally, list[dict[str, Any]], list[str]]:
     said: list[str] = []
-    with path.open("rb") as source:
-        tally = predict(opened, source, path.parent, out, options or Options(), say=said.append)
+    tally = predict(opened, [path], out, options or Options(), report=said.append)
     return tally, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()], said
 
 
@@ -131,10 +137,161 @@ def test_chunks_change_nothing(run: Path, opened: SavedRun, tmp_path: Path, monk
     path = write(tmp_path / "in.jsonl", unlabelled(run, "simsv2", tmp_path))
     _, whole, _ = answers(opened, path, tmp_path / "whole.jsonl")
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(module, "CHUNK_LINES", 4)
+    monkeypatch.setattr(module, "CHUNK_SAMPLES", 4)
     _, cut, _ = answers(opened, path, tmp_path / "cut.jsonl")
     assert [row["id"] for row in cut] == [row["id"] for row in whole]
     assert [r["prediction"] for r in cut] == pytest.approx([r["prediction"] for r in whole], abs=1e-5)
+
+
+# ── every format that preparation reads ──────────────────────────────────────────────────────────────────────────────
+
+
+def as_samples(samples: Sequence[Sample], labels: bool = True) -> list[dict[str, Any]]:
+    """The layout of MELD's pickles."""
+    rows = []
+    for s in samples:
+        features: dict[str, Any] = {"text": s.text, "audio": s.audio_TF, "video": s.video_TF}
+        row = {"id": s.id, "speaker": s.speaker, "dialogue": s.dialogue, "turn": s.turn, "features": features}
+        rows.append(row | ({"label": get_task("meld").labels[int(s.target)]} if labels else {}))
+    return rows
+
+
+def as_columns(samples: Sequence[Sample], labels: bool = True) -> dict[str, Any]:
+    """The layout of `unaligned_50.pkl`: padded arrays and true lengths; 0 where a modality is missing."""
+    out: dict[str, Any] = {"raw_text": [s.text for s in samples], "id": [s.id for s in samples]}
+    for stream, key in (("audio", "audio"), ("video", "vision")):
+        arrays = [getattr(s, f"{stream}_TF") for s in samples]
+        lengths = [0 if array is None else len(array) for array in arrays]
+        padded = np.zeros((len(samples), max(lengths), WIDTHS[stream]), "f4")
+        for row, array, length in zip(padded, arrays, lengths, strict=True):
+            row[:length] = 0 if array is None else array
+        out |= {key: padded, f"{key}_lengths": lengths}
+    return out | ({"regression_labels": [s.target for s in samples]} if labels else {})
+
+
+def as_annotations(samples: Sequence[Sample], labels: bool = True) -> str:
+    """The layout of MELD's CSVs."""
+    lines = io.StringIO()
+    table = csv.writer(lines)
+    table.writerow(["Utterance", "Speaker", "Dialogue_ID", "Utterance_ID", *(["Emotion"] if labels else [])])
+    for s in samples:
+        label = [get_task("meld").labels[int(s.target)]] if labels else []
+        table.writerow([s.text, s.speaker, s.dialogue, s.turn, *label])
+    return lines.getvalue()
+
+
+def write_pickle(path: Path, content: Any) -> None:
+    path.write_bytes(pickle.dumps(content, 4))
+
+
+def made_of(run: Path, layout: str, folder: Path, labels: bool = True) -> list[Path]:
+    """Files of one layout with the samples of a prepared dataset of the run's."""
+    opened = open_dataset(run.parent / ("simsv2" if layout == "columns" else "meld"))
+    content = {split: list(opened[split]) for split in opened.splits}
+    features, annotations = folder / "features", folder / "annotations"
+    features.mkdir(parents=True)
+    annotations.mkdir()
+    if layout == "columns":
+        write_pickle(features / "all.pkl", {split: as_columns(samples, labels) for split, samples in content.items()})
+        return [features / "all.pkl"]
+    for split, samples in content.items():
+        if layout != "annotations":
+            write_pickle(features / f"meld_{split}.pkl", as_samples(samples, labels))
+        if layout != "samples":
+            (annotations / f"{split}_sent_emo.csv").write_text(as_annotations(samples, labels), encoding="utf-8")
+    return {"samples": [features], "annotations": [annotations], "both": [features, annotations]}[layout]
+
+
+@pytest.mark.parametrize("layout", ["samples", "columns", "both"])
+def test_every_format_is_answered_as_the_evaluation_answers_it(
+    layout: str, run: Path, opened: SavedRun, tmp_path: Path
+) -> None:
+    task = "simsv2" if layout == "columns" else "meld"
+    sources = made_of(run, layout, tmp_path / "in")
+    other = {"meld": "simsv2", "simsv2": "meld"}[task]
+    (tmp_path / other).symlink_to(run.parent / other)
+    source = open_source(get_task(task), sources)
+    source.rates = open_dataset(run.parent / task).rates  # files of these layouts do not say theirs
+    prepare_source(get_task(task), source, tmp_path / task)
+    table, _ = open_run(run, WORLD, data=f"{tmp_path}/{{task}}").evaluate("test")
+    truth = {row.id: row for row in table[table["task"] == task].itertuples()}
+    bare = made_of(run, layout, tmp_path / "bare", labels=layout == "both")  # joined by text and label
+    for given in (sources, bare):  # with labels and without
+        said: list[str] = []
+        wanted = Options(task, probabilities=True, gates=True, split="test")
+        tally = predict(opened, given, tmp_path / "out.jsonl", wanted, report=said.append)
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert (tally, said) == (Tally(answered=11, bad=0), [])
+        assert [row["id"] for row in rows] == open_dataset(tmp_path / task)["test"].ids
+        for row in rows:
+            held = truth[row["id"]]
+            assert (row["task"], row["prediction"], row["answer"]) == (task, held.prediction, held.answer)
+            assert list(row["probabilities"].values()) == list(held.probabilities)
+            assert list(row["gate_expert"].values()) == list(held.gate_expert)
+
+
+def test_annotations_without_labels_are_answered_like_the_same_lines(
+    run: Path, opened: SavedRun, tmp_path: Path
+) -> None:
+    (folder,) = made_of(run, "annotations", tmp_path / "in", labels=False)
+    samples = open_dataset(run.parent / "meld")["test"]
+    lines = [
+        {"id": f"test_dia{s.dialogue}_utt{s.turn}", "text": s.text, "task": "meld", "speaker": s.speaker}
+        | {"dialogue": s.dialogue, "turn": s.turn}
+        for s in samples
+    ]
+    _, expected_rows, _ = answers(opened, write(tmp_path / "in.jsonl", lines), tmp_path / "lines.jsonl")
+    for source in (folder / "test_sent_emo.csv", folder):
+        _, rows, _ = answers(opened, source, tmp_path / "out.jsonl", Options("meld", split="test"))
+        assert rows == expected_rows
+
+
+def test_a_split_of_own_samples_is_answered_alone(run: Path, opened: SavedRun, tmp_path: Path) -> None:
+    lines = [{"id": f"i{n}", "text": "a", "task": "meld", "split": ("train", "dev", "test")[n % 3]} for n in range(6)]
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    write(folder / "some.jsonl", [*lines, {"id": "none", "text": "a", "task": "meld"}])
+    write(
+        folder / "valid.jsonl", [{"id": "i9", "text": "a", "task": "meld"}, {"id": "i1", "text": "a", "task": "meld"}]
+    )
+    tally, rows, said = answers(opened, folder, tmp_path / "out.jsonl", Options(split="valid"))
+    assert [row["id"] for row in rows] == ["i1", "i4", "i9"]
+    assert said == [
+        "some.jsonl line 7: left out: split None is none of train, valid, test, and --split asks for valid",
+        "valid.jsonl line 2: left out: duplicate id ('i1' is that of some.jsonl line 2)",
+    ]
+    assert tally == Tally(answered=3, bad=2)
+
+
+def test_what_a_format_lacks_is_told(run: Path, opened: SavedRun, tmp_path: Path) -> None:
+    (features,) = made_of(run, "samples", tmp_path / "in", labels=False)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(PredictError, match="name no task, and the run has meld, simsv2: give one with --task"):
+        answers(opened, features, out)
+    with pytest.raises(PredictError, match=r"no such split, it has train$"):
+        answers(opened, features / "meld_train.pkl", out, Options("meld", split="test"))
+    write_pickle(tmp_path / "bad.pkl", ["no mapping"])
+    with pytest.raises(ReaderError, match=r"row 0: is a str; a mapping with features \(text, audio, video, …\) was"):
+        answers(opened, tmp_path / "bad.pkl", out, Options("meld"))
+    assert not out.exists()
+
+
+def test_bad_samples_of_a_pickle_cost_only_themselves(opened: SavedRun, tmp_path: Path) -> None:
+    """The file need not be named after a split: ids then begin with its name."""
+    good = {"text": "a", "audio": np.ones((3, 6), "f4"), "label": "no such label"}
+    rows = [good, good | {"audio": np.ones((3, 9))}, good | {"text": ""}, good | {"audio": np.full((2, 6), np.nan)}]
+    write_pickle(tmp_path / "clips.pkl", rows)
+    tally, found, said = answers(opened, tmp_path / "clips.pkl", tmp_path / "out.jsonl", Options("meld"))
+    assert [row["id"] for row in found] == ["clips-00000", "clips-00003"]
+    assert tally == Tally(answered=2, bad=2)
+    assert said == [
+        "clips.pkl row 1: left out: wrong dimension of audio (9 features per frame instead of 6)",
+        "clips.pkl row 2: left out: empty text",
+        "clips.pkl row 3: no finite frame in audio: counted as missing",
+    ]
+
+
+# ── faulty lines ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -206,7 +363,7 @@ def test_the_command_keeps_stdout_clean_and_says_so_with_its_code(run: Path, mix
     assert [row["id"] for row in rows] == ["good", "nan", "7", "note"]
     assert all(row.keys() == {"id", "task", "prediction", "valid", "answer"} for row in rows)
     assert "line 3: left out: " in done.stderr
-    assert f"answered: 4 line(s); left out: {len(BAD)}" in done.stderr
+    assert f"answered: 4 sample(s); left out: {len(BAD)}" in done.stderr
     good = write(tmp_path / "good.jsonl", unlabelled(run, "meld", tmp_path))
     done = egmf("predict", str(run), "--input", str(good), "--out", str(tmp_path / "new" / "p.jsonl"))
     assert done.returncode == 0, done.stderr
@@ -237,21 +394,29 @@ def test_generated_answers_have_no_probabilities(run: Path, tmp_path: Path) -> N
 def test_places_are_checked_first(tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", [])
     (tmp_path / "link.jsonl").symlink_to(path)
-    for source, out, wanted in (
-        (tmp_path / "none", None, "does not exist"),
-        (tmp_path, None, "is a folder"),
-        (path, tmp_path, "is a folder"),
-        (path, tmp_path / "link.jsonl", "is the input itself"),
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.parquet").write_bytes(b"PAR1\x00\x00")
+    for sources, out, wanted in (
+        ([tmp_path / "none"], None, "does not exist"),
+        (
+            [path, tmp_path / "empty"],
+            None,
+            r"empty is a folder without a file of a known format: JSON lines \(\.jsonl\), ",
+        ),
+        ([tmp_path / "table.parquet"], None, r"is neither text \(JSON lines\) nor of another known format: "),
+        ([path], tmp_path, "is a folder"),
+        ([path], tmp_path / "link.jsonl", "is the input itself"),
     ):
         with pytest.raises(PredictError, match=wanted):
-            check_places(source, out)
-    check_places(None, None)
+            check_places(sources, out)
+    check_places([], None)
+    check_places([path, tmp_path], tmp_path / "new.jsonl")
 
 
 def test_what_cannot_be_written_leaves_what_was(opened: SavedRun, tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", [{"id": f"i{n}", "text": "a", "task": "meld"} for n in range(3)])
     with path.open("rb") as source, Path("/dev/full").open("w") as full, pytest.raises(PredictError, match="No space"):
-        predict(opened, source, tmp_path, full.fileno(), Options(), say=print)
+        predict(opened, source, full.fileno(), Options(), report=print, folder=tmp_path)
     out = write(tmp_path / "out.jsonl", ["before"])
     empty = write(tmp_path / "empty.jsonl", ["", " "])
     with pytest.raises(PredictError, match="no samples"):
@@ -262,19 +427,20 @@ def test_what_cannot_be_written_leaves_what_was(opened: SavedRun, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict(opened, Broken(), tmp_path, out, Options(), say=print)
+        predict(opened, Broken(), out, Options(), report=print, folder=tmp_path)
     assert out.read_text() == "before\n"
     assert not list(tmp_path.glob(".*"))
 
 
 # ── the reader alone ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-ASKED = {"meld": Asked(get_task("meld"), {"audio": 0, "video": 5}, {"audio": None, "video": None})}
+EXPECTED = {"meld": TaskInput(get_task("meld"), {"audio": 0, "video": 5}, {"audio": None, "video": None})}
 
 
-def read(lines: list[Any], folder: Path, **options: Any) -> list[Checked]:
+def read(lines: list[Any], folder: Path, history: int = 0) -> list[CheckedSample]:
     raw = b"\n".join((x if isinstance(x, str) else json.dumps(x)).encode() for x in lines)
-    with UnlabelledReader(io.BytesIO(raw), folder, ASKED, **options) as reader:
+    given = open_input(io.BytesIO(raw), EXPECTED, reread=history > 0, folder=folder)
+    with UnlabelledReader(given, EXPECTED, history=history) as reader:
         return list(reader)
 
 
@@ -324,7 +490,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
 
     def peak(n: int) -> int:
         tracemalloc.start()
-        with UnlabelledReader(Endless(n), tmp_path, ASKED) as reader:  # type: ignore[arg-type]
+        given = open_input(Endless(n), EXPECTED, folder=tmp_path)  # type: ignore[arg-type]
+        with UnlabelledReader(given, EXPECTED) as reader:
             faults = [line.faults for line in reader if line.faults]
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

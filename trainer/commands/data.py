@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from trainer.commands.shared import (
     Json,
+    Plugins,
     print_json,
     print_metrics,
     say,
@@ -36,16 +37,19 @@ def prepare(
     ] = "none",
     force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
-    stand_in: Annotated[bool, typer.Option("--stand-in", help="generate data of the task's shape, no source")] = False,
+    synthetic: Annotated[
+        bool, typer.Option("--stand-in", help="generate a synthetic benchmark of the task's shape, no source")
+    ] = False,
     seed: Annotated[int, typer.Option(help="of generated data")] = 0,
     size: Annotated[
         list[str] | None,
         typer.Option(help="of generated data: SPLIT=N, such as train=4000"),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Read published files once, check them, and write a memory-mapped dataset.
 
-    The diagnostic tasks are generated and take no --source; so are stand-ins for benchmarks, to try a training on.
+    The diagnostic tasks are generated and take no --source; --stand-in generates a synthetic benchmark, to try a training on.
     """
     from trainer.data.prepare import prepare as prepare_files
     from trainer.data.summary import summary_table
@@ -56,18 +60,17 @@ def prepare(
     task = _defined(name, task_file)
     options: dict[str, Any] = {"strict": strict, "drop_bad": drop_bad, "force": force, "workers": workers}
     with _splits_bar() as progress:
-        if stand_in or (task.name.startswith("diagnostic") and get_task(task.name) == task):
-            from trainer.data.generated import diagnostic
-            from trainer.data.generated import synthetic_benchmark as stand_ins
+        if synthetic or (task.name.startswith("diagnostic") and get_task(task.name) == task):
+            from trainer.data.generated import diagnostic, synthetic_benchmark
 
             if source:
                 raise ValueError(f"{task.name} is generated: it takes no --source")
-            generate = stand_ins.generate if stand_in else diagnostic.generate
+            generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
             summary = generate(task.name, out, seed=seed, sizes=_sizes(size), force=force, progress=progress)
         elif not source:
             raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
         else:
-            summary = prepare_files(task, source, out, progress=progress, **options)
+            summary = prepare_files(task, source, out, plugins=plugin or (), progress=progress, **options)
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
 

@@ -27,6 +27,13 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-s<seed>", metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, all else on stderr")]
 Force = Annotated[bool, typer.Option("--force", help="continue a run although settings or data differ")]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        help="a module, or .py file, with readers of further formats (repeated); it runs: only code you trust",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the libraries' own messages and full tracebacks")]
 
 

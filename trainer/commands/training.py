@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from trainer.commands.shared import (
     Json,
     Out,
     Overrides,
+    Plugins,
     check_tasks,
     default_out,
     in_world,
@@ -109,28 +109,41 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
-    source: Annotated[str, typer.Option("--input", help="JSON lines of samples; - is stdin", metavar="FILE")],
+    source: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            help="samples: JSON lines, or any file or folder that prepare reads (repeated: features, annotations); - is stdin",
+            metavar="FILE",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="where the predictions go, JSON lines; - is stdout", metavar="FILE")],
     overrides: Overrides = None,
-    task: Annotated[str | None, typer.Option(help="of lines that name none, where the run has several tasks")] = None,
+    task: Annotated[str | None, typer.Option(help="of samples that name none, where the run has several tasks")] = None,
+    split: Annotated[str | None, typer.Option(help="answer only this split of the input: train, valid or test")] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="add every answer's probability")] = False,
     gates: Annotated[bool, typer.Option("--gates", help="add the weights of experts and modalities")] = False,
     batch: Annotated[
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
+    plugin: Plugins = None,
     debug: Debug = False,
 ) -> int:
-    """Answer own samples with a run's best checkpoint.
+    """Answer samples without labels with a run's best checkpoint.
 
-    Faulty lines are left out and told on stderr with number and reason; the exit code is then 1.
+    Faulty samples are left out and reported on stderr with their place and the reasons; the exit code is then 1.
     """
     from trainer.config import saved_config
-    from trainer.data.unlabelled import check_places
+    from trainer.data.unlabelled.inputs import PredictError, check_places
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
     saved_config(run, chosen)
-    place = None if source == "-" else Path(source)
-    check_places(place, None if out == "-" else Path(out))
+    if "-" in source and len(source) > 1:
+        raise PredictError("--input - is stdin, which is not read together with files")
+    if split not in (None, "train", "valid", "test"):
+        raise PredictError(f"--split is train, valid or test, not {split!r}")
+    places = [Path(name) for name in source if name != "-"]
+    check_places(places, None if out == "-" else Path(out), plugin or [])
 
     def work(world: Any) -> int:
         from trainer.logs import set_up_logging
@@ -140,23 +153,18 @@ def predict(
         console = Console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
         opened = open_run(run, world, chosen)
-        with contextlib.ExitStack() as stack:
-            lines = sys.stdin.buffer if place is None else stack.enter_context(place.open("rb"))
-            bar = stack.enter_context(
-                Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal))
-            )
-            row = bar.add_task("lines", total=None)
+        with Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal)) as bar:
+            row = bar.add_task("samples", total=None)
             tally = predict(
                 opened,
-                lines,
-                Path() if place is None else place.parent,
+                places or sys.stdin.buffer,
                 json_out() if out == "-" else Path(out),
-                Options(task, probabilities, gates),
-                say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+                Options(task, probabilities, gates, split, tuple(plugin or ())),
+                report=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
                 advance=lambda n: bar.advance(row, n),
             )
         if world.is_rank_zero:
-            say(f"answered: {tally.answered} line(s); left out: {tally.bad}")
+            say(f"answered: {tally.answered} sample(s); left out: {tally.bad}")
         return 1 if tally.bad else 0
 
     return in_world(work, debug)

@@ -61,16 +61,17 @@ def prepare(
     drop_bad: DropBad = "none",
     workers: int = 1,
     force: bool = False,
+    plugins: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Summary:
-    """Open the published files at `paths` and prepare them; see :func:`prepare_source`.
+    """Open the published files at `paths` and prepare them; see :func:`prepare_source`. `plugins` bring further formats.
 
     Raises:
         ReaderError: files that cannot be read, or do not fit together.
         DataError: faults in the data, or an `out` that is taken.
     """
     _check_arguments(task, out, strict, drop_bad, workers, force)
-    source = open_source(task, paths)
+    source = open_source(task, paths, plugins=plugins)
     return prepare_source(
         task, source, out, strict=strict, drop_bad=drop_bad, workers=workers, force=force, progress=progress
     )

@@ -1,4 +1,4 @@
-"""Predictions for own samples: JSON lines in, JSON lines out, in chunks of bounded memory."""
+"""Predictions for samples without labels: any known format in, JSON lines out, in chunks of bounded memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import torch
 
 from trainer.batch import Sample
 from trainer.data.folder import terminable
-from trainer.data.unlabelled import Asked, Checked, PredictError, UnlabelledReader
+from trainer.data.unlabelled.inputs import PredictError, TaskInput, open_input
+from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
 from trainer.run.evaluate import Scorer
 from trainer.run.saved import SavedRun
 
-CHUNK_LINES = 512  # whose samples are sorted by length together
+CHUNK_SAMPLES = 512  # that are sorted by length together
 CHUNK_BYTES = 256 << 20  # of features in a chunk
 
 Row = dict[str, Any]
@@ -30,16 +31,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked: `task` of lines that name none; whether probabilities and gate weights are wanted."""
+    """What is asked: `task` of samples that name none; the only `split` to be answered, of those the input has; whether
+    probabilities and gate weights are wanted; `plugins` with readers of further formats."""
 
     task: str | None = None
     probabilities: bool = False
     gates: bool = False
+    split: str | None = None
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass
 class Tally:
-    """How many lines were answered and left out."""
+    """How many samples were answered and left out."""
 
     answered: int = 0
     bad: int = 0
@@ -48,40 +52,44 @@ class Tally:
 @torch.no_grad()
 def predict(
     run: SavedRun,
-    source: BinaryIO,
-    folder: Path,
+    sources: Sequence[Path] | BinaryIO,
     out: Path | int,
     options: Options,
     *,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     advance: Callable[[int], None] = lambda n: None,
+    folder: Path = Path(),
 ) -> Tally:
-    """Answer every good line of `source` and write one line each to `out`, in the order of the input.
+    """Answer every good sample of `sources` and write one line each to `out`, in the order of the input.
 
     An answered line holds `id`, `task`, `prediction` (a label or a number; null where not valid), `valid` and `answer`;
     on request `probabilities` (answer -> p; null for generated text) and `gate_expert`, `gate_modality` (means over the
-    slots: expert -> weight, and expert -> modality -> weight). Bad lines are left out and told to `say` with number and reason.
+    slots: expert -> weight, and expert -> modality -> weight). Bad samples are left out; `report` gets their place and reasons.
 
-    Every rank calls this; rank 0 reads, writes and tells. A file appears whole at the end or not at all.
+    Every rank calls this; rank 0 reads, writes and reports. A file appears whole at the end or not at all.
 
     Args:
-        source: open JSON lines, see `docs/data.md`; read on rank 0 alone.
-        folder: what paths in the lines are relative to.
+        sources: files, or folders of them, in any format that `egmf prepare` reads, or an open file of JSON lines; see
+            `docs/data.md`. Read on rank 0 alone.
         out: a file to be made, or an open file descriptor.
-        advance: told the number of lines done, now and then.
+        advance: called with the number of samples done, now and then.
+        folder: what paths in the lines of an open file are relative to.
 
     Raises:
         PredictError: options that the run cannot answer, no samples at all, or an output that cannot be written.
+        ReaderError: files of another format than JSON lines that cannot be read.
     """
     _check_options(run, options)
     tally = Tally()
     with contextlib.ExitStack() as stack:
-        chunks: Iterator[list[Checked]] = iter(())
+        chunks: Iterator[list[CheckedSample]] = iter(())
         write: Callable[[Iterable[Row]], None] = lambda rows: None  # noqa: E731
         if run.world.is_rank_zero:
             stack.enter_context(terminable())
-            reader = UnlabelledReader(source, folder, _asked(run), task=options.task, history=run.config.data.history)
-            chunks = _chunks(stack.enter_context(reader), CHUNK_LINES)
+            reader = stack.enter_context(_reader(run, sources, options, folder))
+            for note in reader.notes:
+                report(f"note: {note}")
+            chunks = _chunks(reader, CHUNK_SAMPLES)
             write = stack.enter_context(_writing(out))
         scorers = {
             name: Scorer(run.forward, run.parts, run.config, name, run.world, run.dtype) for name in run.parts.tasks
@@ -89,7 +97,7 @@ def predict(
         while (chunk := run.world.broadcast_object(next(chunks, None))) is not None:
             answered = _answered(run, scorers, chunk)
             if run.world.is_rank_zero:
-                _tell(chunk, say)
+                _report(chunk, report)
                 write(_line(run, checked, row, options) for checked, row in answered)
                 tally.answered += len(answered)
                 tally.bad += sum(bool(checked.faults) for checked in chunk)
@@ -98,6 +106,21 @@ def predict(
             raise PredictError("the input holds no samples: it is empty; nothing was written")
     total: Tally = run.world.broadcast_object(tally)
     return total
+
+
+def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options, folder: Path) -> UnlabelledReader:
+    data, history = run.parts.data, run.config.data.history
+    tasks = {name: TaskInput(task, data[name].widths, data[name].rates) for name, task in run.parts.tasks.items()}
+    given = open_input(
+        sources,
+        tasks,
+        task=options.task,
+        split=options.split,
+        reread=history > 0,
+        plugins=options.plugins,
+        folder=folder,
+    )
+    return UnlabelledReader(given, tasks, task=options.task, history=history)
 
 
 def _check_options(run: SavedRun, options: Options) -> None:
@@ -114,18 +137,13 @@ def _check_options(run: SavedRun, options: Options) -> None:
         raise PredictError("\n".join(faults))
 
 
-def _asked(run: SavedRun) -> dict[str, Asked]:
-    data = run.parts.data
-    return {name: Asked(task, data[name].widths, data[name].rates) for name, task in run.parts.tasks.items()}
-
-
-def _chunks(lines: Iterable[Checked], most: int) -> Iterator[list[Checked]]:
-    """Lines in lists of bounded length and bytes of features."""
-    chunk: list[Checked] = []
+def _chunks(samples: Iterable[CheckedSample], most: int) -> Iterator[list[CheckedSample]]:
+    """Samples in lists of bounded length and bytes of features."""
+    chunk: list[CheckedSample] = []
     size = 0
-    for line in lines:
-        chunk.append(line)
-        size += _bytes(line.sample)
+    for checked in samples:
+        chunk.append(checked)
+        size += _bytes(checked.sample)
         if len(chunk) >= most or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -138,11 +156,13 @@ def _bytes(sample: Sample | None) -> int:
     return sum(stream.nbytes for stream in streams if stream is not None)
 
 
-def _answered(run: SavedRun, scorers: dict[str, Scorer], chunk: Sequence[Checked]) -> list[tuple[Checked, Row]]:
-    """The good lines of a chunk and their answers, in order, on rank 0; batches are those of an evaluation of these samples."""
+def _answered(
+    run: SavedRun, scorers: dict[str, Scorer], chunk: Sequence[CheckedSample]
+) -> list[tuple[CheckedSample, Row]]:
+    """The good samples of a chunk and their answers, in order, on rank 0; batches are those of an evaluation of these samples."""
     mine: list[tuple[int, Row]] = []
     for name, scorer in scorers.items():
-        places = [i for i, line in enumerate(chunk) if line.sample is not None and line.task == name]
+        places = [i for i, checked in enumerate(chunk) if checked.sample is not None and checked.task == name]
         samples = [sample for i in places if (sample := chunk[i].sample) is not None]
         lengths = np.array([_length(sample) for sample in samples], dtype=np.int64)
         for micro in scorer.batches(samples, lengths):
@@ -158,7 +178,7 @@ def _length(sample: Sample) -> int:
     return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
 
 
-def _line(run: SavedRun, checked: Checked, row: Row, options: Options) -> Row:
+def _line(run: SavedRun, checked: CheckedSample, row: Row, options: Options) -> Row:
     assert checked.sample is not None
     line: Row = {"id": checked.sample.id, "task": checked.task}
     line |= {key: row[key] for key in ("prediction", "valid", "answer")}
@@ -179,12 +199,12 @@ def _finite(values: Sequence[float]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def _tell(chunk: Iterable[Checked], say: Callable[[str], None]) -> None:
-    for line in chunk:
-        if line.faults:
-            say(f"line {line.number}: left out: {'; '.join(line.faults)}")
-        elif line.notes:
-            say(f"line {line.number}: {'; '.join(line.notes)}")
+def _report(chunk: Iterable[CheckedSample], report: Callable[[str], None]) -> None:
+    for checked in chunk:
+        if checked.faults:
+            report(f"{checked.where}: left out: {'; '.join(checked.faults)}")
+        elif checked.notes:
+            report(f"{checked.where}: {'; '.join(checked.notes)}")
 
 
 @contextlib.contextmanager

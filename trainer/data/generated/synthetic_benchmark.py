@@ -1,4 +1,4 @@
-"""Generated stand-ins for the benchmarks: their tasks and languages, their shapes in small, evidence as in the diagnostic data.
+"""Synthetic benchmarks, generated in place of the real ones: their tasks and languages, their shapes in small, evidence as in the diagnostic data.
 
 They show that a training of several tasks works, and what it costs; they say nothing about the benchmarks themselves.
 
@@ -32,7 +32,7 @@ IDLE = {"en": ("today", "again", "slowly", "then"), "zh": ("今天", "慢慢地"
 
 @dataclass(frozen=True)
 class Shape:
-    """What the stand-in of a task is like: the answers of the four classes, their shares, features of a frame."""
+    """What the synthetic benchmark of a task is like: the answers of the four classes, their shares, features of a frame."""
 
     answers: tuple[str | float, ...]
     shares: tuple[float, ...]
@@ -58,13 +58,13 @@ def generate(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Generate the stand-in of a task and prepare it in `out`: a function of version, task, seed and sizes.
+    """Generate the synthetic benchmark of a task and prepare it in `out`: a function of version, task, seed and sizes.
 
     Raises:
-        ValueError: a task without a stand-in, or sizes under 16 (every kind with every class).
+        ValueError: a task without one, or sizes under 16 (every kind with every class).
     """
     if name not in SHAPES:
-        raise ValueError(f"no stand-in for task {name!r}; there is one for {', '.join(SHAPES)}")
+        raise ValueError(f"no synthetic benchmark for task {name!r}; there is one for {', '.join(SHAPES)}")
     sizes = {**SIZES, **(sizes or {})}
     small = {split: n for split, n in sizes.items() if n < 16}
     if small:

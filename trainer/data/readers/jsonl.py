@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -166,32 +167,19 @@ def _unused(key: str, n: int) -> str:
 def _sample(task: Task, path: Path, data: mmap.mmap, split: str, places: list[_Place], i: int) -> RawSample:
     number, start, stop = places[i]
     line = Line.model_validate_json(data[start:stop].strip())
-    name = f"{split}-{number:05d}" if line.id is None else str(line.id)
-    return raw_sample(task, path.parent, line, name, split, f"{path.name} line {number}")
-
-
-def raw_sample(task: Task, folder: Path, line: Line, name: str, split: str, where: str) -> RawSample:
-    """The sample `name` of a line whose paths are relative to `folder`.
-
-    Raises:
-        ReaderError: a feature file cannot be read, though its header can.
-    """
+    name = f"{split or path.stem}-{number:05d}" if line.id is None else str(line.id)
     first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
-    features: dict[str, np.ndarray | None] = {}
-    for stream in ("audio", "video"):
-        file = getattr(line, stream)
-        try:
-            features[stream] = None if file is None else load_features(folder / file, stream)
-        except (OSError, ValueError) as error:
-            at = f"{where}: " if where else ""
-            raise ReaderError(f"{at}{stream} file {folder / file} cannot be read: {error}") from error
+    sample = plain_sample(line, name, split, f"{path.name} line {number}", second if first is None else first)
+    return with_features(sample, path.parent, line)
+
+
+def plain_sample(line: Line, name: str, split: str, where: str, label: str | float | None = None) -> RawSample:
+    """The sample `name` of a line, without its features."""
     return RawSample(
         id=name,
         split=split,
         text=line.text,
-        label=second if first is None else first,
-        audio=features["audio"],
-        video=features["video"],
+        label=label,
         audio_length=line.audio_length,
         video_length=line.video_length,
         speaker=_word(line.speaker),
@@ -201,6 +189,23 @@ def raw_sample(task: Task, folder: Path, line: Line, name: str, split: str, wher
         language=line.language,
         where=where,
     )
+
+
+def with_features(sample: RawSample, folder: Path, line: Line) -> RawSample:
+    """The sample with the features of its line, whose paths are relative to `folder`.
+
+    Raises:
+        ReaderError: a feature file cannot be read, though its header can.
+    """
+    features: dict[str, Any] = {}
+    for stream in ("audio", "video"):
+        file = getattr(line, stream)
+        try:
+            features[stream] = None if file is None else load_features(folder / file, stream)
+        except (OSError, ValueError) as error:
+            at = f"{sample.where}: " if sample.where else ""
+            raise ReaderError(f"{at}{stream} file {folder / file} cannot be read: {error}") from error
+    return replace(sample, **features)
 
 
 def _word(value: Word) -> str | None:

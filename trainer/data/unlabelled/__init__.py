@@ -1,0 +1,5 @@
+"""Samples without labels, to be predicted: read one after the other and checked as preparation checks them.
+
+In: any registered format (`inputs.py`); JSON lines are streamed, so that files of any size and pipes can be read. Out: a
+`CheckedSample` for each, with the sample or what is wrong with it (`reader.py`), and the dialogue before it (`history.py`).
+"""

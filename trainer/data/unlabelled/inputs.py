@@ -1,0 +1,317 @@
+"""Where samples to be predicted come from: JSON lines, streamed, or files of any other format that preparation reads."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from trainer.data.readers.jsonl import JsonlReader, Line, feature_faults, parse_line, plain_sample, with_features
+from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Source, split_of
+from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
+from trainer.data.readers.source import open_source
+from trainer.data.rows import STREAMS
+from trainer.tasks import Task
+
+LONGEST = 16 << 20  # bytes of a line
+_KNOWN_KEYS = ("id", "text", "audio", "video", "audio_length", "video_length", "speaker", "dialogue", "turn", "task")
+
+
+class PredictError(ValueError):
+    """A request that cannot be answered, or an output that cannot be written."""
+
+
+@dataclass(frozen=True)
+class TaskInput:
+    """What a model reads of one of its tasks: `widths` (features a frame, 0: none) and `rates` (frames a second, None:
+    unknown) are those of the data it was trained with."""
+
+    task: Task
+    widths: Mapping[str, int]
+    rates: Mapping[str, float | None]
+
+
+@dataclass
+class UncheckedSample:
+    """A sample as given. `raw` has everything but features, None where it cannot be read; `load(faults)` has the features
+    too, or reports why it cannot be had. `order` counts all samples of the input, `where` names the place for the user."""
+
+    order: int
+    where: str
+    task: str | None = None
+    raw: RawSample | None = None
+    load: Callable[[list[str]], RawSample | None] = lambda faults: None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class SampleInput(Protocol):
+    """Samples to be predicted. `notes` is what the user should see of the whole input."""
+
+    notes: list[str]
+
+    def __enter__(self) -> SampleInput: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def samples(self) -> Iterator[UncheckedSample]:
+        """All samples in order. A second call reads anew, where `reread` was asked for."""
+        ...
+
+    def wanted(self, sample: UncheckedSample) -> bool:
+        """Whether the sample is to be answered; the others count for histories alone."""
+        ...
+
+
+def check_places(sources: Sequence[Path], out: Path | None, plugins: Sequence[str] = ()) -> None:
+    """Refuse what can be refused before a model is loaded; no source stands for stdin, no `out` for stdout.
+
+    Raises:
+        PredictError: no such input, a folder without a file of a known format, an output that is a folder or an input.
+    """
+    readers = known_readers(tuple(plugins))
+    for source in sources:
+        if not source.exists():
+            raise PredictError(f"{source} does not exist: --input is a file or folder of samples, or - for stdin")
+        if source.is_dir() and not any(reader_of(path, readers) for path in source.iterdir() if path.is_file()):
+            known = ", ".join(map(str, readers))
+            raise PredictError(f"{source} is a folder without a file of a known format: {known}")
+        if source.is_file() and reader_of(source, readers) is None and b"\0" in _head(source):
+            known = ", ".join(map(str, readers))
+            raise PredictError(f"{source} is neither text (JSON lines) nor of another known format: {known}")
+        if out is not None and out.exists() and out.samefile(source) and not out.is_dir():
+            raise PredictError(f"--out is the input itself, {source}: choose another file")
+    if out is not None and out.is_dir():
+        raise PredictError(f"{out} is a folder: --out is the file of predictions, or - for stdout")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
+
+
+def open_input(
+    sources: Sequence[Path] | BinaryIO,
+    tasks: Mapping[str, TaskInput],
+    *,
+    task: str | None = None,
+    split: str | None = None,
+    reread: bool = False,
+    plugins: Sequence[str] = (),
+    folder: Path = Path(),
+) -> SampleInput:
+    """The input at `sources`: JSON lines (also an open file, and files with an unknown suffix), or another format.
+
+    Args:
+        tasks: what the model reads; `task` is that of samples which name none, and may be None where there is only one.
+        split: the only split to be answered.
+        reread: whether the samples will be read more than once.
+        folder: what paths in the lines of an open file are relative to; those in a named file are relative to its own.
+
+    Raises:
+        PredictError: a format whose samples name no task, where the model has several.
+    """
+    if not isinstance(sources, Sequence):
+        return JsonLinesInput([(sources, folder, "")], task, split, reread)
+    readers = known_readers(tuple(plugins))
+    chosen = task if task is not None or len(tasks) > 1 else next(iter(tasks))
+    files = _files(sources, readers, tasks[chosen].task if chosen else next(iter(tasks.values())).task)
+    if all(reader is None or isinstance(reader, JsonlReader) for _, reader in files):
+        named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
+        return JsonLinesInput(named, task, split, reread)
+    if chosen is None:
+        raise PredictError(
+            f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
+        )
+    return SourceInput(sources, chosen, tasks[chosen], split, plugins)
+
+
+def _files(sources: Sequence[Path], readers: Sequence[Reader], task: Task) -> list[tuple[Path, Reader | None]]:
+    files: list[tuple[Path, Reader | None]] = []
+    for source in sources:
+        files += in_folder(task, source, readers)[0] if source.is_dir() else [(source, reader_of(source, readers))]
+    return files
+
+
+# ── JSON lines ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class UnlabelledLine(Line):
+    """One sample as written; label, target and kind are not needed and not read."""
+
+    task: str | None = None
+
+
+class _OpenFile(NamedTuple):
+    file: BinaryIO
+    folder: Path  # paths in the lines are relative to it
+    label: str  # in front of "line 7", where there are several files
+    split: str | None  # that the file is named after
+
+
+class JsonLinesInput:
+    """One's own samples, a line at a time, so that memory does not grow with the input; a faulty line costs only itself.
+
+    A file that cannot be read twice, such as a pipe, is copied to disk where that is needed.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[Path | BinaryIO, Path, str]],
+        task: str | None,
+        split: str | None = None,
+        reread: bool = False,
+    ) -> None:
+        self._given, self._task, self._split, self._reread = files, task, split, reread
+        self._files: list[_OpenFile] = []
+        self._stack = contextlib.ExitStack()
+        self.notes: list[str] = []
+
+    def __enter__(self) -> JsonLinesInput:
+        with contextlib.ExitStack() as stack:
+            for given, folder, label in self._given:
+                file = stack.enter_context(given.open("rb")) if isinstance(given, Path) else given
+                if self._reread and not file.seekable():
+                    copy = stack.enter_context(tempfile.TemporaryFile())
+                    shutil.copyfileobj(file, copy)
+                    copy.seek(0)
+                    file = copy
+                name = split_of(given.stem) if isinstance(given, Path) else None
+                self._files.append(_OpenFile(file, folder, label, name))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def samples(self) -> Iterator[UncheckedSample]:
+        order = 0
+        for source in self._files:
+            if self._reread:
+                source.file.seek(0)
+            for number, raw, fault in _lines(source.file):
+                order += 1
+                sample = UncheckedSample(order, f"{source.label}line {number}", faults=[fault] if fault else [])
+                if not fault:
+                    self._parse(raw, source, sample)
+                yield sample
+
+    def _parse(self, raw: bytes, source: _OpenFile, sample: UncheckedSample) -> None:
+        faults: list[str] = []
+        line = parse_line(raw, "", faults, UnlabelledLine)
+        sample.faults += [fault.removeprefix(": ") for fault in faults]
+        if line is None:
+            return
+        _check_keys(line, sample)
+        sample.task = self._task if line.task is None else line.task
+        sample.rates = {str(name): rate for name, rate in line.rate.items()}
+        id = "" if line.id is None else str(line.id)
+        split = line.split if line.split is not None else source.split if self._split is not None else None
+        if self._split is not None and SPLIT_NAMES.get((split or "").lower()) is None:
+            sample.faults.append(f"split {split!r} is none of train, valid, test, and --split asks for {self._split}")
+        sample.raw = plain_sample(line, id, split or "", "")
+        sample.load = partial(_load_line, sample.raw, source.folder, line)
+
+    def wanted(self, sample: UncheckedSample) -> bool:
+        if self._split is None or sample.raw is None:
+            return True
+        return SPLIT_NAMES.get(sample.raw.split.lower(), self._split) == self._split
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes, str]]:
+    """Number and content of every line that is not blank, or the fault of one that is too long."""
+    number = 0
+    while raw := file.readline(LONGEST):
+        number += 1
+        if len(raw) == LONGEST and not raw.endswith(b"\n"):
+            while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
+                pass
+            yield number, b"", f"is longer than {LONGEST >> 20} MiB"
+            continue
+        raw = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
+        if raw:
+            yield number, raw, ""
+
+
+def _check_keys(line: UnlabelledLine, sample: UncheckedSample) -> None:
+    """A key that is probably a misspelt one costs the line: without it, a part of the sample would be missing."""
+    for key in line.model_extra or {}:
+        near = difflib.get_close_matches(key, [k for k in _KNOWN_KEYS if k not in line.model_fields_set], n=1)
+        if near:
+            sample.faults.append(f"unknown key {key[:40]!r} (did you mean {near[0]}?)")
+        else:
+            sample.notes.append(f"unknown key {key[:40]!r}: not used")
+
+
+def _load_line(raw: RawSample, folder: Path, line: UnlabelledLine, faults: list[str]) -> RawSample | None:
+    if unreadable := feature_faults(folder, line):
+        faults += unreadable
+        return None
+    try:
+        return with_features(raw, folder, line)
+    except ReaderError as error:
+        faults.append(str(error))
+        return None
+
+
+# ── other formats ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SourceInput:
+    """Files that :func:`trainer.data.readers.source.open_source` reads; labels and splits may be absent.
+
+    Files that cannot be read refuse the whole input, a faulty sample costs only itself.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], task: str, expected: TaskInput, split: str | None, plugins: Sequence[str]
+    ) -> None:
+        self._paths, self._task, self._expected, self._split = paths, task, expected, split
+        self._plugins = plugins
+        self._source: Source
+        self.notes: list[str] = []
+
+    def __enter__(self) -> SourceInput:
+        """Raises ReaderError, or PredictError for a split that is not there or features of another rate."""
+        self._source = open_source(self._expected.task, self._paths, labelled=False, plugins=self._plugins)
+        self.notes = list(self._source.notes)
+        if self._split is not None and self._split not in self._source.splits:
+            held = ", ".join(filter(None, self._source.splits)) or "none; the file's name may say it (test.pkl)"
+            raise PredictError(f"--split {self._split}: the input has no such split, it has {held}")
+        rates = {name: rate for name, rate in self._source.rates.items() if rate is not None}
+        if faults := rate_faults(rates, self._expected):
+            raise PredictError("\n".join(faults))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._source
+
+    def samples(self) -> Iterator[UncheckedSample]:
+        order = 0
+        for split in self._source.splits if self._split is None else [self._split]:
+            for raw in self._source.samples(split):
+                order += 1
+                yield UncheckedSample(order, raw.where, self._task, raw, partial(_given, raw))
+
+    def wanted(self, sample: UncheckedSample) -> bool:
+        return True
+
+
+def _given(raw: RawSample, faults: list[str]) -> RawSample:
+    return raw
+
+
+def rate_faults(rates: Mapping[str, float], expected: TaskInput) -> list[str]:
+    """Where features have other rates than those the model was trained with."""
+    known = {name: expected.rates.get(name) for name in STREAMS}
+    return [
+        f"another rate of {name} ({rate:g} frames a second, the run's data have {known[name]:g}: resample)"
+        for name, rate in rates.items()
+        if known[name] is not None and rate != known[name]
+    ]
