@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from tests.distributed.fork_server import run, start
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,6 +26,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def shared_memory() -> set[str]:
+    """The names of the buffers of DeepSpeed's all-reduce; a run that starts has some for a moment."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("deepspeed_allreduce_buffer_")}
+
+
+def assert_gone(names: set[str], seconds: float = 60.0) -> None:
+    """None of these buffers is left; those of runs that start elsewhere at this time are soon gone."""
+    end = time.monotonic() + seconds
+    while left := names & shared_memory():
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -38,9 +56,7 @@ def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 500
     for rank in range(procs):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1"}
         env = environment(**place, MASTER_PORT=port, **more)
-        ranks.append(
-            subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        ranks.append(start(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     said = []
     try:
         for worker in ranks:
@@ -55,4 +71,16 @@ def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 500
 def egmf(*arguments: str, timeout: float = 500, **more: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "trainer", *arguments]
-    return subprocess.run(command, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return run(command, env=environment(**more), cwd=ROOT, timeout=timeout)
+
+
+def install_packages(packages: Sequence[str]) -> str | None:
+    """Install Debian packages, one process at a time; what went wrong."""
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    with Path("/tmp/egmf-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+            done = subprocess.run(["apt-get", "-qq", *command], env=quiet, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                return f"apt-get {' '.join(command)} failed: {done.stderr[-300:]}"
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.checkpoint_worker import DAMAGES
-from tests.distributed.processes import egmf, run_ranks
+from tests.distributed.processes import ROOT, egmf, environment, run, run_ranks
 from tests.toy import prepare_toy
 
 pytestmark = pytest.mark.distributed
@@ -86,13 +87,9 @@ def test_a_removed_folder_is_said(told: dict[str, Any]) -> None:
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, small_disk: Path, capfd: Any) -> None:
-    import sys
-
-    from tests.distributed.processes import ROOT, environment
-
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "tests.distributed.checkpoint_worker", str(data), str(small_disk), "full"],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env=environment(), cwd=ROOT, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     refused = next(line for line in done.stdout.splitlines() if line.startswith("REFUSED"))

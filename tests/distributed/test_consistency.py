@@ -6,13 +6,13 @@ import copy
 import importlib.metadata
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.processes import environment, run
 from tests.toy import prepare_toy
 from trainer.config import load_config
 from trainer.distributed.consistency import differences, folder_fingerprint, report
@@ -92,9 +92,9 @@ def test_a_models_fingerprint_sees_changed_bytes_at_both_ends(model: Path, place
 
 def test_a_node_tells_its_report_as_one_json_object(data: Path) -> None:
     command = [sys.executable, "-m", "launch.start.nodes", str(TINY), "task=meld", f"data.path={data}/{{task}}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    done = run(command, env=environment(), cwd=ROOT, timeout=400)
     told = json.loads(done.stdout)
     assert told["cpus"] >= 1
     assert not told["faults"]
-    bad = subprocess.run([*command, "train.sed=1"], capture_output=True, text=True, cwd=ROOT, timeout=400)
+    bad = run([*command, "train.sed=1"], env=environment(), cwd=ROOT, timeout=400)
     assert "train.sed: unknown key; did you mean seed?" in json.loads(bad.stdout)["faults"]["config"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import ROOT, environment
+from tests.distributed.processes import ROOT, environment, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -19,10 +18,10 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(
     tmp_path: Path, case: str, procs: int, kills: int
 ) -> None:
     out = tmp_path / "result.json"
-    done = subprocess.run(
+    done = run(
         [sys.executable, "benchmarks/killtest.py", "--work", str(tmp_path / "work"), "--out", str(out), "--steps=24",
          f"--cases={case}", f"--procs={procs}", f"--kills={kills}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=850,
+        cwd=ROOT, env=environment(), timeout=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     held = json.loads(out.read_text())

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.processes import ROOT, egmf, environment, free_port
+from tests.distributed.processes import ROOT, assert_gone, egmf, environment, free_port, shared_memory, start
 from tests.toy import prepare_toy
+from trainer.distributed.process_group import missing_build_tools
 
 pytestmark = pytest.mark.distributed
 STEPS = 8
@@ -121,7 +122,7 @@ def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: 
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
     for name, command in starts.items():
         out = work / name
-        held = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+        held = shared_memory()
         done = subprocess.run(
             [*command, "--out", str(out)],
             env=environment(PATH=path),
@@ -130,7 +131,7 @@ def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: 
             text=True,
             timeout=500,
         )
-        assert not set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - held
+        assert_gone(shared_memory() - held)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert record(out)["state"] == "done"
         same_results(out, whole)
@@ -139,9 +140,8 @@ def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: 
 def test_a_stopped_run_exits_85_and_continues_to_the_same_weights(work: Path, whole: Path) -> None:
     out = work / "stopped"
     arguments = ["launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out)]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "trainer", *arguments], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    line = [sys.executable, "-m", "trainer", *arguments]
+    launcher = start(line, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert launcher.stderr is not None
     said = ""
     for line in launcher.stderr:
@@ -196,8 +196,8 @@ def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
     work: Path, plant: str, code: int, what: str, why: str
 ) -> None:
     out = work / plant
-    held = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-    launcher = subprocess.Popen(
+    held = shared_memory()
+    launcher = start(
         [sys.executable, "-m", "trainer", "launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out),
          "track.mlflow=false"],
         env=environment(**{plant: "1", "PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}),
@@ -218,7 +218,7 @@ def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
     assert why in last
     assert record(out)["state"] == "failed"
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    assert not set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - held
+    assert_gone(shared_memory() - held)
 
 
 def _text(path: Path) -> str:
@@ -265,12 +265,13 @@ def test_the_optimizer_in_host_memory_trains_to_the_same_weights(work: Path) -> 
             torch.testing.assert_close(held[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_an_interrupted_build_of_the_op_does_not_hang_the_next(work: Path) -> None:
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/egmf/torch_extensions"))
-    built = next(root.glob("*/*.so"), None)
-    if built is None:
+def test_an_interrupted_build_of_the_op_does_not_hang_the_next(work: Path, whole: Path) -> None:
+    if missing_build_tools():
         pytest.skip("the op is not built here: no C++ compiler")
-    (built.parent / "lock").touch()
+    shared = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/egmf/torch_extensions"))
+    root = work / "extensions"  # other tests use what the run before has built, at the same time
+    shutil.copytree(shared / "deepspeed_shm_comm", root / "deepspeed_shm_comm")
+    (root / "deepspeed_shm_comm" / "lock").touch()
     done = egmf(
         "train",
         str(work / "toy.yaml"),
@@ -279,5 +280,6 @@ def test_an_interrupted_build_of_the_op_does_not_hang_the_next(work: Path) -> No
         "train.steps=1",
         "track.mlflow=false",
         timeout=400,
+        TORCH_EXTENSIONS_DIR=str(root),
     )
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.distributed.processes import ROOT, egmf, environment
+from tests.distributed.processes import ROOT, egmf, environment, start
 from tests.toy import prepare_toy
 from trainer.distributed.signals import StopRequest
 
@@ -57,7 +57,7 @@ def listening(pid: int, number: signal.Signals) -> bool:
 
 def stop_at_the_start(work: Path, out: Path) -> str:
     """Start a run and send SIGUSR1 to one worker as soon as it listens; what was said."""
-    launcher = subprocess.Popen(
+    launcher = start(
         [sys.executable, "-m", "trainer", *arguments(work, out)],
         env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

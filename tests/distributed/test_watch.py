@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.processes import ROOT, egmf, environment
+from tests.distributed.processes import ROOT, egmf, environment, run
 from tests.distributed.watch_worker import CASES
 from tests.toy import prepare_toy
 from trainer.distributed.rank_snapshots import Frame, RankSnapshot, format_stacks, headline
@@ -23,7 +22,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case of the worker, run at the same time."""
     folder = tmp_path_factory.mktemp("watch")
     command = [sys.executable, "-m", "tests.distributed.watch_worker", str(folder)]
-    subprocess.run(command, env=environment(), cwd=ROOT, check=True, timeout=600)
+    done = run(command, env=environment(), cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.processes import ROOT
+from tests.distributed.processes import ROOT, install_packages
 
 NET = "10.81.0"
 BRIDGE = "egmfhbr"
@@ -197,11 +197,9 @@ def install() -> None:
         raise RuntimeError("network namespaces need root")
     missing = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SBIN)]
     if missing:
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *missing]):
-            done = subprocess.run(["apt-get", *command], env=env, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(missing)} cannot be installed: {done.stderr[-300:]}")
+        failed = install_packages(missing)
+        if failed:
+            raise RuntimeError(failed)
 
 
 def _clear() -> None:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.distributed.processes import install_packages
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 PACKAGES = ("slurm-wlm", "munge", "iproute2")
 NET, BRIDGE, PORT = "10.79.0", "slbr0", 17817
@@ -64,11 +66,9 @@ def missing() -> str | None:
     if not all(map(shutil.which, PROGRAMS)):
         if shutil.which("apt-get") is None:
             return f"no {', '.join(p for p in PROGRAMS if not shutil.which(p))} and no apt-get to install it with"
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (("update",), ("install", "-y", "--no-install-recommends", *PACKAGES)):
-            done = subprocess.run(["apt-get", "-qq", *command], env=quiet, capture_output=True, text=True)
-            if done.returncode:
-                return f"apt-get {command[0]} failed: {done.stderr[-300:]}"
+        failed = install_packages(PACKAGES)
+        if failed:
+            return failed
     tried = subprocess.run(["ip", "netns", "add", "slntry"], capture_output=True, text=True)
     if tried.returncode:
         return f"network namespaces cannot be made: {tried.stderr.strip()}"

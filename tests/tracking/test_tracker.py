@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from tests.distributed.processes import ROOT, egmf, environment, free_port
+from tests.distributed.processes import ROOT, egmf, environment, free_port, start
 from tests.tracking.mlflow_server import MlflowServer, Proxy, assert_same_as_journal, histories
 from trainer.config import RunConfig, check_config, dump_config, flatten
 from trainer.tracking.journal import read_journal
@@ -329,7 +329,7 @@ def test_a_killed_run_continues_without_a_step_twice_or_missing(
     out, dice, last = tmp_path / "run", random.Random(0), 0
     for seconds in (None, 0.4, 0.8, 1.2, 1.6):  # after its first step; None: while it starts
         command = [sys.executable, "-c", TRAINING, str(max(1, last - dice.randint(0, 50))), proxy.uri, str(out)]
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = start(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         told = "" if seconds is None else process.stdout.readline()
         time.sleep(0.5 if seconds is None else seconds)

@@ -2,7 +2,7 @@
 
 EGMF_TEST_KILL_IN=MODULE:NAME   the function, such as trainer.run.evaluate:_rows
 EGMF_TEST_KILL_RANK=R           the rank that is killed when it calls it
-EGMF_TEST_KILL_MARK=FILE        gets the time of the kill
+EGMF_TEST_KILL_MARK=FILE        gets the time of the kill, and the port at which the ranks meet
 """
 
 import importlib.abc
@@ -16,7 +16,7 @@ MODULE, _, NAME = os.environ.get("EGMF_TEST_KILL_IN", "").partition(":")
 
 def kill(*arguments: object, **named: object) -> None:
     with open(os.environ["EGMF_TEST_KILL_MARK"], "w") as mark:
-        mark.write(str(time.time()))
+        mark.write(f"{time.time()} {os.environ['MASTER_PORT']}")
     os.kill(os.getpid(), 9)
 
 

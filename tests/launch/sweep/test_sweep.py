@@ -17,7 +17,7 @@ import pytest
 from launch.sweep.mlflow_parent import ParentRun
 from launch.sweep.pool import Budget
 from launch.sweep.sweep import Sweep, expand, finished, open_record, parse_seeds, split_values, write_record
-from tests.distributed.processes import ROOT, egmf, environment, free_port
+from tests.distributed.processes import ROOT, egmf, environment, free_port, run, start
 from tests.slurm.lab import wait_for
 from tests.toy import prepare_toy
 from trainer.config import TrackConfig
@@ -221,7 +221,7 @@ def test_runs_that_fail_die_or_stop_leave_the_others_alone_and_the_same_command_
     (out / "s1").mkdir(parents=True)
     (out / "s1" / "checkpoints").write_text("in the way")
     line = [sys.executable, "-m", "trainer", *plan]
-    started = subprocess.Popen(line, env=environment(**SLOW), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    started = start(line, env=environment(**SLOW), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     runs = {seed: out / f"s{seed}" for seed in (1, 2, 3, 4)}
 
     def saved(seed: int) -> None:
@@ -296,5 +296,5 @@ for stage in (0, 2):
 @pytest.mark.slow
 def test_a_run_leaves_no_model_in_memory(toy: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-c", KEPT, str(toy), str(tmp_path)]
-    done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = run(line, env=environment(), cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,64 @@
+"""What all tests share: the fork server of the processes that they start, and the order in which they run side by side."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import fork_server
+
+# With `-n N --dist loadgroup --no-loadscope-reorder` the tests of a group run one after the other in one process, and groups begin
+# in this order: those that wait most come first, so that others compute beside them, then the longest. A group is all tests whose
+# id begins so (the longest that fits counts); every other file is a group too.
+GROUPS = (
+    "tests/slurm/",
+    "tests/multinode/",
+    "tests/test_clean_clone.py",
+    "tests/distributed/test_kill.py",
+    "tests/distributed/test_zero.py::test_every_supported_combination",
+    "tests/distributed/test_zero.py",
+    "tests/launch/sweep/test_reproduce.py",
+    "tests/launch/sweep/test_sweep.py",
+    "tests/distributed/test_launch.py",
+    "tests/distributed/test_worlds.py",
+    "tests/distributed/test_stop.py",
+    "tests/distributed/test_sharded.py",
+    "tests/distributed/test_faults.py",
+    "tests/launch/plan/test_plan_memory.py",
+    "tests/launch/doctor/test_preflight.py",
+    "tests/distributed/test_checkpoint.py",
+    "tests/distributed/test_watch.py",
+    "tests/run/test_guard.py",
+    "tests/kernels/test_mutants.py",
+    "tests/results/test_robustness.py",
+    "tests/results/test_predict.py",
+    "tests/golden/",
+    "tests/tracking/test_tracker.py",
+    "tests/data/test_fuzz.py",
+    "tests/test_cli.py",
+    "tests/gpu/",
+    "tests/results/report/",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that the workers of pytest-xdist belong to, or the only one
+        folder = Path(tempfile.mkdtemp(prefix="egmf-fork-"))
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        fork_server.offer(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups = {item: _group(item.nodeid) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    order = {group: place for place, group in enumerate(GROUPS)}
+    items.sort(key=lambda item: order.get(groups[item], len(order)))
+
+
+def _group(test: str) -> str:
+    return max((group for group in GROUPS if test.startswith(group)), key=len, default=test.partition("::")[0])
