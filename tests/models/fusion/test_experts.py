@@ -332,7 +332,7 @@ def test_semantic_prefers_the_same_moment_before_training():
 
 
 def test_semantic_needs_two_modalities():
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="SemanticExpert needs at least 2 modalities, not 1"):
         SemanticExpert(config(), ("audio",))
 
 
