@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
+from typer.main import get_command
 
 from tests.distributed.processes import egmf
 from tests.toy import prepare_toy
-from trainer.cli import _spread
-from trainer.commands.shared import default_out
+from trainer.cli import app
+from trainer.commands.options import default_out, option_groups
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,19 +140,68 @@ def test_a_run_can_be_evaluated_again_alone_and_with_other_settings(tmp_path: Pa
     assert "another frozen backbone" in other.stderr
 
 
-def test_sources_are_spread_and_runs_named() -> None:
-    words = ["prepare", "meld", "--source", "a", "b", "--strict", "--source", "c", "--out", "d"]
-    assert _spread(words) == [
-        "prepare",
-        "meld",
-        "--source",
-        "a",
-        "--source",
-        "b",
-        "--strict",
-        "--source",
-        "c",
-        "--out",
-        "d",
-    ]
+@pytest.mark.parametrize(
+    ("words", "sources", "drop_bad"),
+    [
+        ("meld --source a b --strict --source c --out d", ["a", "b", "c"], "none"),
+        ("meld --out d --drop-bad --source a b", ["a", "b"], "train"),
+        ("meld --out d --source=a --drop-bad=all", ["a"], "all"),
+        ("--source a meld --drop-bad --out d", ["a"], "train"),
+        ("--drop-bad meld --out d", [], "train"),
+    ],
+)
+def test_prepare_takes_several_sources_and_drop_bad_with_or_without_a_value(
+    words: str, sources: list[str], drop_bad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*, source: list[Path] | None, drop_bad: str, **others: object) -> dict[str, object]:
+        return {"source": list(map(str, source or [])), "drop_bad": drop_bad, **others}
+
+    command = get_command(app).commands["prepare"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(command, "callback", parsed)
+    found = command.main(words.split(), standalone_mode=False)
+    assert (found["source"], found["drop_bad"]) == (sources, drop_bad)
+    assert (found["name"], found["out"]) == ("meld", "d")
+
+
+def test_several_sources_belong_to_the_option_alone() -> None:
+    for words in (("meld", "a", "--out", "d"), ("meld", "--strict", "a", "--out", "d"), ("meld", "--out", "d", "a")):
+        done = egmf("prepare", *words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert "unexpected extra argument" in done.stderr
+
+
+def test_the_deepspeed_launchers_rank_is_taken_before_the_command(tmp_path: Path) -> None:
+    done = egmf("--local_rank=3", "score", "--task", "meld", str(tmp_path / "none.csv"))
+    assert done.returncode == 1
+    assert "none.csv" in done.stderr
+    assert "local_rank" not in egmf("--help").stdout
+
+
+def test_a_run_folder_is_named_after_its_config_and_seed() -> None:
     assert default_out(Path("configs/meld.yaml"), 3) == Path("runs/meld-s3")
+
+
+def test_a_dataclass_parameter_becomes_one_option_for_each_field() -> None:
+    @dataclass(frozen=True)
+    class Size:
+        width: Annotated[int, typer.Option(min=1)] = 2
+        tags: Annotated[list[str] | None, typer.Option()] = None
+
+    found = []
+    small = typer.Typer()
+
+    @small.command()
+    @option_groups
+    def measure(name: str, size: Size, force: bool = False) -> None:
+        """Measure it."""
+        found.append((name, size, force))
+
+    command = get_command(small)
+    command.main(["a", "--width", "5", "--tags", "x", "--tags", "y", "--force"], standalone_mode=False)
+    command.main(["b"], standalone_mode=False)
+    assert [(name, size.width, list(size.tags or ()), force) for name, size, force in found] == [
+        ("a", 5, ["x", "y"], True),
+        ("b", 2, [], False),
+    ]
+    with pytest.raises(typer.BadParameter):
+        command.main(["c", "--width", "0"], standalone_mode=False)

@@ -7,11 +7,9 @@ resumable.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +27,8 @@ from trainer.commands import (
     sweep,
     training,
 )
-from trainer.commands.shared import say, stdout_to_stderr
+from trainer.commands.options import Invocation
+from trainer.commands.output import say
 from trainer.distributed.launcher import follow_launcher
 
 app = typer.Typer(
@@ -49,6 +48,9 @@ launching.launch_app.command("slurm")(slurm.launch_slurm)
 app.add_typer(launching.launch_app, name="launch")
 app.add_typer(runs.track_app, name="track")
 
+# typer brings its own copy of click since 0.20, so the base of all usage faults has no public name in every version
+USAGE_FAULT: Any = typer.BadParameter.__base__
+
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -57,27 +59,25 @@ def _print_version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def common_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
-) -> None: ...
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True, help="put before the command by the deepspeed launcher")
+    ] = None,
+) -> None:
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 def main() -> None:
     """Run the command line; every fault of the user's is one message on stderr and exit code 1."""
     follow_launcher()
-    arguments = sys.argv[1:]
-    rank = next((a.partition("=")[2] for a in arguments if re.fullmatch(r"--local_rank=\d+", a)), None)
-    if rank is not None:  # the deepspeed launcher puts it in front of the command
-        os.environ.setdefault("LOCAL_RANK", rank)
-    arguments = [a for a in arguments if not re.fullmatch(r"--local_rank=\d+", a)]
-    arguments = _spread(["--drop-bad=train" if a == "--drop-bad" else a for a in arguments])
-    with contextlib.ExitStack() as stack:
-        if "--json" in arguments or _predicts_to_stdout(arguments):
-            stack.enter_context(stdout_to_stderr())
+    with contextlib.ExitStack() as resources:
+        invocation = Invocation(resources)
         try:
-            code = app(arguments, prog_name="egmf", standalone_mode=False)
+            code = app(prog_name="egmf", standalone_mode=False, obj=invocation)
         except typer.Exit as error:
             code = error.exit_code
         except KeyboardInterrupt:
@@ -85,37 +85,15 @@ def main() -> None:
         except SystemExit as error:  # raised by a signal's handler
             say("stopped by a signal")
             code = error.code if isinstance(error.code, int) else 1
+        except USAGE_FAULT as error:
+            error.show()
+            code = error.exit_code
         except ValueError as error:
-            if "--debug" in arguments:
+            if invocation.tracebacks:
                 raise
             say(f"error: {error}")
             code = 1
-        except Exception as error:
-            if type(error).__module__.startswith("typer"):  # usage: typer's own exceptions know how to show themselves
-                error.show()  # type: ignore[attr-defined]
-                code = getattr(error, "exit_code", 2)
-            else:
-                raise
         if code == 130:  # Ctrl-C, of which typer makes this code too
             say("interrupted")
         sys.stdout.flush()
     sys.exit(code or 0)
-
-
-def _spread(arguments: list[str]) -> list[str]:
-    """``--source A B C`` as the repeated option that the parser knows; TASK stands before it."""
-    if arguments[:1] != ["prepare"] or len(arguments) < 2 or arguments[1].startswith("-"):
-        return arguments
-    out: list[str] = []
-    inside = False
-    for word in arguments:
-        if inside and not word.startswith("-") and out[-1] != "--source":
-            out.append("--source")
-        inside = word == "--source" or (inside and not word.startswith("-"))
-        out.append(word)
-    return out
-
-
-def _predicts_to_stdout(arguments: list[str]) -> bool:
-    asked = "--out=-" in arguments or ("--out", "-") in itertools.pairwise(arguments)
-    return arguments[:1] == ["predict"] and asked

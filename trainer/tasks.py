@@ -7,6 +7,7 @@ CH-SIMS v2 (Liu et al. 2022). Label order is fixed: it breaks ties.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
 from pathlib import Path
@@ -291,6 +292,22 @@ def get_task(name: str) -> Task:
     raise TaskError(
         f"unknown task {name!r}{near} Known: {', '.join(BUILT_IN)}; or the path of a YAML file that defines one"
     )
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Refuse unknown tasks.
+
+    Raises:
+        TaskError: all that :func:`get_task` says of any of them.
+    """
+    faults = []
+    for name in names:
+        try:
+            get_task(name)
+        except TaskError as error:
+            faults.append(str(error))
+    if faults:
+        raise TaskError("\n".join(faults))
 
 
 def define_task(raw: Any, where: str = "task") -> Task:

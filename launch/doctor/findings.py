@@ -1,15 +1,14 @@
-"""One finding of ``egmf doctor``."""
+"""What the checks of ``egmf doctor`` found: one entry each, so that one fault does not hide the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 State = Literal["ok", "warning", "fault", "skipped"]
-GIB = 1 << 30
 
 
 class Check(BaseModel):
@@ -42,10 +41,8 @@ class Findings:
         except Exception as error:  # noqa: BLE001
             self.add(part, name, "fault", f"{type(error).__name__}: {error}", "tell the authors: egmf doctor --debug")
 
-    def worst(self) -> State:
-        """fault, warning or ok."""
-        states = {check.state for check in self.checks}
-        return "fault" if "fault" in states else "warning" if "warning" in states else "ok"
 
-
-Look = Callable[[Findings], None]
+def worst_state(checks: Iterable[Check]) -> State:
+    """fault, warning or ok."""
+    states = {check.state for check in checks}
+    return "fault" if "fault" in states else "warning" if "warning" in states else "ok"

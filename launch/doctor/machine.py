@@ -12,17 +12,17 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from packaging.version import InvalidVersion, Version
 
-from launch.doctor.findings import GIB, Findings, State
+from launch.doctor.findings import Findings, State
+from launch.units import GIB, MIB
 from trainer.config import RunConfig
 from trainer.distributed.process_group import missing_build_tools
 
-BUFFER = 66 << 20  # bytes of /dev/shm that DeepSpeed's all-reduce takes per rank on a CPU
+BUFFER = 66 * MIB  # bytes of /dev/shm that DeepSpeed's all-reduce takes per rank on a CPU
 LITTLE = 4 * GIB  # bytes of memory below which a process with torch and DeepSpeed has little room
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -31,24 +31,26 @@ def check_machine(findings: Findings, procs: int) -> None:
     """Processor and memory for `procs` processes."""
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory()
-    told = f"{cores} cores, {memory.total / GIB:.1f} GiB memory ({memory.available / GIB:.1f} free), Python {platform.python_version()}"
+    found = f"{cores} cores, {memory.total / GIB:.1f} GiB memory ({memory.available / GIB:.1f} free), Python {platform.python_version()}"
     values = {"cores": cores, "memory_bytes": memory.total, "free_bytes": memory.available}
     if procs > cores:
         findings.add(
-            "machine", "processor", "warning", told, f"{procs} processes share {cores} cores: use fewer", **values
+            "machine", "processor", "warning", found, f"{procs} processes share {cores} cores: use fewer", **values
         )
     elif memory.available < LITTLE:
-        findings.add("machine", "processor", "warning", told, "little memory is free: end other programs", **values)
+        findings.add("machine", "processor", "warning", found, "little memory is free: end other programs", **values)
     else:
-        findings.add("machine", "processor", "ok", told, **values)
+        findings.add("machine", "processor", "ok", found, **values)
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(SHARED_MEMORY).free
-        told = f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free"
+        found = f"{SHARED_MEMORY} has {free / MIB:.0f} MiB free"
         if free < BUFFER * procs:
             advice = "a container gets more by --shm-size=8g (docker) or an emptyDir of medium Memory (Kubernetes)"
-            findings.add("machine", "shared memory", "fault" if procs > 1 else "warning", told, advice, free_bytes=free)
+            findings.add(
+                "machine", "shared memory", "fault" if procs > 1 else "warning", found, advice, free_bytes=free
+            )
         else:
-            findings.add("machine", "shared memory", "ok", told, free_bytes=free)
+            findings.add("machine", "shared memory", "ok", found, free_bytes=free)
 
 
 def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None:
@@ -82,9 +84,9 @@ def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None
     if procs > count:
         faults.append(f"{procs} processes for {count} GPUs: use --procs {count}")
     state: State = "fault" if faults else "warning" if warnings else "ok"
-    told = f"{', '.join(names)}; driver {driver or 'unknown'}, torch's CUDA {torch.version.cuda}"
+    found = f"{', '.join(names)}; driver {driver or 'unknown'}, torch's CUDA {torch.version.cuda}"
     findings.add(
-        "GPU", "devices", state, told, "; ".join([*faults, *warnings]), driver=driver and str(driver), count=count
+        "GPU", "devices", state, found, "; ".join([*faults, *warnings]), driver=driver and str(driver), count=count
     )
 
 
@@ -132,13 +134,13 @@ def check_build(findings: Findings, config: RunConfig | None) -> None:
     missing = missing_build_tools()
     offloads = config is not None and config.train.offload == "cpu"
     if missing:
-        told = f"no {' and no '.join(missing)} on PATH"
+        found = f"no {' and no '.join(missing)} on PATH"
         state: State = "fault" if offloads else "warning" if not torch.cuda.is_available() else "ok"
         what = (
             "train.offload=cpu cannot run" if offloads else "DeepSpeed's shared-memory all-reduce is off, gloo is used"
         )
         findings.add(
-            "build", "compiler", state, f"{told}: {what}", "apt-get install g++ python3-dev; pip install ninja"
+            "build", "compiler", state, f"{found}: {what}", "apt-get install g++ python3-dev; pip install ninja"
         )
     else:
         findings.add("build", "compiler", "ok", "C++ compiler and ninja are there")
@@ -148,16 +150,16 @@ def check_build(findings: Findings, config: RunConfig | None) -> None:
     wanted += ["cpu_adam"] if offloads and not missing else []
     cold = [name for name in wanted if name not in built]
     other = [name for name, path in built.items() if name in wanted and _built_with_another_torch(path.parent)]
-    told = f"compiled: {', '.join(sorted(built)) or 'none'} (in {root})"
+    found = f"compiled: {', '.join(sorted(built)) or 'none'} (in {root})"
     if other:
         findings.add(
             "build", "DeepSpeed's ops", "warning", f"{', '.join(other)} compiled with another torch", f"rm -r {root}"
         )
     elif cold:
         advice = f"{', '.join(cold)}: compiled by the first run, about a minute each (make ops)"
-        findings.add("build", "DeepSpeed's ops", "ok", told, advice)
+        findings.add("build", "DeepSpeed's ops", "ok", found, advice)
     else:
-        findings.add("build", "DeepSpeed's ops", "ok", told)
+        findings.add("build", "DeepSpeed's ops", "ok", found)
 
 
 def check_folder(findings: Findings, out: Path) -> None:
@@ -207,23 +209,23 @@ def processor_flags() -> frozenset[str]:
 
 def _built_for(major: int, minor: int) -> bool:
     """Whether torch has code for a GPU of this architecture: same major and not newer, or PTX of an older one."""
-    named: list[Any] = torch.cuda.get_arch_list()
-    for name in named:
+    architectures: list[str] = torch.cuda.get_arch_list()
+    for name in architectures:
         kind, _, digits = name.partition("_")
         number = digits.rstrip("af")
         if not number.isdigit():
             continue
-        theirs = int(number[:-1]), int(number[-1])
-        if theirs <= (major, minor) and (kind == "compute" or theirs[0] == major):
+        built = int(number[:-1]), int(number[-1])
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
             return True
-    return not named
+    return not architectures
 
 
 def _built_with_another_torch(folder: Path) -> bool:
     """Whether an op's build names include folders of another torch than this one."""
     with contextlib.suppress(OSError):
-        told = (folder / "build.ninja").read_text(encoding="utf-8")
-        return str(Path(torch.__file__).parent / "include") not in told
+        rules = (folder / "build.ninja").read_text(encoding="utf-8")
+        return str(Path(torch.__file__).parent / "include") not in rules
     return False
 
 

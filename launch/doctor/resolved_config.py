@@ -36,73 +36,75 @@ class ResolvedConfig:
         return bool(self.data) and self.model
 
 
-def check_subject(findings: Findings, path: Path, overrides: Sequence[str], scratch: Path) -> ResolvedConfig | None:
+def check_resolved_config(
+    findings: Findings, path: Path, overrides: Sequence[str], scratch: Path
+) -> ResolvedConfig | None:
     """Config, data, model and answers; `scratch` is a folder for the offline backbone."""
     from trainer.run.assemble import open_data
 
     try:
-        subject = ResolvedConfig(load_config(path, overrides), {}, {})
+        resolved = ResolvedConfig(load_config(path, overrides), {}, {})
     except ValueError as error:
         findings.add(PART, "config", "fault", str(error), f"egmf config show {path} names every key")
         return None
-    findings.add(PART, "config", "ok", f"{path}: {', '.join(subject.config.tasks)}")
+    findings.add(PART, "config", "ok", f"{path}: {', '.join(resolved.config.tasks)}")
     with findings.explained(PART, "data"):
-        subject.tasks, subject.data = open_data(subject.config)
-        for name, data in subject.data.items():
+        resolved.tasks, resolved.data = open_data(resolved.config)
+        for name, data in resolved.data.items():
             _check_data(findings, name, data)
     with findings.explained(PART, "model"):
-        subject.model = _check_model(findings, subject, scratch)
-    return subject
+        resolved.model = _check_model(findings, resolved, scratch)
+    return resolved
 
 
 def _check_data(findings: Findings, name: str, data: PreparedDataset) -> None:
     sizes = {split: len(data[split]) for split in ("train", "valid", "test")}
-    told = f"{', '.join(f'{n} {split}' for split, n in sizes.items())}; fingerprint {data.fingerprint[:12]}"
+    found = f"{', '.join(f'{n} {split}' for split, n in sizes.items())}; fingerprint {data.fingerprint[:12]}"
     empty = [split for split in ("train", "valid") if not sizes[split]]
     if empty:
         advice = "prepare it again with samples in every split (egmf prepare)"
         findings.add(
-            PART, f"data of {name}", "fault", f"no samples in {', '.join(empty)}; {told}", advice, samples=sizes
+            PART, f"data of {name}", "fault", f"no samples in {', '.join(empty)}; {found}", advice, samples=sizes
         )
     else:
-        findings.add(PART, f"data of {name}", "ok", told, fingerprint=data.fingerprint, samples=sizes)
+        findings.add(PART, f"data of {name}", "ok", found, fingerprint=data.fingerprint, samples=sizes)
 
 
-def _check_model(findings: Findings, subject: ResolvedConfig, scratch: Path) -> bool:
+def _check_model(findings: Findings, resolved: ResolvedConfig, scratch: Path) -> bool:
     """Whether the weights are here. Looks at tokenizer, shape and files, and at the answers."""
     from trainer.models.backbone.loading import load_shape, load_tokenizer
     from trainer.models.backbone.tiny import build_tiny
     from trainer.run.assemble import tiny_texts
 
-    backbone, folder = subject.config.model.backbone, scratch / "backbone"
+    backbone, folder = resolved.config.model.backbone, scratch / "backbone"
     tiny = backbone.name == "tiny"
     if tiny:
-        if not subject.data:
+        if not resolved.data:
             findings.add(PART, "model", "skipped", "the offline backbone's tokenizer is made from the data")
             return False
-        build_tiny(backbone.tiny, tiny_texts(subject.config, subject.tasks, subject.data), folder)
+        build_tiny(backbone.tiny, tiny_texts(resolved.config, resolved.tasks, resolved.data), folder)
     shape = load_shape(backbone, folder)
     tokenizer = load_tokenizer(backbone, folder)
     rows = getattr(shape.get_text_config(), "vocab_size", None)
-    told = f"{backbone.name} ({shape.model_type}), {rows} embeddings, {len(tokenizer)} tokens"
+    found = f"{backbone.name} ({shape.model_type}), {rows} embeddings, {len(tokenizer)} tokens"
     if rows is not None and len(tokenizer) > rows:
         findings.add(
-            PART, "model", "fault", f"{told}: the tokenizer has more tokens than the model",
+            PART, "model", "fault", f"{found}: the tokenizer has more tokens than the model",
             "the two do not belong together: fetch both from one source",
         )  # fmt: skip
         return False
-    findings.add(PART, "model", "ok", told, type=shape.model_type, vocabulary=rows, tokens=len(tokenizer))
-    _check_answers(findings, subject, tokenizer)
+    findings.add(PART, "model", "ok", found, type=shape.model_type, vocabulary=rows, tokens=len(tokenizer))
+    _check_answers(findings, resolved, tokenizer)
     return True if tiny else _check_weights(findings, backbone)
 
 
-def _check_answers(findings: Findings, subject: ResolvedConfig, tokenizer: Any) -> None:
+def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any) -> None:
     from trainer.answers.scoring import task_trie
     from trainer.data.collate import prompt_language
 
-    for name, task in subject.tasks.items():
+    for name, task in resolved.tasks.items():
         with findings.explained(PART, f"answers of {name}"):
-            trie = task_trie(task, tokenizer, subject.config.data.answers, prompt_language(task, subject.config.data))
+            trie = task_trie(task, tokenizer, resolved.config.data.answers, prompt_language(task, resolved.config.data))
             findings.add(
                 PART, f"answers of {name}", "ok", f"{len(trie.answers)} answers, all distinct under the tokenizer"
             )
@@ -112,11 +114,11 @@ def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:
     path = Path(backbone.name).expanduser()
     if path.is_dir():
         bytes_, faults = _weights_in(path)
-        told = f"{bytes_ / GB:.2f} GB in {path}"
+        found = f"{bytes_ / GB:.2f} GB in {path}"
         if faults:
             findings.add(PART, "weights", "fault", "; ".join(faults[:4]), "copy or fetch the model again")
             return False
-        findings.add(PART, "weights", "ok", told, bytes=bytes_)
+        findings.add(PART, "weights", "ok", found, bytes=bytes_)
         return True
     return _check_hub(findings, backbone)
 
@@ -124,9 +126,9 @@ def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:
 def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
     revision = backbone.revision or "main"
     for name in (INDEX, WEIGHTS):
-        found = try_to_load_from_cache(backbone.name, name, revision=revision)
-        if isinstance(found, str):
-            bytes_, faults = _weights_in(Path(found).parent)
+        cached = try_to_load_from_cache(backbone.name, name, revision=revision)
+        if isinstance(cached, str):
+            bytes_, faults = _weights_in(Path(cached).parent)
             if not faults:
                 findings.add(PART, "weights", "ok", f"{bytes_ / GB:.2f} GB in the local cache", bytes=bytes_)
                 return True

@@ -14,14 +14,14 @@ from packaging.version import InvalidVersion, Version
 from launch.doctor.findings import Findings, State
 
 DISTRIBUTION = "egmf-trainer"
-SHOWN = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "triton", "flash-attn")
+LISTED = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "triton", "flash-attn")
 # the oldest driver for programs of a CUDA release; newer drivers run older programs
 DRIVERS = {11: Version("450.80.02"), 12: Version("525.60.13"), 13: Version("580")}
 
 
 @dataclass
 class Facts:
-    """What the pairs are judged on."""
+    """What decides whether a bad pair is here."""
 
     versions: Mapping[str, Version]
     cuda: Version | None = None  # that torch was built for
@@ -39,12 +39,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Pair:
-    """A combination that is known to be bad; `bad` tells whether it is here."""
+    """A combination that is known to be bad; `bad` says whether it is here."""
 
     name: str
     state: State
     bad: Callable[[Facts], bool]
-    told: str
+    found: str
     advice: str
     source: str = field(compare=False)
 
@@ -114,7 +114,7 @@ def installed(names: Iterable[str]) -> dict[str, Version]:
 
 
 def check_ranges(findings: Findings) -> None:
-    """Every requirement of ours against what is installed."""
+    """Every requirement of this package against what is installed."""
     try:
         wanted = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or ()]
     except importlib.metadata.PackageNotFoundError:
@@ -127,19 +127,19 @@ def check_ranges(findings: Findings) -> None:
         for one in wanted
         if one.name not in versions or not one.specifier.contains(versions[one.name], prereleases=True)
     ]
-    shown = ", ".join(f"{name} {version}" for name, version in installed(SHOWN).items())
+    listed = ", ".join(f"{name} {version}" for name, version in installed(LISTED).items())
     if bad:
         findings.add("versions", "packages", "fault", "; ".join(bad), "pip install -c constraints.txt .")
     else:
         every = {name: str(version) for name, version in versions.items()}
-        findings.add("versions", "packages", "ok", shown, versions=every)
+        findings.add("versions", "packages", "ok", listed, versions=every)
 
 
 def check_pairs(findings: Findings, facts: Facts) -> None:
     """The known bad pairs that are here."""
     bad = [pair for pair in PAIRS if pair.bad(facts)]
     for pair in bad:
-        findings.add("versions", pair.name, pair.state, pair.told, pair.advice, source=pair.source)
+        findings.add("versions", pair.name, pair.state, pair.found, pair.advice, source=pair.source)
     if not bad:
         findings.add("versions", "bad pairs", "ok", f"none of {len(PAIRS)} that are known")
 

@@ -25,7 +25,6 @@ import torch
 
 from launch.plan.meta_model import Pass, Weights
 
-GIB = 2**30
 ALL_REDUCE_AT_ONCE = 500_000_000  # elements; DeepSpeed's, stage 0 and stage 1 in bf16
 REDUCE_BUCKET = 500_000_000  # elements; defaults of zero_optimization from here on
 PREFETCH = 50_000_000

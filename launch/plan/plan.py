@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from launch.plan.lengths import Lengths, run_lengths
-from launch.plan.memory import GIB, PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
+from launch.plan.memory import PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
 from launch.plan.meta_model import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow, record_pass, weigh
+from launch.units import GIB
 from trainer.config import RunConfig
 from trainer.distributed.deepspeed_config import deepspeed_config, dtype_of, zero_stage
 from trainer.models.backbone.loading import load_shape

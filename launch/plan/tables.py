@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.plan.memory import GIB
 from launch.plan.meta_model import Rows
 from launch.plan.plan import LEFT_OUT, RESERVED, MemoryPlan, Option
+from launch.units import GIB, format_bytes
 
 
 def render(plan: MemoryPlan) -> Iterator[Any]:
@@ -21,20 +21,12 @@ def render(plan: MemoryPlan) -> Iterator[Any]:
     yield from _advice(plan)
     yield _wire(plan)
     saved = plan.checkpoint
-    yield f"a checkpoint: {size(sum(saved.values()))} ({size(saved['trained weights'])} of it the trained weights alone)"
+    yield f"a checkpoint: {format_bytes(sum(saved.values()))} ({format_bytes(saved['trained weights'])} of it the trained weights alone)"
     yield _time(plan)
     for note in plan.lengths.assumptions:
         yield f"assumed: {note}"
     for part in LEFT_OUT:
         yield f"left out: {part}"
-
-
-def size(number: float) -> str:
-    """Bytes for people, in binary units."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}" if number < 1000 * scale else f"{number / scale:,.0f} {unit}"
-    return f"{number:.0f} B"
 
 
 def _head(plan: MemoryPlan) -> Iterator[Any]:
@@ -97,7 +89,7 @@ def _row(option: Option) -> list[str]:
     parts = option.memory.device
 
     def of(*words: str) -> str:
-        return size(sum(n for name, n in parts.items() if name in words))
+        return format_bytes(sum(n for name, n in parts.items() if name in words))
 
     weights = (
         "frozen weights",
@@ -115,8 +107,8 @@ def _row(option: Option) -> list[str]:
         of("gradients", "buckets"),
         of("activations"),
         of("gathered weights"),
-        size(option.memory.total),
-        size(option.memory.host_total) if option.offload else "",
+        format_bytes(option.memory.total),
+        format_bytes(option.memory.host_total) if option.offload else "",
     ]
 
 
@@ -125,7 +117,7 @@ def _advice(plan: MemoryPlan) -> Iterator[str]:
     if chosen is None:
         smallest = min(plan.options, key=lambda option: option.memory.total)
         yield (
-            f"nothing fits: the smallest needs {size(smallest.memory.total)} ({' '.join(smallest.overrides())}). Use more GPUs, "
+            f"nothing fits: the smallest needs {format_bytes(smallest.memory.total)} ({' '.join(smallest.overrides())}). Use more GPUs, "
             f"train.micro_tokens={max(1, plan.config.train.micro_tokens // 2)} (now {plan.config.train.micro_tokens}), "
             "model.backbone.quantization=nf4, or a smaller backbone"
         )
@@ -149,7 +141,7 @@ def _wire(plan: MemoryPlan) -> Table:
     for stage, parts in plan.wire.items():
         gradients = parts.get("gradients", 0)
         total = sum(parts.values())
-        table.add_row(str(stage), size(gradients), size(total - gradients), size(total))
+        table.add_row(str(stage), format_bytes(gradients), format_bytes(total - gradients), format_bytes(total))
     return table
 
 

@@ -1,9 +1,9 @@
-"""One node's part of a run that :mod:`launch.start.hosts` started over ssh: ``python -m launch.start.agent`` on that node.
+"""One node's ranks of a run that :mod:`launch.start.hosts` started over ssh: ``python -m launch.start.agent`` on that node.
 
-stdin is the leash. Its first line says what to start: ``{"part": ..., "env": {...}}`` (so that no variable stands in a
-command line). After it: an empty line every few seconds, the name of a signal to pass on, or END. When it closes, or
-nothing comes for `SILENCE` seconds, the launcher is gone: the workers are asked to stop, which saves a checkpoint, and are
-ended after `LIMIT`. The last line on stderr is the verdict.
+stdin carries the control protocol. Its first line is a :class:`StartRequest` (so that no variable stands in a command
+line). After it: an empty line every few seconds as heartbeat, the name of a signal to pass on, or END. When stdin closes,
+or nothing comes for `SILENCE` seconds, the launcher is gone: the workers are asked to stop, which saves a checkpoint, and
+are ended after `LIMIT`. The last line on stderr is the :class:`Verdict`.
 """
 
 from __future__ import annotations
@@ -14,51 +14,84 @@ import select
 import signal
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from launch.start.local import STOPPED, Outcome, Part, Workers, passing_signals, told
+from launch.start.local import STOPPED, NodeRanks, Outcome, Workers, describe_failure, forward_signals
 from trainer.distributed.launcher import LIMIT
 
-BEAT = 5.0  # seconds between the launcher's signs of life
+HEARTBEAT = 5.0  # seconds between the launcher's signs of life
 SILENCE = 60.0
 MARK = "egmf agent: "
 
 
-def verdict_of(line: str) -> dict[str, Any] | None:
-    """The verdict in a line of an agent's stderr; None in others."""
-    _, mark, text = line.partition(MARK)
-    if not mark:
-        return None
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+@dataclass(frozen=True)
+class StartRequest:
+    """What an agent is asked to start: the node's ranks, more environment variables, and the run folder."""
+
+    ranks: NodeRanks
+    env: dict[str, str]
+    out: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> StartRequest:
+        held = json.loads(text)
+        ranks = NodeRanks(**{**held["ranks"], "command": tuple(held["ranks"]["command"])})
+        return cls(ranks, held["env"], held["out"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a node's ranks ended; `failure` is what the user reads where one failed."""
+
+    code: int  # exit code: 0, 85, or that of the rank that failed first
+    failure: str | None = None
+    missed_peer: bool = False  # the node failed only because a rank of another one was gone
+
+    @classmethod
+    def of(cls, outcome: Outcome, out: Path) -> Verdict:
+        failure = None if outcome.code in (0, STOPPED) else describe_failure(outcome, out).rstrip()
+        return cls(outcome.exit_code, failure, outcome.missed_peer)
+
+    def to_line(self) -> str:
+        return f"{MARK}{json.dumps(asdict(self))}\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Verdict | None:
+        """The verdict in a line of an agent's stderr; None in others."""
+        _, mark, text = line.partition(MARK)
+        if not mark:
+            return None
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
 
 
 class ControlChannel:
-    """What the launcher says; lines, without a buffer that hides them from `select`."""
+    """Lines of the launcher's, without a buffer that hides them from `select`."""
 
     def __init__(self) -> None:
-        self._held = b""
+        self._buffer = b""
 
     def line(self, seconds: float | None) -> str | None:
         """The next line; None when the launcher is gone or silent for so long."""
-        while b"\n" not in self._held:
+        while b"\n" not in self._buffer:
             if not select.select([0], [], [], seconds)[0]:
                 return None
             more = os.read(0, 1 << 16)
             if not more:
                 return None
-            self._held += more
-        line, _, self._held = self._held.partition(b"\n")
+            self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
         return line.decode()
 
 
-def _handle_commands(leash: ControlChannel, workers: Workers) -> None:
-    while (word := leash.line(SILENCE)) is not None:
+def _handle_commands(channel: ControlChannel, workers: Workers) -> None:
+    while (word := channel.line(SILENCE)) is not None:
         if word == "END":
             workers.end()
         elif word:
@@ -69,26 +102,23 @@ def _handle_commands(leash: ControlChannel, workers: Workers) -> None:
 
 
 def main() -> int:
-    """Start this node's part and see it to its end."""
-    leash = ControlChannel()
-    first = leash.line(SILENCE)
+    """Start this node's ranks and see them to their end."""
+    channel = ControlChannel()
+    first = channel.line(SILENCE)
     if first is None:
         return 1
-    asked = json.loads(first)
-    os.environ.update(asked["env"])
-    part = Part(**{**asked["part"], "line": tuple(asked["part"]["line"])})
-    with Workers(part, "agent") as workers, passing_signals(workers.signal):
-        threading.Thread(target=_handle_commands, args=(leash, workers), daemon=True).start()
+    request = StartRequest.from_json(first)
+    os.environ.update(request.env)
+    with Workers(request.ranks, "agent") as workers, forward_signals(workers.signal):
+        threading.Thread(target=_handle_commands, args=(channel, workers), daemon=True).start()
         outcome = workers.wait()
-    _say(outcome, Path(asked["out"]))
+    _report(Verdict.of(outcome, Path(request.out)))
     return outcome.exit_code
 
 
-def _say(outcome: Outcome, out: Path) -> None:
-    verdict = {**asdict(outcome), "code": outcome.exit_code}
-    verdict["told"] = told(outcome, out).rstrip() if outcome.code not in (0, STOPPED) else None
+def _report(verdict: Verdict) -> None:
     try:
-        sys.stderr.write(f"{MARK}{json.dumps(verdict)}\n")
+        sys.stderr.write(verdict.to_line())
         sys.stderr.flush()
     except OSError:  # the launcher is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

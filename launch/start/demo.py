@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from launch.start.local import alone, command, launch
+from launch.start.local import launch, single_node_ranks, train_command
 from trainer.data.dataset import open_dataset
 from trainer.data.generated.diagnostic import generate
 from trainer.shipped import shipped_folder
@@ -28,7 +28,10 @@ def demo(runs: Path, procs: int) -> int:
     for name, config in RUNS.items():
         out = runs / config
         _say(f"\n{name}: {out}")
-        code = launch(alone(command(shipped_folder() / f"{config}.yaml", [f"data.path={data}"], out), procs), out)
+        code = launch(
+            single_node_ranks(train_command(shipped_folder() / f"{config}.yaml", [f"data.path={data}"], out), procs),
+            out,
+        )
         if code:
             return code
     Console().print(_table(runs, data))

@@ -1,7 +1,8 @@
 """Several processes on this machine: one per GPU, or as many as asked for on a CPU.
 
-Own processes rather than torchrun's agent, since a stop signal must reach each of them once, their exit codes must
-arrive (85: stopped and resumable), and none may outlive the launcher, however that ends.
+Not torchrun's agent, because a stop signal must reach each process once, exit code 85 (stopped and resumable) must
+arrive, and no process may outlive the launcher however that ends: torchrun restarts, turns 85 into 1, and dies of
+SIGUSR1 while its workers train on. What it leaves for others to read is used: its environment variables and error files.
 """
 
 from __future__ import annotations
@@ -21,33 +22,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from trainer.distributed.launcher import OURS
+from trainer.distributed.faults import Fault, read_fault
+from trainer.distributed.launcher import OURS, STOPPED
 
-STOPPED = 85
-PATIENCE = 12.0  # seconds that the others have to end by themselves, and to say why (a run's end is told to MLflow)
-GRACE = 5.0  # seconds after a SIGTERM, before a SIGKILL
+FAILURE_GRACE = (
+    12.0  # seconds for ranks to end by themselves after another failed, and to say why (MLflow hears of it too)
+)
+TERMINATE_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1
 
 
-def command(
+def train_command(
     config: Path, overrides: Sequence[str], out: Path, *, force: bool = False, debug: bool = False
 ) -> list[str]:
     """The command of every process of a run."""
-    more = [flag for flag, on in (("--force", force), ("--debug", debug)) if on]
-    return [sys.executable, "-m", "trainer", "train", str(config), "--out", str(out), *more, *overrides]
+    flags = [flag for flag, on in (("--force", force), ("--debug", debug)) if on]
+    return [sys.executable, "-m", "trainer", "train", str(config), "--out", str(out), *flags, *overrides]
 
 
 @dataclass(frozen=True)
-class Part:
-    """The ranks of one machine, `first` to `first + slots - 1` of `world`, and where rank 0 is."""
+class NodeRanks:
+    """The ranks of one machine, `first` to `first + count - 1` of `world_size`, and where all ranks find rank 0."""
 
-    line: tuple[str, ...]  # the command of every process
+    command: tuple[str, ...]  # of every process
     first: int
-    slots: int
-    world: int
-    address: str
-    port: int
+    count: int
+    world_size: int
+    master_addr: str
+    master_port: int
 
 
 @dataclass(frozen=True)
@@ -56,90 +60,95 @@ class Outcome:
 
     code: int  # of a signal: its number, negative
     rank: int | None = None
-    why: str = ""
-    follows: bool = False  # it only missed another rank, which knows more
+    reason: str = ""
+    missed_peer: bool = False  # it failed only because another rank was gone, which knows more
 
     @property
     def exit_code(self) -> int:
         return 128 - self.code if self.code < 0 else self.code
 
 
-def alone(line: Sequence[str], procs: int) -> Part:
+def single_node_ranks(command: Sequence[str], count: int) -> NodeRanks:
     """All ranks on this machine, at a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return Part(tuple(line), 0, procs, procs, "127.0.0.1", probe.getsockname()[1])
+        return NodeRanks(tuple(command), 0, count, count, "127.0.0.1", probe.getsockname()[1])
 
 
-def environments(part: Part, faults: Path, launcher: str) -> list[dict[str, str]]:
+def rank_environments(ranks: NodeRanks, faults: Path, launcher: str) -> list[dict[str, str]]:
     """What each process needs to find the others; cores are shared out unless OMP_NUM_THREADS is set.
 
-    A process that fails says why in a file of the folder `faults`, as torchrun's workers do.
+    A process that fails leaves its reason in a file of the folder `faults`, as torchrun's workers do.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // part.slots))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks.count))
     common = {
-        "WORLD_SIZE": str(part.world),
-        "LOCAL_WORLD_SIZE": str(part.slots),
-        "MASTER_ADDR": part.address,
-        "MASTER_PORT": str(part.port),
+        "WORLD_SIZE": str(ranks.world_size),
+        "LOCAL_WORLD_SIZE": str(ranks.count),
+        "MASTER_ADDR": ranks.master_addr,
+        "MASTER_PORT": str(ranks.master_port),
         OURS: launcher,
     }
-    ranks = [
-        {"RANK": str(part.first + i), "LOCAL_RANK": str(i), "TORCHELASTIC_ERROR_FILE": str(_fault_file(faults, i))}
-        for i in range(part.slots)
+    own = [
+        {"RANK": str(ranks.first + i), "LOCAL_RANK": str(i), "TORCHELASTIC_ERROR_FILE": str(_fault_file(faults, i))}
+        for i in range(ranks.count)
     ]
-    return [{"OMP_NUM_THREADS": threads, **os.environ, **common, **rank} for rank in ranks]
+    return [{"OMP_NUM_THREADS": threads, **os.environ, **common, **variables} for variables in own]
 
 
-def launch(part: Part, out: Path) -> int:
-    """Run this machine's part and wait for the run to end.
+def launch(ranks: NodeRanks, out: Path) -> int:
+    """Start this machine's ranks and wait for the run to end.
 
     Returns 0 only when all its processes ended well and the run's own record says done; 85 when it stopped and can go
     on; otherwise the code of the process that failed first (a signal as 128 + its number).
     """
-    with Workers(part, "local") as workers, passing_signals(workers.signal):
+    with Workers(ranks, "local") as workers, forward_signals(workers.signal):
         outcome = workers.wait()
     if outcome.rank is not None:
-        sys.stderr.write(told(outcome, out))
+        sys.stderr.write(describe_failure(outcome, out))
         return outcome.exit_code
     if outcome.code == STOPPED:
         return STOPPED
-    state = run_state(out)[0]
-    if state != "done":
-        sys.stderr.write(f"the processes ended, but {out / 'run.json'} says {state!r} and not 'done'\n")
-        return 1
-    return 0
+    return check_done(out)
 
 
-def told(outcome: Outcome, out: Path) -> str:
+def check_done(out: Path) -> int:
+    """0 where the run's record says done; else 1, and a message: processes that end well are not enough."""
+    state = run_state(out).state
+    if state == "done":
+        return 0
+    sys.stderr.write(f"the processes ended, but {out / 'run.json'} says {state!r} and not 'done'\n")
+    return 1
+
+
+def describe_failure(outcome: Outcome, out: Path) -> str:
     """What the user reads last: who failed first, and why."""
     what = f"exit code {outcome.code}" if outcome.code > 0 else f"signal {signal.Signals(-outcome.code).name}"
     return (
         f"the run failed: rank {outcome.rank} failed first, with {what}; log: {out / 'log.txt'}\n"
-        f"error on rank {outcome.rank}: {outcome.why}\n"
+        f"error on rank {outcome.rank}: {outcome.reason}\n"
     )
 
 
 class Workers:
     """The processes of one machine. None outlives the block, and none this process."""
 
-    def __init__(self, part: Part, launcher: str) -> None:
-        self.part, self._launcher = part, launcher
+    def __init__(self, ranks: NodeRanks, launcher: str) -> None:
+        self.ranks, self._launcher = ranks, launcher
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Workers:
         parent = os.getpid()
         self._faults = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="egmf-")))
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._stack.callback(self._end_now)
-        for env in environments(self.part, self._faults, self._launcher):
+        self._stack.callback(self._kill)
+        for env in rank_environments(self.ranks, self._faults, self._launcher):
             self._processes.append(
                 subprocess.Popen(
-                    self.part.line,
+                    self.ranks.command,
                     env=env,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                    preexec_fn=lambda: die_with(parent),
+                    preexec_fn=lambda: die_with_parent(parent),
                 )
             )
         return self
@@ -154,21 +163,21 @@ class Workers:
                 process.send_signal(number)
 
     def end(self) -> None:
-        """Ask what still runs to stop, then force it."""
-        _end(self._processes, patience=0.0)
+        """Ask every running process to stop, then force it."""
+        _end(self._processes, grace=0.0)
 
     def wait(self) -> Outcome:
         """Until all have ended; once one fails, the others get some time to notice."""
         failures = _wait(self._processes)
         if failures:
             place, code = _first_cause(failures, self._faults)
-            fault = _fault(self._faults, place)
-            why = fault or (killed(-code) if code < 0 else "it said nothing; see its log")
-            follows = fault is not None and _follows(fault)
-            return Outcome(code, self.part.first + place, why, follows)
+            fault = read_fault(_fault_file(self._faults, place))
+            if fault is None:
+                fault = Fault(explain_signal(-code) if code < 0 else "it gave no reason; see its log", False)
+            return Outcome(code, self.ranks.first + place, fault.message, fault.missed_peer)
         return Outcome(STOPPED if any(p.returncode == STOPPED for p in self._processes) else 0)
 
-    def _end_now(self) -> None:
+    def _kill(self) -> None:
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -176,35 +185,23 @@ class Workers:
 
 
 def _first_cause(failures: Sequence[tuple[int, int]], faults: Path) -> tuple[int, int]:
-    """The first failure that is not only the loss of another rank; those end sooner than the one that explains itself."""
-    for rank, code in failures:
-        why = _fault(faults, rank)
-        if why is None or not _follows(why):
-            return rank, code
+    """The first failure that is more than the loss of another rank; such ranks end sooner than the one that explains itself."""
+    for place, code in failures:
+        fault = read_fault(_fault_file(faults, place))
+        if fault is None or not fault.missed_peer:
+            return place, code
     return failures[0]
 
 
-def _follows(why: str) -> bool:
-    return why.startswith("PeerFault") or " by peer" in why
-
-
-def killed(number: int) -> str:
+def explain_signal(number: int) -> str:
+    """What ended a process that died of this signal, as far as that is known."""
     if number == signal.SIGKILL:
         return "killed from outside: by the kernel when memory runs out (dmesg says so), by the scheduler, or by hand"
     return "the process crashed or was ended by that signal"
 
 
-def _fault(faults: Path, rank: int) -> str | None:
-    """What a rank left as its reason."""
-    try:
-        told = json.loads(_fault_file(faults, rank).read_text(encoding="utf-8"))
-        return str(told["message"]["message"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _fault_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank{rank}.json"
+def _fault_file(folder: Path, local_rank: int) -> Path:
+    return folder / f"rank{local_rank}.json"
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
@@ -223,24 +220,24 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
     return []
 
 
-def _end(workers: Sequence[subprocess.Popen[bytes]], patience: float = PATIENCE) -> list[tuple[int, int]]:
-    """End what still runs: let it notice by itself, then ask, then force. Rank and code of those that ended by themselves."""
-    alone: list[tuple[int, int]] = []
-    for ask in (None, signal.SIGTERM, signal.SIGKILL):
-        if ask is not None:
+def _end(workers: Sequence[subprocess.Popen[bytes]], grace: float = FAILURE_GRACE) -> list[tuple[int, int]]:
+    """End the running processes: wait, then SIGTERM, then SIGKILL. Rank and code of those that ended by themselves."""
+    by_themselves: list[tuple[int, int]] = []
+    for number in (None, signal.SIGTERM, signal.SIGKILL):
+        if number is not None:
             for worker in workers:
                 if worker.poll() is None:
-                    os.killpg(worker.pid, ask)
-        until = time.monotonic() + (patience if ask is None else GRACE)
+                    os.killpg(worker.pid, number)
+        until = time.monotonic() + (grace if number is None else TERMINATE_GRACE)
         while time.monotonic() < until and any(worker.poll() is None for worker in workers):
             time.sleep(0.1)
-        if ask is None:
-            alone = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.poll() is not None]
-    return alone
+        if number is None:
+            by_themselves = [(rank, w.returncode) for rank, w in enumerate(workers) if w.poll() is not None]
+    return by_themselves
 
 
 @contextlib.contextmanager
-def passing_signals(send: Callable[[int], None]) -> Iterator[None]:
+def forward_signals(send: Callable[[int], None]) -> Iterator[None]:
     """A stop signal to this process is passed to `send`; a closed terminal asks as SIGTERM does, but not under nohup."""
     names = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -257,17 +254,24 @@ def passing_signals(send: Callable[[int], None]) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def die_with(parent: int) -> None:
-    """In the child: be told to stop when the launcher is gone (Linux)."""
+def die_with_parent(parent: int) -> None:
+    """In the child: ask the kernel for a SIGTERM when the launcher is gone (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_state(out: Path) -> tuple[str | None, str | None]:
-    """The state of a run, and when it was started; None where there is no record."""
+class RunState(NamedTuple):
+    """What ``run.json`` says of a run; None where there is no record."""
+
+    state: str | None
+    started: str | None
+
+
+def run_state(out: Path) -> RunState:
+    """The state of a run, and when it was started."""
     try:
         record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        return record.get("state"), record.get("started")
+        return RunState(record.get("state"), record.get("started"))
     except (OSError, ValueError):
-        return None, None
+        return RunState(None, None)

@@ -1,8 +1,6 @@
 """What a node brings to a run: ``python -m launch.start.nodes CONFIG [--out RUN] [overrides]`` prints it as one JSON object.
 
-The keys of :func:`trainer.distributed.consistency.report`, and of the machine: `addresses` (interface -> its IPv4 addresses),
-`reached_at` (the address an ssh connection came in at, or null), `free_port`, `cpus`, `memory_gib`, `gpus` (names),
-`run_folder` (`free_gib`, and whether the file `--token` is there). A config that cannot be read there is a fault.
+The object is a :class:`NodeReport`. A config that cannot be read there is a fault in it.
 """
 
 from __future__ import annotations
@@ -17,30 +15,39 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
+from launch.units import GIB
 from trainer.config import RunConfig, load_config
 from trainer.distributed import consistency
 
-GIB = 1 << 30
+
+class RunFolder(TypedDict):
+    """How the run folder looks from a node; `sees_token` is None where no token was asked for."""
+
+    free_gib: float
+    sees_token: bool | None
 
 
 class NodeReport(consistency.Report, total=False):
-    """What :func:`trainer.distributed.consistency.report` says of a node, and its machine."""
+    """What :func:`trainer.distributed.consistency.report` says of a node, and its machine.
 
-    addresses: dict[str, list[str]]
-    reached_at: str | None
+    A node that could not be asked has `where` and `faults` alone.
+    """
+
+    addresses: dict[str, list[str]]  # interface -> its IPv4 addresses with their networks
+    reached_at: str | None  # the address that the ssh connection came in at
     free_port: int
     cpus: int
     memory_gib: float
-    gpus: list[str]
-    run_folder: dict[str, Any]
+    gpus: list[str]  # names
+    run_folder: RunFolder
 
 
 def report(config: RunConfig) -> NodeReport:
-    """This node: what :func:`trainer.distributed.consistency.report` says, and the machine."""
+    """This node: what it would run with, and its machine."""
     return {**consistency.report(config), **machine()}
 
 
@@ -89,7 +96,7 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def _run_folder(out: Path, token: str | None) -> dict[str, Any]:
+def _run_folder(out: Path, token: str | None) -> RunFolder:
     place = next(p for p in (out, *out.resolve().parents) if p.exists())
     seen = None if token is None else consistency.wait_until((out / token).exists, 2.0)
     return {"free_gib": round(shutil.disk_usage(place).free / GIB, 1), "sees_token": seen}
@@ -104,14 +111,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--token")
     given = parser.parse_intermixed_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):
-        told = machine()
+        found = machine()
         try:
-            told = report(load_config(given.config, given.overrides))
+            found = report(load_config(given.config, given.overrides))
         except ValueError as error:
-            told["faults"] = {"config": str(error)}
+            found["faults"] = {"config": str(error)}
         if given.out is not None:
-            told["run_folder"] = _run_folder(given.out, given.token)
-    sys.stdout.write(json.dumps(told) + "\n")
+            found["run_folder"] = _run_folder(given.out, given.token)
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A sweep on this machine: what is not done yet, several runs at once, each told when it begins and ends."""
+"""A sweep on this machine: what is not done yet, several runs at once, each reported when it begins and ends."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 from rich.table import Table
 from rich.text import Text
 
-from launch.start.local import STOPPED, killed, run_state
+from launch.start.local import STOPPED, explain_signal, run_state
+from launch.sweep.messages import RunResult
 from launch.sweep.mlflow_parent import ParentRun
-from launch.sweep.pool import Budget, Ended, Pool
-from launch.sweep.sweep import Child, Sweep, finished, open_record, write_configs, write_record
+from launch.sweep.pool import Budget, Pool
+from launch.sweep.record import SweepRecord, open_record, write_record
+from launch.sweep.sweep import Child, Sweep, finished, write_configs
 from trainer.results.printable import printable
 from trainer.results.run_folder import is_run, read_run
 from trainer.results.runs import STYLES, run_line
@@ -25,8 +27,8 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Line:
-    """How a run of a sweep stands. `value` is the selecting metric on the validation split at the chosen checkpoint."""
+class RunLine:
+    """The state of a sweep's run. `value` is the selecting metric on the validation split at the chosen checkpoint."""
 
     name: str
     variant: str
@@ -39,14 +41,21 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Exit code (0 all done, 1 some failed, 85 stopped and resumable) and how every run stands."""
+class SweepResult:
+    """Exit code (0 all done, 1 some failed, 85 stopped and resumable) and the state of every run."""
 
     code: int
-    lines: list[Line]
+    runs: list[RunLine]
 
 
-def run_sweep(sweep: Sweep, budget: Budget, say: Say, *, debug: bool = False) -> Result:
+class SweepJson(TypedDict):
+    """What ``egmf sweep --json`` prints; `runs` holds the fields of :class:`RunLine`."""
+
+    folder: str
+    runs: list[dict[str, str | int | float | None]]
+
+
+def run_sweep(sweep: Sweep, budget: Budget, say: Say, *, debug: bool = False) -> SweepResult:
     """Make all runs that are not done, and go on with those that were interrupted.
 
     Raises:
@@ -61,22 +70,22 @@ def run_sweep(sweep: Sweep, budget: Budget, say: Say, *, debug: bool = False) ->
         children = sweep.children(parent.run_id)
         todo = [child for child in children if child.name not in done]
         write_configs(todo)
-        telling = _Telling(children, done, budget, say)
-        pool = Pool(budget, sweep.folder, telling.begins, telling.ends, debug=debug)
+        reporter = _Reporter(children, done, budget, say)
+        pool = Pool(budget, sweep.folder, reporter.on_start, reporter.on_end, debug=debug)
         code: int | None = None
         try:
             pool.run(todo)
-            code = _code(pool.stopping, children, telling.failures)
+            code = _code(pool.stopping, children, reporter.failures)
         finally:
             parent.end({0: "done", STOPPED: "stopped"}.get(code if code is not None else 1, "failed"))
-        return Result(code, lines(children, telling.failures))
+        return SweepResult(code, run_lines(children, reporter.failures))
 
 
-def lines(children: Sequence[Child], failures: dict[str, str]) -> list[Line]:
-    """How every run stands; `failures`: why those failed that ended just now."""
+def run_lines(children: Sequence[Child], failures: dict[str, str]) -> list[RunLine]:
+    """The state of every run; `failures`: why those failed that ended just now."""
     found = []
     for child in children:
-        state = "failed" if child.name in failures else run_state(child.out)[0] or "waiting"
+        state = "failed" if child.name in failures else run_state(child.out).state or "waiting"
         metric = value = None
         if is_run(child.out):
             line = run_line(read_run(child.out, predictions=False))
@@ -84,83 +93,83 @@ def lines(children: Sequence[Child], failures: dict[str, str]) -> list[Line]:
             state = state if child.name in failures or line.state != "lost" else "lost"
         seed = child.config.train.seed
         why = failures.get(child.name)
-        found.append(Line(child.name, child.variant, seed, str(child.out), state, why, metric, value))
+        found.append(RunLine(child.name, child.variant, seed, str(child.out), state, why, metric, value))
     return found
 
 
-def table(found: Sequence[Line]) -> Table:
+def table(lines: Sequence[RunLine]) -> Table:
     """For the terminal."""
-    shown = Table("run", "state", "valid", "")
-    shown.columns[2].justify = "right"
-    for line in found:
+    table = Table("run", "state", "valid", "")
+    table.columns[2].justify = "right"
+    for line in lines:
         state = Text(line.state, STYLES.get(line.state, ""))
         if line.why:
             state.append("  " + printable(line.why.splitlines()[0]), "dim")
         value = "-" if line.value is None else f"{line.value:.4f}"
-        shown.add_row(Text(printable(line.name)), state, value, line.metric or "")
-    return shown
+        table.add_row(Text(printable(line.name)), state, value, line.metric or "")
+    return table
 
 
-def to_json(sweep: Sweep, result: Result) -> dict[str, Any]:
-    return {"folder": str(sweep.folder), "runs": [asdict(line) for line in result.lines]}
+def to_json(sweep: Sweep, result: SweepResult) -> SweepJson:
+    return {"folder": str(sweep.folder), "runs": [asdict(line) for line in result.runs]}
 
 
-class _Telling:
+class _Reporter:
     """Says when runs begin and end, and keeps why they failed."""
 
     def __init__(self, children: Sequence[Child], done: set[str], budget: Budget, say: Say) -> None:
         self.failures: dict[str, str] = {}
         self._say, self._total, self._done, self._parallel = say, len(children), len(done), budget.parallel
-        self._began: dict[str, float] = {}
-        self._took: list[float] = []
+        self._started: dict[str, float] = {}
+        self._seconds: list[float] = []
         if done:
             say(f"{len(done)} of {len(children)} runs are done already")
 
-    def begins(self, child: Child) -> None:
-        self._began[child.name] = time.monotonic()
+    def on_start(self, child: Child) -> None:
+        self._started[child.name] = time.monotonic()
         self._say(f"{child.name}: begins; log: {child.out / 'log.txt'}")
 
-    def ends(self, child: Child, ended: Ended) -> None:
-        seconds = time.monotonic() - self._began[child.name]
-        state = run_state(child.out)[0]
-        if ended.code == 0 and state == "done":
+    def on_end(self, child: Child, result: RunResult) -> None:
+        seconds = time.monotonic() - self._started[child.name]
+        state = run_state(child.out).state
+        if result.code == 0 and state == "done":
             self._done += 1
-            self._took.append(seconds)
+            self._seconds.append(seconds)
             self._say(f"{child.name}: done in {seconds:.0f} s; {self._left()}")
-        elif ended.code == STOPPED:
+        elif result.code == STOPPED:
             self._say(f"{child.name}: stopped after {seconds:.0f} s")
         else:
-            self.failures[child.name] = why = ended.failure or _failure(child, ended)
-            self._say(f"{child.name}: failed after {seconds:.0f} s: {why}")
+            self.failures[child.name] = reason = result.failure or _failure(child, result)
+            self._say(f"{child.name}: failed after {seconds:.0f} s: {reason}")
 
     def _left(self) -> str:
         left = self._total - self._done - len(self.failures)
-        minutes = left * sum(self._took) / len(self._took) / self._parallel / 60
+        minutes = left * sum(self._seconds) / len(self._seconds) / self._parallel / 60
         return f"{self._done} of {self._total} done" + (f", about {minutes:.0f} min left" if left else "")
 
 
-def _failure(child: Child, ended: Ended) -> str:
-    if ended.code < 0:
-        number = -ended.code
-        return f"signal {signal.Signals(number).name}: {killed(number)}"
+def _failure(child: Child, result: RunResult) -> str:
+    if result.code < 0:
+        number = -result.code
+        return f"signal {signal.Signals(number).name}: {explain_signal(number)}"
     try:
-        told = json.loads((child.out / "run.json").read_text(encoding="utf-8")).get("failure")
+        recorded = json.loads((child.out / "run.json").read_text(encoding="utf-8")).get("failure")
     except (OSError, ValueError):
-        told = None
-    return str(told or f"exit code {ended.code}; see the logs in {child.out} and worker-*.log beside it")
+        recorded = None
+    return str(recorded or f"exit code {result.code}; see the logs in {child.out} and worker-*.log beside it")
 
 
 def _code(stopping: bool, children: Sequence[Child], failures: dict[str, str]) -> int:
-    if all(run_state(child.out)[0] == "done" for child in children):
+    if all(run_state(child.out).state == "done" for child in children):
         return 0
     return STOPPED if stopping or not failures else 1
 
 
-def begin_parent(sweep: Sweep, record: dict[str, Any]) -> ParentRun:
-    """The sweep's own MLflow run, its id noted in the record."""
+def begin_parent(sweep: Sweep, record: SweepRecord) -> ParentRun:
+    """The sweep's own MLflow run; its id goes into the record."""
     config = next(iter(sweep.variants.values()))
-    known = (record["mlflow"] or {}).get("run_id")
-    parent = ParentRun(sweep.folder, config.track, record["key"], known)
+    known = record["mlflow"]
+    parent = ParentRun(sweep.folder, config.track, record["key"], known["run_id"] if known else None)
     plan = sweep.plan()
     swept = sorted({key for values in plan["variants"].values() for key in values})
     params = {"sweep.seeds": ",".join(map(str, plan["seeds"])), "sweep.variants": "; ".join(plan["variants"])}

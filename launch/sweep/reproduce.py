@@ -7,16 +7,17 @@ import datetime
 import functools
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.start.local import run_state
-from launch.sweep.local import run_sweep
+from launch.sweep.local import Say, run_sweep
 from launch.sweep.pool import Budget
 from launch.sweep.suites import Suite
 from launch.sweep.sweep import Sweep, finished
+from launch.units import GIB
 from trainer.data.generated import diagnostic
 from trainer.data.generated import synthetic_benchmark as stand_in
 from trainer.files import write_json, write_text
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from trainer.results.compare.evidence import SuiteTables
 
 TABLE, VALUES = "reproduce.md", "reproduce.json"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ def costs(sweep: Sweep, machine: Machine) -> tuple[Table | None, list[str]]:
 
     None where all variants have the tiny backbone, which needs no plan.
     """
-    from launch.plan.memory import GIB
     from launch.plan.plan import Throughput, backbone_shape, make_plan
 
     columns = ["variant", "backbone", "GiB of a GPU", "fits", "steps", "hours of a run"]
@@ -125,7 +124,7 @@ def hours(suite: Suite, sweep: Sweep, budget: Budget) -> str:
     if left == 0:
         return text
     if minutes is None:
-        return f"{text}; how long they take is told after the first one"
+        return f"{text}; how long they take is known after the first one"
     source = f"as the {len(took)} finished ones took" if took else "as measured for this suite"
     total = left * minutes / budget.parallel / 60
     return f"{text}: about {total:.1f} hours, {budget.parallel} at once, {minutes:.1f} minutes each {source}"
@@ -144,16 +143,16 @@ def reproduce(
         make(one.task, sweep.folder / "data" / one.task, seed=one.seed, sizes=one.sizes)
     say(hours(suite, sweep, budget))
     result = run_sweep(sweep, budget, say, debug=debug)
-    return result.code, tell(suite, sweep)
+    return result.code, write_tables(suite, sweep)
 
 
-def tell(suite: Suite, sweep: Sweep) -> SuiteTables | None:
+def write_tables(suite: Suite, sweep: Sweep) -> SuiteTables | None:
     """The tables of the finished runs, also written into the suite's folder; None where there are none yet."""
     from trainer.results.compare.evidence import evidence_tables, multitask_tables, published_tables
 
     children = sweep.children()
     done = {
-        name: [c.out for c in children if c.variant == name and run_state(c.out)[0] == "done"]
+        name: [c.out for c in children if c.variant == name and run_state(c.out).state == "done"]
         for name in sweep.variants
     }
     done = {name: paths for name, paths in done.items() if paths}
@@ -221,15 +220,15 @@ def _about(runs: Sequence[Path]) -> list[str]:
         else f"{len(done)} of {len(runs)} runs done"
     ]
     for what, key in (("device", "device"), ("processes of a run", "world"), ("platform", "platform")):
-        lines.append(f"{what}: {_each(record.get(key) for record in done)}")
+        lines.append(f"{what}: {_distinct(record.get(key) for record in done)}")
     lines.append(
-        f"commit: {_each((r.get('git') or {}).get('commit', 'unknown') + (' with changes' if (r.get('git') or {}).get('changed') else '') for r in done)}"
+        f"commit: {_distinct((r.get('git') or {}).get('commit', 'unknown') + (' with changes' if (r.get('git') or {}).get('changed') else '') for r in done)}"
     )
-    lines.append(f"data: {_each(f'{task} {mark[:16]}' for r in done for task, mark in r.get('data', {}).items())}")
+    lines.append(f"data: {_distinct(f'{task} {mark[:16]}' for r in done for task, mark in r.get('data', {}).items())}")
     return lines
 
 
-def _each(values: Any) -> str:
+def _distinct(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(map(str, values))) or "none"
 
 

@@ -1,4 +1,7 @@
-"""A sweep as one Slurm array: what is not done yet, an element each, which stops, goes back into the queue and continues by itself."""
+"""A sweep as one Slurm array: an element for every run that is not done, which stops, goes back into the queue and continues.
+
+Each element is the job of one run; see :mod:`launch.start.slurm` for why that is a script and not submitit's.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.start.slurm import Job, Member, check, follow, queued, rehearse, render, submit
-from launch.sweep.local import begin_parent
-from launch.sweep.sweep import Child, Sweep, finished, open_record, write_record
+from launch.sweep.local import Say, begin_parent
+from launch.sweep.record import open_record, write_record
+from launch.sweep.sweep import Sweep, finished
 from trainer.run.folder import hold
 
-Say = Callable[[str], None]
 MakeJob = Callable[[list[Member]], Job]
 
 
@@ -23,8 +26,9 @@ def submit_sweep(sweep: Sweep, make_job: MakeJob, say: Say) -> None:
     with hold(sweep.folder):
         record = open_record(sweep)
         left = _left(sweep, None)
-        if record.get("slurm") and queued(record["slurm"]):
-            raise ValueError(f"the sweep is in the queue as job {record['slurm']}: squeue --job {record['slurm']}")
+        submitted = record.get("slurm")
+        if submitted and queued(submitted):
+            raise ValueError(f"the sweep is in the queue as job {submitted}: squeue --job {submitted}")
         if left:
             job = make_job(left)
             check(job)
@@ -37,10 +41,10 @@ def submit_sweep(sweep: Sweep, make_job: MakeJob, say: Say) -> None:
             say(f"all {len(sweep.children())} runs are done")
             return
         job = make_job(_left(sweep, parent.run_id))
-        record["slurm"] = number = submit(job)
+        record["slurm"] = job_id = submit(job)
         write_record(sweep, record)
-    say(f"submitted as job {number}: {len(left)} of {len(sweep.children())} runs, in {sweep.folder}")
-    for what, command in follow(job, number):
+    say(f"submitted as job {job_id}: {len(left)} of {len(sweep.children())} runs, in {sweep.folder}")
+    for what, command in follow(job, job_id):
         if what != "results":
             say(f"{what:8} {command}")
     say("results  the same command, when they are done; egmf runs " + str(sweep.folder))
@@ -62,6 +66,6 @@ def planned_script(sweep: Sweep, make_job: MakeJob) -> tuple[str, Path] | None:
 
 
 def _left(sweep: Sweep, parent: str | None) -> list[Member]:
-    children: list[Child] = sweep.children(parent)
+    children = sweep.children(parent)
     done = finished(children)
     return [Member(i, child.config, child.out) for i, child in enumerate(children, 1) if child.name not in done]

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from launch.sweep.sweep import check_distinct, load_variant
+from launch.sweep.grid import check_distinct, load_variant
 from trainer.config import RunConfig
 from trainer.shipped import list_suites
 

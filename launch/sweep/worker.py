@@ -1,15 +1,14 @@
 """A process that trains one run after another: torch and DeepSpeed are imported, and the process group made, once.
 
-Reads a JSON line per run on stdin (``{"config": FILE, "out": RUN, "debug": false}``) and answers each with a line on the file
-descriptor that its first argument names (``{"code": 0, "failure": null, "leaves": false}``). Ends when stdin does, after a run that
-did not end well, since what that leaves behind concerns no other run, and after one with ZeRO-3, whose model DeepSpeed (0.19) keeps
-in memory. A run here is bit by bit the run of a fresh process.
+Reads a :class:`~launch.sweep.messages.RunRequest` per run on stdin and answers each with a
+:class:`~launch.sweep.messages.RunResult` on the file descriptor given as its first argument. Ends when stdin does, after a
+run that did not end well, since what that leaves behind concerns no other run, and after one with ZeRO-3, whose model
+DeepSpeed (0.19) keeps in memory. A run here is bit by bit the run of a fresh process.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import sys
@@ -17,8 +16,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.sweep.messages import RunRequest, RunResult
 from trainer.distributed.process_group import quiet_deepspeed
 
 if TYPE_CHECKING:
@@ -38,42 +38,40 @@ def main() -> None:
         set_up_logging(None, 0)
         world = start_world()
         for line in sys.stdin:
-            job = json.loads(line)
-            with _as_at_the_start():
-                code, failure, leaves = _train(job, world, stop)
-            answers.write(json.dumps({"code": code, "failure": failure, "leaves": leaves}) + "\n")
+            with _restored_process():
+                result = _train(RunRequest.from_line(line), world, stop)
+            answers.write(result.to_line())
             answers.flush()
-            if leaves:
+            if result.leaves:
                 break
     stop_world()
 
 
-def _train(job: dict[str, Any], world: World, stop: StopRequest) -> tuple[int, str | None, bool]:
-    """Exit code of the run, what made it fail, and whether this process is to be left."""
+def _train(request: RunRequest, world: World, stop: StopRequest) -> RunResult:
     from trainer.config import load_config
     from trainer.distributed.deepspeed_config import zero_stage
     from trainer.logs import set_up_logging
     from trainer.results.report.report import write_report
     from trainer.run.loop import fit
 
-    out = Path(job["out"])
-    sys.argv[1:] = ["train", job["config"], "--out", job["out"]]  # for the run's record
+    out = Path(request.out)
+    sys.argv[1:] = ["train", request.config, "--out", request.out]  # for the run's record
     try:
-        config = load_config(job["config"])
-        set_up_logging(out, world.rank, debug=job["debug"])
+        config = load_config(request.config)
+        set_up_logging(out, world.rank, debug=request.debug)
         log.info("run %s", out)
         code = fit(config, out, world, stop=stop, report=write_report if config.track.report else None)
-        return code, None, code != 0 or zero_stage(config) == 3
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's alone
+        return RunResult(code, leaves=code != 0 or zero_stage(config) == 3)
+    except Exception as error:  # noqa: BLE001 - whatever it is, only this run fails
         traceback.print_exc()
-        return 1, f"{type(error).__name__}: {error}", True
+        return RunResult(1, f"{type(error).__name__}: {error}", leaves=True)
     finally:
         set_up_logging(None, world.rank)
 
 
 @contextmanager
-def _as_at_the_start() -> Iterator[None]:
-    """Afterwards random numbers, environment and arguments are as before, and what the run held is given back."""
+def _restored_process() -> Iterator[None]:
+    """Afterwards random numbers, environment and arguments are as before, and the run's memory is free."""
     import torch
 
     from trainer.checkpoint.random_state import random_state, restore_random_state

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trainer.commands.shared import Json, print_json, say, wide
+from trainer.commands.options import Json
+from trainer.commands.output import print_json, say, wide
 
 if TYPE_CHECKING:
     from trainer.results.compare.comparison import Comparison

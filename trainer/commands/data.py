@@ -9,27 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from trainer.commands.shared import (
-    Json,
-    Plugins,
-    print_json,
-    print_metrics,
-    say,
-    wide,
-)
+from trainer.commands.arity import command_class
+from trainer.commands.options import Json, Plugins
+from trainer.commands.output import print_json, print_metrics, progress_bar, say, wide
 
 app = typer.Typer()
 data_app = typer.Typer(help="Look at prepared datasets.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=command_class(several=["--source"], optional={"--drop-bad": "train"}))
 def prepare(
     name: Annotated[str, typer.Argument(help="a task, or a YAML file that defines one", metavar="TASK")],
     out: Annotated[Path, typer.Option(help="where the prepared dataset goes", metavar="DIR")],
-    source: Annotated[list[Path] | None, typer.Option(help="published files, or folders of them")] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="published files, or folders of them", metavar="PATH...")
+    ] = None,
     task_file: Annotated[Path | None, typer.Option("--task", help="YAML file that defines TASK, for own data")] = None,
     strict: Annotated[bool, typer.Option(help="refuse every fault, also those with one right repair")] = False,
     drop_bad: Annotated[
@@ -130,8 +125,7 @@ def _sizes(given: list[str] | None) -> dict[str, int] | None:
 
 @contextlib.contextmanager
 def _splits_bar() -> Iterator[Callable[[str, int, int | None], None]]:
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         rows: dict[str, Any] = {}
 
         def progress(split: str, done: int, total: int | None) -> None:

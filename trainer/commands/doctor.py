@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from trainer.commands.shared import Debug, Json, Out, Overrides, default_out, in_world, print_json, say, wide
+from trainer.commands.options import Debug, Json, Out, Overrides, default_out
+from trainer.commands.output import print_json, say, wide
+from trainer.commands.ranks import run_as_rank
+
+if TYPE_CHECKING:
+    from launch.doctor.findings import Check
+    from trainer.distributed.world import World
 
 app = typer.Typer()
 COLOURS = {"ok": "green", "warning": "yellow", "fault": "bold red", "skipped": "dim"}
@@ -47,22 +51,27 @@ def doctor(
     place = out or (Path("runs") if config is None else default_out(config, 0))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
 
-        def work(world: Any) -> int:
+        def work(world: World) -> int:
             checks = examine_here(config, overrides or [], place, world)
             return _show(checks, strict, as_json) if world.is_rank_zero else 0
 
-        return in_world(work, debug)
+        return run_as_rank(work, debug)
     count = procs or max(1, torch.cuda.device_count())
     return _show(examine(config, overrides or [], place, count, nodes), strict, as_json)
 
 
-def _show(checks: list[Any], strict: bool, as_json: bool) -> int:
+def _show(checks: list[Check], strict: bool, as_json: bool) -> int:
     """The findings as a table or as JSON; the exit code."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch.doctor.findings import worst_state
+
     states = [check.state for check in checks]
     faults, warnings = states.count("fault"), states.count("warning")
     if as_json:
-        state = "fault" if faults else "warning" if warnings else "ok"
-        print_json({"state": state, "faults": faults, "warnings": warnings, "checks": [c.model_dump() for c in checks]})
+        found = [check.model_dump() for check in checks]
+        print_json({"state": worst_state(checks), "faults": faults, "warnings": warnings, "checks": found})
     else:
         table = Table("", "check", "", "found", "what to do")
         for check in checks:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.commands.shared import ConfigFile, Debug, Force, Out, Overrides, check_tasks, default_out
+from trainer.commands.options import ConfigFile, Debug, DryRun, Force, Out, Overrides, default_out, read_config
+
+if TYPE_CHECKING:
+    from launch.start.hostfile import LaunchPlan
 
 launch_app = typer.Typer(help="Start a training on several processes.", no_args_is_help=True)
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print what will be done, and stop")]
 
 
 @launch_app.command("local")
@@ -26,17 +27,15 @@ def launch_local(
     debug: Debug = False,
 ) -> int:
     """Train on several processes of this machine."""
-    from launch.start.local import alone, command, launch
-    from trainer.config import load_config
+    from launch.start.local import launch, single_node_ranks, train_command
 
-    loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
+    loaded = read_config(config, overrides)
     folder = out or default_out(config, loaded.train.seed)
-    line = command(config, overrides or [], folder, force=force, debug=debug)
+    line = train_command(config, overrides or [], folder, force=force, debug=debug)
     if dry_run:
         typer.echo(f"{procs} processes of: {shlex.join(line)}")
         return 0
-    return launch(alone(line, procs), folder)
+    return launch(single_node_ranks(line, procs), folder)
 
 
 @launch_app.command("hosts")
@@ -60,27 +59,40 @@ def launch_hosts(
 
     The nodes are checked together first. A stop signal stops the run on all of them: exit code 85.
     """
-    from launch.start import hosts
-    from launch.start.local import command
-    from launch.start.local import launch as launch_part
-    from trainer.config import load_config
+    from launch.start.hostfile import LaunchPlan, read_hostfile
+    from launch.start.local import train_command
 
-    loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
+    loaded = read_config(config, overrides)
     folder = out or default_out(config, loaded.train.seed)
-    line = command(config, overrides or [], folder, force=force, debug=debug)
-    plan = hosts.LaunchPlan(hosts.read_hostfile(hostfile), tuple(line), folder, master_addr, master_port)
+    line = train_command(config, overrides or [], folder, force=force, debug=debug)
+    plan = LaunchPlan(read_hostfile(hostfile), tuple(line), folder, master_addr, master_port)
     if no_ssh:
-        part = hosts.own_part(plan, node_rank)
-        if dry_run:
-            typer.echo(hosts.shown([part], plan, {}))
-            return 0
-        return launch_part(part, folder)
+        return _launch_this_node(plan, node_rank, dry_run=dry_run)
     if node_rank is not None:
         raise ValueError("--node-rank belongs to --no-ssh: over ssh all nodes are started from here")
-    variables = hosts.environment(env or [])
+    return _launch_over_ssh(plan, config, overrides or [], env or [], dry_run=dry_run)
+
+
+def _launch_this_node(plan: LaunchPlan, node_rank: int | None, *, dry_run: bool) -> int:
+    from launch.start.local import launch
+
+    ranks = plan.ranks_of(node_rank)
     if dry_run:
-        typer.echo(hosts.shown(plan.parts(), plan, variables))
+        typer.echo(plan.describe([ranks], {}))
         return 0
-    reports = hosts.check(plan.hosts, config, overrides or [], folder)
-    return hosts.launch(hosts.placed(plan, reports), variables)
+    return launch(ranks, plan.out)
+
+
+def _launch_over_ssh(
+    plan: LaunchPlan, config: Path, overrides: list[str], more_variables: list[str], *, dry_run: bool
+) -> int:
+    from launch.start.hosts import launch
+    from launch.start.node_check import check_nodes, with_rank_zero
+    from launch.start.ssh import forwarded_environment
+
+    variables = forwarded_environment(more_variables)
+    if dry_run:
+        typer.echo(plan.describe(plan.ranks(), variables))
+        return 0
+    reports = check_nodes(plan.hosts, config, overrides, plan.out)
+    return launch(with_rank_zero(plan, reports), variables)

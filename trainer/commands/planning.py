@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.shared import ConfigFile, Debug, Json, Overrides, check_tasks, print_json, say, wide
+from trainer.commands.options import ConfigFile, Debug, Json, Overrides, read_config
+from trainer.commands.output import print_json, say, wide
 
 app = typer.Typer()
 
@@ -34,10 +35,7 @@ def plan(
 
     Reads the backbone's configuration alone (a folder with config.json will do), no weights.
     """
-    from trainer.config import load_config
-
-    loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
+    loaded = read_config(config, overrides)
     stated = [rate for rate in (samples_per_second, positions_per_second, tflops) if rate is not None]
     if len(stated) > 1 or any(rate <= 0 for rate in stated):
         raise ValueError("state one throughput, more than 0: --samples-per-second, --positions-per-second or --tflops")

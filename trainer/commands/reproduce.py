@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.commands.shared import Debug, Json, Overrides, print_json, say, wide
+from trainer.commands.options import Debug, Json, Overrides, option_groups
+from trainer.commands.output import print_json, say, wide
 
 if TYPE_CHECKING:
+    from launch.sweep.pool import Budget
+    from launch.sweep.suites import Suite
+    from launch.sweep.sweep import Sweep
     from trainer.results.printable import Table
 
 app = typer.Typer()
 
 
+@dataclass(frozen=True)
+class PlannedMachine:
+    """The GPUs that --dry-run plans a run for; a field is an option."""
+
+    gpus: Annotated[int, typer.Option(min=1, help="for --dry-run: GPUs of a run")] = 8
+    gpu_memory: Annotated[float, typer.Option(help="for --dry-run: of one GPU, GiB")] = 80.0
+    tflops: Annotated[float | None, typer.Option(help="for --dry-run: reached on each GPU, for the hours")] = None
+
+
+PLANNED_MACHINE = PlannedMachine()
+
+
 @app.command()
+@option_groups
 def reproduce(
     suite: Annotated[str, typer.Option(help="diagnostic, paper, … (egmf config list), or a suite's YAML file")],
     overrides: Overrides = None,
@@ -27,9 +45,7 @@ def reproduce(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check every run, say what it takes and what is missing, and stop")
     ] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="for --dry-run: GPUs of a run")] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="for --dry-run: of one GPU, GiB")] = 80.0,
-    tflops: Annotated[float | None, typer.Option(help="for --dry-run: reached on each GPU, for the hours")] = None,
+    machine: PlannedMachine = PLANNED_MACHINE,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -37,20 +53,26 @@ def reproduce(
 
     The tables are printed, and written to reproduce.md and reproduce.json in the suite's folder.
     """
+    from launch.sweep.grid import parse_seeds
     from launch.sweep.pool import Budget, visible_gpus
-    from launch.sweep.reproduce import Machine, make_sweep, reproduce, verdict
+    from launch.sweep.reproduce import make_sweep
     from launch.sweep.suites import load_suite
-    from launch.sweep.sweep import parse_seeds
-    from trainer.logs import set_up_logging
 
     loaded = load_suite(suite)
     chosen = loaded.seeds if seeds is None else parse_seeds(seeds, overrides or [])
     sweep = make_sweep(loaded, out or Path("runs") / Path(suite).stem, data, chosen, overrides or [])
     budget = Budget(parallel, procs, gpus=visible_gpus())
     if dry_run:
-        return _dry_run(loaded, sweep, budget, Machine(gpus, gpu_memory, tflops))
+        return _show_plan(loaded, sweep, budget, machine)
+    return _run(loaded, sweep, budget, as_json=as_json, debug=debug)
+
+
+def _run(suite: Suite, sweep: Sweep, budget: Budget, *, as_json: bool, debug: bool) -> int:
+    from launch.sweep.reproduce import reproduce, verdict
+    from trainer.logs import set_up_logging
+
     set_up_logging(None, 0, debug=debug)
-    code, tables = reproduce(loaded, sweep, budget, say, debug=debug)
+    code, tables = reproduce(suite, sweep, budget, say, debug=debug)
     if tables is None:
         say("no run that the others are compared with is done: there is no table yet")
         return code
@@ -67,8 +89,8 @@ def reproduce(
     return code
 
 
-def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
-    from launch.sweep.reproduce import costs, hours, missing
+def _show_plan(suite: Suite, sweep: Sweep, budget: Budget, machine: PlannedMachine) -> int:
+    from launch.sweep.reproduce import Machine, costs, hours, missing
     from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
@@ -78,7 +100,7 @@ def _dry_run(suite: Any, sweep: Any, budget: Any, machine: Any) -> int:
     if suite.generate:
         made = ", ".join(one.task for one in suite.generate)
         say(f"the data ({made}) are generated into {sweep.folder / 'data'}")
-    table, notes = costs(sweep, machine)
+    table, notes = costs(sweep, Machine(machine.gpus, machine.gpu_memory, machine.tflops))
     if table is not None:
         _print(table)
     for note in notes:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from trainer.commands.shared import Debug, Json, Overrides, in_world, print_json, say, wide
+from trainer.commands.options import Debug, Json, Overrides
+from trainer.commands.output import print_json, progress_bar, say, wide
+from trainer.commands.ranks import run_as_rank
 
 if TYPE_CHECKING:
     from trainer.distributed.world import World
@@ -65,8 +65,7 @@ def robustness(
         options = Options(split, chances, _words(modes), _words(modalities or ""), seed)  # type: ignore[arg-type]
         check_options(options)
         opened = open_run(run, world, overrides or [])
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal)) as bar:
+        with progress_bar(visible=world.is_rank_zero) as bar:
             task = bar.add_task(split, total=None)
             result, table = measure(opened, options, reference, lambda n: bar.advance(task, n * world.size))
         if world.is_rank_zero:
@@ -80,7 +79,7 @@ def robustness(
                 say(f"written: {run / 'robustness.json'}")
         return 0
 
-    return in_world(work, debug)
+    return run_as_rank(work, debug)
 
 
 def _words(text: str) -> tuple[str, ...]:

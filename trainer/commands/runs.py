@@ -6,18 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from trainer.commands.shared import (
-    ConfigFile,
-    Json,
-    Overrides,
-    check_tasks,
-    print_json,
-    say,
-    wide,
-)
+from trainer.commands.options import ConfigFile, Json, Overrides, read_config
+from trainer.commands.output import print_json, say, wide
 
 app = typer.Typer()
 config_app = typer.Typer(help="Look at and check configs.", no_args_is_help=True)
@@ -88,6 +79,9 @@ def track_sync(
 @config_app.command("list")
 def config_list(as_json: Json = False) -> None:
     """List the configs and suites that come with the package; each can be given by its name as CONFIG or SUITE."""
+    from rich.table import Table
+    from rich.text import Text
+
     from trainer.shipped import list_configs, list_suites
 
     shipped = {"configs": list_configs(), "suites": list_suites()}
@@ -114,7 +108,5 @@ def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
 @config_app.command("check")
 def config_check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate a config and its task; every fault in one message."""
-    from trainer.config import load_config
-
-    check_tasks(load_config(config, overrides or []).tasks)
+    read_config(config, overrides)
     say(f"{config}: ok")

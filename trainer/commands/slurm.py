@@ -1,114 +1,139 @@
-"""Submitting a training to Slurm: launch slurm."""
+"""Submitting a training to Slurm: launch slurm; and the options that it shares with sweep --slurm."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.commands.launching import DryRun
-from trainer.commands.shared import ConfigFile, Debug, Force, Overrides, check_tasks, default_out, say
+from trainer.commands.options import (
+    ConfigFile,
+    Debug,
+    DryRun,
+    Force,
+    Overrides,
+    default_out,
+    option_groups,
+    read_config,
+)
+from trainer.commands.output import say
 
 if TYPE_CHECKING:
-    from launch.start.slurm import Resources
-
-Nodes = Annotated[str, typer.Option(help="how many, or MIN-MAX", metavar="N")]
-GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process each")]
-ProcsPerNode = Annotated[int | None, typer.Option(min=1, help="processes on each node, without GPUs")]
-Partition = Annotated[str | None, typer.Option(help="Slurm's, as all that follow up to cpus-per-task")]
-Time = Annotated[str | None, typer.Option(help="time limit: minutes, H:M:S or D-H:M:S")]
-Account = Annotated[str | None, typer.Option()]
-Qos = Annotated[str | None, typer.Option()]
-Constraint = Annotated[str | None, typer.Option()]
-Mem = Annotated[str | None, typer.Option(help="memory of each node, such as 200G")]
-CpusPerTask = Annotated[int | None, typer.Option(min=1, help="CPU cores of each process")]
-SignalSeconds = Annotated[int, typer.Option(min=10, help="stop so long before the time limit")]
-Requeue = Annotated[bool, typer.Option(help="go back into the queue when stopped, or when a node is lost")]
-Setup = Annotated[list[str] | None, typer.Option(help="a line of shell before the run; repeatable")]
-Sbatch = Annotated[list[str] | None, typer.Option(help="another option of sbatch; repeatable")]
-Srun = Annotated[list[str] | None, typer.Option(help="another option of srun; repeatable")]
+    from launch.start.slurm import Job, Layout, Resources
 
 
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What is asked of Slurm, and how the job's script is written; a field is an option."""
+
+    nodes: Annotated[str, typer.Option(help="how many, or MIN-MAX", metavar="N")] = "1"
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process each")] = None
+    procs_per_node: Annotated[int | None, typer.Option(min=1, help="processes on each node, without GPUs")] = None
+    partition: Annotated[str | None, typer.Option(help="Slurm's, as all that follow up to cpus-per-task")] = None
+    time: Annotated[str | None, typer.Option(help="time limit: minutes, H:M:S or D-H:M:S")] = None
+    account: Annotated[str | None, typer.Option()] = None
+    qos: Annotated[str | None, typer.Option()] = None
+    constraint: Annotated[str | None, typer.Option()] = None
+    mem: Annotated[str | None, typer.Option(help="memory of each node, such as 200G")] = None
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPU cores of each process")] = None
+    signal_seconds: Annotated[int, typer.Option(min=10, help="stop so long before the time limit")] = 120
+    requeue: Annotated[bool, typer.Option(help="go back into the queue when stopped, or when a node is lost")] = True
+    setup: Annotated[list[str] | None, typer.Option(help="a line of shell before the run; repeatable")] = None
+    sbatch: Annotated[list[str] | None, typer.Option(help="another option of sbatch; repeatable")] = None
+    srun: Annotated[list[str] | None, typer.Option(help="another option of srun; repeatable")] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of these options was used."""
+        return self != SlurmOptions()
+
+    def resources(self) -> Resources:
+        """What the job asks for.
+
+        Raises:
+            ValueError: the options do not say how many processes a node runs.
+        """
+        from launch.start.slurm import Resources
+
+        procs = self.procs_per_node or self.gpus_per_node
+        if procs is None:
+            raise ValueError("say how many processes a node runs: --gpus-per-node G, or on CPUs --procs-per-node P")
+        return Resources(
+            nodes=self.nodes,
+            procs_per_node=procs,
+            gpus_per_node=self.gpus_per_node,
+            partition=self.partition,
+            time=self.time,
+            account=self.account,
+            qos=self.qos,
+            constraint=self.constraint,
+            mem=self.mem,
+            cpus_per_task=self.cpus_per_task,
+        )
+
+    def job(self, layout: Layout, **flags: bool) -> Job:
+        """The job of one run or an array; `flags` are switches of ``egmf train``.
+
+        Raises:
+            ValueError: see :meth:`resources`.
+        """
+        from launch.start.slurm import Job
+
+        return Job(
+            layout,
+            self.resources(),
+            signal_seconds=self.signal_seconds,
+            requeue=self.requeue,
+            setup=tuple(self.setup or ()),
+            sbatch_options=tuple(self.sbatch or ()),
+            srun_options=tuple(self.srun or ()),
+            flags=tuple(f"--{name}" for name, on in flags.items() if on),
+        )
+
+
+@option_groups
 def launch_slurm(
     config: ConfigFile,
+    asked: SlurmOptions,
     overrides: Overrides = None,
-    nodes: Nodes = "1",
-    gpus_per_node: GpusPerNode = None,
-    procs_per_node: ProcsPerNode = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
-    qos: Qos = None,
-    constraint: Constraint = None,
-    mem: Mem = None,
-    cpus_per_task: CpusPerTask = None,
     array_seeds: Annotated[str | None, typer.Option(help="one run for each of these, such as 1,2,3")] = None,
-    signal_seconds: SignalSeconds = 120,
-    requeue: Requeue = True,
-    setup: Setup = None,
-    sbatch: Sbatch = None,
-    srun: Srun = None,
     out: Annotated[Path | None, typer.Option(help="run folder; with seeds, RUN-s<seed>", metavar="RUN")] = None,
     force: Force = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> int:
     """Submit a training to Slurm. It stops before its time is over, goes back into the queue, and continues."""
-    from launch.start.slurm import Job, check, follow, one_run, over_seeds, render, submit
-    from trainer.config import load_config
+    from launch.start.slurm import check, one_run, over_seeds
+    from launch.sweep.grid import parse_seeds
 
-    loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
-    seeds = parse_seeds(array_seeds, overrides or [])
-    if seeds:
-        layout = over_seeds(loaded, out or Path("runs") / config.stem, seeds)
-    else:
+    loaded = read_config(config, overrides)
+    if array_seeds is None:
         layout = one_run(loaded, out or default_out(config, loaded.train.seed))
-    job = Job(
-        layout,
-        resources(nodes, procs_per_node, gpus_per_node, partition, time, account, qos, constraint, mem, cpus_per_task),
-        signal_seconds=signal_seconds,
-        requeue=requeue,
-        setup=tuple(setup or ()),
-        sbatch_options=tuple(sbatch or ()),
-        srun_options=tuple(srun or ()),
-        flags=tuple(flag for flag, on in (("--force", force), ("--debug", debug)) if on),
-    )
+    else:
+        seeds = parse_seeds(array_seeds, overrides or [], "--array-seeds", allow_repeats=True)
+        layout = over_seeds(loaded, out or Path("runs") / config.stem, seeds)
+    job = asked.job(layout, force=force, debug=debug)
     check(job)
-    if dry_run:
-        typer.echo(render(job))
-        say(f"this would be written to {job.script}, checked and submitted:")
-        say(f"sbatch --test-only {shlex.quote(str(job.script))}\nsbatch {shlex.quote(str(job.script))}")
-        return 0
-    number = submit(job)
-    say(f"submitted as job {number}: {', '.join(str(member.out) for member in job.layout.members)}")
-    for what, command in follow(job, number):
-        say(f"{what:8} {command}")
+    return _show(job) if dry_run else _submit(job)
+
+
+def _show(job: Job) -> int:
+    from launch.start.slurm import render
+
+    typer.echo(render(job))
+    say(f"this would be written to {job.script}, checked and submitted:")
+    say(f"sbatch --test-only {shlex.quote(str(job.script))}\nsbatch {shlex.quote(str(job.script))}")
     return 0
 
 
-def resources(nodes: str, procs_per_node: int | None, gpus_per_node: int | None, *rest: Any) -> Resources:
-    """What is asked of Slurm, with the number of processes that the options say.
+def _submit(job: Job) -> int:
+    from launch.start.slurm import follow, submit
 
-    Raises:
-        ValueError: they do not say it.
-    """
-    from launch.start.slurm import Resources
-
-    procs = procs_per_node or gpus_per_node
-    if procs is None:
-        raise ValueError("say how many processes a node runs: --gpus-per-node G, or on CPUs --procs-per-node P")
-    return Resources(nodes, procs, gpus_per_node, *rest)
-
-
-def parse_seeds(text: str | None, overrides: list[str]) -> tuple[int, ...]:
-    """The seeds of ``--array-seeds``."""
-    if text is None:
-        return ()
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise ValueError(f"--array-seeds {text}: must be whole numbers with commas between them, such as 1,2,3")
-    if any(override.startswith("train.seed=") for override in overrides):
-        raise ValueError("train.seed and --array-seeds name the seed twice: leave train.seed out")
-    return tuple(int(part) for part in text.split(","))
+    job_id = submit(job)
+    say(f"submitted as job {job_id}: {', '.join(str(member.out) for member in job.layout.members)}")
+    for what, command in follow(job, job_id):
+        say(f"{what:8} {command}")
+    return 0

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from trainer.commands.launching import DryRun
-from trainer.commands.shared import ConfigFile, Debug, Json, Overrides, print_json, say, wide
-from trainer.commands.slurm import (
-    Account,
-    Constraint,
-    CpusPerTask,
-    GpusPerNode,
-    Mem,
-    Nodes,
-    Partition,
-    ProcsPerNode,
-    Qos,
-    Requeue,
-    Sbatch,
-    Setup,
-    SignalSeconds,
-    Srun,
-    Time,
-    resources,
-)
+from trainer.commands.options import ConfigFile, Debug, DryRun, Json, Overrides, option_groups
+from trainer.commands.output import print_json, say, wide
+from trainer.commands.slurm import SlurmOptions
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from launch.start.slurm import Job, Member
+    from launch.sweep.pool import Budget
+    from launch.sweep.slurm import MakeJob
     from launch.sweep.sweep import Sweep
 
 app = typer.Typer()
 
 
 @app.command()
+@option_groups
 def sweep(
     config: ConfigFile,
+    asked: SlurmOptions,
     overrides: Overrides = None,
     seeds: Annotated[str, typer.Option(help="a run for each of these, such as 1,2,3")] = "0",
     values: Annotated[
@@ -51,26 +38,13 @@ def sweep(
     parallel: Annotated[
         int | None, typer.Option(min=1, help="runs at once, which share cores and GPUs; default 1, on Slurm all")
     ] = None,
-    procs: Annotated[int | None, typer.Option(min=1, help="processes of each run; on Slurm see below")] = None,
+    procs: Annotated[int | None, typer.Option(min=1, help="processes of each run; on Slurm: --procs-per-node")] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the sweep; default runs/<config>-sweep", metavar="DIR")
     ] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="submit the runs as one array, with what follows")] = False,
-    nodes: Nodes = "1",
-    gpus_per_node: GpusPerNode = None,
-    procs_per_node: ProcsPerNode = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
-    qos: Qos = None,
-    constraint: Constraint = None,
-    mem: Mem = None,
-    cpus_per_task: CpusPerTask = None,
-    signal_seconds: SignalSeconds = 120,
-    requeue: Requeue = True,
-    setup: Setup = None,
-    sbatch: Sbatch = None,
-    srun: Srun = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="submit the runs as one array, with the options of egmf launch slurm")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -80,86 +54,92 @@ def sweep(
     Finished runs are not run again. A run that fails does not end the others. A stop signal stops all of them with
     checkpoints: exit code 85.
     """
-    from launch.sweep.sweep import Sweep, expand, parse_seeds
+    from launch.sweep.grid import expand, parse_seeds
+    from launch.sweep.pool import Budget, visible_gpus
+    from launch.sweep.sweep import Sweep
 
     chosen = parse_seeds(seeds, overrides or [])
     plan = Sweep(out or Path("runs") / f"{config.stem}-sweep", expand(config, overrides or [], values or []), chosen)
-    asked = (partition, time, account, qos, constraint, mem, cpus_per_task)
-    others = (gpus_per_node, procs_per_node, setup, sbatch, srun)
-    if not slurm:
-        if any(value is not None for value in (*asked, *others)) or nodes != "1" or not requeue:
-            raise ValueError("--nodes, --partition and the like belong to --slurm: add it, or leave them out")
-        return start(plan, parallel or 1, procs or 1, dry_run=dry_run, as_json=as_json, debug=debug)
-    if procs is not None or as_json:
-        raise ValueError("--slurm takes --procs-per-node or --gpus-per-node, not --procs, and prints no JSON")
-    from launch.start.slurm import Job, of_members
+    if slurm:
+        if procs is not None or as_json:
+            raise ValueError("--slurm takes --procs-per-node or --gpus-per-node, not --procs, and prints no JSON")
+        make_job = _job_maker(plan, asked, parallel, debug)
+        return _show_script(plan, make_job) if dry_run else _submit(plan, make_job)
+    if asked.given:
+        raise ValueError("--nodes, --partition and the like belong to --slurm: add it, or leave them out")
+    budget = Budget(parallel or 1, procs or 1, gpus=visible_gpus())
+    return _show_runs(plan, budget) if dry_run else _run_here(plan, budget, as_json=as_json, debug=debug)
 
-    wanted = resources(nodes, procs_per_node, gpus_per_node, *asked)
+
+def _job_maker(plan: Sweep, asked: SlurmOptions, parallel: int | None, debug: bool) -> MakeJob:
+    from launch.start.slurm import of_members
+
+    asked.resources()  # refused before anything is looked at
 
     def make_job(members: list[Member]) -> Job:
-        return Job(
-            of_members(plan.folder, members, parallel),
-            wanted,
-            signal_seconds=signal_seconds,
-            requeue=requeue,
-            setup=tuple(setup or ()),
-            sbatch_options=tuple(sbatch or ()),
-            srun_options=tuple(srun or ()),
-            flags=("--debug",) if debug else (),
-        )
+        return asked.job(of_members(plan.folder, members, parallel), debug=debug)
 
-    return _on_slurm(plan, make_job, dry_run=dry_run)
+    return make_job
 
 
-def _on_slurm(plan: Sweep, make_job: Callable[[list[Member]], Job], *, dry_run: bool) -> int:
-    from launch.sweep.slurm import planned_script, submit_sweep
+def _submit(plan: Sweep, make_job: MakeJob) -> int:
+    from launch.sweep.slurm import submit_sweep
     from trainer.logs import set_up_logging
 
-    if not dry_run:
-        set_up_logging(None, 0)
-        submit_sweep(plan, make_job, say)
-        return 0
+    set_up_logging(None, 0)
+    submit_sweep(plan, make_job, say)
+    return 0
+
+
+def _show_script(plan: Sweep, make_job: MakeJob) -> int:
+    from launch.sweep.slurm import planned_script
+
     planned = planned_script(plan, make_job)
     if planned is None:
         say("all runs are done")
         return 0
-    script, place = planned
+    script, path = planned
     typer.echo(script)
-    say(f"this would be written to {place}, checked and submitted")
+    say(f"this would be written to {path}, checked and submitted")
     return 0
 
 
-def start(plan: Sweep, parallel: int, procs: int, *, dry_run: bool, as_json: bool, debug: bool) -> int:
-    """Make the runs on this machine, or tell what would be made."""
+def _run_here(plan: Sweep, budget: Budget, *, as_json: bool, debug: bool) -> int:
     from launch.sweep.local import run_sweep, table, to_json
-    from launch.sweep.pool import Budget, visible_gpus
-    from launch.sweep.sweep import finished, open_record
     from trainer.logs import set_up_logging
 
-    budget = Budget(parallel, procs, gpus=visible_gpus())
-    if dry_run:
-        open_record(plan)
-        done = finished(plan.children())
-        wide().print(_planned(plan, done))
-        variables = budget.environment(0)
-        told = [f"{key}={variables[key]}" for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") if key in variables]
-        say(
-            f"{len(plan.children()) - len(done)} runs to make, {parallel} at once, each of {procs} process(es) with {', '.join(told)}"
-        )
-        return 0
     set_up_logging(None, 0, debug=debug)
     result = run_sweep(plan, budget, say, debug=debug)
     if as_json:
         print_json(to_json(plan, result))
     else:
-        wide().print(table(result.lines))
+        wide().print(table(result.runs))
     return result.code
 
 
-def _planned(plan: Sweep, done: set[str]) -> Table:
+def _show_runs(plan: Sweep, budget: Budget) -> int:
+    from launch.sweep.record import open_record
+    from launch.sweep.sweep import finished
+
+    open_record(plan)
+    children = plan.children()
+    done = finished(children)
+    wide().print(_planned_runs(plan, done))
+    variables = budget.environment(0)
+    shares = [f"{key}={variables[key]}" for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") if key in variables]
+    say(
+        f"{len(children) - len(done)} runs to make, {budget.parallel} at once, "
+        f"each of {budget.procs} process(es) with {', '.join(shares)}"
+    )
+    return 0
+
+
+def _planned_runs(plan: Sweep, done: set[str]) -> Table:
+    from rich.table import Table
+
     variants = plan.plan()["variants"]
-    shown = Table("run", "", "differs in", title=f"{plan.folder}", title_justify="left")
+    table = Table("run", "", "differs in", title=f"{plan.folder}", title_justify="left")
     for child in plan.children():
         differs = ", ".join(f"{key}={value}" for key, value in variants[child.variant].items())
-        shown.add_row(child.name, "done" if child.name in done else "", differs)
-    return shown
+        table.add_row(child.name, "done" if child.name in done else "", differs)
+    return table

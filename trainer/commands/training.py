@@ -6,14 +6,11 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from trainer.commands.shared import (
+from trainer.commands.options import (
     ConfigFile,
     Debug,
     Force,
@@ -21,15 +18,15 @@ from trainer.commands.shared import (
     Out,
     Overrides,
     Plugins,
-    check_tasks,
     default_out,
-    in_world,
-    json_out,
-    print_json,
-    print_metrics,
-    say,
-    wide,
+    read_config,
+    reserve_stdout,
 )
+from trainer.commands.output import print_json, print_metrics, progress_bar, result_descriptor, say, wide
+from trainer.commands.ranks import run_as_rank
+
+if TYPE_CHECKING:
+    from trainer.distributed.world import World
 
 app = typer.Typer()
 
@@ -43,15 +40,13 @@ def train(
     debug: Debug = False,
 ) -> int:
     """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
-    from trainer.config import load_config
     from trainer.distributed.signals import StopRequest
 
-    loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
+    loaded = read_config(config, overrides)
     folder = out or default_out(config, loaded.train.seed)
     stop = StopRequest(loaded.train.stop_signals)
 
-    def work(world: Any) -> int:
+    def work(world: World) -> int:
         from trainer.logs import set_up_logging
         from trainer.results.report.report import write_report
         from trainer.run.loop import fit
@@ -64,7 +59,7 @@ def train(
         return code
 
     with stop:
-        return in_world(work, debug, loaded.train.rendezvous_seconds)
+        return run_as_rank(work, debug, loaded.train.rendezvous_seconds)
 
 
 @app.command()
@@ -82,7 +77,7 @@ def evaluate(
 
     saved_config(run, overrides or [], data)
 
-    def work(world: Any) -> int:
+    def work(world: World) -> int:
         from trainer.logs import set_up_logging
         from trainer.run.evaluate import write_predictions
         from trainer.run.saved import open_run
@@ -90,8 +85,7 @@ def evaluate(
         set_up_logging(None, world.rank, debug=debug)
         opened = open_run(run, world, overrides or [], data)
         total = sum(len(d[split]) for d in opened.parts.data.values())
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal)) as bar:
+        with progress_bar(visible=world.is_rank_zero) as bar:
             task = bar.add_task(split, total=total)
             table, metrics = opened.evaluate(split, lambda n: bar.advance(task, n * world.size))
         if world.is_rank_zero:
@@ -103,7 +97,13 @@ def evaluate(
                 print_metrics({"checkpoint": opened.checkpoint.name, split: metrics})
         return 0
 
-    return in_world(work, debug)
+    return run_as_rank(work, debug)
+
+
+def _reserve_stdout_for_dash(context: typer.Context, value: str) -> str:
+    if value == "-":
+        reserve_stdout(context)
+    return value
 
 
 @app.command()
@@ -117,7 +117,12 @@ def predict(
             metavar="FILE",
         ),
     ],
-    out: Annotated[str, typer.Option(help="where the predictions go, JSON lines; - is stdout", metavar="FILE")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="where the predictions go, JSON lines; - is stdout", metavar="FILE", callback=_reserve_stdout_for_dash
+        ),
+    ],
     overrides: Overrides = None,
     task: Annotated[str | None, typer.Option(help="of samples that name none, where the run has several tasks")] = None,
     split: Annotated[str | None, typer.Option(help="answer only this split of the input: train, valid or test")] = None,
@@ -145,7 +150,9 @@ def predict(
     places = [Path(name) for name in source if name != "-"]
     check_places(places, None if out == "-" else Path(out), plugin or [])
 
-    def work(world: Any) -> int:
+    def work(world: World) -> int:
+        from rich.console import Console
+
         from trainer.logs import set_up_logging
         from trainer.results.predict import Options, predict
         from trainer.run.saved import open_run
@@ -153,12 +160,12 @@ def predict(
         console = Console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
         opened = open_run(run, world, chosen)
-        with Progress(console=console, transient=True, disable=not (world.is_rank_zero and console.is_terminal)) as bar:
+        with progress_bar(visible=world.is_rank_zero, console=console) as bar:
             row = bar.add_task("samples", total=None)
             tally = predict(
                 opened,
                 places or sys.stdin.buffer,
-                json_out() if out == "-" else Path(out),
+                result_descriptor() if out == "-" else Path(out),
                 Options(task, probabilities, gates, split, tuple(plugin or ())),
                 report=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
                 advance=lambda n: bar.advance(row, n),
@@ -167,7 +174,7 @@ def predict(
             say(f"answered: {tally.answered} sample(s); left out: {tally.bad}")
         return 1 if tally.bad else 0
 
-    return in_world(work, debug)
+    return run_as_rank(work, debug)
 
 
 @app.command()
@@ -176,9 +183,11 @@ def replay(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> int:
-    """Repeat a step whose loss or gradient was not finite, and name the module where it begins."""
+    """Repeat a step whose loss or gradient was not finite, and name the module where that begins."""
 
-    def work(world: Any) -> int:
+    def work(world: World) -> int:
+        from rich.table import Table
+
         from trainer.logs import set_up_logging
         from trainer.run.guards.replay import replay as repeat
 
@@ -193,7 +202,7 @@ def replay(
         wide().print(table)
         return 0
 
-    return in_world(work, debug)
+    return run_as_rank(work, debug)
 
 
 @app.command()

@@ -6,7 +6,6 @@ MASTER_ADDR, MASTER_PORT), and as a single process with none of these.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.distributed.launcher import RENDEZVOUS_VARIABLES
 from trainer.distributed.rendezvous import SECONDS, local_size, rendezvous
@@ -62,14 +60,6 @@ def stop_world() -> None:
     """Leave the process group; safe to call more than once."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def tell_launcher(error: BaseException) -> None:
-    """Leave the cause where our launcher, and torchrun, look for it; the first one stays."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not os.path.exists(path):
-        with contextlib.suppress(OSError):
-            get_error_handler().record_exception(error)
 
 
 def quiet_deepspeed() -> None:

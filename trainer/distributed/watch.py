@@ -25,7 +25,7 @@ from typing import Any, TextIO, TypeVar
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from trainer.distributed.process_group import tell_launcher
+from trainer.distributed.faults import report_to_launcher
 from trainer.distributed.rank_snapshots import RankSnapshot, format_stacks, headline, take_snapshot
 from trainer.distributed.world import World
 
@@ -221,7 +221,7 @@ class Watch:
         reports = rank == min(1, self.world.size - 1) if cut_off else judge == rank
         if cut_off or reports:
             log.error("%s", text)
-        tell_launcher(StuckError(reason))
+        report_to_launcher(StuckError(reason))
         with contextlib.suppress(_Silent):
             if reports and self._store is not None and not cut_off:
                 verdict = Verdict(reason=reason, answered=len(snapshots)).model_dump_json()

@@ -21,8 +21,8 @@ from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.sampling import GlobalBatch
 from trainer.distributed.consistency import check_consistency
 from trainer.distributed.deepspeed_config import check_machine, dtype_of
+from trainer.distributed.faults import report_to_launcher
 from trainer.distributed.launcher import STOPPED
-from trainer.distributed.process_group import tell_launcher
 from trainer.distributed.signals import StopRequest, StopRequested
 from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
@@ -128,7 +128,7 @@ def fit(
             state = Trainer(run, callbacks).train(last, saved)
         except BaseException as error:
             watch.block_while_aborting()
-            tell_launcher(error)
+            report_to_launcher(error)
             if begun or fresh:
                 with contextlib.suppress(OSError):  # the disk may be what failed
                     record.update({"failure": f"{type(error).__name__}: {error}", "state": "failed", "ended": now()})

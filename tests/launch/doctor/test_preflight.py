@@ -15,11 +15,10 @@ import pytest
 import torch
 from packaging.version import Version
 
-from launch.doctor import collective_probe as trial
-from launch.doctor import machine, versions
-from launch.doctor.findings import Check, Findings
+from launch.doctor import collective_probe, machine, versions
+from launch.doctor.findings import Check, Findings, worst_state
 from launch.doctor.machine import check_attention, check_build, check_folder, check_machine
-from launch.doctor.resolved_config import ResolvedConfig, check_subject
+from launch.doctor.resolved_config import ResolvedConfig, check_resolved_config
 from launch.doctor.versions import PAIRS, Facts, check_pairs, check_ranges
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.toy import prepare_toy
@@ -42,9 +41,9 @@ def asked(work: Path, *more: str) -> list[str]:
     return ["task=meld", f"data.path={work}/{{task}}", "model.backbone.tiny.vocab_size=400", *more]
 
 
-def subject(work: Path, scratch: Path, *more: str) -> tuple[ResolvedConfig | None, dict[str, Check]]:
+def examined(work: Path, scratch: Path, *more: str) -> tuple[ResolvedConfig | None, dict[str, Check]]:
     findings = Findings()
-    found = check_subject(findings, TINY, asked(work, *more), scratch)
+    found = check_resolved_config(findings, TINY, asked(work, *more), scratch)
     return found, {check.name: check for check in findings.checks}
 
 
@@ -58,7 +57,7 @@ def only(findings: Findings) -> Check:
 
 def test_sound_data_and_model_are_found_sound(work: Path, tmp_path: Path) -> None:
     for more in ((), (f"model.backbone.name={work}/model",)):
-        found, checks = subject(work, tmp_path / str(len(more)), *more)
+        found, checks = examined(work, tmp_path / str(len(more)), *more)
         assert found is not None
         assert found.complete
         assert {check.state for check in checks.values()} == {"ok"}, checks
@@ -67,16 +66,16 @@ def test_sound_data_and_model_are_found_sound(work: Path, tmp_path: Path) -> Non
 
 
 def test_every_fault_of_config_data_and_model_is_found(work: Path, tmp_path: Path) -> None:
-    found, checks = subject(work, tmp_path, "train.zero=7", "train.sed=1")
+    found, checks = examined(work, tmp_path, "train.zero=7", "train.sed=1")
     assert found is None
     assert "2 faults" in checks["config"].found
-    found, checks = subject(work, tmp_path, f"data.path={tmp_path}/none", f"model.backbone.name={work}/model")
+    found, checks = examined(work, tmp_path, f"data.path={tmp_path}/none", f"model.backbone.name={work}/model")
     assert found is not None
     assert not found.complete
     assert checks["data"].state == "fault"
     assert "egmf prepare" in checks["data"].found
     assert checks["weights"].state == "ok"  # one fault does not hide what else there is
-    _, checks = subject(work, tmp_path, f"model.backbone.name={tmp_path}/none")
+    _, checks = examined(work, tmp_path, f"model.backbone.name={tmp_path}/none")
     assert "no model folder" in checks["model"].found
 
 
@@ -100,7 +99,7 @@ def test_damaged_models_are_found(work: Path, tmp_path: Path) -> None:
     blind.write_text(json.dumps(held))
     told = {}
     for name in ("cut", "gone", "small", "blind"):
-        found, checks = subject(work, tmp_path, f"model.backbone.name={tmp_path}/{name}")
+        found, checks = examined(work, tmp_path, f"model.backbone.name={tmp_path}/{name}")
         told[name] = {check.name: check.found for check in checks.values() if check.state == "fault"}
         assert name == "blind" or (found is not None and not found.complete)
     assert "model.safetensors" in told["cut"]["weights"]
@@ -113,7 +112,7 @@ def test_a_hub_model_that_cannot_be_had_offline_says_how(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    _, checks = subject(work, tmp_path, "model.backbone.name=nobody/nothing")
+    _, checks = examined(work, tmp_path, "model.backbone.name=nobody/nothing")
     assert checks["model"].state == "fault"
     assert "hf download nobody/nothing" in checks["model"].found
 
@@ -249,7 +248,7 @@ def test_a_check_that_breaks_is_one_fault_and_not_the_end() -> None:
         raise KeyError("x")
     findings.add("machine", "two", "ok", "fine")
     assert [check.state for check in findings.checks] == ["fault", "ok"]
-    assert findings.worst() == "fault"
+    assert worst_state(findings.checks) == "fault"
 
 
 # ---- the command, on real processes
@@ -262,7 +261,7 @@ def shown(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], dict[
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_sound_run_is_tried_on_two_ranks(work: Path) -> None:
+def test_a_sound_run_is_probed_on_two_ranks(work: Path) -> None:
     out = work / "run"
     config = asked(work, "model.backbone.quantization=nf4", "train.micro_batch=4")
     done = egmf("doctor", str(TINY), *config, "--procs", "2", "--out", str(out), "--json", timeout=500)
@@ -271,7 +270,7 @@ def test_a_sound_run_is_tried_on_two_ranks(work: Path) -> None:
     assert told["faults"] == 0
     reduced = checks["all-reduce"]["values"]
     assert (reduced["world"], reduced["backend"]) == (2, "gloo")
-    for size in trial.SIZES:  # the bus bandwidth of two ranks is bytes / seconds
+    for size in collective_probe.SIZES:  # the bus bandwidth of two ranks is bytes / seconds
         one = reduced["sizes"][str(size)]
         assert one["bus_gb_per_second"] == pytest.approx(size / one["seconds"] / 1e9)
     assert checks["largest batch"]["state"] == "ok"
@@ -303,7 +302,9 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
     assert done.returncode == 0, done.stderr
     _, checks = shown(done)
     assert checks["all-reduce"]["values"]["world"] == 2
-    said = checks["checkpoints"]["values"]["needed_bytes"] / (load_config(TINY, config).train.keep + trial.HEADROOM)
+    said = checks["checkpoints"]["values"]["needed_bytes"] / (
+        load_config(TINY, config).train.keep + collective_probe.HEADROOM
+    )
     assert not list(work.glob(".egmf-doctor-*"))
     trained = egmf("launch", "local", "--procs", "2", str(TINY), *config, "--out", str(work / "trained"), timeout=500)
     assert trained.returncode == 0, trained.stderr

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoConfig, Qwen2Config
 
 from launch.plan.lengths import run_lengths
-from launch.plan.memory import GIB, Setting, rank_memory, wire_bytes
+from launch.plan.memory import Setting, rank_memory, wire_bytes
 from launch.plan.meta_model import SAMPLE_LAYERS, Rows, abstract, build, grow, record_pass, weigh
 from launch.plan.plan import RESERVED, Throughput, look_at, make_plan
 from launch.plan.tables import render
+from launch.units import GIB
 from tests.distributed.processes import egmf
 from tests.models.tiny_models import ANSWERS, make_model, save_family
 from tests.toy import prepare_toy

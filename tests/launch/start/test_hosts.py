@@ -5,21 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launch.start.hosts import (
-    Host,
-    LaunchPlan,
-    conclude,
-    environment,
-    master_address,
-    own_part,
-    placed,
-    read_hostfile,
-    shown,
-)
+from launch.start.agent import StartRequest, Verdict
+from launch.start.hostfile import Host, LaunchPlan, read_hostfile
+from launch.start.hosts import conclude
+from launch.start.local import RunState
+from launch.start.node_check import master_address, with_rank_zero
+from launch.start.nodes import NodeReport
+from launch.start.ssh import forwarded_environment
 from tests.distributed.processes import ROOT
 
 HOSTS = (Host("a", 4), Host("b", 2), Host("c", 1))
@@ -39,23 +34,25 @@ def test_every_fault_of_a_hostfile_is_told(tmp_path: Path) -> None:
     path.write_text("a slots=2\nb\nc slots=0\na slots=1\n-oProxyCommand=x slots=1\n")
     with pytest.raises(ValueError, match="4 faults") as told:
         read_hostfile(path)
-    for words in ("line 2: 'b'", "line 3: 'c slots=0'", "line 4: a stands there twice", "line 5: '-oProxyCommand"):
+    for words in ("line 2: 'b'", "line 3: 'c slots=0'", "line 4: a is listed twice", "line 5: '-oProxyCommand"):
         assert words in str(told.value)
     path.write_text("# none\n")
-    with pytest.raises(ValueError, match="it names no node"):
+    with pytest.raises(ValueError, match="it lists no node"):
         read_hostfile(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_hostfile(tmp_path / "absent")
 
 
 def test_every_rank_stands_on_one_node() -> None:
-    parts = LaunchPlan(HOSTS, ("train",), Path("out"), "10.0.0.1", 29500).parts()
-    ranks = [rank for part in parts for rank in range(part.first, part.first + part.slots)]
-    assert ranks == list(range(7))
-    assert {part.world for part in parts} == {7}
+    nodes = LaunchPlan(HOSTS, ("train",), Path("out"), "10.0.0.1", 29500).ranks()
+    numbers = [rank for node in nodes for rank in range(node.first, node.first + node.count)]
+    assert numbers == list(range(7))
+    assert {node.world_size for node in nodes} == {7}
+    request = StartRequest(nodes[1], {"HF_HOME": "/data"}, "out")
+    assert StartRequest.from_json(request.to_json()) == request
 
 
-def report(where: str, *addresses: str, reached_at: str | None = None) -> dict[str, Any]:
+def report(where: str, *addresses: str, reached_at: str | None = None) -> NodeReport:
     held = {f"eth{i}": [address] for i, address in enumerate(addresses)}
     return {"where": where, "addresses": held, "reached_at": reached_at, "free_port": 40001}
 
@@ -68,11 +65,11 @@ def report(where: str, *addresses: str, reached_at: str | None = None) -> dict[s
         (report("a", "172.17.0.1/16"), "172.17.0.1"),
     ],
 )
-def test_rank_0_is_met_where_the_others_can(first: dict[str, Any], chosen: str) -> None:
+def test_rank_0_is_met_where_the_others_can(first: NodeReport, chosen: str) -> None:
     others = report("b", "172.17.0.1/16", "10.1.0.2/24")
     assert master_address([first, others]) == chosen
-    plan = placed(LaunchPlan(HOSTS, ("train",), Path("out")), [first, others])
-    assert (plan.address, plan.port) == (chosen, 40001)
+    plan = with_rank_zero(LaunchPlan(HOSTS, ("train",), Path("out")), [first, others])
+    assert (plan.master_addr, plan.master_port) == (chosen, 40001)
 
 
 def test_no_address_at_all_is_told() -> None:
@@ -83,10 +80,10 @@ def test_no_address_at_all_is_told() -> None:
 def test_without_ssh_the_place_of_this_node_is_needed() -> None:
     plan = LaunchPlan(HOSTS, ("train",), Path("out"))
     with pytest.raises(ValueError, match="2 faults"):
-        own_part(plan, 3)
-    part = own_part(LaunchPlan(HOSTS, ("train",), Path("out"), "node-a"), 1)
-    assert (part.first, part.slots, part.address, part.port) == (4, 2, "node-a", 29500)
-    assert shown([part], plan, {}).splitlines() == [
+        plan.ranks_of(3)
+    part = LaunchPlan(HOSTS, ("train",), Path("out"), "node-a").ranks_of(1)
+    assert (part.first, part.count, part.master_addr, part.master_port) == (4, 2, "node-a", 29500)
+    assert plan.describe([part], {}).splitlines() == [
         "b: ranks 4-5 of 7: train",
         "rank 0 is met at node-a, port 29500",
     ]
@@ -95,17 +92,17 @@ def test_without_ssh_the_place_of_this_node_is_needed() -> None:
 @pytest.mark.parametrize(
     ("verdicts", "code", "words"),
     [
-        ({1: {"code": 255, "lost": True}, 0: {"code": 137, "told": "killed", "follows": False}}, 1, "b: the connection was lost"),
-        ({0: {"code": 1, "told": "PeerFault", "follows": True}, 2: {"code": 137, "told": "error on rank 6: killed", "follows": False}}, 137, "node c: error on rank 6"),
-        ({0: {"code": 85}, 1: {"code": 85}, 2: {"code": 85}}, 85, ""),
-        ({0: {"code": 0}, 1: {"code": 0}, 2: {"code": 0}}, 1, "run.json says None and not 'done'"),
+        ({1: Verdict(255), 0: Verdict(137, "killed")}, 1, "b: the connection was lost"),
+        ({0: Verdict(1, "PeerFault", missed_peer=True), 2: Verdict(137, "error on rank 6: killed")}, 137, "node c: error on rank 6"),
+        ({0: Verdict(85), 1: Verdict(85), 2: Verdict(85)}, 85, ""),
+        ({0: Verdict(0), 1: Verdict(0), 2: Verdict(0)}, 1, "run.json says None and not 'done'"),
     ],
 )  # fmt: skip
 def test_the_first_cause_is_told_and_success_needs_the_runs_own_word(
-    verdicts: dict[int, dict[str, Any]], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    verdicts: dict[int, Verdict], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = LaunchPlan(HOSTS, ("train",), tmp_path)
-    assert conclude(plan, verdicts, (None, None)) == code
+    assert conclude(plan, verdicts, RunState(None, None)) == code
     assert words in capsys.readouterr().err
 
 
@@ -113,18 +110,18 @@ def test_variables_reach_the_nodes_and_values_are_not_shown(monkeypatch: pytest.
     wanted = {"HF_TOKEN": "secret", "MLFLOW_TRACKING_URI": "http://m", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
     for name, value in {**wanted, "CUDA_VISIBLE_DEVICES": "3", "MINE": "x", "RANK": "9"}.items():
         monkeypatch.setenv(name, value)
-    held = environment(["MINE"])
+    held = forwarded_environment(["MINE"])
     assert wanted.items() <= held.items()
     assert held["MINE"] == "x"
     assert not {"CUDA_VISIBLE_DEVICES", "RANK"} & set(held)
     plan = LaunchPlan(HOSTS, ("train", "my config.yaml"), Path("out"))
-    text = shown(plan.parts(), plan, held)
+    text = plan.describe(plan.ranks(), held)
     assert "a: ranks 0-3 of 7: train 'my config.yaml'" in text
     assert "c: rank 6 of 7" in text
     assert "HF_TOKEN" in text
     assert "secret" not in text
-    with pytest.raises(ValueError, match="--env names what is not set here: NONE_SUCH"):
-        environment(["NONE_SUCH"])
+    with pytest.raises(ValueError, match="--env asks for variables that are not set here: NONE_SUCH"):
+        forwarded_environment(["NONE_SUCH"])
 
 
 def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:

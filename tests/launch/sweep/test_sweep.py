@@ -14,9 +14,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from launch.sweep.grid import expand, parse_seeds, split_values
 from launch.sweep.mlflow_parent import ParentRun
 from launch.sweep.pool import Budget
-from launch.sweep.sweep import Sweep, expand, finished, open_record, parse_seeds, split_values, write_record
+from launch.sweep.record import open_record, write_record
+from launch.sweep.sweep import Sweep, finished
 from tests.distributed.processes import ROOT, egmf, environment, free_port, run, start
 from tests.slurm.lab import wait_for
 from tests.toy import prepare_toy

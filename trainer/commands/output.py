@@ -1,0 +1,95 @@
+"""What the commands print: messages on stderr, tables, and one JSON object on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # rich takes a third of the time that `egmf --help` needs
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def say(text: str) -> None:
+    """A message for people, on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def wide() -> Console:
+    """A console that never cuts a table: as wide as it needs where stdout is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
+
+
+@contextlib.contextmanager
+def progress_bar(*, visible: bool = True, console: Console | None = None) -> Iterator[Progress]:
+    """A bar on stderr, which is gone at the end; none where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = console or Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
+        yield bar
+
+
+def print_metrics(results: dict[str, Any]) -> None:
+    """A table of the scalar metrics, a column per split and task."""
+    from rich.table import Table
+
+    from trainer.results.printable import format_metric
+
+    columns = {
+        (split, task): values
+        for split, tasks in results.items()
+        if isinstance(tasks, dict)
+        for task, values in tasks.items()
+    }
+    names = list(
+        dict.fromkeys(k for v in columns.values() for k, x in v.items() if x is None or isinstance(x, (int, float)))
+    )
+    table = Table(
+        title=f"checkpoint {results['checkpoint']}" if "checkpoint" in results else None, title_justify="left"
+    )
+    table.add_column("metric")
+    for split, task in columns:
+        table.add_column(f"{task} {split}", justify="right")
+    for name in names:
+        table.add_row(name, *(format_metric(values.get(name, "")) for values in columns.values()))
+    wide().print(table)
+
+
+_result_descriptor = 1
+
+
+def result_descriptor() -> int:
+    """The file descriptor of the real stdout."""
+    return _result_descriptor
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Whatever this process and its libraries write to stdout goes to stderr; `print_json` keeps the real one."""
+    global _result_descriptor
+    sys.stdout.flush()
+    _result_descriptor = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(_result_descriptor, 1)
+        os.close(_result_descriptor)
+        _result_descriptor = 1
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on the real stdout."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    with os.fdopen(os.dup(_result_descriptor), "w", encoding="utf-8") as stream:
+        stream.write(text)
