@@ -160,7 +160,7 @@ def test_prepare_takes_several_sources_and_drop_bad_with_or_without_a_value(
     monkeypatch.setattr(command, "callback", parsed)
     found = command.main(words.split(), standalone_mode=False)
     assert (found["source"], found["drop_bad"]) == (sources, drop_bad)
-    assert (found["name"], found["out"]) == ("meld", "d")
+    assert (found["name"], found["out"]) == ("meld", Path("d"))
 
 
 def test_several_sources_belong_to_the_option_alone() -> None:

@@ -48,7 +48,7 @@ class SlurmOptions:
     @property
     def given(self) -> bool:
         """Whether any of these options was used."""
-        return self != SlurmOptions()
+        return self != NOTHING_ASKED
 
     def resources(self) -> Resources:
         """What the job asks for.
@@ -94,11 +94,14 @@ class SlurmOptions:
         )
 
 
+NOTHING_ASKED = SlurmOptions()
+
+
 @option_groups
 def launch_slurm(
     config: ConfigFile,
-    asked: SlurmOptions,
     overrides: Overrides = None,
+    asked: SlurmOptions = NOTHING_ASKED,
     array_seeds: Annotated[str | None, typer.Option(help="one run for each of these, such as 1,2,3")] = None,
     out: Annotated[Path | None, typer.Option(help="run folder; with seeds, RUN-s<seed>", metavar="RUN")] = None,
     force: Force = False,

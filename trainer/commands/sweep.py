@@ -9,7 +9,7 @@ import typer
 
 from trainer.commands.options import ConfigFile, Debug, DryRun, Json, Overrides, option_groups
 from trainer.commands.output import print_json, say, wide
-from trainer.commands.slurm import SlurmOptions
+from trainer.commands.slurm import NOTHING_ASKED, SlurmOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,6 @@ app = typer.Typer()
 @option_groups
 def sweep(
     config: ConfigFile,
-    asked: SlurmOptions,
     overrides: Overrides = None,
     seeds: Annotated[str, typer.Option(help="a run for each of these, such as 1,2,3")] = "0",
     values: Annotated[
@@ -45,6 +44,7 @@ def sweep(
     slurm: Annotated[
         bool, typer.Option("--slurm", help="submit the runs as one array, with the options of egmf launch slurm")
     ] = False,
+    asked: SlurmOptions = NOTHING_ASKED,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
