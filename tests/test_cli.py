@@ -181,12 +181,13 @@ def test_a_run_folder_is_named_after_its_config_and_seed() -> None:
     assert default_out(Path("configs/meld.yaml"), 3) == Path("runs/meld-s3")
 
 
-def test_a_dataclass_parameter_becomes_one_option_for_each_field() -> None:
-    @dataclass(frozen=True)
-    class Size:
-        width: Annotated[int, typer.Option(min=1)] = 2
-        tags: Annotated[list[str] | None, typer.Option()] = None
+@dataclass(frozen=True)
+class Size:
+    width: Annotated[int, typer.Option(min=1)] = 2
+    tags: Annotated[list[str] | None, typer.Option()] = None
 
+
+def test_a_dataclass_parameter_becomes_one_option_for_each_field() -> None:
     found = []
     small = typer.Typer()
 
