@@ -29,13 +29,13 @@ def report_to_launcher(error: BaseException) -> None:
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from trainer.distributed.world import PeerFault  # imports torch, which launchers do without
+    from trainer.distributed.world import as_peer_fault  # imports torch, which launchers do without
 
     with contextlib.suppress(OSError):
         get_error_handler().record_exception(error)
         path = Path(place)
         record = json.loads(path.read_text(encoding="utf-8"))
-        record[MISSED_PEER] = isinstance(error, PeerFault)
+        record[MISSED_PEER] = as_peer_fault(error) is not None
         path.write_text(json.dumps(record), encoding="utf-8")
 
 

@@ -24,16 +24,26 @@ class ConnectionLost(PeerFault):
     """Another rank has ended, and its connections with it."""
 
 
+def as_peer_fault(error: BaseException) -> PeerFault | None:
+    """The fault of another rank that `error` reports, if it does; gloo reports one by its message alone."""
+    if isinstance(error, PeerFault):
+        return error
+    broken = BROKEN.search(str(error)) if isinstance(error, RuntimeError) else None
+    if broken is None:
+        return None
+    return ConnectionLost(f"another rank has ended, which closed the connection to it ({broken[0]})")
+
+
 @contextlib.contextmanager
 def lost_connections_typed() -> Iterator[None]:
     """Around collectives: a bare RuntimeError about a broken connection becomes :class:`ConnectionLost`."""
     try:
         yield
     except RuntimeError as error:
-        broken = None if isinstance(error, PeerFault) else BROKEN.search(str(error))
-        if broken is None:
+        fault = as_peer_fault(error)
+        if fault is None or fault is error:
             raise
-        raise ConnectionLost(f"another rank has ended, which closed the connection to it ({broken[0]})") from error
+        raise fault from error
 
 
 @dataclass(frozen=True)
