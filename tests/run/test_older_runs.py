@@ -89,8 +89,8 @@ def test_a_run_of_version_0_1_is_continued_evaluated_and_predicts(tmp_path: Path
         json.dumps({"id": s.id, "text": s.text, "task": "meld"}) for s in open_dataset(tmp_path / "data/meld")["test"]
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with (tmp_path / "in.jsonl").open("rb") as source:
-        tally = predict(opened, source, tmp_path, tmp_path / "out.jsonl", Options(), say=lambda text: pytest.fail(text))
+    source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    tally = predict(opened, [source], answers, Options(), report=lambda text: pytest.fail(text))
     assert tally.answered == 8
 
 

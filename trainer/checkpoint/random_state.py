@@ -46,12 +46,6 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def mix(*parts: int) -> int:
-    """A seed from several numbers (SplitMix64 over them)."""
-    mask, state = (1 << 64) - 1, 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state
+def derive_seed(*numbers: int) -> int:
+    """A seed of 64 bits for torch from several numbers, by numpy's SeedSequence."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from trainer.checkpoint.random_state import mix
+from trainer.checkpoint.random_state import derive_seed
 from trainer.config import RunConfig
 from trainer.data.imbalance import answer_indices
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
@@ -101,7 +101,7 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, dump: NonFi
     for place, (micro, rows) in enumerate(zip(micros, training.prefetcher.step(step, batch, micros), strict=True)):
         training.heartbeat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
         rows = rows.to(world.device, dtype)
-        torch.manual_seed(mix(config.train.seed, step, place, world.rank))
+        torch.manual_seed(derive_seed(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
         loss_B, auxiliary_B = output.loss_B * rows.weight_B, output.auxiliary_B * rows.weight_B

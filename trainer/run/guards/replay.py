@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.checkpoint.random_state import mix
+from trainer.checkpoint.random_state import derive_seed
 from trainer.checkpoint.weights import load_trainable_state
 from trainer.config import saved_config
 from trainer.distributed.deepspeed_config import dtype_of
@@ -53,7 +53,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
     for micro in about["micro_batches"]:
         found.clear()
         model.zero_grad()
-        torch.manual_seed(mix(about["seed"], about["step"] - 1, micro["micro_step"], micro["rank"]))
+        torch.manual_seed(derive_seed(about["seed"], about["step"] - 1, micro["micro_step"], micro["rank"]))
         batch = load_batch(folder / micro["file"]).to(world.device)
         output = model(batch)
         (output.loss_B.sum() + output.auxiliary_B.sum() + output.unused_param_zero).backward()
