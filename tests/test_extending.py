@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,11 @@ import pytest
 from tests.distributed.processes import ROOT, egmf
 from tests.toy import prepare_toy
 from trainer.data.dataset import open_dataset
+from trainer.data.readers.raw import ReaderError
+from trainer.data.readers.registry import known_readers, reader_of
+from trainer.data.readers.source import open_source
+from trainer.plugins import PluginError
+from trainer.tasks import get_task
 
 FOUR = ["local", "semantic", "global", "rhythm"]
 
@@ -140,3 +146,102 @@ def test_the_default_stays_at_three_and_unknown_names_get_the_nearest(work: Path
     taken.write_text(example("rhythm.py").replace('"rhythm"', '"local"'))
     with pytest.raises(ValueError, match="two experts are named 'local'"):
         expert_classes(check_config({"task": "meld", "model": {"fusion": {"plugins": [str(taken)]}}}).model.fusion)
+
+
+# ── a format ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def tsv(work: Path, tmp_path: Path) -> Path:
+    """The reader's file from the page, and the dataset's samples in its format."""
+    (tmp_path / "tsv_reader.py").write_text(example("tsv_reader.py"), encoding="utf-8")
+    opened = open_dataset(work / "meld")
+    with (tmp_path / "clips.tsv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, delimiter="\t")
+        table.writerow(["id", "split", "text", "label", "audio"])
+        for split in opened.splits:
+            for sample in opened[split]:
+                name = "" if sample.audio_TF is None else f"{sample.id}.npy"
+                if sample.audio_TF is not None:
+                    np.save(tmp_path / name, sample.audio_TF)
+                table.writerow([sample.id, split, sample.text, opened.task.labels[int(sample.target)], name])
+    return tmp_path
+
+
+@pytest.mark.distributed
+def test_a_format_is_prepared_shown_and_predicted(work: Path, run: Path, tsv: Path) -> None:
+    source, plugin = str(tsv / "clips.tsv"), ("--plugin", str(tsv / "tsv_reader.py"))
+    unknown = egmf("prepare", "meld", "--source", source, "--out", str(tsv / "data"))
+    assert unknown.returncode == 1
+    assert "clips.tsv: is none of .jsonl, .csv, .pkl, .pickle" in unknown.stderr
+    done = egmf("prepare", "meld", "--source", str(tsv), "--out", str(tsv / "data"), "--workers", "2", *plugin)
+    assert done.returncode == 0, done.stderr
+    made, truth = open_dataset(tsv / "data"), open_dataset(work / "meld")
+    assert made.record["source"]["name"] == "samples in a table"
+    assert list(made.record["source"]["files"]) == ["clips.tsv"]
+    for split in truth.splits:
+        for found, wanted in zip(made[split], truth[split], strict=True):
+            assert (found.id, found.text, found.target) == (wanted.id, wanted.text, wanted.target)
+            assert (found.audio_TF is None) == (wanted.audio_TF is None)
+            if wanted.audio_TF is not None:
+                np.testing.assert_array_equal(found.audio_TF, wanted.audio_TF)
+
+    shown = egmf("data", "show", str(tsv / "data"), "--json")
+    assert {split: entry["n"] for split, entry in json.loads(shown.stdout).items()} == {
+        split: len(truth[split]) for split in truth.splits
+    }
+
+    answered = egmf("predict", str(run), "--input", source, "--out", str(tsv / "out.jsonl"), "--split", "test", *plugin)
+    assert answered.returncode == 0, answered.stderr
+    rows = [json.loads(line) for line in (tsv / "out.jsonl").read_text().splitlines()]
+    samples = list(truth["test"])
+    assert [row["id"] for row in rows] == [sample.id for sample in samples]
+    lines: list[dict[str, Any]] = [{"id": s.id, "text": s.text} for s in samples]
+    for line, sample in zip(lines, samples, strict=True):
+        if sample.audio_TF is not None:
+            line["audio"] = f"{sample.id}.npy"
+    (tsv / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    same = egmf("predict", str(run), "--input", str(tsv / "in.jsonl"), "--out", str(tsv / "same.jsonl"))
+    assert same.returncode == 0, same.stderr
+    assert (tsv / "same.jsonl").read_text() == (tsv / "out.jsonl").read_text()
+
+
+def test_faults_of_a_format_and_of_its_file_are_told(tsv: Path) -> None:
+    plugin = str(tsv / "tsv_reader.py")
+    (tsv / "bad.tsv").write_text("id\tsplit\ttext\tlabel\taudio\na\ttrain\thi\tjoy\tnone.npy\nb\tx\thi\tjoy\t\n")
+    (tsv / "bare.tsv").write_text("id\ttext\n")
+    with pytest.raises(ReaderError) as caught:
+        open_source(get_task("meld"), [tsv / "bad.tsv", tsv / "bare.tsv"], plugins=[plugin])
+    for wanted in (
+        "bad.tsv line 2: none.npy: [Errno 2]",
+        "bad.tsv: the reader TSV gives a split 'x', not train, valid or test",
+        "bare.tsv: has no column audio, label, split",
+    ):
+        assert wanted in str(caught.value)
+    whole = example("tsv_reader.py")
+    for name, content, wanted in (
+        ("nothing.py", "import csv\n", "defines no subclass of"),
+        ("taken.py", whole.replace('name = "TSV"', 'name = "pickle"'), "the name 'pickle' is taken by"),
+        ("text.py", whole.replace('(".tsv",)', '".tsv"'), "suffixes is a tuple such as"),
+        ("lacks.py", whole.replace('    title = "samples in a table"\n', ""), "lacks title"),
+        ("broken.py", "import nothing_of_that_name\n", r"broken\.py cannot be imported: ModuleNotFoundError"),
+    ):
+        (tsv / name).write_text(content, encoding="utf-8")
+        with pytest.raises(PluginError, match=wanted):
+            open_source(get_task("meld"), [tsv / "clips.tsv"], plugins=[str(tsv / name)])
+
+
+def test_a_plugin_is_asked_before_the_package_for_a_suffix_of_both(tsv: Path) -> None:
+    """A reader of another `.csv` layout takes the files that it recognises, and leaves MELD's to MELD's."""
+    whole = example("tsv_reader.py").replace('(".tsv",)', '(".csv",)')
+    whole += "\n    def recognise(self, path):\n        return path.read_bytes().startswith(b'id\\t')\n"
+    (tsv / "own_csv.py").write_text(whole, encoding="utf-8")
+    (tsv / "clips.tsv").rename(tsv / "clips.csv")
+    header = "Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\n"
+    (tsv / "train_sent_emo.csv").write_text(header + "Hi,Ann,joy,0,0\n")
+    readers = known_readers((str(tsv / "own_csv.py"),))
+    assert [reader.name for reader in readers] == ["JSON lines", "MELD CSV", "pickle", "TSV"]
+    assert [str(reader_of(tsv / f"{stem}.csv", readers)) for stem in ("clips", "train_sent_emo")] == [
+        "TSV (.csv)",
+        "MELD CSV (.csv)",
+    ]
