@@ -15,18 +15,19 @@ import venv
 import zipfile
 from email import message_from_string
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copyfile, copytree, ignore_patterns
 
 import pytest
 
 from tests.distributed.processes import ROOT, environment
+from tests.project.test_surroundings import copied
 from tests.toy import prepare_toy
 from trainer import __version__
 from trainer.config import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt")
 FOLDERS = ("trainer", "launch", "configs")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 SMALL = (
@@ -115,6 +116,14 @@ def test_the_source_distribution_builds_the_same_wheel(source: Path, wheel: Path
         assert "configs/suites/paper.yaml" in {name.partition("/")[2] for name in archive.getnames()}
     again = build(sdist, tmp_path)
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert first.namelist() == second.namelist()
+
+
+def test_what_the_images_copy_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    for name in copied():
+        (copytree if (source / name).is_dir() else copyfile)(source / name, tmp_path / name)
+    (tmp_path / "wheel").mkdir()
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(build(tmp_path, tmp_path / "wheel")) as second:
         assert first.namelist() == second.namelist()
 
 

@@ -1,0 +1,1 @@
+"""What surrounds the code: documents, packaging, containers, continuous integration."""
