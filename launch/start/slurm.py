@@ -2,6 +2,8 @@
 
 The script starts one `srun` task per process. It is written into the run folder beside the config as it was when the job
 was submitted, so that a job which waits, or is requeued, trains what was asked for although the file has changed since.
+
+Not submitit, because it submits pickled Python functions: nothing that a user could read, edit and submit by hand.
 """
 
 from __future__ import annotations
