@@ -17,8 +17,8 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.start.local import STOPPED, NodeRanks, Outcome, Workers, describe_failure, forward_signals
-from trainer.distributed.launcher import LIMIT
+from launch.start.local import NodeRanks, Outcome, Workers, describe_failure, forward_signals
+from trainer.distributed.launcher import LIMIT, STOPPED
 
 HEARTBEAT = 5.0  # seconds between the launcher's signs of life
 SILENCE = 60.0

@@ -23,8 +23,9 @@ from collections.abc import Mapping
 
 from launch.start.agent import HEARTBEAT, MARK, StartRequest, Verdict
 from launch.start.hostfile import LaunchPlan
-from launch.start.local import FAILURE_GRACE, STOPPED, RunState, check_done, forward_signals, run_state
+from launch.start.local import FAILURE_GRACE, RunState, check_done, forward_signals, run_state
 from launch.start.ssh import SSH_FAILED, ssh_command
+from trainer.distributed.launcher import STOPPED
 
 AGENT_GRACE = 60.0  # seconds that agents have to end their workers when asked to
 

@@ -12,12 +12,13 @@ from typing import TypedDict
 from rich.table import Table
 from rich.text import Text
 
-from launch.start.local import STOPPED, explain_signal, run_state
+from launch.start.local import explain_signal, run_state
 from launch.sweep.messages import RunResult
 from launch.sweep.mlflow_parent import ParentRun
 from launch.sweep.pool import Budget, Pool
 from launch.sweep.record import SweepRecord, open_record, write_record
 from launch.sweep.sweep import Child, Sweep, finished, write_configs
+from trainer.distributed.launcher import STOPPED
 from trainer.results.printable import printable
 from trainer.results.run_folder import is_run, read_run
 from trainer.results.runs import STYLES, run_line

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Generic, Protocol, TypeVar
 
-from launch.start.local import STOPPED, die_with_parent, forward_signals, train_command
+from launch.start.local import die_with_parent, forward_signals, train_command
 from launch.sweep.messages import RunRequest, RunResult
-from trainer.distributed.launcher import RANK_VARIABLES
+from trainer.distributed.launcher import RANK_VARIABLES, STOPPED
 
 WORKER_GRACE = 60.0  # seconds that a worker with nothing more to do has for its end
 
