@@ -28,9 +28,9 @@ import psutil
 from benchmarks.machine import describe, today
 from tests.results.seeded import predictions
 from tests.tracking.mlflow_server import MlflowServer
+from trainer.answers.prediction_table import write_predictions
 from trainer.config import check_config, dump_config, flatten
 from trainer.files import write_json
-from trainer.run.evaluate import write_predictions
 from trainer.tracking.journal import MEDIAN_SPEED, SPEED
 
 RESULTS = Path(__file__).parent / "results"

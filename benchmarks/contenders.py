@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.padded import PaddedData, PaddedModel, answered, build_padded
 from benchmarks.shapes import Shape
-from trainer.answers.scoring import task_trie
+from trainer.answers.trie import task_trie
 from trainer.batch import Batch, PackedBatch, Sample
 from trainer.config import AdapterConfig, BackboneConfig, RunConfig
 from trainer.data.collate import Collator

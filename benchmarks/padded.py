@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.shapes import Shape
-from trainer.answers.scoring import parse_answers
+from trainer.answers.predictions import parse_answers
 from trainer.batch import Sample
 from trainer.config import DataConfig
 from trainer.data.collate import prompt_texts

@@ -9,7 +9,9 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score
 
+from tests.distributed.processes import ROOT
 from trainer import metric_table as table
+from trainer.answers.metrics_page import render
 from trainer.metric_table import FAMILIES, INVALID
 
 
@@ -79,3 +81,11 @@ def test_an_entry_says_what_it_is_and_a_family_what_it_selects_by() -> None:
         assert family.select in keys
         assert all(metric.name and metric.definition and metric.source for metric in family.metrics)
         assert {metric.key for metric in family.metrics if not metric.greater_is_better} <= {"mae"}
+
+
+def test_the_page_shows_the_table_as_it_is() -> None:
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert page == render(page), "run: python -m trainer.answers.metrics_page docs/metrics.md"
+    for family in FAMILIES.values():
+        for metric in family.metrics:
+            assert f"| `{metric.key}` | {metric.name} | " in page

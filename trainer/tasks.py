@@ -20,6 +20,7 @@ from trainer.metric_table import FAMILIES, Metric
 
 Language = Literal["en", "zh"]
 Kind = Literal["classification", "regression"]
+AnswerStyle = Literal["words", "indices"]  # of labels: as themselves, or by their number
 
 
 class TaskError(ValueError):
@@ -43,7 +44,7 @@ class Grid(BaseModel):
             if abs(scaled - round(scaled)) > 1e-9:
                 raise ValueError(f"grid {name}={getattr(self, name)} needs one decimal at most")
         if round((self.high - self.low) * 10) % round(self.step * 10):
-            raise ValueError(f"grid {self.low}..{self.high} is no whole number of steps of {self.step}")
+            raise ValueError(f"grid {self.low}..{self.high} is not a whole number of steps of {self.step}")
         return self
 
     @property
@@ -63,7 +64,7 @@ class Grid(BaseModel):
 
 
 class Prompt(BaseModel):
-    """What stands around a sample: `instruction` (with ``{answers}`` for the possible answers) before it, `cue` after it.
+    """The text around a sample: `instruction` (with ``{answers}`` for the possible answers) before it, `cue` after it.
 
     `close` ends the sample, before the cue. It is short since every sample pays for it.
     """
@@ -129,15 +130,13 @@ class Task(BaseModel):
             return self.labels
         return tuple(format_number(v) for v in self.grid.values)
 
-    def answers(self, style: Literal["words", "indices"] = "words") -> tuple[str, ...]:
+    def answers(self, style: AnswerStyle = "words") -> tuple[str, ...]:
         """Every answer the model may give, in label or number order; numbers are always words."""
         if style == "indices" and self.kind == "classification":
             return tuple(str(i) for i in range(len(self.labels)))
         return self.answers_words
 
-    def answer_texts(
-        self, style: Literal["words", "indices"] = "words", language: Language | None = None
-    ) -> tuple[str, ...]:
+    def answer_texts(self, style: AnswerStyle = "words", language: Language | None = None) -> tuple[str, ...]:
         """:meth:`answers` as they follow the cue: behind a space where the prompt's language writes one.
 
         The one place that says so, for training targets and scoring alike: answers are tokenised apart from the cue.
@@ -149,17 +148,17 @@ class Task(BaseModel):
         """The index in :meth:`answers` of a target: the label's own index, or the nearest number of the grid."""
         return int(target) if self.grid is None else self.grid.index(target)
 
-    def instruction(self, style: Literal["words", "indices"] = "words", language: Language | None = None) -> str:
+    def instruction(self, style: AnswerStyle = "words", language: Language | None = None) -> str:
         language = language or self.language
         if language not in self.prompts:
             raise TaskError(f"task {self.name} has no prompt in {language!r}; it has {', '.join(self.prompts)}")
         if self.grid is not None:
-            shown = f"{format_number(self.grid.low)} … {format_number(self.grid.high)}"
+            answers = f"{format_number(self.grid.low)} … {format_number(self.grid.high)}"
         elif style == "indices":
-            shown = ", ".join(f"{i} {label}" for i, label in enumerate(self.labels))
+            answers = ", ".join(f"{i} {label}" for i, label in enumerate(self.labels))
         else:
-            shown = ("、" if language == "zh" else ", ").join(self.labels)
-        return self.prompts[language].instruction.replace("{answers}", shown)
+            answers = ("、" if language == "zh" else ", ").join(self.labels)
+        return self.prompts[language].instruction.replace("{answers}", answers)
 
     def cue(self, language: Language | None = None) -> str:
         return self.prompts[language or self.language].cue

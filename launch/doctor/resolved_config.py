@@ -99,7 +99,7 @@ def _check_model(findings: Findings, resolved: ResolvedConfig, scratch: Path) ->
 
 
 def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any) -> None:
-    from trainer.answers.scoring import task_trie
+    from trainer.answers.trie import task_trie
     from trainer.data.collate import prompt_language
 
     for name, task in resolved.tasks.items():

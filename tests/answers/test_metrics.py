@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import classification_report
 
 from trainer.answers.metrics import MetricError, calibration_error, compute, reliability
-from trainer.answers.scoring import predict
+from trainer.answers.predictions import predict
 from trainer.tasks import BUILT_IN, define_task
 
 MELD, MOSEI, SIMS = BUILT_IN["meld"], BUILT_IN["mosei"], BUILT_IN["simsv2"]
@@ -475,8 +475,8 @@ def test_faults_come_together():
     text = str(error.value)
     assert "4 fault(s)" in text
     assert "truth that is not finite: nan at 2" in text
-    assert "truth that is no label index 0 … 6: 7.0 at 1" in text
-    assert "prediction that is no label index 0 … 6: 1.5 at 3" in text
+    assert "truth that is not a label index 0 … 6: 7.0 at 1" in text
+    assert "prediction that is not a label index 0 … 6: 1.5 at 3" in text
     assert "do not sum to 1" in text
     with pytest.raises(MetricError, match=r"shape \(2,\) against predictions of \(1,\)"):
         compute(MELD, [0, 1], [0])

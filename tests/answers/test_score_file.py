@@ -168,17 +168,17 @@ def test_faults_come_together(tmp_path):
     assert text.startswith(f"{tmp_path / 'p.csv'}: 5 faults\n")
     assert "not the header's 3 fields" in text
     assert "line 7 has 2, line 8 has 4" in text
-    assert "ids that stand twice: a (line 2 and line 3)" in text
+    assert "duplicate ids: a (line 2 and line 3)" in text
     assert "without an id: line 5" in text
-    assert "the truth 'angr' is no label of meld; did you mean anger?" in text
+    assert "the truth 'angr' is not a label of meld; did you mean anger?" in text
     assert "(line 4, line 6)" in text
-    assert "the truth 'hapy' is no label of meld" in text
+    assert "the truth 'hapy' is not a label of meld" in text
 
 
 @pytest.mark.parametrize("label", ["3.2", "-3.001", "nan", "inf", "", "positive", "1e9"])
 def test_a_truth_outside_the_range(tmp_path, label):
     text = faults(MOSEI, write(tmp_path / "p.csv", table([("a", label, "0.0"), ("b", "1.0", "0.0")])))
-    assert f"the truth {label!r} is no number from -3 to 3 (line 2)" in text
+    assert f"the truth {label!r} is not a number from -3 to 3 (line 2)" in text
 
 
 @pytest.mark.parametrize("label", ["3", "-3.0", "3.0000001", "0.333333", "-0.0", "1e-1"])
@@ -189,7 +189,7 @@ def test_a_truth_inside_the_range(tmp_path, label):
 
 def test_label_numbers_are_not_label_words(tmp_path):
     path = write(tmp_path / "p.csv", table([("a", "4", "4")]))
-    assert "the truth '4' is no label of meld" in faults(MELD, path)
+    assert "the truth '4' is not a label of meld" in faults(MELD, path)
     got = score_predictions(MELD, write(path, table([("a", "joy", "4")])))
     assert (got["invalid_rate"], got["invalid_examples"]) == (1.0, ["4"])
 
@@ -208,7 +208,7 @@ def test_missing_columns_say_what_was_found(tmp_path):
     assert "found the columns 'ID', 'truth', 'predicted'; needed: id, label, prediction" in text
     assert "found the columns 'id;label;prediction'" in faults(MELD, write(tmp_path / "p.csv", table(ROWS, ";")))
     twice = write(tmp_path / "p.csv", "id,label,label,prediction\n1,joy,joy,joy\n")
-    assert "the column 'label' stands 2 times" in faults(MELD, twice)
+    assert "the column 'label' occurs 2 times" in faults(MELD, twice)
     pq.write_table(pa.table({"id": ["a"], "label": ["joy"]}), tmp_path / "p.parquet")
     assert "no column 'prediction'" in faults(MELD, tmp_path / "p.parquet")
 
@@ -238,6 +238,6 @@ def test_jsonl_faults(tmp_path):
     ]
     lines += ['{"id": 4, "prediction": "joy"}', '{"id": ' + "9" * 5000 + "}", "[" * 100000]
     text = faults(MELD, write(tmp_path / "p.jsonl", "\n".join(lines)))
-    assert "no JSON object: line 2, line 3, line 6 and 1 more" in text
+    assert "not a JSON object: line 2, line 3, line 6 and 1 more" in text
     assert "without prediction: line 4" in text
     assert "without label: line 5" in text

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.toy import prepare_toy
-from trainer.answers.scoring import task_trie
+from trainer.answers.trie import task_trie
 from trainer.batch import Sample
 from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator, prompt_texts

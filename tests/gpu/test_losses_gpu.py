@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.answers.scoring import task_trie
+from trainer.answers.trie import task_trie
 from trainer.batch import Sample
 from trainer.config import AdapterConfig, BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny_models import load, save_family
-from trainer.answers.scoring import task_trie
+from trainer.answers.trie import task_trie
 from trainer.batch import Sample
 from trainer.config import AdapterConfig, DataConfig, FusionConfig
 from trainer.data.collate import Collator

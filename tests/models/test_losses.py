@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.models.test_egmf_packed import WIDTHS, Logits, Waits, magnitudes, make, samples
 from tests.models.tiny_models import save_family
-from trainer.answers.scoring import task_trie
+from trainer.answers.trie import task_trie
 from trainer.config import DataConfig
 from trainer.data.collate import Collator
 from trainer.data.objective import Objective

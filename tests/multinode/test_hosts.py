@@ -29,7 +29,7 @@ MOMENTS = {
     "before the rendezvous": "trainer.distributed.rendezvous:rendezvous:1",
     "in a step": "trainer.run.loop:train_step:3",
     "in a save": "trainer.checkpoint.random_state:random_state:1",
-    "in an evaluation": "trainer.answers.scoring:predict:1",
+    "in an evaluation": "trainer.answers.predictions:predict:1",
 }
 
 

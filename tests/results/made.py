@@ -11,9 +11,9 @@ import pandas as pd
 
 from tests.toy import prepare_toy
 from trainer.answers.metrics import compute
+from trainer.answers.prediction_table import COLUMNS, write_predictions
 from trainer.config import check_config, dump_config
 from trainer.data.dataset import open_dataset
-from trainer.run.evaluate import COLUMNS, write_predictions
 from trainer.tasks import get_task
 
 STEPS, CHOSEN = 40, 20

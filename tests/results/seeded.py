@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from trainer.answers.prediction_table import COLUMNS, write_predictions
 from trainer.config import RunConfig, dump_config, load_config
-from trainer.run.evaluate import COLUMNS, write_predictions
 from trainer.tasks import get_task
 from trainer.tracking.journal import MEDIAN_SPEED, SPEED
 from trainer.tracking.tracker import Tracker

@@ -16,7 +16,7 @@ import torch
 from tests.distributed.processes import egmf, run_ranks
 from tests.toy import prepare_toy
 from trainer.answers.metrics import compute
-from trainer.answers.scoring import predict
+from trainer.answers.predictions import predict
 from trainer.batch import Sample
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World

@@ -1,4 +1,4 @@
-"""Temperature scaling: one number, fitted on validation alone, that makes probabilities mean what they say.
+"""Temperature scaling: one number, fitted on validation only, that calibrates probabilities.
 
 Source: Guo et al. 2017, "On calibration of modern neural networks", section 4.2. Shapes: N samples, C answers.
 """
@@ -18,7 +18,7 @@ from trainer.tasks import Task
 
 LIMITS = (0.05, 20.0)  # of the temperature
 FITTED_ON = "valid"
-_LEAST = 1e-300  # probability; 0 has no logarithm
+_SMALLEST = 1e-300  # probability; 0 has no logarithm
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Calibration:
 
 def tempered(p_NC: np.ndarray, temperature: float) -> np.ndarray:
     """``p^(1/T)``, normalised. The order of a sample's answers stays."""
-    return np.asarray(softmax(np.log(np.maximum(p_NC, _LEAST)) / temperature, axis=1))
+    return np.asarray(softmax(np.log(np.maximum(p_NC, _SMALLEST)) / temperature, axis=1))
 
 
 def fit_temperature(answer_N: np.ndarray, p_NC: np.ndarray) -> tuple[float, bool]:
@@ -59,41 +59,41 @@ def fit_temperature(answer_N: np.ndarray, p_NC: np.ndarray) -> tuple[float, bool
 
     The mean of -log p is convex in 1/T, so the minimum is the only one.
     """
-    log_NC = np.log(np.maximum(p_NC, _LEAST))
+    log_NC = np.log(np.maximum(p_NC, _SMALLEST))
     rows_N = np.arange(len(answer_N))
 
     def nll(log_temperature: float) -> float:
         return -float(log_softmax(log_NC / np.exp(log_temperature), axis=1)[rows_N, answer_N].mean())
 
     low, high = np.log(LIMITS)
-    found = float(minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x)
-    return float(np.exp(found)), bool(min(found - low, high - found) < 1e-3)
+    log_temperature = float(minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x)
+    return float(np.exp(log_temperature)), bool(min(log_temperature - low, high - log_temperature) < 1e-3)
 
 
 def calibrate(task: Task, splits: Mapping[str, Scored]) -> Calibration | None:
-    """Fit the temperature on the validation split and tell what it does on every split.
+    """Fit the temperature on the validation split and measure what it does on every split.
 
     Predictions stay as they are: a label is the most probable one at any temperature, and a number is the expectation at
-    temperature 1. None where validation has no predictions with probabilities: no other split ever stands for it.
+    temperature 1. None where validation has no predictions with probabilities: no other split is used instead.
     """
-    held = {split: scored.valid() for split, scored in splits.items()}
-    if FITTED_ON not in held or not len(held[FITTED_ON].target_N):
+    valid_splits = {split: scored.valid() for split, scored in splits.items()}
+    if FITTED_ON not in valid_splits or not len(valid_splits[FITTED_ON].target_N):
         return None
-    valid = held[FITTED_ON]
+    valid = valid_splits[FITTED_ON]
     answer_N = np.array([task.answer_index(target) for target in valid.target_N])
     temperature, at_limit = fit_temperature(answer_N, valid.p_NC)
     classes = task.kind == "classification"
     edges = (np.arange(BINS + 1) / BINS).tolist() if classes else []
     out = Calibration(temperature, at_limit, FITTED_ON, len(answer_N), edges)
-    for split, scored in held.items():
+    for split, scored in valid_splits.items():
         if not len(scored.target_N):
             continue
         after_NC = tempered(scored.p_NC, temperature)
         before, after = (compute(task, scored.target_N, scored.value_N, p_NC) for p_NC in (scored.p_NC, after_NC))
-        told: dict[str, Any] = {"n": len(scored.target_N)}
+        measured: dict[str, Any] = {"n": len(scored.target_N)}
         for name in ("nll", *(("ece",) if classes else ())):
-            told |= {name: before[name], f"{name}_calibrated": after[name]}
-        out.splits[split] = told
+            measured |= {name: before[name], f"{name}_calibrated": after[name]}
+        out.splits[split] = measured
         if classes:
             out.bins[split] = reliability(scored.target_N, scored.value_N, after_NC)
     return out

@@ -65,6 +65,11 @@ def metric_of(task: Task, key: str, truth_N: np.ndarray, guess_N: np.ndarray) ->
     return FAMILIES[task.family].of(key, truth_N, guess_N)
 
 
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those of :func:`compute`'s results that are one number, or undefined."""
+    return {key: value for key, value in metrics.items() if value is None or isinstance(value, (int, float))}
+
+
 def reliability(
     targets: Values, predictions: Values, probabilities: np.ndarray, bins: int = BINS, adaptive: bool = False
 ) -> list[dict[str, Any]]:
@@ -158,7 +163,7 @@ def _check(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.nda
         for name, values_N, there_N in (("truth", truth_N, np.isfinite(truth_N)), ("prediction", guess_N, valid_N)):
             bad = there_N & ~np.isin(values_N, np.arange(count))
             if bad.any():
-                faults.append(f"{name} that is no label index 0 … {count - 1}: {_first(values_N, bad)}")
+                faults.append(f"{name} that is not a label index 0 … {count - 1}: {_first(values_N, bad)}")
     if p_NC is not None:
         shape = (len(truth_N), len(task.answers()))
         if p_NC.shape != shape:
@@ -173,5 +178,5 @@ def _check(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.nda
 
 def _first(values: np.ndarray, bad_N: np.ndarray) -> str:
     places = np.flatnonzero(bad_N)
-    shown = ", ".join(f"{values[i].tolist()} at {i}" for i in places[:_SHOWN])
-    return shown + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+    first = ", ".join(f"{values[i].tolist()} at {i}" for i in places[:_SHOWN])
+    return first + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")

@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BEYOND = 1e-6  # how far a truth may lie outside the task's numbers: float32 written as decimals
 _SHOWN = 3
 
-Row = tuple[str, tuple[Any, Any, Any]]  # where it stands, and its id, label and prediction
+Row = tuple[str, tuple[Any, Any, Any]]  # its line or row, and its id, label and prediction
 
 
 class ScoreError(ValueError):
@@ -34,7 +34,7 @@ class ScoreError(ValueError):
 
 @dataclass
 class FilePredictions:
-    """The rows of a predictions file, in its order; a prediction that is no label or number is nan."""
+    """The rows of a predictions file, in its order; a prediction that is not a label or number is nan."""
 
     ids: list[str]
     target_N: np.ndarray
@@ -44,7 +44,7 @@ class FilePredictions:
 
 def score_predictions(task: Task, path: str | Path) -> dict[str, Any]:
     """The metrics of :func:`trainer.answers.metrics.compute`, and ``invalid_examples``: the first different predictions
-    that are none.
+    that are invalid.
 
     Raises:
         ScoreError: see :func:`read_predictions`.
@@ -64,7 +64,7 @@ def read_predictions(task: Task, path: str | Path) -> FilePredictions:
 
     Raises:
         ScoreError: with every fault: no file, not UTF-8, no rows, missing columns (and those found), rows cut short,
-            ids twice or empty, truths that the task does not have.
+            duplicate or empty ids, truths that the task does not have.
     """
     path = Path(path)
     faults: list[str] = []
@@ -72,26 +72,26 @@ def read_predictions(task: Task, path: str | Path) -> FilePredictions:
     if not rows and not faults:
         faults.append("there are no rows")
     seen: dict[str, str] = {}
-    twice, unnamed, targets = [], [], []
+    duplicates, without_id, targets = [], [], []
     unknown: dict[str, list[str]] = {}
     predictions, invalid = [], []
-    for where, (name, label, said) in rows:
+    for where, (name, label, cell) in rows:
         name = _text(name)
         if not name:
-            unnamed.append(where)
+            without_id.append(where)
         elif seen.setdefault(name, where) != where:
-            twice.append(f"{name} ({seen[name]} and {where})")
+            duplicates.append(f"{name} ({seen[name]} and {where})")
         if (target := _truth(task, label)) is None:
             unknown.setdefault(_text(label), []).append(where)
         targets.append(target)
-        value = _prediction(task, said)
+        value = _prediction(task, cell)
         predictions.append(math.nan if value is None else value)
         if value is None:
-            invalid.append(_text(said))
-    if unnamed:
-        faults.append(f"without an id: {_some(unnamed)}")
-    if twice:
-        faults.append(f"ids that stand twice: {_some(twice)}")
+            invalid.append(_text(cell))
+    if without_id:
+        faults.append(f"without an id: {_some(without_id)}")
+    if duplicates:
+        faults.append(f"duplicate ids: {_some(duplicates)}")
     for label, places in list(unknown.items())[:_SHOWN]:
         faults.append(f"the truth {label!r} {_why(task, label)} ({_some(places)})")
     if len(unknown) > _SHOWN:
@@ -139,8 +139,8 @@ def _read_table(text: str, delimiter: str, faults: list[str]) -> list[Row]:
             elif len(fields) != width:
                 wrong.append(f"line {reader.line_num} has {len(fields)}")
             else:
-                name, label, said = (fields[i] for i in places)
-                rows.append((f"line {reader.line_num}", (name, label, said)))
+                name, label, prediction = (fields[i] for i in places)
+                rows.append((f"line {reader.line_num}", (name, label, prediction)))
     except csv.Error as error:
         faults.append(f"line {reader.line_num}: {error} (is a quote left open, or the file cut short?)")
     if wrong:
@@ -168,7 +168,7 @@ def _read_jsonl(text: str, faults: list[str]) -> list[Row]:
         else:
             rows.append((f"line {number}", (value["id"], value["label"], value["prediction"])))
     if broken:
-        faults.append(f"no JSON object: {_some(broken)}")
+        faults.append(f"not a JSON object: {_some(broken)}")
     faults.extend(f"without {missing}: {_some(places)}" for missing, places in partial.items())
     return rows
 
@@ -194,7 +194,7 @@ def _check_columns(found: Sequence[str], faults: list[str]) -> bool:
             near = f"; is {lowered[close[0]]!r} meant?" if close else ""
             faults.append(f"no column {name!r}{near}")
         elif list(found).count(name) > 1:
-            faults.append(f"the column {name!r} stands {list(found).count(name)} times")
+            faults.append(f"the column {name!r} occurs {list(found).count(name)} times")
     if len(faults) > before:
         faults.append(f"found the columns {', '.join(map(repr, found))}; needed: {', '.join(COLUMNS)}")
     return len(faults) == before
@@ -206,8 +206,8 @@ def _truth(task: Task, label: Any) -> float | None:
     return value if task.grid.low - _BEYOND <= value <= task.grid.high + _BEYOND else None
 
 
-def _prediction(task: Task, said: Any) -> float | None:
-    text = _text(said)
+def _prediction(task: Task, cell: Any) -> float | None:
+    text = _text(cell)
     if task.grid is None:
         return float(task.labels.index(text)) if text in task.labels else None
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
@@ -216,10 +216,10 @@ def _prediction(task: Task, said: Any) -> float | None:
 
 def _why(task: Task, label: str) -> str:
     if task.grid is not None:
-        return f"is no number from {task.grid.low:g} to {task.grid.high:g}"
+        return f"is not a number from {task.grid.low:g} to {task.grid.high:g}"
     close = difflib.get_close_matches(label, task.labels, n=1)
     near = f"; did you mean {close[0]}?" if close else ""
-    return f"is no label of {task.name}{near} Its labels are {', '.join(task.labels)}"
+    return f"is not a label of {task.name}{near} Its labels are {', '.join(task.labels)}"
 
 
 def _text(value: Any) -> str:

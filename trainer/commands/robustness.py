@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -75,7 +75,7 @@ def robustness(
             if as_json:
                 print_json(result)
             else:
-                _print(cast("RobustnessRecord", result))
+                _print(result)
                 say(f"written: {run / 'robustness.json'}")
         return 0
 

@@ -78,8 +78,8 @@ def evaluate(
     saved_config(run, overrides or [], data)
 
     def work(world: World) -> int:
+        from trainer.answers.prediction_table import write_predictions
         from trainer.logs import set_up_logging
-        from trainer.run.evaluate import write_predictions
         from trainer.run.saved import open_run
 
         set_up_logging(None, world.rank, debug=debug)

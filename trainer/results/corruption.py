@@ -1,7 +1,7 @@
 """Missing and corrupted modalities of single samples, for evaluation.
 
-What happens to a sample is a function of (seed, sample, modality) alone, whatever batch or rank it is in. The draws do not
-depend on the rate: what is damaged at a low rate is damaged at every higher one, so curves are not roughened by new draws.
+What happens to a sample is a function of (seed, sample, modality) only, whatever batch or rank it is in. The draws do not
+depend on the rate: what is corrupted at a low rate is corrupted at every higher one, so new draws add no noise to the curves.
 
 Shapes: T frames, F features of a frame.
 """
@@ -26,7 +26,7 @@ Spread = Mapping[str, np.ndarray]  # stream -> standard deviation of each of its
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is done to the samples of an evaluation.
+    """How the samples of an evaluation are changed.
 
     Modes: ``missing`` takes the modality away, from a sample with probability `rate`. ``noise`` adds to a frame, with
     probability `rate`, normal noise of every feature's own standard deviation in `spread` (task -> stream -> `[F]`).
@@ -72,7 +72,7 @@ def _with(sample: Sample, name: str, value: np.ndarray | None) -> Sample:
 def spread_of(view: SplitView) -> dict[str, np.ndarray]:
     """The standard deviation of every feature of audio and video over the valid frames of at most `MEASURED` samples.
 
-    These stand at equal distances in the split. A modality without any frame has deviations of 0.
+    They are evenly spaced in the split. A modality without any frame has deviations of 0.
     """
     out: dict[str, np.ndarray] = {}
     chosen = np.unique(np.linspace(0, len(view) - 1, min(MEASURED, len(view))).astype(int)).tolist()

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
 from trainer.data.folder import terminable
 from trainer.data.unlabelled.inputs import PredictError, TaskInput, open_input
@@ -98,7 +99,7 @@ def predict(
             answered = _answered(run, scorers, chunk)
             if run.world.is_rank_zero:
                 _report(chunk, report)
-                write(_line(run, checked, row, options) for checked, row in answered)
+                write(_line(run, checked, answer, options) for checked, answer in answered)
                 tally.answered += len(answered)
                 tally.bad += sum(bool(checked.faults) for checked in chunk)
                 advance(len(chunk))
@@ -158,19 +159,19 @@ def _bytes(sample: Sample | None) -> int:
 
 def _answered(
     run: SavedRun, scorers: dict[str, Scorer], chunk: Sequence[CheckedSample]
-) -> list[tuple[CheckedSample, Row]]:
+) -> list[tuple[CheckedSample, SampleAnswer]]:
     """The good samples of a chunk and their answers, in order, on rank 0; batches are those of an evaluation of these samples."""
-    mine: list[tuple[int, Row]] = []
+    mine: list[tuple[int, SampleAnswer]] = []
     for name, scorer in scorers.items():
         places = [i for i, checked in enumerate(chunk) if checked.sample is not None and checked.task == name]
         samples = [sample for i in places if (sample := chunk[i].sample) is not None]
         lengths = np.array([_length(sample) for sample in samples], dtype=np.int64)
         for micro in scorer.batches(samples, lengths):
-            rows = scorer.answer([samples[i] for i in micro.indices], micro)
+            answers = scorer.answer([samples[i] for i in micro.indices], micro)
             if micro.weight:
-                mine += [(places[i], row) for i, row in zip(micro.indices, rows, strict=True)]
+                mine += [(places[i], answer) for i, answer in zip(micro.indices, answers, strict=True)]
     everyone = run.world.gather(mine) or []
-    return [(chunk[i], row) for i, row in sorted(itertools.chain(*everyone), key=lambda pair: pair[0])]
+    return [(chunk[i], answer) for i, answer in sorted(itertools.chain(*everyone), key=lambda pair: pair[0])]
 
 
 def _length(sample: Sample) -> int:
@@ -178,18 +179,20 @@ def _length(sample: Sample) -> int:
     return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
 
 
-def _line(run: SavedRun, checked: CheckedSample, row: Row, options: Options) -> Row:
+def _line(run: SavedRun, checked: CheckedSample, answer: SampleAnswer, options: Options) -> Row:
     assert checked.sample is not None
     line: Row = {"id": checked.sample.id, "task": checked.task}
-    line |= {key: row[key] for key in ("prediction", "valid", "answer")}
+    line |= {"prediction": answer.prediction, "valid": answer.valid, "answer": answer.answer}
     if options.probabilities:
-        words, held = run.parts.tasks[checked.task].answers(), row["probabilities"]
+        words, held = run.parts.tasks[checked.task].answers(), answer.probabilities
         line["probabilities"] = None if held is None else dict(zip(words, held, strict=True))
     if options.gates:
         fusion = run.parts.model.fusion
         assert fusion is not None
-        modality = [dict(zip(fusion.modalities, _finite(weights), strict=True)) for weights in row["gate_modality"]]
-        line["gate_expert"] = dict(zip(fusion.experts_built, _finite(row["gate_expert"]), strict=True))
+        assert answer.gate_expert is not None
+        assert answer.gate_modality is not None
+        modality = [dict(zip(fusion.modalities, _finite(weights), strict=True)) for weights in answer.gate_modality]
+        line["gate_expert"] = dict(zip(fusion.experts_built, _finite(answer.gate_expert), strict=True))
         line["gate_modality"] = dict(zip(fusion.experts_built, modality, strict=True))
     return line
 

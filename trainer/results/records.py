@@ -112,6 +112,9 @@ class RobustnessRecord(TypedDict, total=False):
     checkpoint: str
     split: str
     rates: list[float]
+    modes: list[str]
+    modalities: list[str]
+    seed: int
     reference: str | None
     tasks: dict[str, TaskRobustness]
 

@@ -1,4 +1,4 @@
-"""How a trained run stands missing and corrupted modalities: one load of the model, one pass for each kind of damage."""
+"""Robustness of a trained run to missing and corrupted modalities: the model is loaded once, each corruption is one pass."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import cast, get_args
 
 import numpy as np
 import pandas as pd
 
-from trainer.answers.metrics import metric_of
+from trainer.answers.metrics import metric_of, scalars
+from trainer.answers.prediction_table import write_table
 from trainer.config import MODALITIES, Modality
 from trainer.files import write_json
 from trainer.results.compare.compared_run import Answers
 from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.statistics import estimate, resample_counts
 from trainer.results.corruption import Corruption, Mode, spread_of
+from trainer.results.records import CurveRecord, RobustnessRecord
 from trainer.run.saved import SavedRun
 from trainer.tasks import Task
 
@@ -36,7 +38,7 @@ class Options:
     split: str = "test"
     rates: tuple[float, ...] = RATES
     modes: tuple[Mode, ...] = ("missing", "noise")
-    modalities: tuple[Modality, ...] = ()  # none named: audio and video, those of them that the run reads
+    modalities: tuple[Modality, ...] = ()  # empty: audio and video, where the run reads them
     seed: int = 0
 
 
@@ -87,7 +89,7 @@ def check_options(options: Options) -> None:
     if any(not 0 <= rate <= 1 for rate in options.rates):
         faults.append(f"rates are probabilities from 0 to 1, not {', '.join(f'{r:g}' for r in options.rates)}")
     if "text" in options.modalities and set(options.modes) - {"missing"}:
-        faults.append("text has no frames to corrupt: with modality text the mode is missing alone")
+        faults.append("text has no frames to corrupt: with modality text the only mode is missing")
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -97,11 +99,11 @@ def robustness(
     options: Options,
     reference: Path | None = None,
     advance: Callable[[int], None] = lambda n: None,
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Evaluate under all damages of `options`; every rank calls this, rank 0's result counts.
+) -> tuple[RobustnessRecord, pd.DataFrame]:
+    """Evaluate under all corruptions of `options`; every rank calls this, rank 0's result counts.
 
     Args:
-        reference: the folder of a finished run on the same data, usually one that reads text alone: every point is
+        reference: the folder of a finished run on the same data, usually one that reads text only: every point is
             compared with its predictions.
 
     Returns:
@@ -117,29 +119,31 @@ def robustness(
     if "noise" in options.modes:
         spread = {name: spread_of(data["train"]) for name, data in opened.parts.data.items()}
     rates = sorted({0.0, *options.rates})
-    together = [(name,) for name in modalities] + ([modalities] if len(modalities) > 1 else [])
+    combinations = [(name,) for name in modalities] + ([modalities] if len(modalities) > 1 else [])
     clean, clean_scores = opened.evaluate(options.split, advance)
     tables = [_marked(clean, "none", "", 0.0)]
     curves: dict[str, list[Curve]] = {name: [] for name in opened.parts.tasks}
     for mode in options.modes:
-        for chosen in together:
+        for chosen in combinations:
             made = {name: Curve(mode, "+".join(chosen)) for name in curves}
             for rate in rates:
                 table, scores = clean, clean_scores
                 if rate:
-                    damage = Corruption(mode, chosen, rate, options.seed, spread)
-                    table, scores = opened.evaluate(options.split, advance, damage)
+                    corruption = Corruption(mode, chosen, rate, options.seed, spread)
+                    table, scores = opened.evaluate(options.split, advance, corruption)
                     tables.append(_marked(table, mode, "+".join(chosen), rate))
                 for name, curve in made.items():
                     rows, task = table[table["task"] == name], opened.parts.tasks[name]
                     against = _against(task, rows, expected[name], options.seed) if expected else None
-                    curve.points.append(Point(rate, _scalars(scores[name]), against))
+                    curve.points.append(Point(rate, scalars(scores[name]), against))
             for name, curve in made.items():
                 curves[name].append(curve)
     _warn(curves, reference)
-    result = {
+    result: RobustnessRecord = {
         "checkpoint": opened.checkpoint.name,
-        **asdict(options),
+        "split": options.split,
+        "modes": list(options.modes),
+        "seed": options.seed,
         "modalities": list(modalities),
         "rates": rates,
         "reference": None if reference is None else reference.absolute().name,
@@ -147,7 +151,7 @@ def robustness(
             name: {
                 "metric": task.select,
                 "reference": _value(task, expected[name]) if expected else None,
-                "curves": [asdict(curve) for curve in curves[name]],
+                "curves": [cast(CurveRecord, asdict(curve)) for curve in curves[name]],
             }
             for name, task in opened.parts.tasks.items()
         },
@@ -155,19 +159,14 @@ def robustness(
     return result, pd.concat(tables, ignore_index=True)[KEPT]
 
 
-def write_robustness(run: Path, result: dict[str, Any], table: pd.DataFrame) -> None:
+def write_robustness(run: Path, result: RobustnessRecord, table: pd.DataFrame) -> None:
     """Put the result into the run folder."""
-    temporary = run / f".{TABLE}"
-    for column in ("label", "prediction"):  # words and numbers, where a run has tasks of both kinds
-        if table[column].map(type).nunique() > 1:
-            table[column] = table[column].map(lambda v: v if v is None or isinstance(v, str) else repr(v))
-    table.to_parquet(temporary, index=False)
-    temporary.replace(run / TABLE)
+    write_table(table, run / TABLE)
     write_json(run / RESULT, result)
 
 
 def _modalities(opened: SavedRun, asked: Sequence[Modality]) -> tuple[Modality, ...]:
-    """Those to be damaged: the asked ones, or audio and video; all must be among what the run reads."""
+    """Those to be corrupted: the asked ones, or audio and video; all must be among what the run reads."""
     fusion = opened.parts.model.fusion
     read: tuple[Modality, ...] = ("text",) if fusion is None else fusion.modalities
     chosen = tuple(name for name in MODALITIES if name in (asked or [m for m in read if m != "text"]))
@@ -182,11 +181,11 @@ def _reference(opened: SavedRun, folder: Path, split: str) -> dict[str, Answers]
     """The reference's predictions, checked to be of the same data."""
     run = run_from_folder(folder, [split])
     faults = [f"it has no task {name}" for name in opened.parts.tasks if name not in run.tasks]
-    ours = opened.parts.fingerprints
+    fingerprints = opened.parts.fingerprints
     faults += [
-        f"its data of {name} have the fingerprint {run.fingerprints[name]}, these {ours[name]}"
-        for name in ours
-        if name in run.fingerprints and run.fingerprints[name] != ours[name]
+        f"its data of {name} have the fingerprint {run.fingerprints[name]}, these {fingerprints[name]}"
+        for name in fingerprints
+        if name in run.fingerprints and run.fingerprints[name] != fingerprints[name]
     ]
     if not faults and split not in run.answers:
         faults.append(f"it has no predictions of {split}: train it with eval.splits that name {split}")
@@ -218,10 +217,6 @@ def _value(task: Task, answers: Answers) -> float | None:
 
 def _marked(table: pd.DataFrame, mode: str, modality: str, rate: float) -> pd.DataFrame:
     return table.assign(mode=mode, modality=modality, rate=rate)
-
-
-def _scalars(scores: dict[str, Any]) -> dict[str, float | None]:
-    return {name: x for name, x in scores.items() if x is None or isinstance(x, (int, float))}
 
 
 def _warn(curves: dict[str, list[Curve]], reference: Path | None) -> None:

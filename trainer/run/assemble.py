@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.answers.scoring import task_trie
+from trainer.answers.trie import task_trie
 from trainer.batch import AnswerTrie
 from trainer.config import FusionConfig, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from trainer.answers.metrics import compute
-from trainer.answers.scoring import Predictions, parse_answers, predict
+from trainer.answers.metrics import compute, scalars
+from trainer.answers.prediction_table import PredictionRow, SampleAnswer, mean_gates, predictions_table, sample_answers
+from trainer.answers.predictions import parse_answers, predict
 from trainer.batch import Sample
 from trainer.config import RunConfig
 from trainer.data.dataset import SplitView
@@ -20,22 +20,8 @@ from trainer.distributed.world import World
 from trainer.models.backbone.packed import PrefixCache
 from trainer.models.generation import generate
 from trainer.run.assemble import RunComponents
-from trainer.tasks import Task
 
-Change = Callable[[str, Sample], Sample]  # task, sample -> the one that is answered in its place
-
-COLUMNS = (
-    "task",
-    "id",
-    "label",
-    "prediction",
-    "valid",
-    "answer",
-    "probabilities",
-    "gate_expert",
-    "gate_modality",
-    "kind",
-)
+Change = Callable[[str, Sample], Sample]  # task, sample -> its replacement
 
 
 @torch.no_grad()
@@ -54,16 +40,15 @@ def evaluate(
 
     Every rank calls this and gets the same answer; `forward` is the engine or the model in evaluation mode. All ranks
     call `before_batch` equally often: it may hold collectives, and break off by an exception on all of them. `change`
-    gives the sample that stands for one of a task; it may not be longer.
+    replaces a sample of a task before it is answered; the replacement may not be longer.
     """
-    mine: list[dict[str, Any]] = []
+    mine: list[PredictionRow] = []
     for name in parts.tasks:
         mine += _task_rows(forward, parts, config, name, split, world, dtype, advance, before_batch, change)
     everyone = world.gather(mine)
     result = None
     if everyone is not None:
-        table = pd.DataFrame([row for rows in everyone for row in rows], columns=[*COLUMNS, "target", "value"])
-        table = table.sort_values(["task", "id"], kind="stable", ignore_index=True)
+        table = predictions_table(row for rows in everyone for row in rows)
         result = table, {name: score_table(parts, table[table["task"] == name], name) for name in parts.tasks}
     result = world.broadcast_object(result)
     assert result is not None
@@ -86,38 +71,21 @@ def selection_values(parts: RunComponents, metrics: dict[str, dict[str, Any]]) -
 
 
 def flatten_metrics(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Scalar metrics under slashed names; the task's name stands in them when there are several."""
+    """Scalar metrics under slashed names, with the task's name where there are several tasks."""
     out: dict[str, float | None] = {}
     for task, values in metrics.items():
         middle = f"{task}/" if len(metrics) > 1 else ""
-        for key, value in values.items():
-            if value is None or isinstance(value, (int, float)):
-                out[f"{head}/{middle}{key}"] = value
+        out |= {f"{head}/{middle}{key}": value for key, value in scalars(values).items()}
     return out
 
 
 def format_selection_metrics(split: str, parts: RunComponents, metrics: dict[str, dict[str, Any]]) -> str:
     """The selecting metrics in words, for the log."""
-    told = []
+    words = []
     for name, task in parts.tasks.items():
         value = metrics[name][task.select]
-        told.append(f"{name} {split} {task.select} {'undefined' if value is None else f'{value:.4f}'}")
-    return ", ".join(told)
-
-
-def write_predictions(table: pd.DataFrame, path: Path) -> None:
-    """The table as parquet, under a temporary name first. Columns that no row fills are left out.
-
-    Labels and predictions are words or numbers; where a run has tasks of both kinds they are all written as text.
-    """
-    table = table.drop(columns=["target", "value"]).dropna(axis="columns", how="all")
-    for column in ("label", "prediction"):
-        if column in table and table[column].map(type).nunique() > 1:
-            table[column] = table[column].map(lambda v: v if v is None or isinstance(v, str) else repr(v))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    table.to_parquet(temporary, index=False)
-    temporary.replace(path)
+        words.append(f"{name} {split} {task.select} {'undefined' if value is None else f'{value:.4f}'}")
+    return ", ".join(words)
 
 
 class Scorer:
@@ -151,17 +119,16 @@ class Scorer:
         if order:
             yield from micro_batches(order, self.sizes(samples), self.limits, self.world.rank, self.world.size)
 
-    def answer(self, samples: Sequence[Sample], micro: MicroBatch) -> list[dict[str, Any]]:
-        """Value, prediction, valid, answer, probabilities and gates of each sample of a batch."""
+    def answer(self, samples: Sequence[Sample], micro: MicroBatch) -> list[SampleAnswer]:
+        """The answer to each sample of a batch."""
         if self.config.eval.mode == "generate":
             batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device, self.dtype)
             longest = max(map(len, self.collate.answers)) + 4
-            told = generate(self.parts.model, batch, longest)
-            return _rows(self.task, parse_answers(self.task, told, self.config.data.answers))
+            texts = generate(self.parts.model, batch, longest)
+            return sample_answers(self.task, parse_answers(self.task, texts, self.config.data.answers))
         output = self._output(samples, micro)
-        said = predict(self.task, output.logprob_BC, self.config.data.answers, self.config.eval.prediction)
-        gates = _gates(output, len(samples))
-        return [{**row, **gate} for row, gate in zip(_rows(self.task, said), gates, strict=True)]
+        predictions = predict(self.task, output.logprob_BC, self.config.data.answers, self.config.eval.prediction)
+        return sample_answers(self.task, predictions, mean_gates(output.gate_expert_BKE, output.gate_modality_BKEM))
 
     def _output(self, samples: Sequence[Sample], micro: MicroBatch) -> Any:
         device, dtype = self.world.device, self.dtype
@@ -186,44 +153,15 @@ def _task_rows(
     advance: Callable[[int], None],
     before_batch: Callable[[], None],
     change: Change,
-) -> list[dict[str, Any]]:
+) -> list[PredictionRow]:
     view, task = parts.data[name][split], parts.tasks[name]
     scorer = Scorer(forward, parts, config, name, world, dtype)
-    rows: list[dict[str, Any]] = []
+    rows: list[PredictionRow] = []
     for micro in scorer.batches(view, view.lengths()):
         before_batch()
         samples = [change(name, view[i]) for i in micro.indices]
         answers = scorer.answer(samples, micro)
         if micro.weight:
-            for sample, given in zip(samples, answers, strict=True):
-                label = task.labels[int(sample.target)] if task.kind == "classification" else float(sample.target)
-                about = {"task": name, "id": sample.id, "label": label, "kind": sample.kind, "target": sample.target}
-                rows.append({**about, **given})
+            rows += [PredictionRow.of(task, sample, answer) for sample, answer in zip(samples, answers, strict=True)]
             advance(len(samples))
     return rows
-
-
-def _rows(task: Task, said: Predictions) -> list[dict[str, Any]]:
-    """Predictions as the columns of the table; an invalid one is None."""
-    rows = []
-    for b, (value, valid) in enumerate(zip(said.value_B, said.valid_B, strict=True)):
-        shown = None if not valid else task.labels[int(value)] if task.kind == "classification" else float(value)
-        probabilities = said.probability_BC[b].tolist() if said.probability_BC is not None and valid else None
-        rows.append(
-            {
-                "value": value,
-                "prediction": shown,
-                "valid": bool(valid),
-                "answer": said.answers[b],
-                "probabilities": probabilities,
-            }
-        )
-    return rows
-
-
-def _gates(output: Any, size: int) -> list[dict[str, Any]]:
-    if output.gate_expert_BKE is None:
-        return [{"gate_expert": None, "gate_modality": None}] * size
-    expert = output.gate_expert_BKE.float().mean(1).cpu().tolist()
-    modality = output.gate_modality_BKEM.float().mean(1).cpu().tolist()
-    return [{"gate_expert": e, "gate_modality": m} for e, m in zip(expert, modality, strict=True)]

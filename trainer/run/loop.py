@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.answers.prediction_table import write_predictions
 from trainer.checkpoint.identity import identify, training_settings
 from trainer.checkpoint.state import CheckpointState, Position, SelectionState, check_fit, read_state, this_version
 from trainer.checkpoint.store import Checkpoints, resume_engine, step_name
@@ -39,7 +40,7 @@ from trainer.run.callbacks import (
     TrackingCallback,
     WatchCallback,
 )
-from trainer.run.evaluate import evaluate, format_selection_metrics, selection_values, write_predictions
+from trainer.run.evaluate import evaluate, format_selection_metrics, selection_values
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import archive_previous_run, open_folder
 from trainer.run.guards.dump import NonFiniteDump, StepFacts

@@ -1,6 +1,6 @@
 """Kills a rank inside a function: found by Python because its folder is on PYTHONPATH.
 
-EGMF_TEST_KILL_IN=MODULE:NAME   the function, such as trainer.run.evaluate:_rows
+EGMF_TEST_KILL_IN=MODULE:NAME   the function, such as trainer.run.evaluate:sample_answers
 EGMF_TEST_KILL_RANK=R           the rank that is killed when it calls it
 EGMF_TEST_KILL_MARK=FILE        gets the time of the kill, and the port at which the ranks meet
 """

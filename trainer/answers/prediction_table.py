@@ -1,0 +1,117 @@
+"""Predictions of a split: what the model answered to each sample, their table, and the file.
+
+Legend: C answers of the task, E experts, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor
+
+from trainer.answers.predictions import Predictions
+from trainer.batch import Sample
+from trainer.tasks import Task
+
+COLUMNS = (
+    "task",
+    "id",
+    "label",
+    "prediction",
+    "valid",
+    "answer",
+    "probabilities",
+    "gate_expert",
+    "gate_modality",
+    "kind",
+)
+"""Columns of the file, in order; the table of :func:`predictions_table` has `target` and `value` behind them."""
+
+Gates = tuple[list[float], list[list[float]]]  # means over the slots: [E], [E, M]
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """What the model answered to one sample.
+
+    `value` is the label's index or the number, nan where the answer is invalid; `prediction` is the label's word or the
+    number, None where invalid; `answer` is the text behind it. Probabilities [C] are None for generated or invalid answers,
+    gate weights [E] and [E, M] without a fusion network and for generated answers.
+    """
+
+    value: float
+    prediction: str | float | None
+    valid: bool
+    answer: str
+    probabilities: list[float] | None
+    gate_expert: list[float] | None = None
+    gate_modality: list[list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """A sample with its truth, `label` as a word or number and `target` as an index or number, and the answer to it."""
+
+    task: str
+    id: str
+    label: str | float
+    kind: str | None
+    target: float
+    answer: SampleAnswer
+
+    @classmethod
+    def of(cls, task: Task, sample: Sample, answer: SampleAnswer) -> PredictionRow:
+        label = task.labels[int(sample.target)] if task.kind == "classification" else float(sample.target)
+        return cls(task.name, sample.id, label, sample.kind, sample.target, answer)
+
+
+def sample_answers(task: Task, predictions: Predictions, gates: Sequence[Gates] | None = None) -> list[SampleAnswer]:
+    """The answers to a batch, one a sample."""
+    answers = []
+    for b, (value, valid) in enumerate(zip(predictions.value_B, predictions.valid_B, strict=True)):
+        prediction = None if not valid else task.labels[int(value)] if task.kind == "classification" else float(value)
+        probability_BC = predictions.probability_BC
+        probabilities = probability_BC[b].tolist() if probability_BC is not None and valid else None
+        expert, modality = (None, None) if gates is None else gates[b]
+        answers.append(
+            SampleAnswer(value, prediction, bool(valid), predictions.answers[b], probabilities, expert, modality)
+        )
+    return answers
+
+
+def mean_gates(expert_BKE: Tensor | None, modality_BKEM: Tensor | None) -> list[Gates] | None:
+    """The gate weights of each sample, averaged over the K slots; None without a fusion network."""
+    if expert_BKE is None or modality_BKEM is None:
+        return None
+    expert_BE, modality_BEM = (weight.float().mean(1).cpu().tolist() for weight in (expert_BKE, modality_BKEM))
+    return list(zip(expert_BE, modality_BEM, strict=True))
+
+
+def predictions_table(rows: Iterable[PredictionRow]) -> pd.DataFrame:
+    """One row a sample, sorted by task and id."""
+    columns = [*COLUMNS, "target", "value"]
+    table = pd.DataFrame([{**vars(row), **vars(row.answer)} for row in rows], columns=columns)
+    return table.sort_values(["task", "id"], kind="stable", ignore_index=True)
+
+
+def write_predictions(table: pd.DataFrame, path: Path) -> None:
+    """The table as parquet without `target` and `value`; columns that no row fills are left out."""
+    write_table(table.drop(columns=["target", "value"]).dropna(axis="columns", how="all"), path)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """A table with labels and predictions as parquet, under a temporary name first.
+
+    Labels and predictions are words or numbers; where a run has tasks of both kinds they are all written as text.
+    """
+    table = table.copy(deep=False)
+    for column in ("label", "prediction"):
+        if column in table and table[column].map(type).nunique() > 1:
+            table[column] = table[column].map(lambda v: v if v is None or isinstance(v, str) else repr(v))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    table.to_parquet(temporary, index=False)
+    temporary.replace(path)
