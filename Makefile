@@ -4,7 +4,7 @@
 #
 # TORCH="torch==2.13.0"   the torch to install; on a GPU machine name the build that fits its driver, with pip's options
 #                         if it needs any: make demo TORCH="torch==2.13.0 --index-url URL"
-# JOBS=2                  tests of one process that run side by side
+# JOBS=3                  processes that run tests side by side
 # PYTHON=python3          the interpreter the environment is made from (3.10 or later)
 
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs
-JOBS ?= 2
+JOBS ?= 3
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export MLFLOW_DISABLE_TELEMETRY ?= true
@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: demo test-single test test-all lint types install ops clean
+.PHONY: demo test test-all pytest lint types install ops clean
 
 install:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash launch/setup_env.sh
@@ -39,16 +39,18 @@ types: install
 ops: install
 	$(BIN)/python -m trainer.distributed.process_group
 
-# Tests of one process run side by side, those of several one after the other.
-SINGLE = not distributed and not slow and not browser and not slurm and not multinode and not gpu
-test-single: lint types ops
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(SINGLE)" -n $(JOBS) --dist loadfile --durations=15
+# lint, types and ops run beside the tests: see tests/conftest.py for the order of these.
+BESIDE = $(MAKE) --no-print-directory -j4 lint types ops pytest
 
-test: test-single
-	$(BIN)/python -m pytest -m "(distributed or gpu) and not slow and not browser and not slurm and not multinode" --durations=15
+test: install
+	@$(BESIDE) MARKS="not slow and not browser and not slurm and not multinode" DURATIONS=15
 
-test-all: test-single
-	$(BIN)/python -m pytest -m "not ($(SINGLE))" --durations=25
+test-all: install
+	@$(BESIDE) MARKS="" DURATIONS=25
+
+pytest: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKS)" -n $(JOBS) --dist loadgroup --no-loadscope-reorder \
+		--durations=$(DURATIONS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
