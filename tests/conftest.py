@@ -51,13 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
         fork_server.offer(folder)
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Groups are marked before pytest-xdist looks for marks, which it does ahead of every hook on the collected tests."""
+    item.add_marker(pytest.mark.xdist_group(_group(item.nodeid)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    groups = {item: _group(item.nodeid) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
     order = {group: place for place, group in enumerate(GROUPS)}
-    items.sort(key=lambda item: order.get(groups[item], len(order)))
+    items.sort(key=lambda item: order.get(_group(item.nodeid), len(order)))
 
 
 def _group(test: str) -> str:
