@@ -29,6 +29,7 @@ GROUPS = (
     "tests/distributed/test_faults.py",
     "tests/launch/plan/test_plan_memory.py",
     "tests/launch/doctor/test_preflight.py",
+    "tests/project/test_wheel.py",
     "tests/distributed/test_checkpoint.py",
     "tests/distributed/test_watch.py",
     "tests/run/test_guard.py",
