@@ -49,8 +49,7 @@ test-all: install
 	@$(BESIDE) MARKS="" DURATIONS=25
 
 pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKS)" -n $(JOBS) --dist loadgroup --no-loadscope-reorder \
-		--durations=$(DURATIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKS)" -n $(JOBS) --dist loadgroup --durations=$(DURATIONS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.distributed import fork_server
 
-# With `-n N --dist loadgroup --no-loadscope-reorder` the tests of a group run one after the other in one process, and groups begin
-# in this order: those that wait most come first, so that others compute beside them, then the longest. A group is all tests whose
-# id begins so (the longest that fits counts); every other file is a group too.
+# With `-n N --dist loadgroup` the tests of a group run one after the other in one process, and groups begin in this order: those
+# that wait most come first, so that others compute beside them, then the longest. A group is all tests whose id begins so (the
+# longest that fits counts); every other file is a group too.
 GROUPS = (
     "tests/slurm/",
     "tests/multinode/",
@@ -52,9 +54,22 @@ def pytest_configure(config: pytest.Config) -> None:
         fork_server.offer(folder)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Groups are marked before pytest-xdist looks for marks, which it does ahead of every hook on the collected tests."""
-    item.add_marker(pytest.mark.xdist_group(_group(item.nodeid)))
+class GroupScheduling(LoadScopeScheduling):
+    """Tests by their groups, in the order of the collection.
+
+    pytest-xdist's own `xdist_group` writes the group into a test's id, which pytest 9.2 does not let it do.
+    """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

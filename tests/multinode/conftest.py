@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.processes import ROOT
-from tests.multinode.lab import Node, nodes
+from tests.multinode.lab import Node, missing, nodes
 from tests.toy import prepare_toy
 
 STEPS = 8
@@ -22,15 +22,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pair(lab: Path) -> Iterator[tuple[Node, Node]]:
     """Two nodes; the launchers run on the first."""
-    stack = nodes(lab)
-    try:
-        both = stack.__enter__()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    try:
+    why = missing()
+    if why:
+        pytest.skip(why)
+    with nodes(lab) as both:
         yield both
-    finally:
-        stack.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ one node. Needs root.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.start.local import die_with_parent
 from tests.distributed.processes import ROOT, install_packages
 
 NET = "10.81.0"
@@ -56,10 +58,12 @@ class Node:
             "mount -t tmpfs none /dev/shm && mkdir -p /run/sshd && "
             f"exec /usr/sbin/sshd -D -e -f {self.lab}/sshd{self.number}"
         )
+        parent = os.getpid()
         self._first = subprocess.Popen(
             ["nsenter", f"--net=/run/netns/{self.space}", "unshare", "--mount", "--uts", "--pid", "--fork",
              "--kill-child", "--mount-proc", "sh", "-c", inside],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(self.lab / f"sshd{self.number}.log").open("w"),
+            preexec_fn=lambda: die_with_parent(parent),
         )  # fmt: skip
         self.pid = int(_eventually(lambda: _children(self._first.pid))[0])
 
@@ -145,7 +149,6 @@ class Node:
 @contextlib.contextmanager
 def nodes(lab: Path) -> Iterator[tuple[Node, Node]]:
     """Two nodes that reach each other by ssh without a password, gone at the end. `lab` is an empty folder."""
-    install()
     for name in ("key", "hostkey"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(lab / name))
     (lab / "bin").mkdir()
@@ -158,21 +161,21 @@ def nodes(lab: Path) -> Iterator[tuple[Node, Node]]:
         "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
     )
     made: list[Node] = []
-    _clear()
-    _run("ip", "link", "add", BRIDGE, "type", "bridge")
-    try:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(Path("/tmp/egmf-nodes.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one pair on a machine at a time: names and addresses are fixed
+        _clear()
+        stack.callback(_clear)
+        _run("ip", "link", "add", BRIDGE, "type", "bridge")
         _run("ip", "addr", "add", f"{NET}.254/24", "dev", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
         for number in (1, 2):
             made.append(Node(number, lab))
+            stack.callback(made[-1].stop)
         for node in made:
             ready = [str(wrapper), "-o", "ConnectTimeout=2", node.name, "true"]
             _eventually(lambda ready=ready: subprocess.run(ready, capture_output=True).returncode == 0)  # type: ignore[misc]
         yield made[0], made[1]
-    finally:
-        for node in made:
-            node.stop()
-        _clear()
 
 
 def environment(lab: Path, **more: str) -> dict[str, str]:
@@ -187,19 +190,19 @@ def inner(started: subprocess.Popen[str]) -> int:
     return int(_eventually(lambda: _children(started.pid))[0])
 
 
-def install() -> None:
-    """Install what is missing (Debian packages).
-
-    Raises:
-        RuntimeError: not root, or it cannot be had.
-    """
+def missing() -> str | None:
+    """Why no nodes can be made here; what can be installed is installed (Debian packages)."""
     if os.getuid() != 0:
-        raise RuntimeError("network namespaces need root")
-    missing = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SBIN)]
-    if missing:
-        failed = install_packages(missing)
-        if failed:
-            raise RuntimeError(failed)
+        return "network namespaces need root"
+    absent = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SBIN)]
+    failed = install_packages(absent) if absent else None
+    if failed:
+        return failed
+    tried = subprocess.run(["ip", "netns", "add", "egmfhtry"], env={"PATH": SBIN}, capture_output=True, text=True)
+    if tried.returncode:
+        return f"network namespaces cannot be made: {tried.stderr.strip()}"
+    _run("ip", "netns", "del", "egmfhtry")
+    return None
 
 
 def _clear() -> None:

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.distributed.processes import install_packages
+from launch.start.local import die_with_parent
+from tests.distributed.processes import free_port, install_packages
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 PACKAGES = ("slurm-wlm", "munge", "iproute2")
-NET, BRIDGE, PORT = "10.79.0", "slbr0", 17817
+NET, BRIDGE, NODE_PORT = "10.79.0", "slbr0", 17818
 NODE_TIMEOUT = 10  # seconds after which Slurm misses a node
 
 CONF = """
@@ -142,19 +143,25 @@ class Lab:
 
     def _start(self, name: str, command: list[str]) -> None:
         log = (self.folder / f"{name}.out").open("ab")
+        env, parent = {**os.environ, **self.environment}, os.getpid()
         self._daemons[name] = subprocess.Popen(
-            command, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: die_with_parent(parent),
         )
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir()
         host = socket.gethostname().partition(".")[0]
-        lines = [CONF.format(host=host, net=NET, port=PORT, folder=self.folder, timeout=NODE_TIMEOUT).strip()]
+        lines = [CONF.format(host=host, net=NET, port=free_port(), folder=self.folder, timeout=NODE_TIMEOUT).strip()]
         for i, node in enumerate(self.nodes, 1):
             (self.folder / node).mkdir()
             (self.folder / node / "hosts").write_text(f"127.0.0.1 localhost\n{NET}.{i} {node}\n{NET}.254 {host}\n")
-            lines.append(f"NodeName={node} NodeAddr={NET}.{i} Port={PORT + 1} CPUs={self.cpus} RealMemory=4000")
+            lines.append(f"NodeName={node} NodeAddr={NET}.{i} Port={NODE_PORT} CPUs={self.cpus} RealMemory=4000")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         # slurmd loads a cgroup plugin although nothing uses it; only v1's loads without systemd
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
