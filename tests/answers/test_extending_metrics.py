@@ -82,7 +82,7 @@ def test_the_metric_is_scored_selects_and_is_compared(copy: Path) -> None:
     assert validations[chosen] == max(validations.values())
 
     other = train(copy, "other", "train.lr.fusion=0.01")
-    command = ("compare", str(run), str(other), "--metrics", "kappa", "--json")
+    command = ("compare", str(run), str(other), "--metric", "kappa", "--json")
     found: dict[str, Any] = json.loads(python(copy, "-m", "trainer", *command))
     (difference,) = found["differences"]
     theirs = json.loads((other / "metrics.json").read_text())["test"]["mine"]["kappa"]

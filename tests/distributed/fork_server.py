@@ -51,7 +51,7 @@ LIBRARIES = (
 )  # fmt: skip
 OWN = ("trainer", "launch", "tests", "benchmarks", "sitecustomize")
 READ_LATE = (  # how the variables begin that no library reads at its import, or that are the same by then
-    "PYTHONPATH", "OMP_NUM_THREADS", "COLUMNS", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CUDA_VISIBLE_DEVICES", "EGMF_",
+    "PYTHONPATH", "OMP_NUM_THREADS", "COLUMNS", "LINES", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CUDA_VISIBLE_DEVICES", "EGMF_",
     "SLURM_", "TORCHELASTIC_", "PYTEST_", "MLFLOW_", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS",
     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",  # set by imports
 )  # fmt: skip
@@ -97,9 +97,6 @@ def _can_fork(words: list[str], env: dict[str, str], known: dict[str, str]) -> b
     ours = f"{Path(sys.executable).parent}{os.pathsep}"  # trainer.distributed.process_group puts it in front
     one, other = ({**e, "PATH": e.get("PATH", "").removeprefix(ours)} for e in (env, known))
     different = {name for name, _ in one.items() ^ other.items() if not name.startswith(READ_LATE)}
-    if os.environ.get("EGMF_TEST_FORK_LOG"):
-        with open(os.environ["EGMF_TEST_FORK_LOG"], "a") as log:
-            log.write(f"{python} {sorted(different)} {words[:5]}\n")
     return python and not different and "OMP_NUM_THREADS" in env
 
 
