@@ -18,8 +18,7 @@ from launch.sweep.pool import Budget
 from launch.sweep.suites import Suite
 from launch.sweep.sweep import Sweep, finished
 from launch.units import GIB
-from trainer.data.generated import diagnostic
-from trainer.data.generated import synthetic_benchmark as stand_in
+from trainer.data.generated import diagnostic, synthetic_benchmark
 from trainer.files import write_json, write_text
 from trainer.results.printable import Table
 
@@ -139,7 +138,7 @@ def reproduce(
         ValueError: data or folder are of something else; nothing finished can be compared.
     """
     for one in suite.generate:
-        make = stand_in.generate if one.task in stand_in.SHAPES else diagnostic.generate
+        make = synthetic_benchmark.generate if one.task in synthetic_benchmark.SHAPES else diagnostic.generate
         make(one.task, sweep.folder / "data" / one.task, seed=one.seed, sizes=one.sizes)
     say(hours(suite, sweep, budget))
     result = run_sweep(sweep, budget, say, debug=debug)

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +240,13 @@ def test_the_line_for_slurm_starts_the_image(tmp_path: Path) -> None:
 
 
 def test_the_debian_packages_are_known() -> None:
-    """Against this machine's lists, whose distribution is not the image's: an unknown name is only a warning."""
-    if shutil.which("apt-get") is None:
-        pytest.skip("no apt-get here")
+    """The image's packages, by the lists of this machine: all of them are in Debian and Ubuntu alike."""
+    known = (
+        subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True) if shutil.which("apt-cache") else None
+    )
+    names = set(known.stdout.split()) if known else set()
+    if len(names) < 10_000:
+        pytest.skip("no lists of Debian's packages here (apt-get update brings them)")
     text = " ".join(rest for word, rest in dockerfile() if word == "RUN")
-    (names,) = PACKAGES.findall(text)
-    done = subprocess.run(["apt-get", "-s", "install", *names.split()], capture_output=True, text=True)
-    if done.returncode:
-        warnings.warn(f"apt-get -s install: {done.stderr.strip()}", stacklevel=1)
+    (wanted,) = PACKAGES.findall(text)
+    assert set(wanted.split()) <= names
