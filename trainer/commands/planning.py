@@ -39,9 +39,11 @@ def plan(
     stated = [rate for rate in (samples_per_second, positions_per_second, tflops) if rate is not None]
     if len(stated) > 1 or any(rate <= 0 for rate in stated):
         raise ValueError("state one throughput, more than 0: --samples-per-second, --positions-per-second or --tflops")
+    from trainer.distributed.light_imports import import_libraries
     from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
+    import_libraries()
     from launch.plan.plan import Throughput, make_plan
     from launch.plan.tables import render
 

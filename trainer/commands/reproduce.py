@@ -90,10 +90,13 @@ def _run(suite: Suite, sweep: Sweep, budget: Budget, *, as_json: bool, debug: bo
 
 
 def _show_plan(suite: Suite, sweep: Sweep, budget: Budget, machine: PlannedMachine) -> int:
-    from launch.sweep.reproduce import Machine, costs, hours, missing
+    from trainer.distributed.light_imports import import_libraries
     from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
+    import_libraries()
+    from launch.sweep.reproduce import Machine, costs, hours, missing
+
     say(f"{suite.title}: {hours(suite, sweep, budget)}")
     for child in sweep.children():
         say(f"  {child.out}")

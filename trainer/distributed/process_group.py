@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed.launcher import RENDEZVOUS_VARIABLES
+from trainer.distributed.light_imports import import_libraries
 from trainer.distributed.rendezvous import SECONDS, local_size, rendezvous
 from trainer.distributed.world import World
 from trainer.logs import captured_stdout
@@ -39,6 +40,7 @@ def start_world(seconds: float = SECONDS) -> World:
             (:func:`trainer.distributed.rendezvous.rendezvous`).
     """
     _check_launcher()
+    import_libraries()
     import deepspeed
 
     if torch.cuda.is_available():
