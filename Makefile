@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: demo test test-all pytest lint types install ops clean
+.PHONY: demo test test-all pytest lint types install clean
 
 install:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash launch/setup_env.sh
@@ -36,11 +36,8 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-ops: install
-	$(BIN)/python -m trainer.distributed.process_group
-
-# lint, types and ops run beside the tests: see tests/conftest.py for the order of these.
-BESIDE = $(MAKE) --no-print-directory -j4 lint types ops pytest
+# lint and types run beside the tests: see tests/conftest.py for the order of these.
+BESIDE = $(MAKE) --no-print-directory -j3 lint types pytest
 
 test: install
 	@$(BESIDE) MARKS="not slow and not browser and not slurm and not multinode" DURATIONS=15

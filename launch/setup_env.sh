@@ -30,5 +30,5 @@ pip install -q --upgrade pip setuptools wheel
 pip install -q $TORCH
 PYTHONWARNINGS=ignore pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
 command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
-    echo "no C++ compiler: DeepSpeed's shared-memory all-reduce and offload stay off (apt-get install g++ python3-dev brings them)" >&2
+    echo "no C++ compiler: train.offload=cpu cannot run (apt-get install g++ python3-dev brings it)" >&2
 printf '%s\n' "$wanted" >"$stamp"

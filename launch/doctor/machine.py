@@ -20,9 +20,9 @@ from packaging.version import InvalidVersion, Version
 from launch.doctor.findings import Findings, State
 from launch.units import GIB, MIB
 from trainer.config import RunConfig
-from trainer.distributed.process_group import missing_build_tools
+from trainer.distributed.compiled_ops import extensions_folder, missing_build_tools
 
-BUFFER = 66 * MIB  # bytes of /dev/shm that DeepSpeed's all-reduce takes per rank on a CPU
+BUFFER = 64 * MIB  # bytes of /dev/shm per GPU below which NCCL is known to fail; a container has so many by default
 LITTLE = 4 * GIB  # bytes of memory below which a process with torch and DeepSpeed has little room
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -44,7 +44,7 @@ def check_machine(findings: Findings, procs: int) -> None:
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(SHARED_MEMORY).free
         found = f"{SHARED_MEMORY} has {free / MIB:.0f} MiB free"
-        if free < BUFFER * procs:
+        if torch.cuda.is_available() and free < BUFFER * procs:
             advice = "a container gets more by --shm-size=8g (docker) or an emptyDir of medium Memory (Kubernetes)"
             findings.add(
                 "machine", "shared memory", "fault" if procs > 1 else "warning", found, advice, free_bytes=free
@@ -135,19 +135,16 @@ def check_build(findings: Findings, config: RunConfig | None) -> None:
     offloads = config is not None and config.train.offload == "cpu"
     if missing:
         found = f"no {' and no '.join(missing)} on PATH"
-        state: State = "fault" if offloads else "warning" if not torch.cuda.is_available() else "ok"
-        what = (
-            "train.offload=cpu cannot run" if offloads else "DeepSpeed's shared-memory all-reduce is off, gloo is used"
-        )
+        state: State = "fault" if offloads else "ok"
+        what = "train.offload=cpu cannot run" if offloads else "only train.offload=cpu needs them"
         findings.add(
             "build", "compiler", state, f"{found}: {what}", "apt-get install g++ python3-dev; pip install ninja"
         )
     else:
         findings.add("build", "compiler", "ok", "C++ compiler and ninja are there")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "egmf" / "torch_extensions"))
+    root = extensions_folder()
     built = {path.parent.name: path for path in root.glob("*/*.so")}
-    wanted = [] if torch.cuda.is_available() or missing else ["deepspeed_shm_comm"]
-    wanted += ["cpu_adam"] if offloads and not missing else []
+    wanted = ["cpu_adam"] if offloads and not missing else []
     cold = [name for name in wanted if name not in built]
     other = [name for name, path in built.items() if name in wanted and _built_with_another_torch(path.parent)]
     found = f"compiled: {', '.join(sorted(built)) or 'none'} (in {root})"
@@ -156,7 +153,7 @@ def check_build(findings: Findings, config: RunConfig | None) -> None:
             "build", "DeepSpeed's ops", "warning", f"{', '.join(other)} compiled with another torch", f"rm -r {root}"
         )
     elif cold:
-        advice = f"{', '.join(cold)}: compiled by the first run, about a minute each (make ops)"
+        advice = f"{', '.join(cold)}: compiled by the first run, about a minute"
         findings.add("build", "DeepSpeed's ops", "ok", found, advice)
     else:
         findings.add("build", "DeepSpeed's ops", "ok", found)

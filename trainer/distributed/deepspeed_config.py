@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from trainer.config import RunConfig
-from trainer.distributed.process_group import missing_build_tools
+from trainer.distributed.compiled_ops import missing_build_tools
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

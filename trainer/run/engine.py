@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from trainer.config import RunConfig, TrainConfig
+from trainer.distributed.compiled_ops import compile_cpu_adam
 from trainer.distributed.deepspeed_config import deepspeed_config, offloads_optimizer
 from trainer.logs import captured_stdout
 from trainer.models.egmf import EGMF
@@ -87,5 +88,6 @@ def _optimizer(groups: list[ParameterGroup], train: TrainConfig, raw: dict[str, 
     if offloads_optimizer(raw):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        compile_cpu_adam()
         return DeepSpeedCPUAdam(groups, betas=train.betas, adamw_mode=True)
     return torch.optim.AdamW(cast(list[dict[str, Any]], groups), betas=train.betas, fused=torch.cuda.is_available())

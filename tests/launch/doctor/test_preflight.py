@@ -207,6 +207,7 @@ def test_too_little_shared_memory_and_too_many_processes_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "BUFFER", 1 << 60)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # NCCL needs it, gloo does not
     findings = Findings()
     check_machine(findings, 4096)
     processor, memory = findings.checks
@@ -214,6 +215,10 @@ def test_too_little_shared_memory_and_too_many_processes_are_found(
     assert "use fewer" in processor.advice
     assert memory.state == "fault"
     assert "--shm-size" in memory.advice
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    findings = Findings()
+    check_machine(findings, 4096)
+    assert findings.checks[1].state == "ok"
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
@@ -226,16 +231,19 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
 
 def test_missing_compilers_and_stale_ops_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    op = tmp_path / "deepspeed_shm_comm"
+    op = tmp_path / "cpu_adam"
     op.mkdir()
-    (op / "deepspeed_shm_comm.so").touch()
+    (op / "cpu_adam.so").touch()
     (op / "build.ninja").write_text("cflags = -isystem /another/torch/include")
+    config = load_config(TINY, ["task=meld", "train.offload=cpu"])
     findings = Findings()
-    check_build(findings, None)
+    check_build(findings, config)
     assert [check.state for check in findings.checks] == ["ok", "warning"]
     assert "another torch" in findings.checks[1].found
     monkeypatch.setenv("PATH", str(tmp_path))
-    config = load_config(TINY, ["task=meld", "train.offload=cpu"])
+    findings = Findings()
+    check_build(findings, None)
+    assert findings.checks[0].state == "ok"  # nothing that is compiled is used
     findings = Findings()
     check_build(findings, config)
     assert findings.checks[0].state == "fault"
