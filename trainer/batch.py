@@ -7,8 +7,9 @@ answer trie, C answers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -230,12 +231,13 @@ def _cast(batch: T, dtype: torch.dtype | None) -> T:
     return batch
 
 
-def _map(value: Any, change: Any) -> Any:
+def _map(value: T, change: Callable[[Tensor], Tensor]) -> T:
     """`value` with every tensor in it changed; dataclasses and lists of them are copied."""
+    changed: Any = value
     if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list):
-        return [_map(inner, change) if is_dataclass(inner) else inner for inner in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _map(getattr(value, f.name), change) for f in fields(value)})
-    return value
+        changed = change(value)
+    elif isinstance(value, list):
+        changed = [_map(inner, change) if is_dataclass(inner) else inner for inner in value]
+    elif is_dataclass(value) and not isinstance(value, type):
+        changed = replace(value, **{f.name: _map(getattr(value, f.name), change) for f in fields(value)})
+    return cast(T, changed)

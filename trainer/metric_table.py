@@ -178,7 +178,7 @@ def pearson(truth: np.ndarray, guess: np.ndarray) -> Terms:
     def value(count: np.ndarray, *sums: np.ndarray) -> np.ndarray:
         t, p, tt, pp, tp = (total / count for total in sums)
         spread = _if_varied(tt - t**2) * _if_varied(pp - p**2)
-        return np.clip((tp - t * p) / np.sqrt(spread), -1, 1)
+        return np.asarray(np.clip((tp - t * p) / np.sqrt(spread), -1, 1))
 
     def whole() -> float:
         from scipy.stats import pearsonr  # slow to import, and this file is imported by all that knows tasks
@@ -249,11 +249,11 @@ def not_negative(x: np.ndarray) -> np.ndarray:
 
 
 def nonzero(x: np.ndarray) -> np.ndarray:
-    return x != 0
+    return np.asarray(x != 0)
 
 
 def weak(x: np.ndarray) -> np.ndarray:
-    return np.abs(x) <= np.float32(0.4)
+    return np.asarray(np.abs(x) <= np.float32(0.4))
 
 
 # ---- metrics

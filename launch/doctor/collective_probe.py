@@ -85,7 +85,7 @@ def all_reduce(world: World) -> AllReduce:
         expected = world.size * (world.size + 1) / 2
         if not bool((reduced == expected).all()):
             raise ValueError(
-                f"an all-reduce gave {reduced.unique().tolist()[:4]} and not {expected} on rank {world.rank}"
+                f"an all-reduce gave {torch.unique(reduced).tolist()[:4]} and not {expected} on rank {world.rank}"
             )
         seconds = max(world.gather_all(statistics.median(times[1:])))
         bus = size / seconds * 2 * (world.size - 1) / world.size

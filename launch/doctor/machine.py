@@ -228,7 +228,7 @@ def _built_with_another_torch(folder: Path) -> bool:
 
 def _cuda_error() -> str:
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
     return "no device is visible"

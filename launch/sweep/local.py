@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -65,7 +65,7 @@ def run_sweep(sweep: Sweep, budget: Budget, say: Say, *, debug: bool = False) ->
     with hold(sweep.folder):
         record = open_record(sweep)
         done = finished(sweep.children())
-        record.update(sweep.plan())
+        record.update(cast(SweepRecord, sweep.plan()))
         write_record(sweep, record)
         parent = begin_parent(sweep, record)
         children = sweep.children(parent.run_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from launch.sweep.sweep import Sweep, SweepPlan
 from trainer.config import RunConfig, flatten
@@ -39,7 +39,7 @@ def open_record(sweep: Sweep) -> SweepRecord:
     """
     plan = sweep.plan()
     if not sweep.record.is_file():
-        return {"version": 1, "key": uuid.uuid4().hex, "mlflow": None, **plan}
+        return cast(SweepRecord, {"version": 1, "key": uuid.uuid4().hex, "mlflow": None, **plan})
     try:
         record: SweepRecord = json.loads(sweep.record.read_text(encoding="utf-8"))
         differing = _differences(record, plan)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from launch.start.slurm import Job, Member, check, follow, queued, rehearse, render, submit
 from launch.sweep.local import Say, begin_parent
-from launch.sweep.record import open_record, write_record
+from launch.sweep.record import SweepRecord, open_record, write_record
 from launch.sweep.sweep import Sweep, finished
 from trainer.run.folder import hold
 
@@ -33,7 +34,7 @@ def submit_sweep(sweep: Sweep, make_job: MakeJob, say: Say) -> None:
             job = make_job(left)
             check(job)
             rehearse(job)
-        record.update(sweep.plan())
+        record.update(cast(SweepRecord, sweep.plan()))
         write_record(sweep, record)
         parent = begin_parent(sweep, record)
         if not left:

@@ -28,8 +28,9 @@ def documented(name: str) -> Any:
 def main(data: Path, out: Path) -> None:
     from tests.distributed.cases import Case, config_of
     from tests.run.test_callbacks import EVAL_EVERY, SAVE_EVERY, STEPS
+    from trainer.answers.scores import SplitScores
     from trainer.distributed.signals import StopRequest
-    from trainer.run.callbacks import Callback, FinishedStep, Metrics
+    from trainer.run.callbacks import Callback, FinishedStep
     from trainer.run.loop import fit
     from trainer.run.run import Run
     from trainer.run.scalars import StepScalars
@@ -54,7 +55,7 @@ def main(data: Path, out: Path) -> None:
         def on_evaluation_progress(self, run: Run, split: str) -> None:
             events.append(["on_evaluation_progress", split])
 
-        def on_validation_end(self, run: Run, step: int, metrics: Metrics) -> None:
+        def on_validation_end(self, run: Run, step: int, metrics: SplitScores) -> None:
             events.append(["on_validation_end", step, list(metrics)])
 
         def on_save_start(self, run: Run, step: int) -> None:
@@ -64,7 +65,7 @@ def main(data: Path, out: Path) -> None:
             assert (checkpoint / "manifest.json").is_file()
             events.append(["on_save_end", step, checkpoint.name])
 
-        def on_best_evaluated(self, run: Run, split: str, metrics: Metrics, predictions: Path) -> None:
+        def on_best_evaluated(self, run: Run, split: str, metrics: SplitScores, predictions: Path) -> None:
             assert predictions.is_file()
             events.append(["on_best_evaluated", split, predictions.name])
 

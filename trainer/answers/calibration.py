@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from trainer.answers.metrics import BINS, compute, reliability
+from trainer.answers.scores import ReliabilityBin, metric_value
 from trainer.tasks import Task
 
 LIMITS = (0.05, 20.0)  # of the temperature
@@ -45,8 +45,8 @@ class Calibration:
     fitted_on: str
     n: int  # samples it was fitted on
     edges: list[float]  # of the bins of ECE; empty for regression
-    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    bins: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    splits: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    bins: dict[str, list[ReliabilityBin]] = field(default_factory=dict)
 
 
 def tempered(p_NC: np.ndarray, temperature: float) -> np.ndarray:
@@ -90,9 +90,9 @@ def calibrate(task: Task, splits: Mapping[str, Scored]) -> Calibration | None:
             continue
         after_NC = tempered(scored.p_NC, temperature)
         before, after = (compute(task, scored.target_N, scored.value_N, p_NC) for p_NC in (scored.p_NC, after_NC))
-        measured: dict[str, Any] = {"n": len(scored.target_N)}
+        measured: dict[str, float | None] = {"n": len(scored.target_N)}
         for name in ("nll", *(("ece",) if classes else ())):
-            measured |= {name: before[name], f"{name}_calibrated": after[name]}
+            measured |= {name: metric_value(before, name), f"{name}_calibrated": metric_value(after, name)}
         out.splits[split] = measured
         if classes:
             out.bins[split] = reliability(scored.target_N, scored.value_N, after_NC)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
+from trainer.answers.scores import ReliabilityBin, TaskScores
 from trainer.metric_table import FAMILIES, INVALID, LARGEST, WeightedMetric
 from trainer.tasks import Task
 
@@ -29,9 +30,7 @@ class MetricError(ValueError):
     """Truth, predictions or probabilities that do not belong together or to the task; the message lists every fault."""
 
 
-def compute(
-    task: Task, targets: Values, predictions: Values, probabilities: np.ndarray | None = None
-) -> dict[str, Any]:
+def compute(task: Task, targets: Values, predictions: Values, probabilities: np.ndarray | None = None) -> TaskScores:
     """All metrics of a task as plain numbers, None, lists and dictionaries (JSON-safe).
 
     Keys: ``n``, ``invalid_rate``, the task's ``metrics``; for classification ``per_class`` and ``confusion``; with
@@ -49,8 +48,9 @@ def compute(
     p_NC = None if probabilities is None else np.asarray(probabilities, dtype=np.float64)
     valid_N: np.ndarray = np.abs(guess_N) <= LARGEST  # False for nan; more than float32 holds is inf to published code
     _check(task, truth_N, guess_N, valid_N, p_NC)
-    out: dict[str, Any] = {"n": len(truth_N), "invalid_rate": float(np.mean(~valid_N)) if len(truth_N) else None}
-    out |= {key: _defined(metric_of(task, key, truth_N, guess_N).value()) for key in task.metrics}
+    out: TaskScores = {"n": len(truth_N), "invalid_rate": float(np.mean(~valid_N)) if len(truth_N) else None}
+    own = {key: _defined(metric_of(task, key, truth_N, guess_N).value()) for key in task.metrics}
+    out |= cast(TaskScores, own)
     if task.kind == "classification":
         truth_N = truth_N.astype(int)
         guess_N = np.where(valid_N, guess_N, INVALID).astype(int)
@@ -65,14 +65,14 @@ def metric_of(task: Task, key: str, truth_N: np.ndarray, guess_N: np.ndarray) ->
     return FAMILIES[task.family].of(key, truth_N, guess_N)
 
 
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+def scalars(scores: Mapping[str, object]) -> dict[str, float | None]:
     """Those of :func:`compute`'s results that are one number, or undefined."""
-    return {key: value for key, value in metrics.items() if value is None or isinstance(value, (int, float))}
+    return {key: value for key, value in scores.items() if value is None or isinstance(value, (int, float))}
 
 
 def reliability(
     targets: Values, predictions: Values, probabilities: np.ndarray, bins: int = BINS, adaptive: bool = False
-) -> list[dict[str, Any]]:
+) -> list[ReliabilityBin]:
     """How often predictions are right, by the probability that the model gave them.
 
     Equal-width bins ``(i/bins, (i+1)/bins]``, empty ones included; or, adaptive, bins between the quantiles of the
@@ -88,7 +88,7 @@ def reliability(
         inner = np.unique(np.quantile(confidence_N, inner))
     bin_N = np.searchsorted(inner, confidence_N, side="left")
     edges = [0.0, *inner.tolist(), 1.0]
-    rows: list[dict[str, Any]] = []
+    rows: list[ReliabilityBin] = []
     for i, (low, high) in enumerate(pairwise(edges)):
         here = bin_N == i
         n = int(here.sum())
@@ -98,36 +98,43 @@ def reliability(
     return rows
 
 
-def calibration_error(rows: Sequence[Mapping[str, Any]]) -> float | None:
+def calibration_error(rows: Sequence[ReliabilityBin]) -> float | None:
     """ECE = Σ_b n_b / N · |accuracy_b - confidence_b| over the bins of :func:`reliability`; None without samples."""
     total = sum(row["n"] for row in rows)
-    gaps = (row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows if row["n"])
+    gaps = [
+        row["n"] * abs(row["accuracy"] - row["confidence"])
+        for row in rows
+        if row["accuracy"] is not None and row["confidence"] is not None
+    ]
     return sum(gaps) / total if total else None
 
 
-def _by_class(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> dict[str, Any]:
+def _by_class(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> TaskScores:
     """Precision, recall, F1 and support of each class, and the confusion matrix."""
     classes = list(range(len(task.labels)))
     if len(truth_N) == 0:
         return {}
     columns = precision_recall_fscore_support(truth_N, guess_N, labels=classes, zero_division=np.nan)
-    names = ("precision", "recall", "f1")
-    out: dict[str, Any] = {}
-    out["per_class"] = {
-        label: {name: _defined(column[c]) for name, column in zip(names, columns, strict=False)}
-        | {"support": int(columns[3][c])}
-        for c, label in enumerate(task.labels)
-    }
     matrix = confusion_matrix(truth_N, guess_N, labels=[*classes, INVALID])
-    out["confusion"] = {
-        "labels": list(task.labels),
-        "matrix": matrix[:-1, :-1].tolist(),
-        "invalid": matrix[:-1, -1].tolist(),
+    return {
+        "per_class": {
+            label: {
+                "precision": _defined(columns[0][c]),
+                "recall": _defined(columns[1][c]),
+                "f1": _defined(columns[2][c]),
+                "support": int(columns[3][c]),
+            }
+            for c, label in enumerate(task.labels)
+        },
+        "confusion": {
+            "labels": list(task.labels),
+            "matrix": matrix[:-1, :-1].tolist(),
+            "invalid": matrix[:-1, -1].tolist(),
+        },
     }
-    return out
 
 
-def _calibration(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, p_NC: np.ndarray) -> dict[str, float | None]:
+def _calibration(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, p_NC: np.ndarray) -> TaskScores:
     answer_N = np.array([task.answer_index(t) for t in truth_N], dtype=int)
     nll = None
     if len(answer_N):

@@ -34,7 +34,7 @@ class Predictions:
 
     @property
     def valid_B(self) -> np.ndarray:
-        return np.isfinite(self.value_B)
+        return np.asarray(np.isfinite(self.value_B))
 
     def __len__(self) -> int:
         return len(self.answers)

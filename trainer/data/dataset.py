@@ -141,7 +141,7 @@ class SplitView:
 
     def lengths(self) -> np.ndarray:
         """A length per sample for putting like with like: characters of text + frames of audio and video."""
-        return self._characters() + self._frames["audio"] + self._frames["video"]
+        return np.asarray(self._characters() + self._frames["audio"] + self._frames["video"])
 
     def frames(self, name: str) -> np.ndarray:
         """Frames of "audio" or "video" of every sample."""

@@ -6,18 +6,18 @@ Legend: N samples, C answers, E experts, M modalities. All numbers are plain and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from trainer.answers.calibration import Scored, calibrate
 from trainer.answers.metrics import MetricError, compute, reliability
+from trainer.answers.scores import TaskScores
 from trainer.config import MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.summary import SIGNS
-from trainer.results.records import ReliabilityBin, TaskScores
 from trainer.results.run_folder import SPLITS, RunFolder, dataset_path
 from trainer.results.task_results import Example, GateGroup, Gates, Robustness, TaskResults
 from trainer.run.expert_load import load_balance, warning
@@ -48,12 +48,11 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
     out.split, rows = next(iter(tables.items()))
     out.rows = rows
     out.constant, value = _constant(run, task, rows)
-    out.constant_scores = cast(TaskScores, compute(task, rows["target"].to_numpy(), np.full(len(rows), value)))
+    out.constant_scores = compute(task, rows["target"].to_numpy(), np.full(len(rows), value))
     scored = {split: found for split, table in tables.items() if (found := _scored(table)) is not None}
     if (displayed := scored.get(out.split)) is not None:
         if task.kind == "classification":
-            bins = reliability(displayed.target_N, displayed.value_N, displayed.p_NC)
-            out.reliability = [cast(ReliabilityBin, row) for row in bins]
+            out.reliability = reliability(displayed.target_N, displayed.value_N, displayed.p_NC)
         else:
             out.coverage = coverage(task, displayed.target_N, displayed.p_NC)
     out.gates = _gates(run, task, rows)
@@ -128,9 +127,9 @@ def _score(task: Task, rows: pd.DataFrame) -> TaskScores:
         width = len(task.answers())
         p_NC = np.array([[np.nan] * width if p is None else p for p in rows["probabilities"]], dtype=float)
     try:
-        return cast(TaskScores, compute(task, target_N, value_N, p_NC))
+        return compute(task, target_N, value_N, p_NC)
     except MetricError:
-        return cast(TaskScores, compute(task, target_N, value_N))
+        return compute(task, target_N, value_N)
 
 
 def _constant(run: RunFolder, task: Task, rows: pd.DataFrame) -> tuple[str, float]:

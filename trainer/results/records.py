@@ -35,44 +35,6 @@ class DatasetRecord(TypedDict):
     widths: dict[str, int]
 
 
-class ClassScores(TypedDict):
-    """One class; None where undefined."""
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    support: int
-
-
-class Confusion(TypedDict):
-    """Counts: `matrix` [truth][answer] in the order of `labels`, `invalid` answers by truth."""
-
-    labels: list[str]
-    matrix: list[list[int]]
-    invalid: list[int]
-
-
-class TaskScores(TypedDict, total=False):
-    """The metrics of one task on one split. The task's own metrics stand beside these keys: read them with ``get``."""
-
-    n: int
-    invalid_rate: float | None
-    per_class: dict[str, ClassScores]
-    confusion: Confusion
-    nll: float | None
-    ece: float | None
-
-
-class ReliabilityBin(TypedDict):
-    """A bin of predictions by the probability given to them; the means are None where `n` is 0."""
-
-    low: float
-    high: float
-    n: int
-    confidence: float | None
-    accuracy: float | None
-
-
 class DifferenceRecord(TypedDict):
     """A metric less the reference's, with its interval; `worse`: all of the interval is on the worse side of 0."""
 

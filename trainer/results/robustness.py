@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from trainer.results.compare.compared_run import Answers
 from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.statistics import estimate, resample_counts
 from trainer.results.corruption import Corruption, Mode, spread_of
-from trainer.results.records import CurveRecord, RobustnessRecord
+from trainer.results.records import CurveRecord, DifferenceRecord, RobustnessRecord
 from trainer.run.saved import SavedRun
 from trainer.tasks import Task
 
@@ -40,34 +40,6 @@ class Options:
     modes: tuple[Mode, ...] = ("missing", "noise")
     modalities: tuple[Modality, ...] = ()  # empty: audio and video, where the run reads them
     seed: int = 0
-
-
-@dataclass
-class Against:
-    """The selecting metric less the reference's, with a paired bootstrap interval over samples; None where undefined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    worse: bool  # the whole interval lies on the worse side of 0
-
-
-@dataclass
-class Point:
-    """The scores of one pass."""
-
-    rate: float
-    scores: dict[str, float | None]
-    against: Against | None = None
-
-
-@dataclass
-class Curve:
-    """A mode on one modality, or on several joined by a plus sign, by rate."""
-
-    mode: str
-    modality: str
-    points: list[Point] = field(default_factory=list)
 
 
 def check_options(options: Options) -> None:
@@ -122,10 +94,12 @@ def robustness(
     combinations = [(name,) for name in modalities] + ([modalities] if len(modalities) > 1 else [])
     clean, clean_scores = opened.evaluate(options.split, advance)
     tables = [_marked(clean, "none", "", 0.0)]
-    curves: dict[str, list[Curve]] = {name: [] for name in opened.parts.tasks}
+    curves: dict[str, list[CurveRecord]] = {name: [] for name in opened.parts.tasks}
     for mode in options.modes:
         for chosen in combinations:
-            made = {name: Curve(mode, "+".join(chosen)) for name in curves}
+            made: dict[str, CurveRecord] = {
+                name: {"mode": mode, "modality": "+".join(chosen), "points": []} for name in curves
+            }
             for rate in rates:
                 table, scores = clean, clean_scores
                 if rate:
@@ -135,7 +109,7 @@ def robustness(
                 for name, curve in made.items():
                     rows, task = table[table["task"] == name], opened.parts.tasks[name]
                     against = _against(task, rows, expected[name], options.seed) if expected else None
-                    curve.points.append(Point(rate, scalars(scores[name]), against))
+                    curve["points"].append({"rate": rate, "scores": scalars(scores[name]), "against": against})
             for name, curve in made.items():
                 curves[name].append(curve)
     _warn(curves, reference)
@@ -151,7 +125,7 @@ def robustness(
             name: {
                 "metric": task.select,
                 "reference": _value(task, expected[name]) if expected else None,
-                "curves": [cast(CurveRecord, asdict(curve)) for curve in curves[name]],
+                "curves": curves[name],
             }
             for name, task in opened.parts.tasks.items()
         },
@@ -194,7 +168,7 @@ def _reference(opened: SavedRun, folder: Path, split: str) -> dict[str, Answers]
     return run.answers[split]
 
 
-def _against(task: Task, rows: pd.DataFrame, reference: Answers, seed: int) -> Against:
+def _against(task: Task, rows: pd.DataFrame, reference: Answers, seed: int) -> DifferenceRecord:
     """The run against the reference, on the same samples."""
     rows = rows.sort_values("id", kind="stable")
     ids = rows["id"].to_numpy(object)
@@ -207,7 +181,7 @@ def _against(task: Task, rows: pd.DataFrame, reference: Answers, seed: int) -> A
     resampled = run.weighted(counts_BN) - other.weighted(counts_BN)
     found = estimate(whole, resampled, len(ids), LEVEL)
     far = found.high if task.greater_is_better else None if found.low is None else -found.low
-    return Against(found.value, found.low, found.high, far is not None and far < 0)
+    return {"value": found.value, "low": found.low, "high": found.high, "worse": far is not None and far < 0}
 
 
 def _value(task: Task, answers: Answers) -> float | None:
@@ -219,12 +193,12 @@ def _marked(table: pd.DataFrame, mode: str, modality: str, rate: float) -> pd.Da
     return table.assign(mode=mode, modality=modality, rate=rate)
 
 
-def _warn(curves: dict[str, list[Curve]], reference: Path | None) -> None:
-    for name, held in curves.items():
-        for curve in held:
-            bad = [f"{p.rate:g}" for p in curve.points if p.against is not None and p.against.worse]
+def _warn(curves: dict[str, list[CurveRecord]], reference: Path | None) -> None:
+    for name, of_task in curves.items():
+        for curve in of_task:
+            bad = [f"{p['rate']:g}" for p in curve["points"] if p["against"] is not None and p["against"]["worse"]]
             if bad:
                 log.warning(
                     "%s: with %s %s at rate %s the run is worse than %s by more than noise",
-                    name, curve.modality, curve.mode, ", ".join(bad), reference,
+                    name, curve["modality"], curve["mode"], ", ".join(bad), reference,
                 )  # fmt: skip

@@ -13,10 +13,11 @@ from typing import TypeVar, cast
 import numpy as np
 import pandas as pd
 
+from trainer.answers.scores import TaskScores
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
 from trainer.data.sampling import GlobalBatchSampler
-from trainer.results.records import DatasetRecord, RobustnessRecord, TaskScores, number_or_none
+from trainer.results.records import DatasetRecord, RobustnessRecord, number_or_none
 from trainer.run.record import RecordValues
 from trainer.tasks import Task, TaskError, define_task, get_task
 from trainer.tracking.journal import JOURNAL, read_journal

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from trainer.answers.calibration import Calibration
-from trainer.results.records import ReliabilityBin, TaskRobustness, TaskScores
+from trainer.answers.scores import ReliabilityBin, TaskScores
+from trainer.results.records import TaskRobustness
 from trainer.run.expert_load import LoadBalance
 from trainer.tasks import Task
 

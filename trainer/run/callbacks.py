@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from trainer.answers.scores import SplitScores
 from trainer.data.sampling import micro_batches
 from trainer.distributed.watch import Watch
 from trainer.run.evaluate import flatten_metrics
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 STEPS_COUNTED = 50  # for the positions of a sample
 UNEVEN = 100.0  # between the weights of two classes: worth a warning
-Metrics = dict[str, dict[str, Any]]  # task -> metric -> value
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Callback:
     def on_evaluation_progress(self, run: Run, split: str) -> None:
         """An evaluation begins, or one more batch of it is answered; not equally often on all ranks: no collectives here."""
 
-    def on_validation_end(self, run: Run, step: int, metrics: Metrics) -> None:
+    def on_validation_end(self, run: Run, step: int, metrics: SplitScores) -> None:
         """The validation split was scored; it is known whether this step is the best so far (`run.selection.best`)."""
 
     def on_save_start(self, run: Run, step: int) -> None:
@@ -63,7 +62,7 @@ class Callback:
     def on_save_end(self, run: Run, step: int, checkpoint: Path) -> None:
         """A checkpoint is whole."""
 
-    def on_best_evaluated(self, run: Run, split: str, metrics: Metrics, predictions: Path) -> None:
+    def on_best_evaluated(self, run: Run, split: str, metrics: SplitScores, predictions: Path) -> None:
         """The best checkpoint was evaluated on a split at the run's end; rank 0 has written the predictions."""
 
     def on_train_end(self, run: Run) -> None:
@@ -143,10 +142,10 @@ class TrackingCallback(Callback):
             values.update({f"gate/{name}": usage for name, usage in zip(names, result.usage, strict=True)})
         self.tracker.metrics(values, finished.step)
 
-    def on_validation_end(self, run: Run, step: int, metrics: Metrics) -> None:
+    def on_validation_end(self, run: Run, step: int, metrics: SplitScores) -> None:
         self.tracker.metrics(flatten_metrics("valid", metrics), step)
 
-    def on_best_evaluated(self, run: Run, split: str, metrics: Metrics, predictions: Path) -> None:
+    def on_best_evaluated(self, run: Run, split: str, metrics: SplitScores, predictions: Path) -> None:
         self.tracker.metrics(flatten_metrics(f"best/{split}", metrics), run.steps)
         self.tracker.artifact(predictions, "predictions")
 

@@ -89,5 +89,5 @@ def _optimizer(groups: list[ParameterGroup], train: TrainConfig, raw: dict[str, 
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         compile_cpu_adam()
-        return DeepSpeedCPUAdam(groups, betas=train.betas, adamw_mode=True)
+        return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, betas=train.betas, adamw_mode=True))
     return torch.optim.AdamW(cast(list[dict[str, Any]], groups), betas=train.betas, fused=torch.cuda.is_available())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from trainer.answers.metrics import compute, scalars
 from trainer.answers.prediction_table import PredictionRow, SampleAnswer, mean_gates, predictions_table, sample_answers
 from trainer.answers.predictions import parse_answers, predict
+from trainer.answers.scores import SplitScores, TaskScores, metric_value
 from trainer.batch import Sample
 from trainer.config import RunConfig
 from trainer.data.dataset import SplitView
@@ -35,7 +36,7 @@ def evaluate(
     advance: Callable[[int], None] = lambda n: None,
     before_batch: Callable[[], None] = lambda: None,
     change: Change = lambda task, sample: sample,
-) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+) -> tuple[pd.DataFrame, SplitScores]:
     """The predictions of `split`, a row per sample sorted by task and id, and task -> metrics.
 
     Every rank calls this and gets the same answer; `forward` is the engine or the model in evaluation mode. All ranks
@@ -55,7 +56,7 @@ def evaluate(
     return result
 
 
-def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> dict[str, Any]:
+def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> TaskScores:
     """The task's metrics over its rows of a table that :func:`evaluate` makes."""
     valid = rows["valid"].to_numpy(dtype=bool)
     probabilities = None
@@ -65,13 +66,13 @@ def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> dict[str
     return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
 
 
-def selection_values(parts: RunComponents, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def selection_values(parts: RunComponents, metrics: SplitScores) -> dict[str, float | None]:
     """The metric of each task that chooses a checkpoint."""
-    return {name: metrics[name][task.select] for name, task in parts.tasks.items()}
+    return {name: metric_value(metrics[name], task.select) for name, task in parts.tasks.items()}
 
 
-def flatten_metrics(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Scalar metrics under slashed names, with the task's name where there are several tasks."""
+def flatten_metrics(head: str, metrics: Mapping[str, Mapping[str, object]]) -> dict[str, float | None]:
+    """Those of task -> key -> value that are numbers or undefined, under slashed names; with the task's name where there are several."""
     out: dict[str, float | None] = {}
     for task, values in metrics.items():
         middle = f"{task}/" if len(metrics) > 1 else ""
@@ -79,11 +80,11 @@ def flatten_metrics(head: str, metrics: dict[str, dict[str, Any]]) -> dict[str, 
     return out
 
 
-def format_selection_metrics(split: str, parts: RunComponents, metrics: dict[str, dict[str, Any]]) -> str:
+def format_selection_metrics(split: str, parts: RunComponents, metrics: SplitScores) -> str:
     """The selecting metrics in words, for the log."""
     words = []
     for name, task in parts.tasks.items():
-        value = metrics[name][task.select]
+        value = metric_value(metrics[name], task.select)
         words.append(f"{name} {split} {task.select} {'undefined' if value is None else f'{value:.4f}'}")
     return ", ".join(words)
 

@@ -11,9 +11,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from trainer.answers.prediction_table import write_predictions
+from trainer.answers.scores import SplitScores
 from trainer.checkpoint.identity import identify, training_settings
 from trainer.checkpoint.state import CheckpointState, Position, SelectionState, check_fit, read_state, this_version
 from trainer.checkpoint.store import Checkpoints, resume_engine, step_name
@@ -34,7 +35,6 @@ from trainer.run.calibrate import write_calibration
 from trainer.run.callbacks import (
     Callback,
     FinishedStep,
-    Metrics,
     ProgressCallback,
     StartLogCallback,
     TrackingCallback,
@@ -102,8 +102,9 @@ def fit(
                 if first:
                     write_text(out / "config.yaml", dump_config(config))
             begun = True
-            process: RecordValues = {**environment(), "pid": os.getpid(), "host": socket.gethostname()}
-            record.update({"state": "running", "started": now(), "ended": None, "failure": None, **process})
+            process = {**environment(), "pid": os.getpid(), "host": socket.gethostname()}
+            begin: RecordValues = {"state": "running", "started": now(), "ended": None, "failure": None}
+            record.update(begin | cast(RecordValues, process))
             tracked = record.values.get("mlflow")
             run_id = (tracked["run_id"] if tracked else None) or (saved.mlflow_run if saved else None)
             tracker = Tracker(config, out, enabled=world.is_rank_zero, run_id=run_id)
@@ -337,27 +338,27 @@ class Trainer:
             speeds = [speed for _, speed in read_journal(out / JOURNAL).get(SPEED, [])]
             tracker.metrics({MEDIAN_SPEED: statistics.median(speeds) if speeds else None}, self.run.steps)
         load_weights(self.parts.model, chosen, self.world)
-        results: dict[str, Any] = {"checkpoint": chosen.name}
+        scores: dict[str, SplitScores] = {}
         tables: dict[str, pd.DataFrame] = {}
         for split in self.config.eval.splits:
-            tables[split], results[split] = self._evaluate(split)
+            tables[split], scores[split] = self._evaluate(split)
             path = out / "predictions" / f"{split}.parquet"
             with self.world.on_rank_zero() as first:
                 if first:
                     write_predictions(tables[split], path)
             for callback in self.callbacks:
-                callback.on_best_evaluated(self.run, split, results[split], path)
-            log.info("%s: %s", chosen.name, format_selection_metrics(split, self.parts, results[split]))
+                callback.on_best_evaluated(self.run, split, scores[split], path)
+            log.info("%s: %s", chosen.name, format_selection_metrics(split, self.parts, scores[split]))
         with self.world.on_rank_zero() as first:
             if first:
-                write_json(out / "metrics.json", results)
+                write_json(out / "metrics.json", {"checkpoint": chosen.name, **scores})
                 tracker.artifact(out / "metrics.json")
                 write_calibration(self.parts, tables, out, chosen.name, tracker, self.run.steps)
                 if self.parts.model.fusion is not None and "test" in tables:
                     experts = self.parts.model.fusion.experts_built
                     warn_of_dead(list(self.parts.tasks), experts, "test", tables["test"])
 
-    def _evaluate(self, split: str) -> tuple[pd.DataFrame, Metrics]:
+    def _evaluate(self, split: str) -> tuple[pd.DataFrame, SplitScores]:
         """The predictions and metrics of a split with the weights that are loaded; a stop breaks it off."""
 
         def progress(samples: int = 0) -> None:

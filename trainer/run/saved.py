@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from trainer.answers.scores import SplitScores
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.store import Checkpoints
 from trainer.checkpoint.weights import CheckpointError, load_weights
@@ -37,7 +38,7 @@ class SavedRun:
 
     def evaluate(
         self, split: str, advance: Callable[[int], None] = lambda n: None, change: Change = lambda task, sample: sample
-    ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    ) -> tuple[pd.DataFrame, SplitScores]:
         """See :func:`trainer.run.evaluate.evaluate`."""
         return evaluate(self.forward, self.parts, self.config, split, self.world, self.dtype, advance, change=change)
 

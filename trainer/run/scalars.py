@@ -50,7 +50,7 @@ class StepScalars:
         self._world.sum(vector)
         lengths = [len(held) for held in self._local.values()]
         numbers = iter(vector.tolist())
-        for name, part in zip(self._local, vector.split(lengths), strict=True):
+        for name, part in zip(self._local, torch.split(vector, lengths), strict=True):
             self._reduced[name] = part
             self._numbers[name] = [next(numbers) for _ in range(len(part))]
 

@@ -126,7 +126,7 @@ class _Scores:
         out = np.where(equal, _PAIR + 1, 0) + (equal & (self.literal[1][band] == self.literal[0][i]))
         for j in self.cut.get(i, ()):
             out[j - i + self.slack] = max(out[j - i + self.slack], _PAIR)
-        return out
+        return np.asarray(out)
 
     def outside(self, i: int) -> np.ndarray:
         """Which places of the band of row i lie outside 0 <= j <= m."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from trainer.answers.scores import TaskScores
 from trainer.results.printable import format_metric, printable
-from trainer.results.records import TaskScores
 from trainer.results.report.drawing import (
     BLUE,
     MUTED,

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from safetensors import safe_open
@@ -95,7 +95,7 @@ def load_batch(path: Path) -> Batch | PackedBatch:
     with safe_open(path, "pt") as handle:
         plain = json.loads(handle.metadata()["plain"])
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no dictionary)
-    return _from_json(plain, tensors)
+    return cast(Batch | PackedBatch, _from_json(plain, tensors))
 
 
 _KINDS = {kind.__name__: kind for kind in (Batch, PackedBatch, Packing, FusionInput, Features, Choices, AnswerTrie)}
