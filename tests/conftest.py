@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -48,10 +49,16 @@ GROUPS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all tests are imported: see trainer/distributed/light_imports.py
     if not hasattr(config, "workerinput"):  # the process that the workers of pytest-xdist belong to, or the only one
         folder = Path(tempfile.mkdtemp(prefix="egmf-fork-"))
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         fork_server.offer(folder)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 class GroupScheduling(LoadScopeScheduling):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from tests.distributed.fork_server import run
 from tests.distributed.processes import ROOT, environment
 
 TASK = "{name: mine, kind: classification, labels: ['yes', 'no', maybe], select: kappa}"
@@ -32,7 +32,7 @@ def python(copy: Path, *arguments: str) -> str:
     """Python in the copy, whose trainer and launch come first."""
     command = [sys.executable, *arguments]
     paths = {"PYTHONPATH": f"{copy}:{ROOT}"}
-    done = subprocess.run(command, env=environment(**paths), cwd=copy, capture_output=True, text=True, timeout=500)
+    done = run(command, env=environment(**paths), cwd=copy, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -65,24 +65,24 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_metric_is_scored_selects_and_is_compared(copy: Path) -> None:
-    run = train(copy, "run")
-    rows = pd.read_parquet(run / "predictions/test.parquet")
+    trained = train(copy, "run")
+    rows = pd.read_parquet(trained / "predictions/test.parquet")
     expected = cohen_kappa_score(rows["label"], rows["prediction"])
-    scores = json.loads((run / "metrics.json").read_text())["test"]["mine"]
+    scores = json.loads((trained / "metrics.json").read_text())["test"]["mine"]
     assert scores["kappa"] == pytest.approx(expected, abs=1e-12)
-    command = ("score", "--task", "mine.yaml", str(run / "predictions/test.parquet"), "--json")
+    command = ("score", "--task", "mine.yaml", str(trained / "predictions/test.parquet"), "--json")
     assert json.loads(python(copy, "-m", "trainer", *command))["kappa"] == scores["kappa"]
 
-    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    journal = [json.loads(line) for line in (trained / "journal.jsonl").read_text().splitlines()]
     validations = {
         line["step"]: line["metrics"]["valid/kappa"] for line in journal if "valid/kappa" in line.get("metrics", {})
     }
     assert len(validations) == 3
-    chosen = int((run / "checkpoints/best").read_text().strip().removeprefix("step-"))
+    chosen = int((trained / "checkpoints/best").read_text().strip().removeprefix("step-"))
     assert validations[chosen] == max(validations.values())
 
     other = train(copy, "other", "train.lr.fusion=0.01")
-    command = ("compare", str(run), str(other), "--metric", "kappa", "--json")
+    command = ("compare", str(trained), str(other), "--metric", "kappa", "--json")
     found: dict[str, Any] = json.loads(python(copy, "-m", "trainer", *command))
     (difference,) = found["differences"]
     theirs = json.loads((other / "metrics.json").read_text())["test"]["mine"]["kappa"]

@@ -24,7 +24,7 @@ import mlflow
 from trainer.distributed import light_imports
 calls = []
 torch.compile = lambda function, **options: calls.append(options) or compile_now(function, **options)
-with light_imports._compile_at_first_call():
+with light_imports._compiled_at_first_call():
     @torch.compile(backend="eager", dynamic=False)
     def double(x):
         return 2 * x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from trainer.data.objective import Objective
 from trainer.models.egmf import EGMF
 from trainer.models.layouts import PaddedLayout
 from trainer.tasks import BUILT_IN
+
+Answer = tuple[int, ...]
 
 OBJECTIVES = [
     pytest.param("meld", 0.2, 0.0, id="smoothed-classes"),
@@ -41,32 +44,38 @@ def collator(model: EGMF, task: str, smoothing: float = 0.0, error: float = 0.0)
 
 
 def plain_loss(model: EGMF, collate: Collator, sample: Any, smoothing: float, error: float) -> Tensor:
-    """By the definition: no tree, no packing, one forward pass per answer."""
-    task, answers = collate.task, collate.answers
+    """By the definition: no tree, no packing, no padding, a row per answer."""
+    task, answers = collate.task, [tuple(answer) for answer in collate.answers]
     batch = Collator(
         task, collate.tokenizer, DataConfig(), widths=WIDTHS, rates={}, pseudo_tokens=3, modalities=collate.modalities
     )([sample], answers=False)
     context = model.embed(PaddedLayout(batch))[0][0]
-    scores = []
     truth = task.answer_index(sample.target)
+    logprob = answer_logprobs(model, context, answers if error else [answers[truth]])
     loss = torch.zeros((), dtype=torch.float64)
-    for c, answer in enumerate(answers):
-        if c != truth and not error:
-            continue
-        row = torch.cat([context, model.backbone.embed(torch.tensor(answer[:-1]))])[None]
-        logits = model.backbone.model(inputs_embeds=row, use_cache=False).logits[0]
-        logprob = logits.double().log_softmax(-1)[len(context) - 1 :]
-        scores.append(sum(logprob[i, token] for i, token in enumerate(answer)))
-        if c == truth:
-            for i, token in enumerate(answer):
-                others = {a[i] for a in answers if a[:i] == answer[:i]}
-                even = sum(logprob[i, other] for other in others) / len(others)
-                loss = loss - (1 - smoothing) * logprob[i, token] - smoothing * even
+    for i, token in enumerate(answers[truth]):
+        others = {a[i] for a in answers if a[:i] == answers[truth][:i]}
+        even = sum(logprob[answers[truth]][i, other] for other in others) / len(others)
+        loss = loss - (1 - smoothing) * logprob[answers[truth]][i, token] - smoothing * even
     if error:
+        scores = [sum(logprob[a][i, token] for i, token in enumerate(a)) for a in answers]
         probability = torch.stack(scores).softmax(0)
         distance = torch.tensor([abs(value - sample.target) for value in task.grid.values], dtype=torch.float64)
         loss = loss + error * (probability * distance).sum()
     return loss
+
+
+def answer_logprobs(model: EGMF, context: Tensor, answers: Sequence[Answer]) -> dict[Answer, Tensor]:
+    """log p(token) at every place of each answer, a row per answer; those of the same length in one pass, so without padding."""
+    out = {}
+    for length in sorted(set(map(len, answers))):
+        alike = [answer for answer in answers if len(answer) == length]
+        tails = model.backbone.embed(torch.tensor([answer[:-1] for answer in alike], dtype=torch.long))
+        rows = torch.cat([context.expand(len(alike), -1, -1), tails], dim=1)
+        logits = model.backbone.model(inputs_embeds=rows, use_cache=False).logits
+        places = logits[:, context.shape[0] - 1 :].double().log_softmax(-1)
+        out |= dict(zip(alike, places, strict=True))
+    return out
 
 
 def weighted(loss_B: Tensor) -> Tensor:
