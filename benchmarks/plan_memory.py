@@ -238,14 +238,14 @@ def predict(case: Case, model: Path, data: Path) -> Planned:
     """The plan's figure for the same run, in bytes; buffers as CPUs count them."""
     from launch.plan.lengths import run_lengths
     from launch.plan.memory import rank_memory
-    from launch.plan.plan import backbone_shape, look_at, make_setting
+    from launch.plan.plan import backbone_shape, make_setting, profile_model
     from trainer.config import load_config
 
     config = load_config(ROOT / "configs/tiny.yaml", case.overrides(model, data))
     key = (case.quantization, case.kind, case.precision, case.layout)
     if key not in _LOOKED:
         lengths = run_lengths(config, case.procs)
-        _LOOKED[key] = look_at(config, backbone_shape(config), lengths)
+        _LOOKED[key] = profile_model(config, backbone_shape(config), lengths)
     looked, micro_steps = _LOOKED[key], 2 // case.procs
     setting = make_setting(config, case.procs, micro_steps, stage=case.stage, touched=True)
     memory = rank_memory(looked.weights, looked.passes[case.checkpointing], setting)

@@ -223,17 +223,21 @@ def measure(procs: int, data: Path, work: Path, cases: list[Case]) -> dict[str, 
 
 def theory(case: Case, procs: int, data: Path) -> Theory:
     """The plan's bytes of a step, and the paper's."""
+    from launch.plan.fake_model import build_fake_model, fake_tensors
     from launch.plan.lengths import run_lengths
-    from launch.plan.memory import PERSISTENCE, wire_bytes
-    from launch.plan.meta_model import abstract, build, weigh
+    from launch.plan.memory import wire_bytes
     from launch.plan.plan import backbone_shape, make_setting
+    from launch.plan.weights import count_weights
     from trainer.config import load_config
-    from trainer.distributed.deepspeed_config import dtype_of
+    from trainer.distributed.deepspeed_config import ZERO_DEFAULTS, dtype_of
 
     config = load_config(ROOT / "configs/tiny.yaml", case.overrides(data))
     lengths, dtype = run_lengths(config, procs), dtype_of(config)
-    with abstract():
-        weights = weigh(build(config, backbone_shape(config), lengths.widths, dtype), PERSISTENCE)
+    with fake_tensors():
+        weights = count_weights(
+            build_fake_model(config, backbone_shape(config), lengths.widths, dtype),
+            ZERO_DEFAULTS["stage3_param_persistence_threshold"],
+        )
     setting = make_setting(config, procs, lengths.micro_steps, stage=case.stage)
     planned = wire_bytes(weights, setting)
     ring = (procs - 1) / procs

@@ -24,6 +24,21 @@ class ConfigError(ValueError):
     """A config that cannot be run; the message lists every fault with its dotted key."""
 
 
+def read_mapping(path: Path, expected: str) -> DictConfig:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else than `expected`.
+    """
+    try:
+        node = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path} must hold {expected}")
+    return node
+
+
 def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     """A file with what it extends underneath.
 
@@ -37,12 +52,7 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     if not here.is_file():
         by = f", extended by {chain[-1]}" if chain else ""
         raise ConfigError(f"no config file {path}{by}{nearest_config(path)}")
-    try:
-        node = OmegaConf.load(here)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of sections, such as 'task: meld'")
+    node = read_mapping(path, "a mapping of sections, such as 'task: meld'")
     bases = node.pop("extends", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
     parents = [read_layers(locate(base, here.parent), (*chain, here)) for base in bases]

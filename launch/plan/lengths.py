@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from launch.plan.meta_model import Rows
+from launch.plan.rows import Rows
 from trainer.answers.trie import task_trie
 from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts

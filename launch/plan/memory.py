@@ -23,13 +23,11 @@ from typing import Any
 
 import torch
 
-from launch.plan.meta_model import Pass, Weights
+from launch.plan.recorded_pass import Pass
+from launch.plan.weights import Weights
+from trainer.distributed.deepspeed_config import accumulates_fp32, zero_elements
 
-ALL_REDUCE_AT_ONCE = 500_000_000  # elements; DeepSpeed's, stage 0 and stage 1 in bf16
-REDUCE_BUCKET = 500_000_000  # elements; defaults of zero_optimization from here on
-PREFETCH = 50_000_000
-PERSISTENCE = 100_000
-REUSE = 1_000_000_000
+ALL_REDUCE_AT_ONCE = 500_000_000  # elements; fixed in DeepSpeed's engine, stage 0 and stage 1 in bf16
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,15 @@ class Setting:
     def half(self) -> bool:
         return self.dtype is not torch.float32
 
-    def elements(self, key: str, default: int) -> int:
-        """A threshold of DeepSpeed's."""
-        return int(float(self.zero.get(key, default)))
+    @property
+    def gradient_size(self) -> int:
+        """Bytes of an element of the accumulated gradients."""
+        return 4 if accumulates_fp32(self.stage, self.dtype) else self.size
+
+    @property
+    def fp32_reduction(self) -> bool:
+        """Stage 1 in bf16 runs DeepSpeed's bf16 optimizer, which reduces its fp32 gradients once a step."""
+        return self.stage == 1 and accumulates_fp32(self.stage, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def rank_memory(weights: Weights, work: Pass, setting: Setting) -> Memory:
     else:
         device.update(states)
     # inside a micro-batch: gradients of earlier ones are there, those of this one come as activations go
-    standing = stage == 3 or (stage == 1 and setting.dtype is torch.bfloat16)
+    standing = stage == 3 or setting.fp32_reduction
     earlier = gradients if setting.micro_steps > 1 or standing else 0
     inside = {
         "activations": work.peak if earlier and stage < 2 else work.peak_with_gradients,
@@ -121,14 +125,7 @@ def _weights(weights: Weights, setting: Setting) -> dict[str, int]:
 
 
 def _gradients(weights: Weights, setting: Setting) -> int:
-    W, b, N = weights.trainable, setting.size, setting.ranks
-    if setting.stage == 0:
-        return b * W
-    if setting.stage == 1:
-        return (4 if setting.dtype is torch.bfloat16 else b) * W
-    if setting.stage == 2:
-        return _up((4 if setting.dtype is torch.bfloat16 else b) * W, N)
-    return _up(b * W, N)
+    return _up(setting.gradient_size * weights.trainable, setting.ranks if setting.stage >= 2 else 1)
 
 
 def _bucket(weights: Weights, setting: Setting) -> int:
@@ -136,9 +133,9 @@ def _bucket(weights: Weights, setting: Setting) -> int:
     W, b = weights.trainable, setting.size
     if setting.stage == 0:
         return b * min(W, ALL_REDUCE_AT_ONCE)
-    if setting.stage == 1 and setting.dtype is torch.bfloat16:
+    if setting.fp32_reduction:
         return 4 * min(W, ALL_REDUCE_AT_ONCE)
-    size = setting.elements("reduce_bucket_size", REDUCE_BUCKET)
+    size = zero_elements(setting.zero, "reduce_bucket_size")
     if setting.touched:
         size = min(size, W)
     return b * size * (2 if setting.stage < 3 and setting.zero.get("overlap_comm") else 1)
@@ -147,21 +144,21 @@ def _bucket(weights: Weights, setting: Setting) -> int:
 def _gathered(weights: Weights, setting: Setting) -> int:
     """Weights that ZeRO-3 holds whole at the end of the forward pass.
 
-    Those needed again within `stage3_max_reuse_distance` elements stay: half of it lies ahead, on the way back; then the
+    Those needed again within `stage3_max_reuse_distance` elements stay: half of it lies ahead, in the backward pass; then the
     module at work, and what is prefetched, which is there twice: the buffer in which it arrived stays until the last of
     its weights was used. A single rank gathers nothing.
     """
     if setting.stage < 3 or setting.ranks == 1:
         return 0
     each = weights.gathered_bytes / max(1, weights.gathered_elements)
-    prefetched = round(setting.elements("stage3_prefetch_bucket_size", PREFETCH) * each)
+    prefetched = round(zero_elements(setting.zero, "stage3_prefetch_bucket_size") * each)
     whole = round(_kept(setting) * each) + prefetched + weights.largest_module_bytes
     return min(weights.gathered_bytes, whole) + min(weights.gathered_bytes, prefetched)
 
 
 def _kept(setting: Setting) -> int:
     """Elements that stay gathered from the forward pass to the backward pass."""
-    return setting.elements("stage3_max_reuse_distance", REUSE) // 2
+    return zero_elements(setting.zero, "stage3_max_reuse_distance") // 2
 
 
 def _step(weights: Weights, setting: Setting) -> int:
@@ -186,11 +183,13 @@ def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
     if setting.stage == 0:
         return {"gradients": ring(2 * b * W)}
     if setting.stage == 1:
-        return {"gradients": ring(2 * (4 if setting.dtype is torch.bfloat16 else b) * W), "weights": ring(b * W)}
+        return {"gradients": ring(2 * setting.gradient_size * W), "weights": ring(b * W)}
     if setting.stage == 2:
         return {"gradients": ring(2 * b * W * setting.micro_steps), "weights": ring(b * W)}
     whole = weights.gathered_bytes - weights.persistent_bytes
-    again = 1 - min(1.0, _kept(setting) / max(1, weights.gathered_elements))  # what the way back gathers anew
+    again = 1 - min(
+        1.0, _kept(setting) / max(1, weights.gathered_elements)
+    )  # share gathered again in the backward pass
     return {
         "gradients": ring(b * W * setting.micro_steps),
         "gathered weights": ring((1 + again) * whole * setting.micro_steps),

@@ -10,12 +10,20 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from launch.plan.fake_model import build_fake_model, fake_tensors
 from launch.plan.lengths import Lengths, run_lengths
-from launch.plan.memory import PERSISTENCE, Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
-from launch.plan.meta_model import SAMPLE_LAYERS, Pass, Weights, abstract, build, grow, record_pass, weigh
+from launch.plan.memory import Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
+from launch.plan.recorded_pass import SAMPLE_LAYERS, Pass, extrapolate_layers, record_pass
+from launch.plan.weights import Weights, count_weights
 from launch.units import GIB
 from trainer.config import RunConfig
-from trainer.distributed.deepspeed_config import deepspeed_config, dtype_of, zero_stage
+from trainer.distributed.deepspeed_config import (
+    deepspeed_config,
+    dtype_of,
+    offloads_optimizer,
+    zero_elements,
+    zero_stage,
+)
 from trainer.models.backbone.loading import load_shape
 from trainer.models.backbone.quantization import check_sizes
 from trainer.models.backbone.tiny import tiny_shape
@@ -34,7 +42,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Throughput:
-    """How fast a run is said to be; one of these. Samples and positions: of all GPUs together; TFLOP/s: reached on each."""
+    """The throughput stated by the user, in one of these units. Samples and positions per second: of all GPUs; TFLOP/s: of each."""
 
     samples: float | None = None
     positions: float | None = None
@@ -99,7 +107,7 @@ class MemoryPlan:
     def configured(self) -> Option:
         """The run as its config has it."""
         stage = zero_stage(self.config)
-        offload = _offloads(self.config) and stage > 0
+        offload = offloads_optimizer(deepspeed_config(self.config)) and stage > 0
         return self.option(stage, offload, self.config.model.backbone.gradient_checkpointing)
 
     @property
@@ -173,7 +181,7 @@ def make_plan(
     ranks = nodes * gpus_per_node
     shape = backbone_shape(config)
     lengths = run_lengths(config, ranks, positions=positions, samples=samples)
-    model = look_at(config, shape, lengths)
+    model = profile_model(config, shape, lengths)
     options = []
     for stage in STAGES:
         for offload in (False, True) if stage else (False,):
@@ -217,20 +225,20 @@ def backbone_shape(config: RunConfig) -> PretrainedConfig:
     return shape
 
 
-def look_at(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Model:
-    """Weigh the whole model, and pass the largest micro-batches through a few layers of it."""
+def profile_model(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Model:
+    """Count the whole model's weights, and record passes of the largest micro-batches through a few layers of it."""
     dtype, layers = dtype_of(config), int(shape.num_hidden_layers)
     zero = deepspeed_config(config)["zero_optimization"]
-    with abstract():
-        weights = weigh(
-            build(config, shape, lengths.widths, dtype, answers=lengths.answers),
-            int(float(zero.get("stage3_param_persistence_threshold", PERSISTENCE))),
+    with fake_tensors():
+        weights = count_weights(
+            build_fake_model(config, shape, lengths.widths, dtype, answers=lengths.answers),
+            zero_elements(zero, "stage3_param_persistence_threshold"),
         )
         passes = {}
         for checkpointing in (False, True):
             sampled = []
             for few in SAMPLE_LAYERS if layers > max(SAMPLE_LAYERS) else (layers,):
-                model = build(
+                model = build_fake_model(
                     config,
                     shape,
                     lengths.widths,
@@ -241,7 +249,11 @@ def look_at(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) -> Mod
                 )
                 sampled.append([record_pass(model, rows, dtype) for rows in lengths.largest])
             first, last = sampled[0], sampled[-1]
-            grown = [grow(*pair, layers) for pair in zip(first, last, strict=True)] if len(sampled) > 1 else first
+            grown = (
+                [extrapolate_layers(*pair, layers) for pair in zip(first, last, strict=True)]
+                if len(sampled) > 1
+                else first
+            )
             passes[checkpointing] = Pass(
                 max(work.peak for work in grown), max(work.peak_with_gradients for work in grown), grown[0].flops
             )
@@ -262,15 +274,10 @@ def _check(config: RunConfig, nodes: int, gpus_per_node: int, gpu_memory: float)
         for name, value in (("nodes", nodes), ("gpus-per-node", gpus_per_node), ("gpu-memory", gpu_memory))
         if value <= 0
     ]
-    if _offloads(config) and zero_stage(config) == 0:
+    if offloads_optimizer(deepspeed_config(config)) and zero_stage(config) == 0:
         faults.append("train.offload=cpu needs ZeRO: train.zero=1, 2 or 3")
     if faults:
         raise ValueError("\n".join(faults))
-
-
-def _offloads(config: RunConfig) -> bool:
-    zero = deepspeed_config(config)["zero_optimization"]
-    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
 def _hours(

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.plan.meta_model import Rows
 from launch.plan.plan import LEFT_OUT, RESERVED, MemoryPlan, Option
+from launch.plan.rows import Rows
 from launch.units import GIB, format_bytes
 
 
@@ -50,10 +50,10 @@ def _head(plan: MemoryPlan) -> Iterator[Any]:
 
 
 def _shape(rows: Rows) -> str:
-    told = rows.to_json()
+    sizes = rows.to_json()
     return (
-        f"{told['samples']} samples in {told['positions']} positions, up to {told['audio_frames']} audio and "
-        f"{told['video_frames']} video frames"
+        f"{sizes['samples']} samples in {sizes['positions']} positions, up to {sizes['audio_frames']} audio and "
+        f"{sizes['video_frames']} video frames"
     )
 
 

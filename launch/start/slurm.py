@@ -293,8 +293,10 @@ def _sbatch(arguments: Sequence[str], script: str | None) -> str:
     done = subprocess.run(["sbatch", *arguments], input=script, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
-    said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
-    reason = "; ".join(dict.fromkeys(said)) or f"sbatch ended with {done.returncode}"
+    messages = [
+        line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()
+    ]
+    reason = "; ".join(dict.fromkeys(messages)) or f"sbatch ended with {done.returncode}"
     raise SlurmError(f"Slurm refuses the job: {reason}{_what_there_is(reason)}")
 
 

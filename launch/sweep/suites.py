@@ -1,4 +1,4 @@
-"""Suites: named sets of variants of a run, each over seeds, and what is said of them. Written as YAML (configs/suites)."""
+"""Suites: named sets of variants of a run, each over seeds, and the comparisons made between them. Written as YAML (configs/suites)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
 
 from launch.sweep.grid import check_distinct, load_variant
 from trainer.config import RunConfig
+from trainer.config_files import read_mapping
 from trainer.shipped import list_suites
 
 
@@ -132,17 +131,12 @@ def load_suite(name: str) -> Suite:
         return Suite.model_validate(raw)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ValueError("\n".join([f"{path} is no suite:", *lines])) from error
+        raise ValueError("\n".join([f"{path} is not a valid suite:", *lines])) from error
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     """The file over what it extends; paths are those of the file they stand in."""
-    try:
-        node = OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"the suite {path} cannot be read: {error}") from error
-    if not isinstance(node, DictConfig):
-        raise ValueError(f"{path} must hold a mapping, with 'variants' and 'seeds'")
+    node = read_mapping(path, "a mapping, with 'variants' and 'seeds'")
     base = node.pop("extends", None)
     own = OmegaConf.to_container(node)
     assert isinstance(own, dict)

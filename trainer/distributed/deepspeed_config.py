@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from trainer.config import RunConfig
 from trainer.distributed.compiled_ops import missing_build_tools
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ZERO_DEFAULTS = {  # elements; what DeepSpeed takes where `zero_optimization` does not say
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
@@ -30,11 +37,21 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16"},
     }
-    if train.precision == "bf16" and train.zero in (1, 2):
+    if accumulates_fp32(train.zero, DTYPES[train.precision]):
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = OmegaConf.to_container(OmegaConf.merge(derived, config.deepspeed))
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}
+
+
+def accumulates_fp32(stage: int, dtype: torch.dtype) -> bool:
+    """Whether gradients are kept and summed in fp32 although training is in half precision."""
+    return dtype is torch.bfloat16 and stage in (1, 2)
+
+
+def zero_elements(zero: Mapping[str, Any], key: str) -> int:
+    """A size or threshold of the `zero_optimization` section, in elements; DeepSpeed's default where it does not say."""
+    return int(float(zero.get(key, ZERO_DEFAULTS[key])))
 
 
 def zero_stage(config: RunConfig) -> int:

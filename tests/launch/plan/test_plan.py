@@ -13,11 +13,14 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2Config
 
+from launch.plan.fake_model import build_fake_model, fake_tensors
 from launch.plan.lengths import run_lengths
 from launch.plan.memory import Setting, rank_memory, wire_bytes
-from launch.plan.meta_model import SAMPLE_LAYERS, Rows, abstract, build, grow, record_pass, weigh
-from launch.plan.plan import RESERVED, Throughput, look_at, make_plan
+from launch.plan.plan import RESERVED, Throughput, make_plan, profile_model
+from launch.plan.recorded_pass import SAMPLE_LAYERS, extrapolate_layers, record_pass
+from launch.plan.rows import Rows
 from launch.plan.tables import render
+from launch.plan.weights import count_weights
 from launch.units import GIB
 from tests.distributed.processes import egmf
 from tests.models.tiny_models import ANSWERS, make_model, save_family
@@ -27,6 +30,7 @@ from trainer.config import AdapterConfig, RunConfig, check_config
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
 from trainer.data.sampling import GlobalBatchSampler, Limits, micro_batches
+from trainer.distributed.deepspeed_config import ZERO_DEFAULTS
 from trainer.models.backbone.loading import load_tokenizer
 from trainer.run.guards.probe import largest
 from trainer.tasks import get_task
@@ -86,8 +90,10 @@ def test_weighs_what_is_loaded(tmp_path, family, tied, quantization, double, kin
     options = {"quantization": quantization, "double_quantization": double}
     real = make_model(folder, expert_loss_weight=0.5, adapter=AdapterConfig(kind=kind, dropout=0.0), **options)
     config = small(folder, **{f"model__backbone__{k}": v for k, v in options.items()}, model__adapter__kind=kind)
-    with abstract():
-        weights = weigh(build(config, AutoConfig.from_pretrained(folder), WIDTHS, torch.float32, answers=ANSWERS), 100)
+    with fake_tensors():
+        weights = count_weights(
+            build_fake_model(config, AutoConfig.from_pretrained(folder), WIDTHS, torch.float32, answers=ANSWERS), 100
+        )
     trained = [p for p in real.parameters() if p.requires_grad]
     frozen = [p for p in real.parameters() if not p.requires_grad]
     states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
@@ -103,9 +109,12 @@ def test_weighs_what_is_loaded(tmp_path, family, tied, quantization, double, kin
 @pytest.mark.parametrize("name", QWEN)
 def test_counts_published_sizes(tmp_path, name):
     config = config_of(model__backbone={"name": str(qwen(name, tmp_path)), "quantization": "none"})
-    with abstract():
-        weights = weigh(
-            build(config, AutoConfig.from_pretrained(tmp_path), {"meld": {"audio": 3, "video": 2}}, torch.bfloat16), 0
+    with fake_tensors():
+        weights = count_weights(
+            build_fake_model(
+                config, AutoConfig.from_pretrained(tmp_path), {"meld": {"audio": 3, "video": 2}}, torch.bfloat16
+            ),
+            0,
         )
     assert weights.frozen == QWEN[name][1]
     assert weights.dense_bytes == 2 * QWEN[name][1]
@@ -121,12 +130,12 @@ def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, packed, quantizati
     shape = AutoConfig.from_pretrained(folder)
     config = small(folder, model__backbone__quantization=quantization)
     rows = Rows("one", packed, 14, (34, 25), 3, ((1, 7, 9, 6), (1, 2, 0, 4)) if packed else ((2, 7, 9, 6),))
-    with abstract():
+    with fake_tensors():
         few = [
-            record_pass(build(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows, torch.float32)
+            record_pass(build_fake_model(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows, torch.float32)
             for n in (*SAMPLE_LAYERS, 8)
         ]  # fmt: skip
-    grown = grow(few[0], few[1], 8)
+    grown = extrapolate_layers(few[0], few[1], 8)
     assert grown == few[2]
     real = make_model(folder, expert_loss_weight=0.5, quantization=quantization, gradient_checkpointing=checkpointing)
     recorded = record_pass(real.train(), rows, torch.float32)
@@ -150,9 +159,9 @@ def test_counts_operations(tmp_path, packed):
     pairs = 2 * 512 * 768 + 256 * 256 / 2 if packed else 2 * 768 * 768 / 2
     attention = 24 * 14 * 64 * pairs * 2  # multiplications of scores and sums
     head = 2 * 896 * 151936
-    with abstract():
+    with fake_tensors():
         work = {
-            ck: record_pass(build(config, shape, {"meld": {}}, torch.bfloat16, checkpointing=ck), rows, torch.bfloat16)
+            ck: record_pass(build_fake_model(config, shape, {"meld": {}}, torch.bfloat16, checkpointing=ck), rows, torch.bfloat16)
             for ck in (False, True)
         }  # fmt: skip
     assert work[False].flops == pytest.approx(4 * linear + 3.5 * 2 * attention + 4 * head, rel=0.02)
@@ -170,7 +179,7 @@ def test_memory_by_hand(tmp_path):
         model__adapter__kind="full", model__fusion__pseudo_tokens=0, data__path=str(tmp_path / "none"),
     )  # fmt: skip
     shape = AutoConfig.from_pretrained(tmp_path)
-    model = look_at(config, shape, run_lengths(config, 8))
+    model = profile_model(config, shape, run_lengths(config, 8))
     W = QWEN["0.5B"][1]
     parts = {z: rank_memory(model.weights, model.passes[True], setting(z, 8)).device for z in range(4)}
     assert model.weights.trainable == W
@@ -351,3 +360,12 @@ def test_recommends_what_fits(tmp_path):
     assert chosen(24) == (2, False, True)
     assert chosen(12) == (3, False, True)
     assert chosen(3) is None
+
+
+def test_zero_defaults_are_those_of_deepspeed():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = DeepSpeedZeroConfig(stage=3).model_dump()
+    names = {"stage3_" + name: name for name in ("prefetch_bucket_size", "param_persistence_threshold")}
+    names["stage3_max_reuse_distance"] = "max_reuse_distance"
+    assert {key: config[names.get(key, key)] for key in ZERO_DEFAULTS} == ZERO_DEFAULTS

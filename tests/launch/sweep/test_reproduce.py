@@ -56,7 +56,7 @@ def test_faults_of_a_suite_come_at_once(tmp_path: Path) -> None:
     path.write_text(
         f"title: x\nconfig: {shipped_folder()}/demo.yaml\nseeds: [1]\nbaseline: ful\nvariants: {{a: {{}}}}\nminutes: 0\n"
     )
-    with pytest.raises(ValueError, match="is no suite") as told:
+    with pytest.raises(ValueError, match="is not a valid suite") as told:
         load_suite(str(path))
     assert "minutes" in str(told.value)
     path.write_text(path.read_text().replace("minutes: 0\n", ""))
