@@ -40,3 +40,4 @@ def test_a_rank_imports_neither_mlflow_nor_inductor_and_both_can_be_had_later() 
     # not from the fork server, which has imported them
     done = subprocess.run([sys.executable, "-c", RANK], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr

@@ -7,6 +7,7 @@ modules again and again, waits until they are there, and leaves them alone from 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import sys
@@ -37,6 +38,7 @@ def _collected_later() -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        atexit.register(gc.unfreeze)  # or Triton's library reports all of it as leaked
     finally:
         if collects:
             gc.enable()
