@@ -121,7 +121,7 @@ def main(data: Path, out: Path) -> None:
         for p in parts.model.parameters():
             if p.requires_grad:
                 p.add_(1.0)
-    load_weights(parts.model, template / "step-00000001", world)
+    load_weights(parts.model, template / "step-00000001")
     after = trainable_state(parts.model, world)
     results["weights"] = all(torch.equal(before[name], after[name]) for name in before)
     # a checkpoint with code in it

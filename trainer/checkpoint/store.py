@@ -229,7 +229,7 @@ def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> No
                     universal(checkpoint / ENGINE, place, world) as converted,
                 ):
                     loaded = load_universal(engine, converted)
-                load_weights(engine.module, checkpoint, world)
+                load_weights(engine.module, checkpoint)
     except ForbiddenContentError as error:
         raise CheckpointError(f"{checkpoint / ENGINE} holds more than tensors and is not read: {error}") from error
     if loaded is None:

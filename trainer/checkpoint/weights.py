@@ -80,7 +80,7 @@ def _check_belongs(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         )
 
 
-def load_weights(model: EGMF, checkpoint: Path, world: World) -> None:
+def load_weights(model: EGMF, checkpoint: Path) -> None:
     """Put a checkpoint's trainable weights into `model`, on any number of ranks and any ZeRO stage."""
     path = checkpoint / WEIGHTS
     if not path.is_file():

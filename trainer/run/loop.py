@@ -337,7 +337,7 @@ class Trainer:
         if self.world.is_rank_zero:
             speeds = [speed for _, speed in read_journal(out / JOURNAL).get(SPEED, [])]
             tracker.metrics({MEDIAN_SPEED: statistics.median(speeds) if speeds else None}, self.run.steps)
-        load_weights(self.parts.model, chosen, self.world)
+        load_weights(self.parts.model, chosen)
         scores: dict[str, SplitScores] = {}
         tables: dict[str, pd.DataFrame] = {}
         for split in self.config.eval.splits:

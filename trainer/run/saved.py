@@ -71,7 +71,7 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
             f"{chosen} was trained on another frozen backbone (hash {expected}, here {found}): "
             f"model.backbone.name={config.model.backbone.name} no longer gives the same weights"
         )
-    load_weights(parts.model, chosen, world)
+    load_weights(parts.model, chosen)
     forward: Callable[..., Any] = parts.model.eval()
     if zero_stage(config) == 3 and partition:
         engine = build_inference_engine(parts.model, config)

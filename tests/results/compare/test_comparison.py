@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 from sklearn.metrics import f1_score
 
@@ -106,6 +107,22 @@ def test_groups_by_chosen_settings_or_given_by_the_caller(two: Path, tmp_path: P
         run.group = "yours" if run.name.startswith("less") else "mine"
     with pytest.raises(ValueError, match=r"matches 0 groups.*there are: mine; yours"):
         compare(runs, baseline="his")
+
+
+def test_a_setting_that_an_older_run_did_not_know_has_its_default(two: Path, tmp_path: Path) -> None:
+    for name, seed, overrides in (("old", 4, []), ("other", 5, ["train.label_smoothing=0.1"])):
+        make_seeded(tmp_path / name, seed, 0.7, overrides)
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        del config["train"]["regression_loss"], config["eval"], config["model"]["backbone"]["attention"]
+        if name == "old":
+            del config["train"]["label_smoothing"]
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    found = compare(find_runs([str(two), str(tmp_path)], ["test"]).runs)
+    assert {g.name: g.seeds for g in found.groups} == {
+        f"{FULL}, label_smoothing=0.0": [1, 2, 3, 4],
+        f"{LESS}, label_smoothing=0.0": [1, 2, 3],
+        f"{FULL}, label_smoothing=0.1": [5],
+    }
 
 
 def test_of_two_runs_with_one_seed_the_newest_counts_and_a_note_says_so(two: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from trainer.results.compare.compared_run import (
     prediction_files,
     read_splits,
     tasks_of,
+    with_defaults,
 )
 from trainer.results.run_folder import RunFolder, is_run
 from trainer.results.runs import State, parse_time, state_of
@@ -129,4 +130,4 @@ def _read_config(path: Path) -> dict[str, str]:
     missing = REQUIRED_SETTINGS - set(config)
     if missing:
         raise ValueError(f"{path} is not the resolved config of a run: it lacks {', '.join(sorted(missing))}")
-    return config
+    return with_defaults(config)

@@ -18,6 +18,7 @@ from trainer.results.compare.compared_run import (
     prediction_files,
     read_splits,
     tasks_of,
+    with_defaults,
 )
 from trainer.results.run_folder import PREDICTIONS
 from trainer.tracking.journal import MEDIAN_SPEED, SPEED
@@ -160,7 +161,7 @@ def _run_from_mlflow(
         where=f"MLflow run {info.run_id}",
         seed=int(config["train.seed"]),
         tasks=tasks,
-        config=config,
+        config=with_defaults(config),
         fingerprints=fingerprints,
         answers=read_splits(_artifacts(client, entity, splits, folder), tasks),
         started=info.start_time / 1000,
