@@ -153,8 +153,8 @@ def _weights_in(folder: Path) -> tuple[int, list[str]]:
     names, faults, total = [WEIGHTS], list[str](), 0
     if (folder / INDEX).is_file():
         try:
-            held = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(held.values()))
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError) as error:
             return 0, [f"{INDEX} cannot be read: {error}"]
     for name in names:

@@ -38,9 +38,9 @@ class StartRequest:
 
     @classmethod
     def from_json(cls, text: str) -> StartRequest:
-        held = json.loads(text)
-        ranks = NodeRanks(**{**held["ranks"], "command": tuple(held["ranks"]["command"])})
-        return cls(ranks, held["env"], held["out"])
+        request = json.loads(text)
+        ranks = NodeRanks(**{**request["ranks"], "command": tuple(request["ranks"]["command"])})
+        return cls(ranks, request["env"], request["out"])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A run on several machines over ssh: each node gets an agent that starts its ranks.
 
-Why an agent of ours (:mod:`launch.start.agent`) and not DeepSpeed's runner over pdsh: that one answers a stop signal with a
+Why the project has an agent (:mod:`launch.start.agent`) and not DeepSpeed's runner over pdsh: that one answers a stop signal with a
 `pkill -f` on every host, which also ends other people's runs of the same interpreter; it exits 0 when its own helper is
 killed; it writes environment variables, tokens included, into a command line that all users of a node can read; and it
 cannot say which rank failed first, and why. `deepspeed --hostfile` itself gives the same run for those who prefer it.

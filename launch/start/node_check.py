@@ -107,7 +107,7 @@ def master_address(reports: Sequence[NodeReport]) -> str:
 
 
 def _interfaces(reports: Sequence[NodeReport]) -> list[ipaddress.IPv4Interface | ipaddress.IPv6Interface]:
-    addresses = [text for report in reports for held in report["addresses"].values() for text in held]
+    addresses = [text for report in reports for assigned in report["addresses"].values() for text in assigned]
     return [ipaddress.ip_interface(text) for text in addresses]
 
 

@@ -70,13 +70,13 @@ def addresses() -> dict[str, list[str]]:
     found = {
         name: [
             ipaddress.ip_interface(f"{a.address}/{a.netmask}").with_prefixlen
-            for a in held
+            for a in assigned
             if a.family == socket.AF_INET and not a.address.startswith("127.")
         ]
-        for name, held in psutil.net_if_addrs().items()
+        for name, assigned in psutil.net_if_addrs().items()
         if name in up
     }
-    return {name: held for name, held in found.items() if held}
+    return {name: addresses for name, addresses in found.items() if addresses}
 
 
 def _reached_at() -> str | None:

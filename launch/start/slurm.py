@@ -301,7 +301,7 @@ def _sbatch(arguments: Sequence[str], script: str | None) -> str:
 
 
 def _what_there_is(reason: str) -> str:
-    """What the cluster has of what was refused, as far as sinfo tells."""
+    """What the cluster has of what was refused, as far as sinfo shows."""
     hints = (
         (r"partition", "%P", "partitions here"),
         (r"node (count|configuration)|gres|memory|cpu", "%P %D nodes of %c CPUs, %m MiB, %G", "here is"),

@@ -35,7 +35,7 @@ class ParentRun:
             remote.start(dict(params), {"egmf.kind": "sweep", **self._track.tags})
             remote.artifact(record, None)
         except Exception as error:  # noqa: BLE001 - whatever it is, the runs go on
-            what = "is not told of the sweep" if self.run_id else "does not answer: the runs have no parent there"
+            what = "does not record the sweep" if self.run_id else "does not answer: the runs have no parent there"
             log.warning("MLflow at %s %s. It says: %s", self.uri, what, _first_line(error))
 
     def end(self, state: str) -> None:
@@ -45,7 +45,7 @@ class ParentRun:
         try:
             self._remote.end(state, time.time())
         except Exception as error:  # noqa: BLE001
-            log.warning("MLflow at %s is not told of the sweep's end. It says: %s", self.uri, _first_line(error))
+            log.warning("MLflow at %s did not record the sweep's end: %s", self.uri, _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

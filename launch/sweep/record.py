@@ -71,7 +71,7 @@ def _differences(record: SweepRecord, plan: SweepPlan) -> list[str]:
         new = {**plan["base"], **plan["variants"][name]}
         for key in dict.fromkeys([*old, *new]):
             before, after = (values.get(key, defaults.get(key)) for values in (old, new))
-            if before != after and key != "data.path":  # the fingerprint tells whether data are others
+            if before != after and key != "data.path":  # the fingerprint shows whether the data differ
                 lines.append(f"{key}: there {before!r}, now {after!r}")
     return list(dict.fromkeys(lines))
 

@@ -70,7 +70,7 @@ def missing(sweep: Sweep, *, generated: bool) -> list[str]:
 
 
 def costs(sweep: Sweep, machine: Machine) -> tuple[Table | None, list[str]]:
-    """Memory, steps and hours of a run of each variant on GPUs, as ``egmf plan`` tells them, and on what that rests.
+    """Memory, steps and hours of a run of each variant on GPUs, as ``egmf plan`` estimates them, and on what that rests.
 
     None where all variants have the tiny backbone, which needs no plan.
     """
@@ -193,7 +193,7 @@ def markdown(suite: Suite, sweep: Sweep, tables: SuiteTables) -> str:
 
 
 def verdict(met: bool | None) -> str:
-    return {True: "met", False: "not met", None: "cannot be said"}[met]
+    return {True: "met", False: "not met", None: "undecided"}[met]
 
 
 def command(sweep: Sweep) -> str:

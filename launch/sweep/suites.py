@@ -28,7 +28,7 @@ class Generate(Strict):
     sizes: dict[str, int] = Field(default_factory=dict)
 
 
-class Evidence(Strict):
+class EvidenceClaim(Strict):
     """Of a kind of samples: the expert it is made for, and the variant that lacks this expert."""
 
     expert: str
@@ -43,18 +43,18 @@ class Published(Strict):
     called: str = Field(alias="as")
 
 
-class Alone(Strict):
+class SingleTask(Strict):
     """Of a task: the variant that trains it alone, and the metric to compare."""
 
     variant: str
     metric: str
 
 
-class Together(Strict):
+class JointTraining(Strict):
     """The variant that trains all tasks at once, and by how much it may be worse than each task alone."""
 
     variant: str
-    alone: dict[str, Alone] = Field(min_length=1)
+    alone: dict[str, SingleTask] = Field(min_length=1)
     loses: float = Field(ge=0)
 
 
@@ -68,9 +68,9 @@ class Suite(Strict):
     seeds: tuple[int, ...] = Field(min_length=1)
     baseline: str | None = None
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
-    evidence: dict[str, Evidence] = Field(default_factory=dict)
+    evidence: dict[str, EvidenceClaim] = Field(default_factory=dict)
     published: dict[str, Published] = Field(default_factory=dict)
-    together: Together | None = None
+    together: JointTraining | None = None
     minutes: float | None = Field(None, gt=0, description="of one run, measured; where and when stands beside it")
 
     @model_validator(mode="after")
