@@ -119,9 +119,12 @@ def collated(folder: Path, threads: int) -> dict[str, float]:
     view = open_dataset(folder)["train"]
     with tempfile.TemporaryDirectory() as work:
         backbone = make_backbone(Path(work) / "backbone", 32768)
-        ours = build_ours(SHAPES["mosei"], view, backbone, "packed")
+        actual = build_ours(SHAPES["mosei"], view, backbone, "packed")
     measured: dict[str, float] = {"threads": threads}
-    for name, call, steps in (("collate", lambda index: sum(map(len, ours.rows(index))), 60), ("train", ours.step, 8)):
+    for name, call, steps in (
+        ("collate", lambda index: sum(map(len, actual.rows(index))), 60),
+        ("train", actual.step, 8),
+    ):
         for index in range(2):
             call(index)
         began = time.perf_counter()

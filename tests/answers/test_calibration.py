@@ -44,21 +44,21 @@ def test_the_temperature_is_the_best_of_a_dense_search(sharpness: float) -> None
 
 def test_fitted_on_validation_and_told_of_test() -> None:
     valid, test = drawn(2000, 3.0, 1), drawn(2000, 3.0, 2)
-    told = calibrate(MELD, {"test": test, "valid": valid})
-    assert told is not None
-    assert (told.fitted_on, told.n) == ("valid", 2000)
-    assert told.edges == pytest.approx(np.linspace(0, 1, 16))
+    result = calibrate(MELD, {"test": test, "valid": valid})
+    assert result is not None
+    assert (result.fitted_on, result.n) == ("valid", 2000)
+    assert result.edges == pytest.approx(np.linspace(0, 1, 16))
     before = compute(MELD, test.target_N, test.value_N, test.p_NC)
-    after = compute(MELD, test.target_N, test.value_N, tempered(test.p_NC, told.temperature))
-    values = told.splits["test"]
+    after = compute(MELD, test.target_N, test.value_N, tempered(test.p_NC, result.temperature))
+    values = result.splits["test"]
     assert [values[k] for k in ("nll", "ece")] == [before[k] for k in ("nll", "ece")]
     assert [values[f"{k}_calibrated"] for k in ("nll", "ece")] == [after[k] for k in ("nll", "ece")]
     assert values["ece_calibrated"] < 0.3 * values["ece"]
-    assert [bin["n"] for bin in told.bins["test"]] != [0] * 15
+    assert [bin["n"] for bin in result.bins["test"]] != [0] * 15
     other = calibrate(MELD, {"test": drawn(2000, 0.5, 3), "valid": valid})
     assert other is not None
-    assert other.temperature == told.temperature  # test has no say
-    assert (tempered(test.p_NC, told.temperature).argmax(1) == test.value_N).all()
+    assert other.temperature == result.temperature  # test has no say
+    assert (tempered(test.p_NC, result.temperature).argmax(1) == test.value_N).all()
 
 
 def test_nothing_stands_for_validation() -> None:
@@ -69,19 +69,19 @@ def test_nothing_stands_for_validation() -> None:
 
 
 def test_numbers_have_nll_alone() -> None:
-    told = calibrate(SIMS, {"valid": drawn(800, 2.0, 5, SIMS), "test": drawn(800, 2.0, 6, SIMS)})
-    assert told is not None
-    assert set(told.splits["test"]) == {"n", "nll", "nll_calibrated"}
-    assert told.splits["test"]["nll_calibrated"] < told.splits["test"]["nll"]
-    assert (told.edges, told.bins) == ([], {})
+    result = calibrate(SIMS, {"valid": drawn(800, 2.0, 5, SIMS), "test": drawn(800, 2.0, 6, SIMS)})
+    assert result is not None
+    assert set(result.splits["test"]) == {"n", "nll", "nll_calibrated"}
+    assert result.splits["test"]["nll_calibrated"] < result.splits["test"]["nll"]
+    assert (result.edges, result.bins) == ([], {})
 
 
 def test_a_model_that_is_always_right_ends_at_the_limit() -> None:
     held = drawn(200, 1.0, 7)
     right = Scored(held.value_N, held.value_N, held.p_NC)
-    told = calibrate(MELD, {"valid": right})
-    assert told is not None
-    assert told.at_limit
-    assert told.temperature == pytest.approx(LIMITS[0], rel=1e-2)
+    result = calibrate(MELD, {"valid": right})
+    assert result is not None
+    assert result.at_limit
+    assert result.temperature == pytest.approx(LIMITS[0], rel=1e-2)
     certain = np.eye(7)[right.value_N.astype(int)]  # probabilities of exactly 0 and 1
     assert np.isfinite(fit_temperature(right.value_N.astype(int), certain)[0])

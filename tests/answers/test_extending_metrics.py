@@ -85,9 +85,9 @@ def test_the_metric_is_scored_selects_and_is_compared(copy: Path) -> None:
     command = ("compare", str(trained), str(other), "--metric", "kappa", "--json")
     found: dict[str, Any] = json.loads(python(copy, "-m", "trainer", *command))
     (difference,) = found["differences"]
-    theirs = json.loads((other / "metrics.json").read_text())["test"]["mine"]["kappa"]
+    reference = json.loads((other / "metrics.json").read_text())["test"]["mine"]["kappa"]
     assert difference["metric"] == "kappa"
-    assert abs(difference["value"]) == pytest.approx(abs(theirs - scores["kappa"]), abs=1e-12)
+    assert abs(difference["value"]) == pytest.approx(abs(reference - scores["kappa"]), abs=1e-12)
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 

@@ -26,9 +26,9 @@ NAN = math.nan
 
 def ref_weighted_f1(truth: list, guess: list) -> float | None:
     """Σ over true classes of their share times 2 tp / (true + predicted)."""
-    true, said = Counter(truth), Counter(guess)
+    true, output = Counter(truth), Counter(guess)
     hits = Counter(t for t, g in zip(truth, guess, strict=True) if t == g)
-    return sum(n / len(truth) * 2 * hits[c] / (n + said[c]) for c, n in true.items()) if truth else None
+    return sum(n / len(truth) * 2 * hits[c] / (n + output[c]) for c, n in true.items()) if truth else None
 
 
 def ref_accuracy(truth: list, guess: list) -> float | None:
@@ -334,18 +334,18 @@ def test_emotion_equals_a_report_over_words(samples):
     truth, guess = map(list, zip(*samples, strict=True))
     got = compute(MELD, truth, guess)
     words = [MELD.labels[t] for t in truth]
-    said = ["no answer" if g is None else MELD.labels[g] for g in guess]
-    report = classification_report(words, said, output_dict=True, zero_division=0)
-    present = sorted(({*words, *said}) - {"no answer"})
-    assert got["acc"] == pytest.approx(np.mean(np.array(words) == np.array(said)))
+    output = ["no answer" if g is None else MELD.labels[g] for g in guess]
+    report = classification_report(words, output, output_dict=True, zero_division=0)
+    present = sorted(({*words, *output}) - {"no answer"})
+    assert got["acc"] == pytest.approx(np.mean(np.array(words) == np.array(output)))
     assert got["wf1"] == pytest.approx(report["weighted avg"]["f1-score"])
-    assert got["wf1"] == pytest.approx(ref_weighted_f1(words, said))
+    assert got["wf1"] == pytest.approx(ref_weighted_f1(words, output))
     assert got["macro_f1"] == pytest.approx(np.mean([report[label]["f1-score"] for label in present]))
-    assert got["invalid_rate"] == said.count("no answer") / len(said)
+    assert got["invalid_rate"] == output.count("no answer") / len(output)
     for label in MELD.labels:
         row = got["per_class"][label]
-        true, predicted = words.count(label), said.count(label)
-        hits = sum(w == s == label for w, s in zip(words, said, strict=True))
+        true, predicted = words.count(label), output.count(label)
+        hits = sum(w == s == label for w, s in zip(words, output, strict=True))
         assert row["support"] == true
         assert row["recall"] == (pytest.approx(hits / true) if true else None)
         assert row["precision"] == (pytest.approx(hits / predicted) if predicted else None)
@@ -354,8 +354,8 @@ def test_emotion_equals_a_report_over_words(samples):
     assert confusion["labels"] == list(MELD.labels)
     for i, a in enumerate(MELD.labels):
         for j, b in enumerate(MELD.labels):
-            assert confusion["matrix"][i][j] == sum((w, s) == (a, b) for w, s in zip(words, said, strict=True))
-        assert confusion["invalid"][i] == sum((w, s) == (a, "no answer") for w, s in zip(words, said, strict=True))
+            assert confusion["matrix"][i][j] == sum((w, s) == (a, b) for w, s in zip(words, output, strict=True))
+        assert confusion["invalid"][i] == sum((w, s) == (a, "no answer") for w, s in zip(words, output, strict=True))
     json.dumps(got, allow_nan=False)
 
 
@@ -390,15 +390,15 @@ def ref_ece(truth: list[int], p: np.ndarray, bins: int = 15) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_calibration_equals_the_reference(seed):
     rng = np.random.default_rng(seed)
-    said = predict(MELD, rng.normal(0, 3, (300, 7)))
-    p, truth = said.probability_BC, rng.integers(0, 7, 300)
-    got = compute(MELD, truth, said.value_B, p)
+    output = predict(MELD, rng.normal(0, 3, (300, 7)))
+    p, truth = output.probability_BC, rng.integers(0, 7, 300)
+    got = compute(MELD, truth, output.value_B, p)
     assert got["ece"] == pytest.approx(ref_ece(list(truth), p), abs=1e-12)
     assert got["nll"] == pytest.approx(-np.mean([math.log(row[t]) for t, row in zip(truth, p, strict=True)]), rel=1e-9)
     brier = [sum((row[c] - (c == t)) ** 2 for c in range(7)) for t, row in zip(truth, p, strict=True)]
     assert got["brier"] == pytest.approx(np.mean(brier))
     shuffled = rng.permutation(300)
-    again = compute(MELD, truth[shuffled], said.value_B[shuffled], p[shuffled])
+    again = compute(MELD, truth[shuffled], output.value_B[shuffled], p[shuffled])
     assert all(again[key] == pytest.approx(got[key]) for key in ("ece", "ece_adaptive", "nll", "brier"))
 
 

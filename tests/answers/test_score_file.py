@@ -83,7 +83,7 @@ def test_chinese_labels(tmp_path):
 
 
 def test_any_finite_number_is_a_prediction(tmp_path):
-    said = [
+    output = [
         "0.123456789",
         "-7",
         "+.5",
@@ -100,11 +100,11 @@ def test_any_finite_number_is_a_prediction(tmp_path):
         "0x1",
         "None",
     ]
-    rows = [(str(i), "0.5", f'"{text}"') for i, text in enumerate(said)]
+    rows = [(str(i), "0.5", f'"{text}"') for i, text in enumerate(output)]
     read = read_predictions(MOSEI, write(tmp_path / "p.csv", table(rows)))
     assert read.prediction_N[:5].tolist() == [0.123456789, -7, 0.5, 0.001, 2.0]
     assert np.isnan(read.prediction_N[5:]).all()
-    assert read.invalid == said[5:]
+    assert read.invalid == output[5:]
     got = score_predictions(MOSEI, tmp_path / "p.csv")
     assert (got["n"], got["invalid_rate"], got["has0_acc"]) == (15, 10 / 15, 4 / 15)
 

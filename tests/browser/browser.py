@@ -136,21 +136,21 @@ class Browser:
         while True:
             while b"\0" in self._buffer:
                 line, _, self._buffer = self._buffer.partition(b"\0")
-                said = json.loads(line)
-                if said.get("id") == self._number:
-                    assert "error" not in said, (method, said["error"])
-                    return dict(said["result"])
-                self._note(said)
+                message = json.loads(line)
+                if message.get("id") == self._number:
+                    assert "error" not in message, (method, message["error"])
+                    return dict(message["result"])
+                self._note(message)
             ready, _, _ = select.select([self._in], [], [], max(0.0, until - time.monotonic()))
             assert ready, f"the browser did not answer {method}"
             more = os.read(self._in, 1 << 20)
             assert more, f"the browser ended during {method}"
             self._buffer += more
 
-    def _note(self, said: dict[str, Any]) -> None:
-        if said["method"] == "Network.requestWillBeSent":
-            self.requests.append(said["params"]["request"]["url"])
-        elif said["method"] == "Log.entryAdded":
-            self.messages.append(said["params"]["entry"]["text"])
-        elif said["method"] == "Runtime.consoleAPICalled":
-            self.messages.append(json.dumps(said["params"]["args"]))
+    def _note(self, message: dict[str, Any]) -> None:
+        if message["method"] == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        elif message["method"] == "Log.entryAdded":
+            self.messages.append(message["params"]["entry"]["text"])
+        elif message["method"] == "Runtime.consoleAPICalled":
+            self.messages.append(json.dumps(message["params"]["args"]))

@@ -37,8 +37,12 @@ def prepare(features: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "trainer", "prepare", "meld", "--source", str(features), "--out", str(out)]
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by a signal")])
-def test_a_signal_is_told_and_leaves_nothing(number: signal.Signals, said: str, features: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by a signal")]
+)
+def test_a_signal_is_told_and_leaves_nothing(
+    number: signal.Signals, message: str, features: Path, tmp_path: Path
+) -> None:
     command = prepare(features, tmp_path / "d")
     worker = subprocess.Popen(
         command,
@@ -52,13 +56,15 @@ def test_a_signal_is_told_and_leaves_nothing(number: signal.Signals, said: str, 
     while not list(tmp_path.glob(".d.preparing-*/train")) and worker.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     worker.send_signal(number)
-    shown, told = worker.communicate(timeout=60)
-    assert (worker.returncode, shown, told) == (128 + number, "", f"{said}\n")
+    shown, result = worker.communicate(timeout=60)
+    assert (worker.returncode, shown, result) == (128 + number, "", f"{message}\n")
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("options", "said"), [("size=1m", "No space left on device"), ("ro", "Read-only file system")])
-def test_a_place_that_cannot_be_written(options: str, said: str, features: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"), [("size=1m", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_a_place_that_cannot_be_written(options: str, message: str, features: Path, tmp_path: Path) -> None:
     unshare = ["unshare", "--mount", "--map-root-user"]
     if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=False).returncode:
         pytest.skip("no mounts in a namespace here (unshare --mount --map-root-user)")
@@ -69,6 +75,6 @@ def test_a_place_that_cannot_be_written(options: str, said: str, features: Path,
     command = [*unshare, "sh", "-c", script, "sh", place, *prepare(features, tmp_path / "d")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""  # the place is empty

@@ -91,8 +91,8 @@ def test_a_packed_row_is_its_pieces_token_by_token(tokenizer: PreTrainedTokenize
     own, targets, start = [], [], 0
     for b, s in enumerate(samples):
         answer = [*encode(tokenizer, " " + BUILT_IN["meld"].labels[int(s.target)]), end]
-        said = [token for who, what in s.history for token in encode(tokenizer, f"{who}: {what}\n")]
-        context = [end] * 4 + said + encode(tokenizer, s.text) + encode(tokenizer, after)
+        output = [token for who, what in s.history for token in encode(tokenizer, f"{who}: {what}\n")]
+        context = [end] * 4 + output + encode(tokenizer, s.text) + encode(tokenizer, after)
         own += context + answer[:-1]
         assert row.packing.length_B[b] == len(context) + len(answer) - 1
         assert row.place_BK[b].tolist() == [start, start + 1, start + 2, start + 3]
@@ -165,8 +165,8 @@ def test_the_prefix_is_the_same_for_every_sample_and_history_stands_behind_it(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     collate = collator(tokenizer)
-    told = sample(1, history=[("Ross", "hi"), ("", "well")])
-    batch = collate([sample(0), told], answers=False)
+    result = sample(1, history=[("Ross", "hi"), ("", "well")])
+    batch = collate([sample(0), result], answers=False)
     assert torch.equal(batch.input_ids_BL[0, : batch.pseudo_start], batch.input_ids_BL[1, : batch.pseudo_start])
     history = [*encode(tokenizer, "Ross: hi\n"), *encode(tokenizer, "well\n")]
     start = batch.pseudo_start + 4

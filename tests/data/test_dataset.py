@@ -126,11 +126,11 @@ def test_history_is_what_was_said_before_in_the_same_conversation_and_split(fold
     opened = open_dataset(folder, history=history)
     for split in SPLITS:
         for sample, raw in zip(opened[split], RAW[split], strict=True):
-            said = [
+            output = [
                 r for r in RAW[split] if r.dialogue is not None and r.dialogue == raw.dialogue and r.turn < raw.turn
             ]
-            said = sorted(said, key=lambda r: r.turn)[-history:]
-            assert sample.history == [(r.speaker, r.text) for r in said]
+            output = sorted(output, key=lambda r: r.turn)[-history:]
+            assert sample.history == [(r.speaker, r.text) for r in output]
     assert max(len(s.history) for s in opened["train"]) == min(history, 7)
 
 
@@ -142,8 +142,8 @@ def test_history_without_turns_or_with_equal_turns(tmp_path: Path) -> None:
     raw = {"train": [line(i, *place) for i, place in enumerate(places)]}
     raw |= {"valid": [RawSample("v", "valid", "x", "joy")], "test": [RawSample("t", "test", "x", "joy")]}
     opened = open_dataset(write(tmp_path / "data", raw), history=9)
-    said = [[text for _, text in sample.history] for sample in opened["train"]]
-    assert said == [[], [], ["t0"], ["t4"], [], ["t4"], [], ["t4", "t3", "t5"]]
+    output = [[text for _, text in sample.history] for sample in opened["train"]]
+    assert output == [[], [], ["t0"], ["t4"], [], ["t4"], [], ["t4", "t3", "t5"]]
     assert opened["valid"][0].history == []
     assert opened["train"][2].history == [("", "t0")]
     assert opened["train"].kinds() is None

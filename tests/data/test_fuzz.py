@@ -84,10 +84,10 @@ def test_a_worker_that_dies_or_hangs_is_a_failure(tmp_path: Path, monkeypatch: p
     (tmp_path / "log").write_text("written 0.1\n")
     monkeypatch.setattr(fuzz, "LIMIT", 0.5)
     monkeypatch.setattr(fuzz, "START", 0.5)
-    said = [
+    output = [
         fuzz._watch([sys.executable, "-c", code], tmp_path) for code in ("import os; os.abort()", "while 1: pass", "")
     ]
-    assert [None if reason is None else reason.split(":")[0] for reason in said] == ["crash", "hang", None]
+    assert [None if reason is None else reason.split(":")[0] for reason in output] == ["crash", "hang", None]
 
 
 # ── what it found ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -110,7 +110,7 @@ def test_all_faults_of_own_samples_come_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(ReaderError) as caught:
         open_source(MELD, [path])
-    said = "\n".join(caught.value.faults)
+    output = "\n".join(caught.value.faults)
     for wanted in (
         "own.jsonl line 1: no audio file ",
         "own.jsonl line 1: no video file ",
@@ -133,7 +133,7 @@ def test_all_faults_of_own_samples_come_at_once(tmp_path: Path) -> None:
         "line 17: Invalid JSON",
         "line 18: no audio file ",
     ):
-        assert wanted in said, wanted
+        assert wanted in output, wanted
     assert "… and " in str(caught.value)
 
 

@@ -61,9 +61,9 @@ def main(data: Path, out: Path) -> None:
     parts = assemble(config, out / "run", world, torch.float32, partition=True)
     engine = build_engine(parts.model, config)
     results: dict[str, Any] = {}
-    said: list[str] = []
+    output: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: output.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("trainer.checkpoint.store").addHandler(handler)
 
     def attempt(work: Callable[[], Any]) -> str:
@@ -94,13 +94,13 @@ def main(data: Path, out: Path) -> None:
         folder = out / name.replace(" ", "-")
         on_first(lambda folder=folder: shutil.copytree(template, folder))  # type: ignore[misc]
         on_first(lambda folder=folder, damage=damage: damage(folder / "step-00000002"))  # type: ignore[misc]
-        said.clear()
+        output.clear()
         damaged = Checkpoints(folder, world)
         seen = damaged.newest()
         names = damaged.names()
         repaired = damaged.newest(repair=True)
         results[name] = {
-            "newest": seen.name if seen else None, "names": names, "after": damaged.names(), "said": list(said),
+            "newest": seen.name if seen else None, "names": names, "after": damaged.names(), "said": list(output),
             "aside": sorted(path.name for path in folder.glob("damaged-*")), "repaired": repaired == seen,
         }  # fmt: skip
         on_first(lambda folder=folder, damage=damage: damage(folder / "step-00000001"))  # type: ignore[misc]

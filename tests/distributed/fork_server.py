@@ -94,8 +94,8 @@ def run(command: Sequence[str], *, timeout: float, **options: Any) -> subprocess
 def _can_fork(words: list[str], env: dict[str, str], known: dict[str, str]) -> bool:
     """This interpreter, without options, with a module, a program or a file, and with what the libraries were imported with."""
     python = words[:1] == [sys.executable] and len(words) > 1 and (words[1] in ("-m", "-c") or words[1].endswith(".py"))
-    ours = f"{Path(sys.executable).parent}{os.pathsep}"  # trainer.distributed.process_group puts it in front
-    one, other = ({**e, "PATH": e.get("PATH", "").removeprefix(ours)} for e in (env, known))
+    bin_folder = f"{Path(sys.executable).parent}{os.pathsep}"  # trainer.distributed.process_group puts it in front
+    one, other = ({**e, "PATH": e.get("PATH", "").removeprefix(bin_folder)} for e in (env, known))
     different = {name for name, _ in one.items() ^ other.items() if not name.startswith(READ_LATE)}
     if python and different and FOLDER in os.environ:  # for whoever asks why a test is slow
         with contextlib.suppress(OSError), (Path(os.environ[FOLDER]) / "executed.txt").open("a") as lines:
@@ -122,10 +122,10 @@ class ForkedProcess(subprocess.Popen[Any]):
         self._child_created = True
 
     def _number(self) -> int:
-        said = self._line.recv(64)
-        if not said:
+        answer = self._line.recv(64)
+        if not answer:
             raise RuntimeError(f"the fork server ended; see {os.environ[FOLDER]}/log.txt")
-        return int(said)
+        return int(answer)
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
         if self.returncode is None and select.select([self._line], [], [], 0)[0]:

@@ -57,15 +57,15 @@ def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 500
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1"}
         env = environment(**place, MASTER_PORT=port, **more)
         ranks.append(start(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    said = []
+    output = []
     try:
         for worker in ranks:
-            said.append(worker.communicate(timeout=timeout)[0])
+            output.append(worker.communicate(timeout=timeout)[0])
     finally:
         for worker in ranks:
             worker.kill()
     codes = [worker.returncode for worker in ranks]
-    assert codes == [0] * procs, f"exit codes {codes}\n" + "\n".join(text[-4000:] for text in said)
+    assert codes == [0] * procs, f"exit codes {codes}\n" + "\n".join(text[-4000:] for text in output)
 
 
 def egmf(*arguments: str, timeout: float = 500, **more: str) -> subprocess.CompletedProcess[str]:

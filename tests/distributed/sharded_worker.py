@@ -32,7 +32,7 @@ MODES = {
 }
 
 
-def said(work: Callable[[], Any]) -> str:
+def printed(work: Callable[[], Any]) -> str:
     try:
         return str(work())
     except ValueError as error:
@@ -91,10 +91,10 @@ def faults(models: Path, world: World) -> dict[str, str]:
         config = BackboneConfig(
             name=str(models / (first if world.is_rank_zero else others)), quantization="nf4", **changes
         )
-        told = said(
+        result = printed(
             lambda: build_backbone(config, AdapterConfig(), torch.float32, "cpu", zero3=ZERO3, ranks=world).fingerprint
         )
-        everyone = world.gather_all(told)
+        everyone = world.gather_all(result)
         return everyone[0] if len(set(everyone)) == 1 else " | ".join(everyone)
 
     return {

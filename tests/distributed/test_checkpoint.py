@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks")
     mark = str(out / "mark")
     run_ranks("tests.distributed.checkpoint_worker", str(data), str(out), timeout=600, EGMF_TEST_MARK=mark)
@@ -45,14 +45,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_the_newest_and_the_best_are_kept(told: dict[str, Any]) -> None:
-    assert told["kept"] == ["step-00000001", "step-00000003", "step-00000004"]
-    assert told["best"].endswith("step-00000001")
+def test_the_newest_and_the_best_are_kept(result: dict[str, Any]) -> None:
+    assert result["kept"] == ["step-00000001", "step-00000003", "step-00000004"]
+    assert result["best"].endswith("step-00000001")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(told: dict[str, Any], damage: str) -> None:
-    seen = told[damage]
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(result: dict[str, Any], damage: str) -> None:
+    seen = result[damage]
     assert seen["newest"] == "step-00000001"
     assert seen["repaired"]
     assert seen["names"] == ["step-00000001", "step-00000002"]  # looking changes nothing
@@ -63,27 +63,27 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(told: dict[str,
     assert "train.resume=never" in seen["none left"]
 
 
-def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_damaged(told: dict[str, Any]) -> None:
-    assert told["newer"].startswith("CheckpointError")
-    assert "step-00000002 has checkpoint format 2" in told["newer"]
-    assert "use the version that wrote it, or start anew with another --out or train.resume=never" in told["newer"]
-    assert told["newer stays"] == ["step-00000001", "step-00000002"]
+def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_damaged(result: dict[str, Any]) -> None:
+    assert result["newer"].startswith("CheckpointError")
+    assert "step-00000002 has checkpoint format 2" in result["newer"]
+    assert "use the version that wrote it, or start anew with another --out or train.resume=never" in result["newer"]
+    assert result["newer stays"] == ["step-00000001", "step-00000002"]
 
 
-def test_weights_come_back(told: dict[str, Any]) -> None:
-    assert told["weights"]
+def test_weights_come_back(result: dict[str, Any]) -> None:
+    assert result["weights"]
 
 
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(told: dict[str, Any]) -> None:
-    assert told["code"].startswith("CheckpointError")
-    assert "holds more than tensors" in told["code"]
-    assert not told["code ran"]
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(result: dict[str, Any]) -> None:
+    assert result["code"].startswith("CheckpointError")
+    assert "holds more than tensors" in result["code"]
+    assert not result["code ran"]
 
 
-def test_a_removed_folder_is_said(told: dict[str, Any]) -> None:
-    assert "is gone: it was removed while the run was going on" in told["gone"]
-    assert "CheckpointError" in told["gone"]
-    assert told["gone stays gone"]
+def test_a_removed_folder_is_said(result: dict[str, Any]) -> None:
+    assert "is gone: it was removed while the run was going on" in result["gone"]
+    assert "CheckpointError" in result["gone"]
+    assert result["gone stays gone"]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, small_disk: Path, capfd: Any) -> None:

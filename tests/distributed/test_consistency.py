@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ours(data: Path, model: Path) -> dict[str, Any]:
+def actual(data: Path, model: Path) -> dict[str, Any]:
     return report(load_config(TINY, ["task=meld", f"data.path={data}/{{task}}", f"model.backbone.name={model}"]))
 
 
@@ -46,39 +46,39 @@ def on(report: dict[str, Any], where: str, **changes: Any) -> dict[str, Any]:
     return {**copy.deepcopy(report), "where": where, **changes}
 
 
-def test_a_report_says_what_this_process_runs_with(ours: dict[str, Any], data: Path) -> None:
-    assert ours["versions"]["torch"] == importlib.metadata.version("torch")
-    assert ours["versions"]["python"] == platform.python_version()
-    assert ours["data"] == {"meld": json.loads((data / "meld" / "record.json").read_text())["fingerprint"]}
-    assert not ours["faults"]
-    assert differences([on(ours, "a"), on(ours, "b")]) == []
+def test_a_report_says_what_this_process_runs_with(actual: dict[str, Any], data: Path) -> None:
+    assert actual["versions"]["torch"] == importlib.metadata.version("torch")
+    assert actual["versions"]["python"] == platform.python_version()
+    assert actual["data"] == {"meld": json.loads((data / "meld" / "record.json").read_text())["fingerprint"]}
+    assert not actual["faults"]
+    assert differences([on(actual, "a"), on(actual, "b")]) == []
 
 
-def test_every_difference_is_told_at_once_with_who_has_what(ours: dict[str, Any]) -> None:
-    changed = on(ours, "node9")
+def test_every_difference_is_told_at_once_with_who_has_what(actual: dict[str, Any]) -> None:
+    changed = on(actual, "node9")
     changed["versions"]["peft"] = "0.1"
     changed["config"]["train.seed"] = "7"
     changed["data"]["meld"] = "another"
-    told = differences([*(on(ours, f"node{i}") for i in range(9)), changed])
-    assert len(told) == 3
-    assert told[0] == (
+    result = differences([*(on(actual, f"node{i}") for i in range(9)), changed])
+    assert len(result) == 3
+    assert result[0] == (
         f"peft differs: {importlib.metadata.version('peft')} on node0, node1, node2, node3 and 5 more; 0.1 on node9"
     )
-    assert told[1] == "setting train.seed differs: 0 on node0, node1, node2, node3 and 5 more; 7 on node9"
-    assert "data of meld differs" in told[2]
+    assert result[1] == "setting train.seed differs: 0 on node0, node1, node2, node3 and 5 more; 7 on node9"
+    assert "data of meld differs" in result[2]
 
 
-def test_absent_data_and_models_are_faults_of_the_node_that_lacks_them(ours: dict[str, Any], data: Path) -> None:
+def test_absent_data_and_models_are_faults_of_the_node_that_lacks_them(actual: dict[str, Any], data: Path) -> None:
     lacking = report(load_config(TINY, ["task=meld", "data.path=/none/{task}", "model.backbone.name=/none/model"]))
-    told = differences([on(ours, "a"), on(lacking, "b", config=ours["config"])])
-    assert [line for line in told if "/none/meld is not a prepared dataset" in line and "(on b)" in line]
-    assert [line for line in told if "no model folder /none/model" in line and "(on b)" in line]
+    result = differences([on(actual, "a"), on(lacking, "b", config=actual["config"])])
+    assert [line for line in result if "/none/meld is not a prepared dataset" in line and "(on b)" in line]
+    assert [line for line in result if "no model folder /none/model" in line and "(on b)" in line]
 
 
-def test_a_folder_that_is_not_shared_is_told(ours: dict[str, Any]) -> None:
-    told = differences([on(ours, "a", shared=True), on(ours, "b", shared=False)])
-    assert len(told) == 1
-    assert "the run folder is not shared: b cannot see" in told[0]
+def test_a_folder_that_is_not_shared_is_told(actual: dict[str, Any]) -> None:
+    result = differences([on(actual, "a", shared=True), on(actual, "b", shared=False)])
+    assert len(result) == 1
+    assert "the run folder is not shared: b cannot see" in result[0]
 
 
 @pytest.mark.parametrize("place", [0, 1000, (3 << 23) - 1])
@@ -93,8 +93,8 @@ def test_a_models_fingerprint_sees_changed_bytes_at_both_ends(model: Path, place
 def test_a_node_tells_its_report_as_one_json_object(data: Path) -> None:
     command = [sys.executable, "-m", "launch.start.nodes", str(TINY), "task=meld", f"data.path={data}/{{task}}"]
     done = run(command, env=environment(), cwd=ROOT, timeout=400)
-    told = json.loads(done.stdout)
-    assert told["cpus"] >= 1
-    assert not told["faults"]
+    result = json.loads(done.stdout)
+    assert result["cpus"] >= 1
+    assert not result["faults"]
     bad = run([*command, "train.sed=1"], env=environment(), cwd=ROOT, timeout=400)
     assert "train.sed: unknown key; did you mean seed?" in json.loads(bad.stdout)["faults"]["config"]

@@ -70,12 +70,12 @@ def test_a_killed_rank_ends_the_run_and_leaves_nothing(data: Path, tmp_path: Pat
         ranks = children(launcher.pid)
         started |= ranks.union(*(children(rank) for rank in ranks))
         time.sleep(0.05)
-    said = launcher.communicate(timeout=120)[1]
+    output = launcher.communicate(timeout=120)[1]
     killed, port = mark.read_text().split()
-    assert time.time() - float(killed) < 30, said
-    assert launcher.returncode == 137, said
-    assert f"rank {victim} failed first, with signal SIGKILL" in said
-    assert said.rstrip().splitlines()[-1].startswith(f"error on rank {victim}: killed from outside")
+    assert time.time() - float(killed) < 30, output
+    assert launcher.returncode == 137, output
+    assert f"rank {victim} failed first, with signal SIGKILL" in output
+    assert output.rstrip().splitlines()[-1].startswith(f"error on rank {victim}: killed from outside")
     if victim != 0:  # rank 0 keeps the record
         assert json.loads((out / "run.json").read_text())["state"] == "failed"
     assert len(started) >= 2

@@ -144,15 +144,15 @@ def test_a_stopped_run_exits_85_and_continues_to_the_same_weights(work: Path, wh
     line = [sys.executable, "-m", "trainer", *arguments]
     launcher = start(line, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert launcher.stderr is not None
-    said = ""
+    output = ""
     for line in launcher.stderr:
-        said += line
+        output += line
         if "step 3/" in line:
             launcher.send_signal(signal.SIGTERM)
             break
-    said += launcher.stderr.read()
-    assert launcher.wait(timeout=200) == 85, said
-    assert "Traceback" not in said
+    output += launcher.stderr.read()
+    assert launcher.wait(timeout=200) == 85, output
+    assert "Traceback" not in output
     assert record(out)["state"] == "stopped"
     run_id = record(out)["mlflow"]["run_id"]
     assert not (out / "metrics.json").exists()
@@ -210,11 +210,11 @@ def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
         time.sleep(0.05)
     assert len(children) >= 2
     began = time.monotonic()
-    said = launcher.communicate(timeout=400)[1]
+    output = launcher.communicate(timeout=400)[1]
     assert time.monotonic() - began < 30
-    assert launcher.returncode == code, said
-    assert f"the run failed: rank 1 failed first, with {what}" in said
-    last = said.rstrip().splitlines()[-1]
+    assert launcher.returncode == code, output
+    assert f"the run failed: rank 1 failed first, with {what}" in output
+    last = output.rstrip().splitlines()[-1]
     assert last.startswith("error on rank 1: ")
     assert why in last
     assert record(out)["state"] == "failed"

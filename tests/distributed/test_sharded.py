@@ -136,11 +136,11 @@ def test_so_it_is_on_other_numbers_of_ranks(models: Path, tmp_path: Path, ranks:
 
 
 def test_ranks_that_find_other_files_are_told_so(two: Any) -> None:
-    told = two[0][0]["faults"]
-    assert "rank 1 read other weights than rank 0" in told["others differ"]
-    assert len(told["others have none"]) == 64  # a hash: rank 0 read for all
-    assert "no safetensors weights" in told["first has none"]
-    assert "are damaged" in told["first is damaged"]
+    result = two[0][0]["faults"]
+    assert "rank 1 read other weights than rank 0" in result["others differ"]
+    assert len(result["others have none"]) == 64  # a hash: rank 0 read for all
+    assert "no safetensors weights" in result["first has none"]
+    assert "are damaged" in result["first is damaged"]
 
 
 @pytest.mark.parametrize("mode", MODES)

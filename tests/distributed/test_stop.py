@@ -68,9 +68,9 @@ def stop_at_the_start(work: Path, out: Path) -> str:
         workers = children.read_text().split()
         time.sleep(0.02)
     os.kill(int(workers[1]), signal.SIGUSR1)
-    said = launcher.communicate(timeout=900)[1]
-    assert launcher.returncode == 85, said
-    return said
+    output = launcher.communicate(timeout=900)[1]
+    assert launcher.returncode == 85, output
+    return output
 
 
 @pytest.mark.slow
@@ -78,8 +78,8 @@ def test_a_signal_on_one_rank_at_any_moment_stops_all_and_loses_nothing(work: Pa
     whole, out = work / "whole", work / "stopped"
     done = egmf(*arguments(work, whole), timeout=900)
     assert done.returncode == 0, done.stderr
-    said = stop_at_the_start(work, out)
-    assert "stopped at step 0 of 8" in said
+    output = stop_at_the_start(work, out)
+    assert "stopped at step 0 of 8" in output
     assert json.loads((out / "run.json").read_text())["state"] == "stopped"
     assert not list((out / "checkpoints").glob("step-*"))
     plants = {"PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}
@@ -98,10 +98,10 @@ def test_a_signal_on_one_rank_at_any_moment_stops_all_and_loses_nothing(work: Pa
     for split in ("valid", "test"):
         one, two = (pd.read_parquet(run / "predictions" / f"{split}.parquet") for run in (out, whole))
         pd.testing.assert_frame_equal(one, two)
-    assert told(out) == told(whole)
+    assert result(out) == result(whole)
 
 
-def told(run: Path) -> dict[tuple[int, str], float]:
+def result(run: Path) -> dict[tuple[int, str], float]:
     """(step, metric) -> value of a run's journal, but for what depends on time."""
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     return {

@@ -31,7 +31,7 @@ def ended(runs: Path, case: str) -> dict[str, Any]:
     return dict(json.loads((runs / "results.json").read_text())[case])
 
 
-def said(runs: Path, case: str, name: str) -> str:
+def output(runs: Path, case: str, name: str) -> str:
     return (runs / case / name).read_text()
 
 
@@ -50,21 +50,21 @@ def test_a_hung_run_ends_on_every_rank_and_names_the_right_one(runs: Path, case:
     frozen = {"stopped": "1", "stopped first": "0", "native": "1"}.get(case)
     codes = {rank: code for rank, (code, _) in ended(runs, case).items()}
     assert codes == {rank: -9 if rank == frozen else 1 for rank in map(str, range(CASES[case]))}  # -9: by the test
-    record = json.loads(said(runs, case, "run.json"))
+    record = json.loads(output(runs, case, "run.json"))
     assert record["state"] == "failed"
     assert HUNG[case] in record["failure"]
-    assert HUNG[case] in said(runs, case, "log.txt")
+    assert HUNG[case] in output(runs, case, "log.txt")
     reporter = 1 if case == "stopped first" else 0
-    assert HUNG[case] in said(runs, case, f"stderr{reporter}.txt")
+    assert HUNG[case] in output(runs, case, f"stderr{reporter}.txt")
     for rank in map(int, codes):
         if str(rank) != frozen:
-            assert HUNG[case] in json.loads(said(runs, case, f"fault{rank}.json"))["message"]["message"]
-            assert "the step failed" not in said(runs, case, "log.txt" if rank == 0 else f"log.rank{rank}.txt")
+            assert HUNG[case] in json.loads(output(runs, case, f"fault{rank}.json"))["message"]["message"]
+            assert "the step failed" not in output(runs, case, "log.txt" if rank == 0 else f"log.rank{rank}.txt")
 
 
 def test_the_report_shows_the_stacks_of_all_ranks(runs: Path) -> None:
-    told = said(runs, "sleeps", "log.txt")
-    waiting, sleeping = told.split("\nrank 1: in no collective")
+    result = output(runs, "sleeps", "log.txt")
+    waiting, sleeping = result.split("\nrank 1: in no collective")
     assert "rank 0: in the collective all_reduce; last progress" in waiting
     assert "in all_reduce: work.wait()" in waiting
     assert "step 2" in sleeping
@@ -72,22 +72,22 @@ def test_the_report_shows_the_stacks_of_all_ranks(runs: Path) -> None:
 
 
 def test_a_rank_that_holds_pythons_lock_still_leaves_its_stack(runs: Path) -> None:
-    assert "in load_sample" in said(runs, "native", "log.rank1.txt")
-    assert "did not answer" not in said(runs, "native", "log.rank1.txt")
+    assert "in load_sample" in output(runs, "native", "log.rank1.txt")
+    assert "did not answer" not in output(runs, "native", "log.rank1.txt")
 
 
 def test_a_slow_rank_that_moves_is_waited_for(runs: Path) -> None:
     assert {code for code, _ in ended(runs, "slow").values()} == {0}
-    assert json.loads(said(runs, "slow", "run.json"))["state"] == "running"
-    assert said(runs, "slow", "stderr0.txt") == ""
+    assert json.loads(output(runs, "slow", "run.json"))["state"] == "running"
+    assert output(runs, "slow", "stderr0.txt") == ""
 
 
 def place(collective: bool, line: int = 1) -> list[Frame]:
-    ours = Frame(file="/home/user/train.py", line=line, function="train", code="step()")
+    actual = Frame(file="/home/user/train.py", line=line, function="train", code="step()")
     torch_ = Frame(
         file="/x/site-packages/torch/distributed/distributed_c10d.py", line=9, function="broadcast", code="wait()"
     )
-    return [ours, torch_] if collective else [ours]
+    return [actual, torch_] if collective else [actual]
 
 
 def rank(number: int, collective: bool, line: int = 1, entered: int = 5) -> RankSnapshot:
@@ -112,9 +112,9 @@ def test_who_is_to_blame() -> None:
 
 
 def test_ranks_at_the_same_place_are_shown_once() -> None:
-    told = format_stacks({r: rank(r, r != 2) for r in range(1000)}, [])
-    assert told.count("train.py") == 2
-    assert "ranks 0-1, 3-999: in the collective broadcast" in told
+    result = format_stacks({r: rank(r, r != 2) for r in range(1000)}, [])
+    assert result.count("train.py") == 2
+    assert "ranks 0-1, 3-999: in the collective broadcast" in result
 
 
 @pytest.mark.slow  # a whole training that hangs in its fifth step

@@ -18,7 +18,7 @@ LOSS = {False: 1e-5, True: 2e-2}  # relative; bf16 ranks sum rounded gradients i
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str], Any]:
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str], Any]:
     data, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("worlds")
     prepare_toy("meld", data)
     held: dict[tuple[int, str, str], Any] = {}
@@ -33,8 +33,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str],
 
 @pytest.mark.parametrize(("writer", "reader"), CHANGES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_run_goes_on_as_if_nothing_had_changed(told: dict[Any, Any], case: Any, writer: int, reader: int) -> None:
-    whole, continued = told[writer, case.name, "whole"], told[reader, case.name, str(writer)]
+def test_the_run_goes_on_as_if_nothing_had_changed(result: dict[Any, Any], case: Any, writer: int, reader: int) -> None:
+    whole, continued = result[writer, case.name, "whole"], result[reader, case.name, str(writer)]
     half = "bf16" in case.name
     assert continued["ids"] == whole["ids"][BEFORE:]
     assert continued["base"] == whole["base"]
@@ -49,7 +49,7 @@ def test_the_run_goes_on_as_if_nothing_had_changed(told: dict[Any, Any], case: A
 
 @pytest.mark.parametrize("procs", [2, 4])
 @pytest.mark.parametrize("case", [case for case in CASES if "bf16" not in case.name], ids=lambda case: case.name)
-def test_several_ranks_have_the_losses_of_one(told: dict[Any, Any], case: Any, procs: int) -> None:
-    alone, together = told[1, case.name, "whole"], told[procs, case.name, "whole"]
+def test_several_ranks_have_the_losses_of_one(result: dict[Any, Any], case: Any, procs: int) -> None:
+    alone, together = result[1, case.name, "whole"], result[procs, case.name, "whole"]
     np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-6)
     assert together["base"] == alone["base"]

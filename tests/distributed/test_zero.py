@@ -153,9 +153,9 @@ def test_two_processes_score_each_sample_once_and_as_one_alone(case: Case, ranks
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ranks_agree_and_skip_just_the_steps_that_are_no_numbers(case: Case, ranks: Any) -> None:
-    told = ranks[0][case.name]["ranks"]
-    assert told[0] == told[1]
-    assert told[0]["skipped"] == [bool(case.plant) and step == PLANTED for step in range(STEPS)]
+    result = ranks[0][case.name]["ranks"]
+    assert result[0] == result[1]
+    assert result[0]["skipped"] == [bool(case.plant) and step == PLANTED for step in range(STEPS)]
     if case.plant == "loss":
         assert math.isnan(ranks[0][case.name]["losses"][PLANTED])
 
@@ -163,10 +163,10 @@ def test_ranks_agree_and_skip_just_the_steps_that_are_no_numbers(case: Case, ran
 def test_weighed_smoothed_and_regression_aware_losses_do_not_know_the_world(data: Path, tmp_path: Path) -> None:
     """Weights are shared out over the global batch, whatever rank has which of its samples."""
     run_ranks("tests.distributed.zero_worker", str(data), str(tmp_path), "objectives", timeout=600)
-    told = json.loads((tmp_path / "results.json").read_text())
+    result = json.loads((tmp_path / "results.json").read_text())
     torch.set_num_threads(1)
     for case in OBJECTIVES:
-        found, expected = told[case.name], plain_training(case, data, tmp_path)
+        found, expected = result[case.name], plain_training(case, data, tmp_path)
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=LOSS["fp32"], err_msg=case.name)
         for name, norm in expected["state"].items():
             assert math.isclose(found["state"][name], norm, rel_tol=2e-4, abs_tol=2e-6), (case.name, name)

@@ -84,9 +84,9 @@ def main(data: Path, out: Path, wanted: str) -> None:
         engine.eval()
         table, metrics = evaluate(engine, parts, config, "valid", world, dtype)
         state = trainable_state(parts.model, world)
-        ours = {"skipped": [step.skipped for step in steps], "rates": engine.get_lr(), "weights": digest(parts.model)}
+        actual = {"skipped": [step.skipped for step in steps], "rates": engine.get_lr(), "weights": digest(parts.model)}
         results[case.name] = {
-            "ranks": world.gather(ours),
+            "ranks": world.gather(actual),
             "losses": [step.loss for step in steps],
             "auxiliary_loss": [step.auxiliary_loss for step in steps],
             "probabilities": dict(zip(table["id"] + table["task"], table["probabilities"].tolist(), strict=True)),

@@ -125,8 +125,8 @@ def test_what_is_not_valid_is_not_read(mix, value):
     z = mix(*other)[0]
     z.square().sum().backward()
     assert torch.equal(y, z)
-    for mine, theirs in zip(leaves(inputs), leaves(other), strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
+    for mine, other_result in zip(leaves(inputs), leaves(other), strict=True):
+        assert torch.equal(mine.grad, other_result.grad)
     for x, some in zip(other[0], inputs[3].flatten(1).unbind(1), strict=True):
         assert not x.grad[~some].any()
 
@@ -174,8 +174,8 @@ def test_strides_and_mixed_dtypes():
     for given in (strided, plain):
         gate_mix(*given)[0].square().sum().backward()
     assert torch.equal(gate_mix(*strided)[0], gate_mix(*plain)[0])
-    for mine, theirs in zip(leaves(strided), leaves(plain), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad.to(mine.dtype))
+    for mine, other_result in zip(leaves(strided), leaves(plain), strict=True):
+        torch.testing.assert_close(mine.grad, other_result.grad.to(mine.dtype))
 
 
 def test_deterministic():

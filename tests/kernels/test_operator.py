@@ -45,8 +45,8 @@ def test_compiles_as_one_graph_for_any_number_of_samples(backend):
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for B in (4, 7):
         given = case(B=B, dtype=torch.float32, requires_grad=True)
-        mine, theirs = given, copied(given)
+        mine, reference = given, copied(given)
         compiled(*mine).backward()
-        loss(*theirs).backward()
-        for a, b in zip(leaves(mine), leaves(theirs), strict=True):
+        loss(*reference).backward()
+        for a, b in zip(leaves(mine), leaves(reference), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)

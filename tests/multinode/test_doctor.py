@@ -39,11 +39,11 @@ def test_the_nodes_of_a_hostfile_are_asked_and_compared(pair: Pair, lab: Path, w
         started = doctor(pair[0], lab, *arguments, str(more))
         out, err = started.communicate(timeout=500)
     assert started.returncode == 1, err
-    told = checks(out)["nodes"]
-    assert told["state"] == "fault"
-    assert "egmf prepare" in told["found"]
-    assert "(on node2)" in told["found"]
-    assert "node9" in told["found"]
+    result = checks(out)["nodes"]
+    assert result["state"] == "fault"
+    assert "egmf prepare" in result["found"]
+    assert "(on node2)" in result["found"]
+    assert "node9" in result["found"]
     assert checks(out)["data of meld"]["state"] == "ok"  # it is there on the first
     assert not (work / "asked").exists()
 
@@ -54,10 +54,10 @@ def test_the_ranks_of_two_nodes_are_tried_together(pair: Pair, lab: Path, work: 
         doctor(node, lab, str(work / "toy.yaml"), "--out", str(work / "together"), **common, RANK=str(rank))
         for rank, node in enumerate(pair)
     ]
-    said = [rank.communicate(timeout=500) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    found = checks(said[0][0])
+    output = [rank.communicate(timeout=500) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], output
+    found = checks(output[0][0])
     assert found["all-reduce"]["values"]["world"] == 2
     assert found["largest batch"]["state"] == "ok"
-    assert said[1][0] == ""
+    assert output[1][0] == ""
     assert not list(work.glob(".egmf-doctor-*"))

@@ -53,7 +53,7 @@ def deepspeed(work: Path, out: Path) -> list[str]:
     return [*head, "train", str(work / "toy.yaml"), "--out", str(out)]
 
 
-def said(started: subprocess.Popen[str], timeout: float = 300) -> str:
+def output(started: subprocess.Popen[str], timeout: float = 300) -> str:
     return started.communicate(timeout=timeout)[0]
 
 
@@ -97,7 +97,7 @@ def whole(pair: Pair, lab: Path, work: Path) -> Path:
     """An undisturbed run by `egmf launch hosts`."""
     out = work / "whole"
     started = pair[0].start(hosts(work, out), environment(lab))
-    text = said(started)
+    text = output(started)
     assert started.returncode == 0, text
     assert state(out) == "done"
     assert "Traceback" not in text
@@ -118,7 +118,7 @@ def test_deepspeed_over_pdsh_gives_the_same_run_bit_by_bit(pair: Pair, lab: Path
     out = work / "deepspeed"
     (lab / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     started = pair[0].start(deepspeed(work, out), environment(lab, DS_ENV_FILE=str(lab / "deepspeed_env")))
-    text = said(started)
+    text = output(started)
     assert started.returncode == 0, text[-3000:]
     assert "pdsh -S" in text
     assert state(out) == "done"
@@ -138,7 +138,7 @@ def test_torchrun_gives_the_same_run_bit_by_bit(pair: Pair, lab: Path, work: Pat
         for rank, node in enumerate(pair)
     ]  # fmt: skip
     for process in started:
-        text = said(process)
+        text = output(process)
         assert process.returncode == 0, text[-3000:]
     assert state(out) == "done"
     same_results(out, whole)
@@ -153,7 +153,7 @@ def test_a_start_on_each_node_without_ssh_gives_the_same_run(pair: Pair, lab: Pa
         for rank, node in enumerate(pair)
     ]
     for process in started:
-        text = said(process)
+        text = output(process)
         assert process.returncode == 0, text[-3000:]
     same_results(out, whole)
     nothing_is_left(pair)
@@ -172,7 +172,7 @@ def test_a_stop_signal_stops_every_node_and_the_same_command_continues(
         started = pair[0].start(hosts(work, out), environment(lab))
         until(lambda step=step: len(list((out / "checkpoints").glob("step-*"))) > step)  # type: ignore[misc]
         os.kill(inner(started), number)
-        text = said(started)
+        text = output(started)
         if number == signal.SIGTERM:
             assert started.returncode == 85, text
             assert state(out) == "stopped"
@@ -184,7 +184,7 @@ def test_a_stop_signal_stops_every_node_and_the_same_command_continues(
     stranger.wait()
     if state(out) != "done":
         last = pair[0].start(hosts(work, out), environment(lab))
-        text = said(last)
+        text = output(last)
         assert last.returncode == 0, text
     same_results(out, whole)
     nothing_is_left(pair)
@@ -205,7 +205,7 @@ def test_nodes_that_are_not_ready_are_named_together_within_seconds(pair: Pair, 
     with pair[1].hide(work / "meld"), pair[1].hide(out), pair[1].replace(metadata, other):
         began = time.monotonic()
         started = pair[0].start(command, environment(lab))
-        text = said(started)
+        text = output(started)
         assert time.monotonic() - began < 60
     assert started.returncode == 1
     assert "the nodes are not ready: 4 faults" in text
@@ -225,7 +225,7 @@ def test_a_killed_worker_ends_the_run_and_leaves_nothing(pair: Pair, lab: Path, 
     out = work / moment.replace(" ", "-")
     env = environment(lab, PYTHONPATH=PLANTING, EGMF_TEST_KILL=f"1:{MOMENTS[moment]}")
     started = pair[0].start(hosts(work, out), env)
-    text = said(started)
+    text = output(started)
     assert started.returncode == 137, text
     assert "node node2: the run failed: rank 1 failed first, with signal SIGKILL" in text
     assert text.rstrip().splitlines()[-1].startswith("error on rank 1: killed from outside")
@@ -248,7 +248,7 @@ def test_a_run_that_lost_its_launcher_saves_and_leaves_nothing(pair: Pair, lab: 
         assert found
         for pid in found:
             os.kill(pid, signal.SIGKILL)
-    text = said(started)
+    text = output(started)
     until(lambda: state(out) == "stopped", 60)
     nothing_is_left(pair)
     if what != "launcher":
@@ -270,7 +270,7 @@ def test_what_deepspeed_loses_leaves_nothing(pair: Pair, lab: Path, work: Path, 
     assert found
     for pid in found:
         os.kill(pid, signal.SIGKILL)
-    said(started)
+    output(started)
     nothing_is_left(pair)
     assert state(out) == ("failed" if what == "worker" else "stopped")
     shutil.rmtree(out)

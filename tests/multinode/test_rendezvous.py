@@ -38,14 +38,14 @@ def meet(pair: Pair, lab: Path, *changes: dict[str, str], seconds: float = 60) -
 @pytest.mark.parametrize("master", ["10.81.0.1", "node1"])
 def test_the_interface_that_leads_to_the_others_is_found(pair: Pair, lab: Path, master: str) -> None:
     """node1 is 127.0.1.1 to itself, and docker0 has one address on both nodes."""
-    told = meet(pair, lab, {"MASTER_ADDR": master}, {"MASTER_ADDR": master})
-    for rank, text in enumerate(told):
+    result = meet(pair, lab, {"MASTER_ADDR": master}, {"MASTER_ADDR": master})
+    for rank, text in enumerate(result):
         assert f"MET rank {rank} of 2 on node{rank + 1} by eth0, sum 2" in text
 
 
 def test_a_loopback_master_is_refused_on_every_node(pair: Pair, lab: Path) -> None:
-    told = meet(pair, lab, *[{"MASTER_ADDR": "127.0.0.1"}] * 2)
-    for number, text in enumerate(told, 1):
+    result = meet(pair, lab, *[{"MASTER_ADDR": "127.0.0.1"}] * 2)
+    for number, text in enumerate(result, 1):
         assert "REFUSED MASTER_ADDR=127.0.0.1 is every machine's own address, and this run has several nodes" in text
         assert f"node{number} has lo (127.0.0.1), eth0 (10.81.0.{number})" in text
 
@@ -96,5 +96,5 @@ def test_another_version_on_one_node_is_told_on_every_rank(pair: Pair, lab: Path
     folder = next(path for path in importlib.metadata.files("peft") or () if path.name == "METADATA").locate()
     text = Path(str(folder)).read_text()
     with pair[1].replace(Path(str(folder)), text.replace(f"\nVersion: {version}\n", "\nVersion: 0.0.7\n")):
-        for told in meet(pair, lab, {}, {}):
-            assert f"peft differs: {version} on rank 0 on node1; 0.0.7 on rank 1 on node2" in told
+        for result in meet(pair, lab, {}, {}):
+            assert f"peft differs: {version} on rank 0 on node1; 0.0.7 on rank 1 on node2" in result

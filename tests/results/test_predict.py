@@ -85,9 +85,9 @@ def write(path: Path, lines: list[Any]) -> Path:
 def answers(
     opened: SavedRun, path: Path, out: Path, options: Options | None = None
 ) -> tuple[Tally, list[dict[str, Any]], list[str]]:
-    said: list[str] = []
-    tally = predict(opened, [path], out, options or Options(), report=said.append)
-    return tally, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()], said
+    output: list[str] = []
+    tally = predict(opened, [path], out, options or Options(), report=output.append)
+    return tally, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()], output
 
 
 def expected(run: Path) -> dict[tuple[str, str], Any]:
@@ -103,8 +103,8 @@ def shown(value: Any) -> str:
 def test_equal_to_the_evaluation_bit_by_bit(run: Path, opened: SavedRun, tmp_path: Path) -> None:
     lines = [line for name in TASKS for line in unlabelled(run, name, tmp_path)]
     path = write(tmp_path / "in.jsonl", lines)
-    tally, rows, said = answers(opened, path, tmp_path / "out.jsonl", Options(probabilities=True, gates=True))
-    assert (tally, said) == (Tally(answered=22, bad=0), [])
+    tally, rows, output = answers(opened, path, tmp_path / "out.jsonl", Options(probabilities=True, gates=True))
+    assert (tally, output) == (Tally(answered=22, bad=0), [])
     assert [(row["task"], row["id"]) for row in rows] == [(line["task"], line["id"]) for line in lines]
     table = expected(run)
     for row in rows:
@@ -217,11 +217,11 @@ def test_every_format_is_answered_as_the_evaluation_answers_it(
     truth = {row.id: row for row in table[table["task"] == task].itertuples()}
     bare = made_of(run, layout, tmp_path / "bare", labels=layout == "both")  # joined by text and label
     for given in (sources, bare):  # with labels and without
-        said: list[str] = []
+        output: list[str] = []
         wanted = Options(task, probabilities=True, gates=True, split="test")
-        tally = predict(opened, given, tmp_path / "out.jsonl", wanted, report=said.append)
+        tally = predict(opened, given, tmp_path / "out.jsonl", wanted, report=output.append)
         rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert (tally, said) == (Tally(answered=11, bad=0), [])
+        assert (tally, output) == (Tally(answered=11, bad=0), [])
         assert [row["id"] for row in rows] == open_dataset(tmp_path / task)["test"].ids
         for row in rows:
             held = truth[row["id"]]
@@ -254,9 +254,9 @@ def test_a_split_of_own_samples_is_answered_alone(run: Path, opened: SavedRun, t
     write(
         folder / "valid.jsonl", [{"id": "i9", "text": "a", "task": "meld"}, {"id": "i1", "text": "a", "task": "meld"}]
     )
-    tally, rows, said = answers(opened, folder, tmp_path / "out.jsonl", Options(split="valid"))
+    tally, rows, output = answers(opened, folder, tmp_path / "out.jsonl", Options(split="valid"))
     assert [row["id"] for row in rows] == ["i1", "i4", "i9"]
-    assert said == [
+    assert output == [
         "some.jsonl line 7: left out: split None is none of train, valid, test, and --split asks for valid",
         "valid.jsonl line 2: left out: duplicate id ('i1' is that of some.jsonl line 2)",
     ]
@@ -281,10 +281,10 @@ def test_bad_samples_of_a_pickle_cost_only_themselves(opened: SavedRun, tmp_path
     good = {"text": "a", "audio": np.ones((3, 6), "f4"), "label": "no such label"}
     rows = [good, good | {"audio": np.ones((3, 9))}, good | {"text": ""}, good | {"audio": np.full((2, 6), np.nan)}]
     write_pickle(tmp_path / "clips.pkl", rows)
-    tally, found, said = answers(opened, tmp_path / "clips.pkl", tmp_path / "out.jsonl", Options("meld"))
+    tally, found, output = answers(opened, tmp_path / "clips.pkl", tmp_path / "out.jsonl", Options("meld"))
     assert [row["id"] for row in found] == ["clips-00000", "clips-00003"]
     assert tally == Tally(answered=2, bad=2)
-    assert said == [
+    assert output == [
         "clips.pkl row 1: left out: wrong dimension of audio (9 features per frame instead of 6)",
         "clips.pkl row 2: left out: empty text",
         "clips.pkl row 3: no finite frame in audio: counted as missing",
@@ -344,13 +344,13 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_bad_lines_are_told_and_cost_only_themselves(opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
-    tally, rows, said = answers(opened, mixed, tmp_path / "out.jsonl")
+    tally, rows, output = answers(opened, mixed, tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["good", "nan", "7", "note"]
     assert tally == Tally(answered=4, bad=len(BAD))
     for number, (name, (_, reason)) in enumerate(BAD.items(), start=2):
-        assert said[number - 2].startswith(f"line {number}: left out: "), name
-        assert reason in said[number - 2], name
-    assert said[len(BAD) :] == [
+        assert output[number - 2].startswith(f"line {number}: left out: "), name
+        assert reason in output[number - 2], name
+    assert output[len(BAD) :] == [
         f"line {len(BAD) + 2}: nan or inf in audio: frames masked",
         f"line {len(BAD) + 5}: unknown key 'colour': not used",
     ]
@@ -464,8 +464,8 @@ def test_histories_are_those_of_a_prepared_dataset(tmp_path: Path) -> None:
     read_lines = read(lines, tmp_path, history=3)
     assert [line.sample.history for line in read_lines if line.sample] == [view[i].history for i in order]
     unnumbered = [{"id": str(n), "text": f"t{n}", "dialogue": 1, "split": "ab"[n % 2]} for n in range(6)]
-    told = [line.sample.history for line in read(unnumbered, tmp_path, history=2) if line.sample]
-    assert told[4:] == [[("", "t0"), ("", "t2")], [("", "t1"), ("", "t3")]]
+    result = [line.sample.history for line in read(unnumbered, tmp_path, history=2) if line.sample]
+    assert result[4:] == [[("", "t0"), ("", "t2")], [("", "t1"), ("", "t3")]]
     partly = [*unnumbered[::2], {"id": "x", "text": "tx", "dialogue": 1, "split": "a", "turn": 3}]
     assert all(line.sample and line.sample.history == [] for line in read(partly, tmp_path, history=2))
 

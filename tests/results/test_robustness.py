@@ -135,9 +135,9 @@ def alone(opened: SavedRun, name: str, change: Callable[[Sample], Sample]) -> di
     with torch.no_grad():
         for sample in view:
             batch = opened.parts.collators[name]([change(sample)], answers=False)
-            said = predict(task, opened.parts.model(batch, opened.parts.tries[name]).logprob_BC)
-            values.append(said.value_B[0])
-            probabilities.append(said.probability_BC[0])  # type: ignore[index]
+            output = predict(task, opened.parts.model(batch, opened.parts.tries[name]).logprob_BC)
+            values.append(output.value_B[0])
+            probabilities.append(output.probability_BC[0])  # type: ignore[index]
     return compute(task, view.targets(), np.array(values), np.array(probabilities))
 
 
@@ -188,21 +188,21 @@ def replace_config(opened: SavedRun, **changes: Any) -> SavedRun:
 
 
 def test_the_end_of_a_run_writes_what_the_report_says_of_temperature(run: Path) -> None:
-    told = json.loads((run / "calibration.json").read_text())
-    assert told["checkpoint"] == json.loads((run / "metrics.json").read_text())["checkpoint"]
+    reported = json.loads((run / "calibration.json").read_text())
+    assert reported["checkpoint"] == json.loads((run / "metrics.json").read_text())["checkpoint"]
     for results in analyse(read_run(run)):
         held = results.calibration
         assert held is not None
-        assert told["tasks"][results.task.name]["temperature"] == pytest.approx(held.temperature)
-        assert told["tasks"][results.task.name]["splits"]["test"] == pytest.approx(held.splits["test"])
+        assert reported["tasks"][results.task.name]["temperature"] == pytest.approx(held.temperature)
+        assert reported["tasks"][results.task.name]["splits"]["test"] == pytest.approx(held.splits["test"])
 
 
 def test_against_a_reference(run: Path, text_only: Path, opened: SavedRun, tmp_path: Path) -> None:
     result, _ = robustness(opened, Options(rates=(1.0,), modes=("missing",)), text_only)
-    theirs = json.loads((text_only / "metrics.json").read_text())["test"]
+    reference = json.loads((text_only / "metrics.json").read_text())["test"]
     for name in TASKS:
         held = result["tasks"][name]
-        assert held["reference"] == pytest.approx(theirs[name][held["metric"]])
+        assert held["reference"] == pytest.approx(reference[name][held["metric"]])
         for point in (p for c in held["curves"] for p in c["points"]):
             against = point["against"]
             assert against["value"] == pytest.approx(point["scores"][held["metric"]] - held["reference"])
@@ -218,17 +218,17 @@ def test_against_a_reference(run: Path, text_only: Path, opened: SavedRun, tmp_p
 
 def test_faults_of_the_options_come_together() -> None:
     bad = Options(rates=(0.5, 1.5), modes=("mising", "noise"), modalities=("text", "smell"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mising is none of missing, noise, frames") as told:
+    with pytest.raises(ValueError, match="mising is none of missing, noise, frames") as reported:
         check_options(bad)
     for words in ("smell is none of text, audio, video", "rates are probabilities", "text has no frames"):
-        assert words in str(told.value)
+        assert words in str(reported.value)
 
 
 def test_the_command_puts_the_curves_into_the_report(run: Path, text_only: Path) -> None:
     done = egmf("robustness", str(run), "--rates", "0,1", "--modes", "missing", "--reference", str(text_only), "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told == json.loads((run / "robustness.json").read_text())
+    reported = json.loads(done.stdout)
+    assert reported == json.loads((run / "robustness.json").read_text())
     table = pd.read_parquet(run / "robustness.parquet")
     assert set(table["modality"]) == {"", "audio", "video", "audio+video"}
     write_report(run)
@@ -237,9 +237,9 @@ def test_the_command_puts_the_curves_into_the_report(run: Path, text_only: Path)
     assert "Missing and corrupted modalities, simsv2" in page
     assert "text scores" in page
     assert run_json(run)["tasks"]["meld"]["robustness"]["curves"][0]["mode"] == "missing"
-    (run / "robustness.json").write_text(json.dumps({**told, "checkpoint": "step-1"}))
+    (run / "robustness.json").write_text(json.dumps({**reported, "checkpoint": "step-1"}))
     held = read_run(run)
     assert not held.robustness
     assert any("run egmf robustness again" in note for note in held.notes)
-    write_robustness(run, told, table)
-    assert read_run(run).robustness == told
+    write_robustness(run, reported, table)
+    assert read_run(run).robustness == reported

@@ -77,9 +77,9 @@ def test_only_what_memory_caused_is_explained_by_it(error: Exception, memory: bo
     assert isinstance(raised.value, MemoryFault) == memory
     assert memory or raised.value is error
     if memory:
-        said = str(raised.value)
-        assert said.startswith("the batch does not fit into memory: " + (str(error) or "MemoryError"))
-        assert "train.micro_tokens=10 (now 64)" in said
+        output = str(raised.value)
+        assert output.startswith("the batch does not fit into memory: " + (str(error) or "MemoryError"))
+        assert "train.micro_tokens=10 (now 64)" in output
 
 
 def test_a_saved_batch_is_the_batch(tmp_path: Path) -> None:

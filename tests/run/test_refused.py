@@ -15,7 +15,7 @@ ZERO = "deepspeed.zero_optimization"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (("train.zero=0", "train.offload=cpu"), "an optimizer in host memory needs ZeRO"),
         (("train.zero=2", f"{ZERO}.offload_param.device=cpu"), "offload_param needs train.zero=3, not 2"),
@@ -33,8 +33,8 @@ ZERO = "deepspeed.zero_optimization"
         (("train.precision=fp16",), "needs a GPU"),
     ],
 )
-def test_what_does_not_work_is_refused_before_anything_starts(overrides: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_does_not_work_is_refused_before_anything_starts(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_machine(load_config(TINY, overrides), torch.device("cpu"))
 
 

@@ -117,8 +117,8 @@ class Lab:
 
     def job(self, number: str) -> dict[str, str]:
         """The fields of ``scontrol show job``."""
-        said = self.run("scontrol", "--oneliner", "show", "job", number)
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+        output = self.run("scontrol", "--oneliner", "show", "job", number)
+        return dict(word.split("=", 1) for word in output.split() if "=" in word)
 
     def start_node(self, node: str) -> None:
         """The node's daemon, in its namespaces: own address, host name, /etc/hosts and shared memory."""

@@ -44,18 +44,18 @@ def submit(lab: Lab, config: Path, out: Path, *arguments: str, **env: str) -> st
     return found[1]
 
 
-def said(run: Path) -> str:
+def output(run: Path) -> str:
     """What the jobs of a run wrote."""
     return "\n".join(log.read_text() for log in sorted((run / "slurm").glob("*.log")))
 
 
 def ended(lab: Lab, job: str, run: Path) -> dict[str, str]:
-    wait_for(lambda: lab.job(job)["JobState"] in ENDED, PATIENCE, lambda: f"{lab.job(job)}\n{said(run)}")
+    wait_for(lambda: lab.job(job)["JobState"] in ENDED, PATIENCE, lambda: f"{lab.job(job)}\n{output(run)}")
     return lab.job(job)
 
 
 def reaches(run: Path, words: str) -> None:
-    wait_for(lambda: words in said(run), PATIENCE, lambda: said(run))
+    wait_for(lambda: words in output(run), PATIENCE, lambda: output(run))
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def starts(run: Path) -> list[str]:
-    return re.findall(r"start \d of job \S+: \d processes on \S+", said(run))
+    return re.findall(r"start \d of job \S+: \d processes on \S+", output(run))
 
 
 def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
@@ -104,11 +104,11 @@ def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
     reaches(runs[seed], "step 3/")
     lab.run("scancel", "--signal=USR1", "--batch", own[seed])
     for one, run in runs.items():
-        assert ended(lab, own[one], run)["JobState"] == "COMPLETED", said(run)
-        assert lab.job(own[one])["Restarts"] == ("1" if one == seed else "0"), said(run)
+        assert ended(lab, own[one], run)["JobState"] == "COMPLETED", output(run)
+        assert lab.job(own[one])["Restarts"] == ("1" if one == seed else "0"), output(run)
         assert record(run)["state"] == "done"
         same(run, whole[one])
-    text = said(runs[seed])
+    text = output(runs[seed])
     assert "back into the queue" in text
     assert "continuing from" in text
     assert [line.split()[1] for line in starts(runs[seed])] == ["1", "2"]
@@ -117,7 +117,7 @@ def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
             ids = store.execute("select run_uuid, status from runs where name = ?", (run.name,)).fetchall()
             assert ids == [(record(run)["mlflow"]["run_id"], "FINISHED")]
     for run in runs.values():
-        assert "Traceback" not in said(run)
+        assert "Traceback" not in output(run)
 
 
 def test_a_sweep_is_an_array_that_is_not_submitted_twice_and_goes_on_where_it_failed(lab: Lab, work: Path) -> None:
@@ -169,11 +169,11 @@ def test_a_rank_that_fails_ends_the_job_in_seconds_and_for_good(lab: Lab, work: 
         began = time.monotonic()
         about = ended(lab, job, out)
         assert time.monotonic() - began < 90
-        assert (about["JobState"], about["Restarts"]) == ("FAILED", "0"), said(out)
+        assert (about["JobState"], about["Restarts"]) == ("FAILED", "0"), output(out)
         assert about["ExitCode"] != "0:0"
         assert record(out)["state"] == "failed"
-        assert cause in said(out)
-        assert "the run failed (srun ended with" in said(out).splitlines()[-1]
+        assert cause in output(out)
+        assert "the run failed (srun ended with" in output(out).splitlines()[-1]
 
 
 def test_a_cancelled_run_writes_a_checkpoint_and_does_not_come_back(lab: Lab, work: Path) -> None:
@@ -183,9 +183,9 @@ def test_a_cancelled_run_writes_a_checkpoint_and_does_not_come_back(lab: Lab, wo
     )
     reaches(out, "step 1/")
     lab.run("scancel", job)
-    assert ended(lab, job, out)["JobState"] == "CANCELLED", said(out)
+    assert ended(lab, job, out)["JobState"] == "CANCELLED", output(out)
     wait_for(lambda: lab.idle() >= {"node1", "node2"}, PATIENCE)
-    assert record(out)["state"] == "stopped", said(out)
+    assert record(out)["state"] == "stopped", output(out)
     assert list((out / "checkpoints").glob("step-*"))
     assert lab.job(job)["JobState"] == "CANCELLED"
     assert lab.job(job)["Restarts"] == "0"
@@ -197,11 +197,11 @@ def test_a_run_that_loses_a_node_goes_on_with_another(lab: Lab, work: Path, whol
     reaches(out, "step 3/")
     lab.lose("node2", silently=True)
     try:
-        assert ended(lab, job, out)["JobState"] == "COMPLETED", said(out)
+        assert ended(lab, job, out)["JobState"] == "COMPLETED", output(out)
     finally:
         lab.bring_back("node2")
     assert [line.split(" on ")[1] for line in starts(out)] == ["node[1-2],", "node[1,3],"]
-    assert "continuing from" in said(out)
+    assert "continuing from" in output(out)
     same(out, whole[3])
 
 
@@ -218,11 +218,11 @@ def test_a_run_that_loses_a_node_goes_on_with_fewer(lab: Lab, work: Path) -> Non
     reaches(out, "step 3/")
     lab.lose("node2", silently=False)
     try:
-        assert ended(lab, job, out)["JobState"] == "COMPLETED", said(out)
+        assert ended(lab, job, out)["JobState"] == "COMPLETED", output(out)
     finally:
         lab.bring_back("node2")
     assert [line.split(": ")[1] for line in starts(out)] == ["2 processes on node[1-2],", "1 processes on node1,"]
-    assert "a node does not answer" in said(out)
+    assert "a node does not answer" in output(out)
     assert losses(out).keys() == losses(whole).keys()
     for step, loss in losses(whole).items():
         assert losses(out)[step] == pytest.approx(loss, abs=1e-5), step

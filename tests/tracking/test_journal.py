@@ -44,21 +44,21 @@ def test_it_is_on_disk_before_the_call_returns(path: Path) -> None:
     journal.close()
 
 
-Told = st.lists(
+Logged = st.lists(
     st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.one_of(st.none(), st.floats(width=64))), max_size=40
 )
 
 
-@given(told=Told, processes=st.integers(1, 3), torn=st.integers(0, 3))
+@given(logged=Logged, processes=st.integers(1, 3), torn=st.integers(0, 3))
 def test_the_first_value_of_a_step_counts(
-    tmp_path_factory: pytest.TempPathFactory, told: list[tuple[str, int, float | None]], processes: int, torn: int
+    tmp_path_factory: pytest.TempPathFactory, logged: list[tuple[str, int, float | None]], processes: int, torn: int
 ) -> None:
     """Against a plain dictionary, over several processes, each of which may have been killed in the middle of a line."""
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
     expected: dict[str, dict[int, float]] = {}
     for part in range(processes):
         journal = Journal(path)
-        for name, step, value in told[part::processes]:
+        for name, step, value in logged[part::processes]:
             journal.metrics({name: value}, step)
             if value is not None and math.isfinite(value):
                 expected.setdefault(name, {}).setdefault(step, value)
@@ -157,8 +157,8 @@ def test_a_killed_process_loses_no_step_it_was_done_with(path: Path) -> None:
             last = process.stdout.readline()
         process.kill()
         process.wait()
-        told = [last, *process.stdout.readlines()]
-        done = max([done, *(int(line) for line in told if line.endswith("\n"))])
+        result = [last, *process.stdout.readlines()]
+        done = max([done, *(int(line) for line in result if line.endswith("\n"))])
         found = read_journal(path)
         assert [step for step, _ in found["a"]] == list(range(1, len(found["a"]) + 1))
         assert found["a"] == [(step, 1 / step) for step, _ in found["a"]]

@@ -57,7 +57,7 @@ def wait_until_sent(tracker: Tracker, seconds: float = 40) -> None:
         time.sleep(0.1)
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def output(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("trainer")]
 
 
@@ -124,17 +124,17 @@ def test_a_server_that_freezes_and_stops_costs_no_step(
         frozen = tell(tracker, 11, 140, pause=0.05)
         running.thaw()
         wait_until_sent(tracker)
-        assert [REFUSED in line for line in said(caplog)] == [True, False]
-        assert TOOK in said(caplog)[1]
+        assert [REFUSED in line for line in output(caplog)] == [True, False]
+        assert TOOK in output(caplog)[1]
         caplog.clear()
         running.stop()
         stopped = tell(tracker, 141, 200, pause=0.05)
         running.start()
         tell(tracker, 201, 220)
         tracker.finish("done")
-    assert [line for line in said(caplog) if REFUSED in line] == said(caplog)[:1]
-    assert [line for line in said(caplog) if TOOK in line] == said(caplog)[1:]
-    assert "Connection refused" in said(caplog)[0]
+    assert [line for line in output(caplog) if REFUSED in line] == output(caplog)[:1]
+    assert [line for line in output(caplog) if TOOK in line] == output(caplog)[1:]
+    assert "Connection refused" in output(caplog)[0]
     assert_same_as_journal(running.uri, tracker.run_id, out)
     assert len(histories(running.uri, str(tracker.run_id))["train/loss"]) == 220
     assert max(frozen, stopped) < 1  # telling a step: milliseconds, but this machine may be busy
@@ -157,9 +157,9 @@ def test_a_server_that_is_down_from_the_start(
         tracker.finish("done")
         assert time.monotonic() - began < 4
     assert tracker.run_id is None
-    assert [REFUSED in line for line in said(caplog)] == [True, False]
-    assert f"303 records of this run are not in MLflow at {running.uri}" in said(caplog)[1]
-    assert said(caplog)[1].endswith(f"egmf track sync {out}")
+    assert [REFUSED in line for line in output(caplog)] == [True, False]
+    assert f"303 records of this run are not in MLflow at {running.uri}" in output(caplog)[1]
+    assert output(caplog)[1].endswith(f"egmf track sync {out}")
     absent = egmf("track", "sync", str(out))
     assert absent.returncode == 1
     assert f"{out}: 0 records sent, 303 left" in absent.stderr
@@ -278,8 +278,8 @@ def test_a_server_that_refuses_writes(
             refuse(False)
         tell(tracker, 61, 70)
         tracker.finish("done")
-    assert [REFUSED in line for line in said(caplog)] == [True, False]
-    assert TOOK in said(caplog)[1]
+    assert [REFUSED in line for line in output(caplog)] == [True, False]
+    assert TOOK in output(caplog)[1]
     assert_same_as_journal(running.uri, tracker.run_id, out)
 
 
@@ -331,11 +331,11 @@ def test_a_killed_run_continues_without_a_step_twice_or_missing(
         command = [sys.executable, "-c", TRAINING, str(max(1, last - dice.randint(0, 50))), proxy.uri, str(out)]
         process = start(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        told = "" if seconds is None else process.stdout.readline()
+        reported = "" if seconds is None else process.stdout.readline()
         time.sleep(0.5 if seconds is None else seconds)
         process.kill()
-        told += process.communicate()[0]
-        last = max([last, *map(int, told.split("\n")[:-1])])
+        reported += process.communicate()[0]
+        last = max([last, *map(int, reported.split("\n")[:-1])])
     proxy.fault = lambda method, path: None
     result = sync(out)
     assert result.left == 0
@@ -361,9 +361,9 @@ def test_what_the_server_never_takes_does_not_hold_up_the_rest(
         (out / "gone.txt").unlink()
         tracker.finish("done")
     assert histories(running.uri, str(tracker.run_id)) == {"good": [(1, 1.0), (2, 2.0), (3, 3.0)]}
-    assert len(said(caplog)) == 2
-    assert "MLflow does not get the metric so?bad" in said(caplog)[0]
-    assert "gone.txt: it is not there" in said(caplog)[1]
+    assert len(output(caplog)) == 2
+    assert "MLflow does not get the metric so?bad" in output(caplog)[0]
+    assert "gone.txt: it is not there" in output(caplog)[1]
 
 
 def test_a_new_store_gets_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -60,8 +60,8 @@ def test_the_text_tells_in_its_own_kind_and_in_no_other(made: tuple[str, list[Ra
     words = {w: k for k, w in enumerate(synthetic_benchmark.TELLING[synthetic_benchmark.BUILT_IN[name].language])}
     truth = classes(name, samples)
     for s, k in zip(samples, truth, strict=True):
-        said = [words[w] for w in words if w in s.text]
-        assert said == ([k] if s.kind == "text" else [])
+        output = [words[w] for w in words if w in s.text]
+        assert output == ([k] if s.kind == "text" else [])
     other = [i for i, s in enumerate(samples) if s.kind != "text"]
     vocabulary = sorted({c for s in samples for c in s.text.split() + list(s.text)})
     bag = np.array([[w in samples[i].text for w in vocabulary] for i in other], float)

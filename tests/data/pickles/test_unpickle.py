@@ -167,8 +167,8 @@ def test_the_list_of_names_is_exact() -> None:
 
 
 def test_the_opcodes_are_python_s() -> None:
-    ours = {name: code for name, code, _, _ in pickle_vm._TABLE}
-    assert ours == {op.name: op.code.encode("latin1") for op in pickletools.opcodes}
+    actual = {name: code for name, code, _, _ in pickle_vm._TABLE}
+    assert actual == {op.name: op.code.encode("latin1") for op in pickletools.opcodes}
 
 
 # ── files that ask for more ──────────────────────────────────────────────────────────────────────────────────────────
@@ -240,9 +240,9 @@ print(json.dumps(out))
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout)
+    output = json.loads(done.stdout)
     for name, (_, wanted) in BOMBS.items():
-        assert (said[name] is None) if wanted is None else wanted in said[name], (name, said[name])
+        assert (output[name] is None) if wanted is None else wanted in output[name], (name, output[name])
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -176,10 +176,10 @@ def test_arrays_with_dev_and_without_lengths_or_ids(tmp_path: Path) -> None:
 def test_a_folder_with_two_pickles_for_a_split_asks_which(tmp_path: Path) -> None:
     dump(tmp_path / "aligned_50.pkl", {"train": columns(2)})
     dump(tmp_path / "unaligned_50.pkl", {"train": columns(2)})
-    said = faults_of(MOSEI, tmp_path)
-    assert "train stands in several files, name the one you mean" in said
-    assert "unaligned_50.pkl" in said
-    assert "aligned_50.pkl" in said
+    output = faults_of(MOSEI, tmp_path)
+    assert "train stands in several files, name the one you mean" in output
+    assert "unaligned_50.pkl" in output
+    assert "aligned_50.pkl" in output
     assert len(read(MOSEI, tmp_path / "aligned_50.pkl")[1]["train"]) == 2
 
 
@@ -190,7 +190,7 @@ def test_all_faults_of_pickles_come_at_once(tmp_path: Path) -> None:
     )
     dump(tmp_path / "meld_valid.pkl", {"a": 1})
     (tmp_path / "meld_test.pkl").write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
-    said = faults_of(MELD, tmp_path, tmp_path / "none.pkl")
+    output = faults_of(MELD, tmp_path, tmp_path / "none.pkl")
     for wanted in (
         "6 faults",
         "meld_train.pkl row 1: is a str;",
@@ -200,14 +200,14 @@ def test_all_faults_of_pickles_come_at_once(tmp_path: Path) -> None:
         "meld_test.pkl: refused: asks for posix.system",
         "none.pkl: does not exist",
     ):
-        assert wanted in said
-    assert "row 0" not in said
+        assert wanted in output
+    assert "row 0" not in output
 
 
 def test_all_faults_of_arrays_come_at_once(tmp_path: Path) -> None:
     short = columns(3, raw_text=["only one"])
     bare = {"audio": np.zeros((2, 3, 4)), "vision": np.zeros((2, 3, 4))}
-    said = faults_of(MOSEI, dump(tmp_path / "x.pkl", {"train": short, "valid": bare, "test": [1]}))
+    output = faults_of(MOSEI, dump(tmp_path / "x.pkl", {"train": short, "valid": bare, "test": [1]}))
     for wanted in (
         "4 faults",
         "the columns of train differ in length: text 1, id 3,",
@@ -215,12 +215,12 @@ def test_all_faults_of_arrays_come_at_once(tmp_path: Path) -> None:
         "valid has no regression_labels or labels",
         "its test is a list",
     ):
-        assert wanted in said
+        assert wanted in output
 
 
 def test_widths_that_differ_between_splits_are_refused(tmp_path: Path) -> None:
-    said = faults_of(MOSEI, dump(tmp_path / "x.pkl", {"train": columns(2), "test": columns(2, audio=73)}))
-    assert "audio has several features per frame: 73, 74" in said
+    output = faults_of(MOSEI, dump(tmp_path / "x.pkl", {"train": columns(2), "test": columns(2, audio=73)}))
+    assert "audio has several features per frame: 73, 74" in output
 
 
 def test_a_pickle_whose_name_lacks_the_split(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_all_faults_of_annotations_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "dev_x.csv").write_text("Text,Label\na,b\n", encoding="utf-8")
     (tmp_path / "test_x.csv").write_text(HEADER + '1,"open,\n', encoding="utf-8")
     (tmp_path / "all.csv").write_text(HEADER + good, encoding="utf-8")
-    said = faults_of(MELD, *sorted(tmp_path.iterdir()))
+    output = faults_of(MELD, *sorted(tmp_path.iterdir()))
     for wanted in (
         "5 faults",
         "train_x.csv line 3: has 3 fields, the header 11",
@@ -279,7 +279,7 @@ def test_all_faults_of_annotations_come_at_once(tmp_path: Path) -> None:
         "test_x.csv line 2: is not valid CSV",
         "all.csv: its name does not say which split",
     ):
-        assert wanted in said
+        assert wanted in output
 
 
 @pytest.mark.skipif(not (SHARED / "meld").is_dir(), reason="MELD's annotations are not in ../shared/data/meld")
@@ -342,11 +342,11 @@ def test_features_that_do_not_align_are_refused_for_all_splits_at_once(tmp_path:
         lines = [csv_row(i, f"Utterance {i}", utterance=str(i)) for i in range(60)]
         (tmp_path / f"{published}_sent_emo.csv").write_text(HEADER + "".join(lines), encoding="utf-8")
         dump(tmp_path / f"meld_{split}.pkl", [row(f"Utterance {59 - i}") for i in range(60)])
-    said = faults_of(MELD, tmp_path)
-    assert "2 faults" in said
-    assert said.count("first mismatch: row 0, 'Utterance 0' [joy] against 'Utterance 59' [joy]") == 2
-    assert "(train)" in said
-    assert "(valid)" in said
+    output = faults_of(MELD, tmp_path)
+    assert "2 faults" in output
+    assert output.count("first mismatch: row 0, 'Utterance 0' [joy] against 'Utterance 59' [joy]") == 2
+    assert "(train)" in output
+    assert "(valid)" in output
 
 
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────

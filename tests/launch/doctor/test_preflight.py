@@ -97,15 +97,15 @@ def test_damaged_models_are_found(work: Path, tmp_path: Path) -> None:
     held = json.loads(blind.read_text())
     held["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[a-z]+"}, "content": "x"}
     blind.write_text(json.dumps(held))
-    told = {}
+    result = {}
     for name in ("cut", "gone", "small", "blind"):
         found, checks = examined(work, tmp_path, f"model.backbone.name={tmp_path}/{name}")
-        told[name] = {check.name: check.found for check in checks.values() if check.state == "fault"}
+        result[name] = {check.name: check.found for check in checks.values() if check.state == "fault"}
         assert name == "blind" or (found is not None and not found.complete)
-    assert "model.safetensors" in told["cut"]["weights"]
-    assert "model-2.safetensors" in told["gone"]["weights"]
-    assert "more tokens than the model" in told["small"]["model"]
-    assert "joy" in told["blind"]["answers of meld"]
+    assert "model.safetensors" in result["cut"]["weights"]
+    assert "model-2.safetensors" in result["gone"]["weights"]
+    assert "more tokens than the model" in result["small"]["model"]
+    assert "joy" in result["blind"]["answers of meld"]
 
 
 def test_a_hub_model_that_cannot_be_had_offline_says_how(
@@ -263,8 +263,8 @@ def test_a_check_that_breaks_is_one_fault_and_not_the_end() -> None:
 
 
 def shown(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    told = json.loads(done.stdout)
-    return told, {check["name"]: check for check in told["checks"]}
+    result = json.loads(done.stdout)
+    return result, {check["name"]: check for check in result["checks"]}
 
 
 @pytest.mark.distributed
@@ -274,8 +274,8 @@ def test_a_sound_run_is_probed_on_two_ranks(work: Path) -> None:
     config = asked(work, "model.backbone.quantization=nf4", "train.micro_batch=4")
     done = egmf("doctor", str(TINY), *config, "--procs", "2", "--out", str(out), "--json", timeout=500)
     assert done.returncode == 0, done.stderr
-    told, checks = shown(done)
-    assert told["faults"] == 0
+    result, checks = shown(done)
+    assert result["faults"] == 0
     reduced = checks["all-reduce"]["values"]
     assert (reduced["world"], reduced["backend"]) == (2, "gloo")
     for size in collective_probe.SIZES:  # the bus bandwidth of two ranks is bytes / seconds
@@ -291,8 +291,8 @@ def test_a_sound_run_is_probed_on_two_ranks(work: Path) -> None:
 def test_faults_end_the_command_with_1_and_name_the_rank(work: Path) -> None:
     done = egmf("doctor", str(TINY), *asked(work, "task=meldd"), "--json", "--procs", "1", timeout=500)
     assert done.returncode == 1
-    told, checks = shown(done)
-    assert told["state"] == "fault"
+    result, checks = shown(done)
+    assert result["state"] == "fault"
     assert "did you mean meld" in checks["data"]["found"]
     assert checks["largest batch"]["state"] == "skipped"
     assert egmf("doctor", "--procs", "0").returncode == 2
@@ -310,7 +310,7 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
     assert done.returncode == 0, done.stderr
     _, checks = shown(done)
     assert checks["all-reduce"]["values"]["world"] == 2
-    said = checks["checkpoints"]["values"]["needed_bytes"] / (
+    output = checks["checkpoints"]["values"]["needed_bytes"] / (
         load_config(TINY, config).train.keep + collective_probe.HEADROOM
     )
     assert not list(work.glob(".egmf-doctor-*"))
@@ -318,7 +318,7 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
     assert trained.returncode == 0, trained.stderr
     held = next((work / "trained" / "checkpoints").glob("step-*"))
     measured = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
-    assert said == pytest.approx(measured, rel=0.15)
+    assert output == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.slow  # a batch of 1500 samples
@@ -337,7 +337,7 @@ def test_a_batch_larger_than_memory_is_found_before_the_run(tmp_path: Path) -> N
         EGMF_TEST_MEMORY="200", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
     )  # fmt: skip
     assert done.returncode == 1
-    told = shown(done)[1]["largest batch"]
-    assert told["state"] == "fault"
-    assert "does not fit into memory" in told["found"]
-    assert re.search(r"train\.micro_tokens=(99\d\d|10000) \(now 20000\)", told["found"]), told["found"]
+    result = shown(done)[1]["largest batch"]
+    assert result["state"] == "fault"
+    assert "does not fit into memory" in result["found"]
+    assert re.search(r"train\.micro_tokens=(99\d\d|10000) \(now 20000\)", result["found"]), result["found"]

@@ -217,8 +217,8 @@ def test_plans_from_a_folder_alone(tmp_path, name, ranks):
         assert plan.option(3, False, True).memory.device["4-bit weights"] == -(
             -plan.model.weights.packed_bytes // ranks
         )
-    told = plan.to_json()
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    result = plan.to_json()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert plan.steps == 10 * math.ceil(100_000 / (8 * ranks))
     assert plan.hours == pytest.approx(plan.steps * plan.flops_per_step / 200e12 / 3600)
     assert any("no prepared dataset" in note for note in plan.lengths.assumptions)
@@ -312,16 +312,16 @@ def test_samples_that_carry_all_answers_have_more_positions(tmp_path: Path) -> N
 def test_command(tmp_path):
     folder = qwen("0.5B", tmp_path / "model")
     arguments = ["plan", "configs/meld.yaml", f"model.backbone.name={folder}", f"data.path={tmp_path}/none"]
-    told = egmf(*arguments, "--nodes", "2", "--gpus-per-node", "4", "--gpu-memory", "24", "--json")
-    assert told.returncode == 0, told.stderr
-    plan = json.loads(told.stdout)
+    result = egmf(*arguments, "--nodes", "2", "--gpus-per-node", "4", "--gpu-memory", "24", "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
     assert plan["parameters"]["frozen"] == QWEN["0.5B"][1]
     assert plan["ranks"] == 8
     assert plan["hours"] is None
-    told = egmf("plan", "configs/meld.yaml", "model.backbone.name=owner/model", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set: fetch it where there is a network" in told.stderr
-    assert "Traceback" not in told.stderr
-    assert told.returncode == 1
+    result = egmf("plan", "configs/meld.yaml", "model.backbone.name=owner/model", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set: fetch it where there is a network" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 1
 
 
 def test_faults_in_words(tmp_path):

@@ -26,9 +26,9 @@ def test_foretells_measured_memory(tmp_path):
     prepare_toy("meld", data, train=SAMPLES)
     measured = measure(CASES, model, data, tmp_path)
     off = {
-        (case.name, rank): predict(case, model, data)["bytes"] / told["peak"] - 1
+        (case.name, rank): predict(case, model, data)["bytes"] / result["peak"] - 1
         for case in CASES
-        for rank, told in enumerate(measured[case.name])
+        for rank, result in enumerate(measured[case.name])
     }
     assert {name: value for name, value in off.items() if abs(value) > LIMIT} == {}
 
@@ -41,8 +41,8 @@ def test_foretells_a_checkpoints_size(tmp_path, stage):
         "task=meld", f"data.path={data}", f"train.zero={stage}", "train.steps=1", "track.mlflow=false", "train.global_batch=4",
         "model.backbone.quantization=nf4", "eval.splits=[valid]", "track.report=false", "model.adapter.rank=64",
     ]  # fmt: skip
-    told = egmf("train", "configs/tiny.yaml", "--out", str(tmp_path / "run"), *overrides, timeout=900)
-    assert told.returncode == 0, told.stderr[-2000:]
+    result = egmf("train", "configs/tiny.yaml", "--out", str(tmp_path / "run"), *overrides, timeout=900)
+    assert result.returncode == 0, result.stderr[-2000:]
     written = sum(
         f.stat().st_size for f in next((tmp_path / "run/checkpoints").glob("step-*")).rglob("*") if f.is_file()
     )

@@ -25,17 +25,17 @@ def test_a_hostfile_reads_as_deepspeed_reads_it(tmp_path: Path) -> None:
 
     path = tmp_path / "hostfile"
     path.write_text("# nodes\nworker-0 slots=4\n\n  10.0.0.2   slots=2  # two\nuser@far.away slots=16\n")
-    theirs = fetch_hostfile(str(path))
-    assert [(host.name, host.slots) for host in read_hostfile(path)] == list(theirs.items())
+    reference = fetch_hostfile(str(path))
+    assert [(host.name, host.slots) for host in read_hostfile(path)] == list(reference.items())
 
 
 def test_every_fault_of_a_hostfile_is_told(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
     path.write_text("a slots=2\nb\nc slots=0\na slots=1\n-oProxyCommand=x slots=1\n")
-    with pytest.raises(ValueError, match="4 faults") as told:
+    with pytest.raises(ValueError, match="4 faults") as result:
         read_hostfile(path)
     for words in ("line 2: 'b'", "line 3: 'c slots=0'", "line 4: a is listed twice", "line 5: '-oProxyCommand"):
-        assert words in str(told.value)
+        assert words in str(result.value)
     path.write_text("# none\n")
     with pytest.raises(ValueError, match="it lists no node"):
         read_hostfile(path)

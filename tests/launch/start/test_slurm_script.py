@@ -90,9 +90,9 @@ def test_a_sweep_is_one_array_of_what_is_not_done(tmp_path: Path) -> None:
         ("--slurm", "--procs-per-node", "1", "--time", "soon"): "must be minutes",
     }
     for arguments, words_said in refused.items():
-        told = egmf(*words, *arguments, "--dry-run")
-        assert told.returncode == 1, arguments
-        assert words_said in told.stderr
+        result = egmf(*words, *arguments, "--dry-run")
+        assert result.returncode == 1, arguments
+        assert words_said in result.stderr
 
 
 def test_what_cannot_work_is_refused_all_at_once(tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ def test_faults_of_a_suite_come_at_once(tmp_path: Path) -> None:
     path.write_text(
         f"title: x\nconfig: {shipped_folder()}/demo.yaml\nseeds: [1]\nbaseline: ful\nvariants: {{a: {{}}}}\nminutes: 0\n"
     )
-    with pytest.raises(ValueError, match="is not a valid suite") as told:
+    with pytest.raises(ValueError, match="is not a valid suite") as result:
         load_suite(str(path))
-    assert "minutes" in str(told.value)
+    assert "minutes" in str(result.value)
     path.write_text(path.read_text().replace("minutes: 0\n", ""))
     with pytest.raises(ValueError, match="baseline: no variant ful"):
         load_suite(str(path))
@@ -77,9 +77,9 @@ def test_what_the_paper_needs_and_is_not_here_is_said(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     suite = load_suite("paper")
     sweep = make_sweep(suite, tmp_path, tmp_path / "data", suite.seeds, ["model.backbone.name=/models/none"])
-    said = "\n".join(missing(sweep, generated=False))
+    output = "\n".join(missing(sweep, generated=False))
     for words in ("data/meld", "data/cherma", "data/mosei", "data/simsv2", "no model folder /models/none"):
-        assert words in said
+        assert words in output
     table, notes = costs(sweep, Machine())
     assert table is not None
     assert [row[0] for row in table.rows] == ["meld", "cherma", "mosei", "simsv2"]

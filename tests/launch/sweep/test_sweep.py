@@ -88,23 +88,23 @@ def test_every_combination_is_a_run_with_a_readable_name(tmp_path: Path) -> None
 
 
 def test_all_faults_of_all_combinations_come_at_once(tmp_path: Path) -> None:
-    def said(call: Callable[[], object]) -> str:
-        with pytest.raises(ValueError) as told:  # noqa: PT011 - the text is looked at
+    def output(call: Callable[[], object]) -> str:
+        with pytest.raises(ValueError) as result:  # noqa: PT011 - the text is looked at
             call()
-        return str(told.value)
+        return str(result.value)
 
-    several = said(lambda: expand(TINY, [], ["model.fusion.width=64,63", "train.zero=2,7", "task=meldd,meld"]))
+    several = output(lambda: expand(TINY, [], ["model.fusion.width=64,63", "train.zero=2,7", "task=meldd,meld"]))
     assert several.count("train.zero") == 4
     assert "width=63" in several
     assert "did you mean meld?" in several
-    spelled = said(lambda: expand(TINY, ["train.steps=3"], ["width", "train.seed=1,2", "train.steps=3,4", "a=1,,2"]))
+    spelled = output(lambda: expand(TINY, ["train.steps=3"], ["width", "train.seed=1,2", "train.steps=3,4", "a=1,,2"]))
     for words in ("--set width", "seeds are named by --seeds", "train.steps: the key is named twice", "--set a=1,,2"):
         assert words in spelled
-    assert "are the same run" in said(lambda: expand(TINY, [], ["train.steps=3,3"]))
-    assert "are the same run" in said(lambda: expand(TINY, [], ["train.lr.fusion=1e-3,0.001"]))
+    assert "are the same run" in output(lambda: expand(TINY, [], ["train.steps=3,3"]))
+    assert "are the same run" in output(lambda: expand(TINY, [], ["train.lr.fusion=1e-3,0.001"]))
     for text, words in (("1,1", "twice"), ("1-3", "whole numbers"), ("", "whole numbers")):
-        assert words in said(lambda t=text: parse_seeds(t, []))  # type: ignore[misc]
-    assert "name the seed twice" in said(lambda: parse_seeds("1", ["train.seed=2"]))
+        assert words in output(lambda t=text: parse_seeds(t, []))  # type: ignore[misc]
+    assert "name the seed twice" in output(lambda: parse_seeds("1", ["train.seed=2"]))
 
 
 def test_another_plan_in_the_folder_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -116,14 +116,14 @@ def test_another_plan_in_the_folder_is_refused_with_what_differs(tmp_path: Path)
     )
     assert open_record(moved)["key"] == key  # what says nothing of the training may change
     other = Sweep(tmp_path, expand(TINY, ["train.steps=9"], ["model.fusion.width=64,256"]), (1, 2, 3))
-    with pytest.raises(ValueError, match="holds another sweep") as told:
+    with pytest.raises(ValueError, match="holds another sweep") as result:
         open_record(other)
     for words in (
         "seeds: there 1,2, now 1,2,3",
         "width=128, now width=64; width=256",
         "train.steps: there None, now 9",
     ):
-        assert words in str(told.value)
+        assert words in str(result.value)
     older = json.loads(one.record.read_text())
     del older["base"]["train.clip"]  # as written by a version that had no such key
     one.record.write_text(json.dumps(older))
@@ -201,9 +201,9 @@ def test_a_worker_that_has_trained_others_trains_as_a_fresh_process_does(toy: Pa
     assert (out / "zero=2-s5" / "run.json").read_bytes() == before
     prepare_toy("meld", tmp_path, seed=1)
     other = Sweep(out, expand(toy, [f"data.path={tmp_path}/meld"], ["train.zero=1,2"]), (5,))
-    with pytest.raises(ValueError, match="differs in the data of meld") as told:
+    with pytest.raises(ValueError, match="differs in the data of meld") as result:
         finished(other.children())
-    assert len(str(told.value).splitlines()) == 2
+    assert len(str(result.value).splitlines()) == 2
 
 
 def state(run: Path) -> str | None:
@@ -233,13 +233,13 @@ def test_runs_that_fail_die_or_stop_leave_the_others_alone_and_the_same_command_
     os.kill(json.loads((runs[2] / "run.json").read_text())["pid"], signal.SIGKILL)
     saved(3)
     started.send_signal(signal.SIGTERM)
-    said = started.communicate(timeout=300)[1]
-    assert started.returncode == 85, said
+    output = started.communicate(timeout=300)[1]
+    assert started.returncode == 85, output
     assert [state(run) for run in runs.values()] == [None, "running", "stopped", None]
-    assert "s1: failed" in said
-    assert "s2: failed" in said
-    assert "signal SIGKILL: killed from outside" in said
-    assert "s4: begins" not in said
+    assert "s1: failed" in output
+    assert "s2: failed" in output
+    assert "signal SIGKILL: killed from outside" in output
+    assert "s4: begins" not in output
     (out / "s1" / "checkpoints").unlink()
     finished_line = egmf(*plan, "--parallel", "2")
     assert finished_line.returncode == 0, finished_line.stderr

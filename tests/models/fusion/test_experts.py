@@ -126,15 +126,15 @@ def semantic_reference(expert, given, modalities, b, slots, heads):
             for o in present:
                 if o == m:
                     continue
-                theirs = valid_frames(given[o], b)
-                kv = np.array([linear(frame, expert.source[o], "") for frame in theirs["content"]])
+                other_result = valid_frames(given[o], b)
+                kv = np.array([linear(frame, expert.source[o], "") for frame in other_result["content"]])
                 for h in range(heads):
                     part = slice(h * d, h * d + d)
                     score = kv[:, part] @ query[part] / math.sqrt(d)
                     if "text" not in (m, o):
                         near = weights(ask, "near_hKn")[h, k]
                         when = weight[k][h] @ mine["position"] * np.concatenate([near, near])
-                        score = score + theirs["position"] @ when
+                        score = score + other_result["position"] @ when
                     total[k, part] += softmax(score) @ kv[:, len(query) :][:, part]
         out[m] = [norm(linear(row, expert.out[m], ""), expert.answer, "norm") for row in total]
     return out

@@ -118,10 +118,10 @@ def test_context_equals_numpy():
         for i, (m, s) in enumerate(given.items()):
             length = LENGTHS[b][ALL.index(m)]
             seen = s.content_BTD[b, :length].numpy()
-            told = (
+            result = (
                 [seen.mean(0), np.log(np.sqrt(seen.var(0) + 1e-5))] if length else [net.missing_MS[i].detach().numpy()]
             )
-            parts += told
+            parts += result
         raw = weight @ np.concatenate([*parts, net.task.weight[1].detach().numpy()]) + bias
         np.testing.assert_allclose(c[b].detach().numpy(), (raw - raw.mean()) / np.sqrt(raw.var() + 1e-5), atol=1e-10)
 

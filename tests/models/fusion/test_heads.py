@@ -68,10 +68,12 @@ def test_losses_are_the_mean_of_the_experts_and_the_mixtures():
     experts_B, gate_B = expert_losses(logprob, answer, gate, valid)
     for b in range(4):
         kept = [e for e in range(3) if valid[b, e]]
-        said = [float(logprob[b, e, answer[b]]) for e in kept]
+        output = [float(logprob[b, e, answer[b]]) for e in kept]
         trust = [float(gate[b, :, e].mean()) for e in kept]
-        mixed = sum(p * torch.tensor(s).exp() for p, s in zip(trust, said, strict=True)) if kept else torch.tensor(1.0)
-        assert float(experts_B[b]) == pytest.approx(-sum(said) / len(said) if kept else 0.0, abs=1e-6)
+        mixed = (
+            sum(p * torch.tensor(s).exp() for p, s in zip(trust, output, strict=True)) if kept else torch.tensor(1.0)
+        )
+        assert float(experts_B[b]) == pytest.approx(-sum(output) / len(output) if kept else 0.0, abs=1e-6)
         assert float(gate_B[b]) == pytest.approx(-float(mixed.log()), abs=1e-6)
 
 

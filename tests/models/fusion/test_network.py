@@ -256,9 +256,9 @@ def test_learns_a_relation_between_audio_and_video():
     n, keys = 4000, torch.nn.functional.one_hot(torch.rand(4000, 4, generator=g).argsort(1), 4).float()
     values = torch.rand(n, 4, generator=g).argsort(1)
     shown = torch.randint(0, 4, (n,), generator=g)
-    said = torch.cat([keys, torch.nn.functional.one_hot(values, 4).float()], -1) * 3
+    output = torch.cat([keys, torch.nn.functional.one_hot(values, 4).float()], -1) * 3
     audio = torch.randn(n, 12, 8, generator=g) * 0.3
-    audio[:, 4:8] += said
+    audio[:, 4:8] += output
     video = torch.randn(n, 6, 4, generator=g) * 0.3 + 3 * keys[torch.arange(n), shown, None]
     label = values[torch.arange(n), shown]
 
