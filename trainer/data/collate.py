@@ -61,7 +61,7 @@ class _Encoded:
             places = [self.objective.places[c] for c in self.chosen]
         else:
             places = [list(range(len(answer))) for answer in self.answers]
-        return [cue + place for cue, held in zip(cues, places, strict=True) for place in held]
+        return [cue + place for cue, own in zip(cues, places, strict=True) for place in own]
 
 
 class Collator:

@@ -149,12 +149,12 @@ class SplitView:
 
     def longest(self, n: int) -> list[int]:
         """`n` samples (all, if fewer), the longest text, audio and video among them: padded, the largest batch of `n`."""
-        held: dict[int, None] = {}
+        chosen: dict[int, None] = {}
         orders = [np.argsort(-x, kind="stable") for x in (self._characters(), *self._frames.values(), self.lengths())]
         for order in orders[:-1]:
-            held.update(dict.fromkeys(order[:1].tolist()))
-        held.update(dict.fromkeys(orders[-1][: n + len(held)].tolist()))
-        return list(held)[:n]
+            chosen.update(dict.fromkeys(order[:1].tolist()))
+        chosen.update(dict.fromkeys(orders[-1][: n + len(chosen)].tolist()))
+        return list(chosen)[:n]
 
     def _characters(self) -> np.ndarray:
         counts = [pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False) for columns in self._columns]

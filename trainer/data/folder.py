@@ -29,8 +29,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(record, dict) and {"format", "fingerprint"} <= set(record)
-    return record if ours and all(isinstance(record.get(key), dict) for key in ("task", "splits")) else None
+    is_record = isinstance(record, dict) and {"format", "fingerprint"} <= set(record)
+    return record if is_record and all(isinstance(record.get(key), dict) for key in ("task", "splits")) else None
 
 
 def check_free(out: Path) -> None:

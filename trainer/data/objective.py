@@ -69,8 +69,8 @@ class Objective:
             return None
         rows: list[list[int]] = []
         for answer in answers:
-            held = [self._following[place] for place in self.places[answer]]
-            rows += held + [[]] * (0 if longest is None else longest - len(held))
+            following = [self._following[place] for place in self.places[answer]]
+            rows += following + [[]] * (0 if longest is None else longest - len(following))
         token = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
         mask = torch.zeros(token.shape, dtype=torch.bool)
         for i, row in enumerate(rows):

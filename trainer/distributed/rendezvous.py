@@ -162,22 +162,20 @@ def _local_address(peer: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _given_interface(given: str, held: dict[str, list[str]], several: bool) -> str:
+def _given_interface(given: str, addresses_of: dict[str, list[str]], several: bool) -> str:
     """The first address of the interface that the user chose."""
-    advice = (
-        f"it has {_format_interfaces(held)}; unset GLOO_SOCKET_IFNAME, and the one that leads to MASTER_ADDR is taken"
-    )
+    advice = f"it has {_format_interfaces(addresses_of)}; unset GLOO_SOCKET_IFNAME, and the one that leads to MASTER_ADDR is taken"
     for name in given.split(","):
-        if name not in held:
+        if name not in addresses_of:
             raise RendezvousError(
                 f"GLOO_SOCKET_IFNAME={given}: {socket.gethostname()} has no interface {name} that is up; {advice}"
             )
-        if several and any(ipaddress.ip_address(address).is_loopback for address in held[name]):
+        if several and any(ipaddress.ip_address(address).is_loopback for address in addresses_of[name]):
             raise RendezvousError(
                 f"GLOO_SOCKET_IFNAME={given}: {name} is the loopback of {socket.gethostname()}, which no other node "
                 f"reaches; {advice}"
             )
-    return held[given.split(",")[0]][0]
+    return addresses_of[given.split(",")[0]][0]
 
 
 def _interfaces() -> dict[str, list[str]]:
@@ -185,10 +183,10 @@ def _interfaces() -> dict[str, list[str]]:
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found = {}
     for name, addresses in psutil.net_if_addrs().items():
-        held = [a for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6) and "fe80" not in a.address]
-        held.sort(key=lambda a: a.family != socket.AF_INET)
-        if name in up and held:
-            found[name] = [a.address for a in held]
+        usable = [a for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6) and "fe80" not in a.address]
+        usable.sort(key=lambda a: a.family != socket.AF_INET)
+        if name in up and usable:
+            found[name] = [a.address for a in usable]
     return found
 
 

@@ -184,8 +184,8 @@ def _line(run: SavedRun, checked: CheckedSample, answer: SampleAnswer, options: 
     line: Row = {"id": checked.sample.id, "task": checked.task}
     line |= {"prediction": answer.prediction, "valid": answer.valid, "answer": answer.answer}
     if options.probabilities:
-        words, held = run.parts.tasks[checked.task].answers(), answer.probabilities
-        line["probabilities"] = None if held is None else dict(zip(words, held, strict=True))
+        words, given = run.parts.tasks[checked.task].answers(), answer.probabilities
+        line["probabilities"] = None if given is None else dict(zip(words, given, strict=True))
     if options.gates:
         fusion = run.parts.model.fusion
         assert fusion is not None

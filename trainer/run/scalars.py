@@ -45,10 +45,10 @@ class StepScalars:
     def reduce(self) -> None:
         """Reduce over ranks: one all-reduce, and the only moment of a step at which the host waits for the device."""
         size = self._world.size
-        parts = [held / size if self._reduction[name] == "mean" else held for name, held in self._local.items()]
+        parts = [part / size if self._reduction[name] == "mean" else part for name, part in self._local.items()]
         vector = torch.cat([part.to(self._device) for part in parts])
         self._world.sum(vector)
-        lengths = [len(held) for held in self._local.values()]
+        lengths = [len(part) for part in self._local.values()]
         numbers = iter(vector.tolist())
         for name, part in zip(self._local, torch.split(vector, lengths), strict=True):
             self._reduced[name] = part

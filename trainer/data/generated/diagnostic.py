@@ -100,11 +100,11 @@ def _samples(variant: str, seed: int, sizes: dict[str, int], split: str) -> Iter
         video_TF = rng.normal(0, NOISE, (FRAMES["video"], WIDTHS["video"]))
         plant(kind, rng, k, audio_TF, video_TF)
         language = "en" if rng.random() < 0.5 else "zh"
-        said = [rng.choice(SUBJECTS[language]), rng.choice(VERBS[language])]
+        words = [rng.choice(SUBJECTS[language]), rng.choice(VERBS[language])]
         yield RawSample(
             id=f"{split}-{i:05d}",
             split=split,
-            text=(" " if language == "en" else "").join(said),
+            text=(" " if language == "en" else "").join(words),
             label=task.labels[k] if task.kind == "classification" else LEVELS[k],
             audio=audio_TF.astype(np.float32),
             video=video_TF.astype(np.float32),

@@ -264,8 +264,8 @@ def _line_string(vm: PickleVM) -> None:
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
         raise ValueError("a string without quotes")
     vm.charge(2 * len(line))
-    held = codecs.escape_decode(line[1:-1])[0]
-    vm.stack.append(Undecoded(held, 0, len(held), "str2"))
+    unescaped = codecs.escape_decode(line[1:-1])[0]
+    vm.stack.append(Undecoded(unescaped, 0, len(unescaped), "str2"))
 
 
 def _line_unicode(vm: PickleVM) -> None:

@@ -205,9 +205,9 @@ class _Unpickler(PickleVM):
                 self.charge(stop - start)
                 raw += decoder.decode(text.buffer[start:stop], stop == text.stop).encode("latin-1")
             return Undecoded(memoryview(raw).toreadonly(), 0, len(raw), "bytes")
-        held = self.string(text).encode("latin-1")
-        self.charge(len(held))
-        return Undecoded(held, 0, len(held), "bytes")
+        encoded = self.string(text).encode("latin-1")
+        self.charge(len(encoded))
+        return Undecoded(encoded, 0, len(encoded), "bytes")
 
     def new_bytearray(self, content: Any = None, encoding: Any = None) -> Undecoded:
         if content is None:

@@ -251,8 +251,8 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
             names = [n.removesuffix(".npy") for n in archive.namelist()]
             key = name if name in names else names[0] if len(names) == 1 else None
             if key is None:
-                held = ", ".join(names[:8]) or "nothing"
-                raise _UnreadableError(f"holds {held}; one array, or one called {name!r}, was expected")
+                stored = ", ".join(names[:8]) or "nothing"
+                raise _UnreadableError(f"holds {stored}; one array, or one called {name!r}, was expected")
             info = archive.getinfo(f"{key}.npy")
             with archive.open(info) as member:
                 _check_member(member, info)

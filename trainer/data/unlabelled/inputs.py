@@ -282,8 +282,8 @@ class SourceInput:
         self._source = open_source(self._expected.task, self._paths, labelled=False, plugins=self._plugins)
         self.notes = list(self._source.notes)
         if self._split is not None and self._split not in self._source.splits:
-            held = ", ".join(filter(None, self._source.splits)) or "none; the file's name may say it (test.pkl)"
-            raise PredictError(f"--split {self._split}: the input has no such split, it has {held}")
+            known = ", ".join(filter(None, self._source.splits)) or "none; the file's name may say it (test.pkl)"
+            raise PredictError(f"--split {self._split}: the input has no such split, it has {known}")
         rates = {name: rate for name, rate in self._source.rates.items() if rate is not None}
         if faults := rate_faults(rates, self._expected):
             raise PredictError("\n".join(faults))

@@ -121,8 +121,8 @@ class PrefixCache(DynamicCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.length:
             return key_states, value_states
-        held: Any = self.layers[layer_idx]
-        return torch.cat([held.keys, key_states], 2), torch.cat([held.values, value_states], 2)
+        cached: Any = self.layers[layer_idx]
+        return torch.cat([cached.keys, key_states], 2), torch.cat([cached.values, value_states], 2)
 
     def fill(self, run: Callable[[], Any]) -> None:
         """Store what passes while `run` runs.
@@ -132,9 +132,9 @@ class PrefixCache(DynamicCache):
         """
         run()
         layers: list[Any] = self.layers
-        held = {layer.get_seq_length() for layer in layers}
-        if held != {self.length}:
-            raise ValueError(f"the model's layers stored {sorted(held) or 'no'} of {self.length} prefix tokens")
+        cached = {layer.get_seq_length() for layer in layers}
+        if cached != {self.length}:
+            raise ValueError(f"the model's layers stored {sorted(cached) or 'no'} of {self.length} prefix tokens")
         self.filled = True
 
 

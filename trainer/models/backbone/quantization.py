@@ -59,18 +59,18 @@ def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = 
 
 def _check_outside(model: nn.Module, where: str) -> None:
     """Matrices outside of linear layers and embeddings: refused where they are a good part of the model."""
-    held: dict[str, list[torch.Size]] = {}
+    shapes_of: dict[str, list[torch.Size]] = {}
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                held.setdefault(_kind(f"{name}.{leaf}"), []).append(parameter.shape)
+                shapes_of.setdefault(_kind(f"{name}.{leaf}"), []).append(parameter.shape)
     total = sum(parameter.numel() for parameter in model.parameters())
-    shares = {kind: sum(shape.numel() for shape in shapes) / total for kind, shapes in held.items()}
+    shares = {kind: sum(shape.numel() for shape in shapes) / total for kind, shapes in shapes_of.items()}
     listed = [
         f"{kind} ({' x '.join(map(str, shapes[0]))}, {len(shapes)} of them, {shares[kind]:.1%} of the model)"
-        for kind, shapes in held.items()
+        for kind, shapes in shapes_of.items()
     ]
     if sum(shares.values()) > LEFT:
         raise ValueError(

@@ -51,8 +51,8 @@ def broadcast_tensors(find: Callable[[], list[Path]], device: torch.device, rank
             for path in find():
                 file = safe_open(path, framework="pt", device="cpu")
                 for key in file.keys():  # noqa: SIM118
-                    held = file.get_tensor(key)  # mapped from the file, not read
-                    files[key], listing[key] = file, (held.dtype, tuple(held.shape))
+                    stored = file.get_tensor(key)  # mapped from the file, not read
+                    files[key], listing[key] = file, (stored.dtype, tuple(stored.shape))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             fault = f"{type(error).__name__}: {error}"
     listing, fault = ranks.broadcast_object((listing, fault))

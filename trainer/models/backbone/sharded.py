@@ -82,7 +82,7 @@ class StreamingLoad(QuantizationConfigMixin):
         if value.shape != old.shape:
             self.faults.append(f"{name} is {tuple(value.shape)} in the files, {tuple(old.shape)} in the model")
         if isinstance(module, Linear4bit) and leaf == "weight":
-            options = {key: held for key, held in vars(old).items() if not key.startswith("_")}
+            options = {key: option for key, option in vars(old).items() if not key.startswith("_")}
             packed: Any = Params4bit(value, **{**options, "requires_grad": False})
             parameter: Any = packed.to(self.device)  # quantises
         else:
@@ -100,8 +100,8 @@ class StreamingLoad(QuantizationConfigMixin):
 
         def settle(named: tuple[str, nn.Parameter]) -> Measured:
             name, parameter = named
-            held = vars(parameter).pop("measured", None)
-            return held or measure(parameter, rows=isinstance(_owner(model, name)[0], nn.Embedding))
+            measured = vars(parameter).pop("measured", None)
+            return measured or measure(parameter, rows=isinstance(_owner(model, name)[0], nn.Embedding))
 
         named = dict(model.named_parameters())
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -148,8 +148,8 @@ class StreamQuantizer(Bnb4BitHfQuantizer):
         before that: they load as they always do, and are settled at the end."""
         if self.stream.four_bit is not None and super().param_needs_quantization(model, param_name, **options):
             return True
-        held = model.get_parameter_or_buffer(param_name)
-        return isinstance(held, nn.Parameter) and held.dtype == self.stream.dtype
+        own = model.get_parameter_or_buffer(param_name)
+        return isinstance(own, nn.Parameter) and own.dtype == self.stream.dtype
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Take(self.stream)
@@ -192,9 +192,9 @@ class _Take(ConversionOps):
         model: Any = None,
         **options: Any,
     ) -> dict[str, Any]:
-        held = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        stored = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         input_dict.clear()
-        return {name: self.stream.take(model, name, held.pop(name)) for name in list(held)}
+        return {name: self.stream.take(model, name, stored.pop(name)) for name in list(stored)}
 
 
 def _return_freed_memory() -> None:

@@ -115,10 +115,10 @@ def _score(
 
 
 @contextlib.contextmanager
-def memory_explained(what: str, key: str, value: int, held: int | None = None) -> Iterator[None]:
+def memory_explained(what: str, key: str, value: int, positions: int | None = None) -> Iterator[None]:
     """An out-of-memory error inside the block becomes a message that names the settings to change.
 
-    `held` are the positions of the batch, where they are known: they may be far below the limit `value`.
+    `positions` are those of the batch, where they are known: they may be far below the limit `value`.
     """
     try:
         yield
@@ -126,7 +126,7 @@ def memory_explained(what: str, key: str, value: int, held: int | None = None) -
         text = str(error) or type(error).__name__
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in text for s in NO_MEMORY):
             raise
-        smaller = f"{key}={max(1, min(value, held or value) // 2)} (now {value}), " if value > 1 else ""
+        smaller = f"{key}={max(1, min(value, positions or value) // 2)} (now {value}), " if value > 1 else ""
         checkpointing = "" if key == "eval.tokens" else "model.backbone.gradient_checkpointing=true, "
         raise MemoryFault(
             f"{what} does not fit into memory: {text.splitlines()[0]}\ntry {smaller}{checkpointing}a smaller data.max_text_tokens, or more GPUs with train.zero=3"

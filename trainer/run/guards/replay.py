@@ -78,5 +78,5 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, (tuple, list)):
-        return [t for held in value for t in _tensors(held)]
+        return [t for inner in value for t in _tensors(inner)]
     return []
