@@ -137,6 +137,18 @@ def test_all_faults_of_own_samples_come_at_once(tmp_path: Path) -> None:
     assert "… and " in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16", "utf-16-be", "utf-8-sig"])
+def test_own_samples_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    line = json.dumps({"id": "a", "text": "今天我真的很高兴", "label": "高兴", "split": "train"}, ensure_ascii=False)
+    path = tmp_path / "own.jsonl"
+    path.write_bytes((line + "\n" + line.replace('"a"', '"b"') + "\n").encode(encoding))
+    found = read(get_task("cherma"), path)[1]["train"]
+    assert [(s.id, s.text, s.label) for s in found] == [
+        ("a", "今天我真的很高兴", "高兴"),
+        ("b", "今天我真的很高兴", "高兴"),
+    ]
+
+
 def test_a_list_of_samples_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps([{"text": "a", "label": "joy"}], indent=1))
     with pytest.raises(ReaderError, match="is one JSON list; one sample a line was expected"):

@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from trainer.answers.metrics import compute
+from trainer.encodings import EncodingError, decode_file
 from trainer.tasks import Task
 
 COLUMNS = ("id", "label", "prediction")
@@ -58,12 +59,12 @@ def read_predictions(task: Task, path: str | Path) -> FilePredictions:
     """Read ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` (any other name: CSV); further columns are ignored.
 
     Of a Parquet file with a column ``task`` that names this task, its rows alone are read: a run's own predictions.
-    Text is UTF-8, with or without byte order mark. Labels are the task's label words (both columns; letter for letter,
+    Text is in any encoding that :mod:`trainer.encodings` can tell. Labels are the task's label words (both columns; letter for letter,
     white space around them aside) or finite decimal numbers: the truth one of the task's range, the prediction any. A
     prediction that is something else, or empty, is invalid, which is no fault.
 
     Raises:
-        ScoreError: with every fault: no file, not UTF-8, no rows, missing columns (and those found), rows cut short,
+        ScoreError: with every fault: no file, an unknown encoding, no rows, missing columns (and those found), rows cut short,
             duplicate or empty ids, truths that the task does not have.
     """
     path = Path(path)
@@ -108,10 +109,9 @@ def _read(task: Task, path: Path, faults: list[str]) -> list[Row]:
     try:
         if path.suffix.lower() == ".parquet":
             return _read_parquet(task, path, faults)
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        faults.append(f"is not UTF-8 (byte {error.start}, line {line}): save it as UTF-8")
+        text, _ = decode_file(path.read_bytes(), task.language)
+    except EncodingError as error:
+        faults.append(str(error))
         return []
     except (OSError, pyarrow.ArrowException) as error:
         faults.append(f"cannot be read: {error}")

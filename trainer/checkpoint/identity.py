@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from trainer.config import RunConfig, flatten
+from trainer.config import RunConfig, defaults_of_missing, flatten
 from trainer.distributed.deepspeed_config import zero_stage
 from trainer.schema import Effect, find
 
@@ -68,10 +68,6 @@ def completed_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     A key that was not known then has the schema's default; saved values are not checked.
     """
     known = {key: value for key, value in saved.items() if find(RunConfig, key) is not None}
-    for key, default in training_settings(RunConfig(task="any")).items():
-        if key not in known and not any(
-            name.startswith(f"{key}.") for name in known
-        ):  # of a dictionary that is not empty
-            known[key] = default
+    known |= defaults_of_missing(known, training_settings(RunConfig(task="any")))
     gone = {key: value for key, value in saved.items() if key not in known}
     return {key: value for key, value in known.items() if effect_of(key) == "training"}, gone

@@ -22,7 +22,9 @@ import pytest
 
 from tests.data.hostile import BOMBS, LOOPS, RECONSTRUCT, array_of, zoo
 from trainer.data.pickles import pickle_vm
+from trainer.data.pickles.pickle_vm import decode_utf_8
 from trainer.data.pickles.unpickle import ALLOWED, UnsafePickle, load_pickle, loads
+from trainer.encodings import decode_text
 
 GRID = np.arange(6, dtype=np.float32).reshape(2, 3)
 HONEST = {
@@ -131,9 +133,22 @@ def test_reads_python_2(protocol: int) -> None:
     assert content["n"] == 3
 
 
-@pytest.mark.parametrize(("raw", "text"), [(b"it\x92s", "it’s"), (b"\xe4\xbd\xa0", "你"), (b"\x81", "\x81"), (b"", "")])
-def test_python_2_text_of_any_encoding(raw: bytes, text: str) -> None:
-    assert loads(b"\x80\x02]U" + bytes([len(raw)]) + raw + b"a.") == [text]
+@pytest.mark.parametrize(("raw", "text"), [(b"it\x92s", "it’s"), (b"\xe4\xbd\xa0", "你"), (b"", "")])
+def test_python_2_text_is_decoded_as_asked(raw: bytes, text: str) -> None:
+    assert loads(b"\x80\x02]U" + bytes([len(raw)]) + raw + b"a.", decode_text=decode_text) == [text]
+
+
+@pytest.mark.parametrize("raw", [b"\x81", b"\xbd\xf1\xcc\xec"])
+def test_python_2_text_that_cannot_be_told_is_refused(raw: bytes) -> None:
+    program = b"\x80\x02]U" + bytes([len(raw)]) + raw + b"a."
+    for decode, reason in (
+        (decode_text, "is not UTF-8 or punctuation of Windows-1252"),
+        (decode_utf_8, "is not UTF-8"),
+    ):
+        with pytest.raises(UnsafePickle, match=f"holds text .* that {reason}"):
+            loads(program, decode_text=decode)
+    if len(raw) == 4:
+        assert loads(program, decode_text=lambda text: decode_text(text, "zh")) == ["今天"]
 
 
 def test_lone_surrogates_become_valid_text() -> None:

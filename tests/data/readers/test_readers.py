@@ -262,6 +262,26 @@ def test_annotations_in_another_encoding(tmp_path: Path) -> None:
     assert source.notes == ["train_sent_emo.csv: some lines are not UTF-8 and were read as Windows-1252"]
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16", "utf-16-le", "utf-8-sig"])
+def test_chinese_annotations(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "train_sent_emo.csv"
+    path.write_bytes(
+        (HEADER + csv_row(1, "今天我真的很高兴！", "高兴") + csv_row(2, "别走", "悲伤", utterance="1")).encode(encoding)
+    )
+    source, found = read(get_task("cherma"), path)
+    assert [(s.text, s.label) for s in found["train"]] == [("今天我真的很高兴！", "高兴"), ("别走", "悲伤")]
+    assert (source.notes == []) == (encoding == "utf-8-sig")
+    if encoding.startswith("gb"):
+        assert "line 2 is not UTF-8, UTF-16 or punctuation of Windows-1252 (bytes " in faults_of(MELD, path)
+
+
+def test_byte_strings_in_pickles(tmp_path: Path) -> None:
+    rows = [{"features": {"text": "今天我真的很高兴".encode("gbk")}, "label": "高兴".encode("gbk")}]
+    path = dump(tmp_path / "cherma_train.pkl", rows)
+    assert [(s.text, s.label) for s in read(get_task("cherma"), path)[1]["train"]] == [("今天我真的很高兴", "高兴")]
+    assert "row 0: its text is not UTF-8 or punctuation of Windows-1252 (bytes bd f1" in faults_of(MELD, path)
+
+
 def test_all_faults_of_annotations_come_at_once(tmp_path: Path) -> None:
     good = csv_row(1, "a")
     (tmp_path / "train_x.csv").write_text(

@@ -17,6 +17,7 @@ import numpy as np
 
 _FREE_BYTES = 256 << 20  # of Python objects that any file may make, and _BYTES_PER_FILE_BYTE more for each byte of it
 _BYTES_PER_FILE_BYTE = 4
+Decoder = Callable[[bytes], str]
 LAZY = 1 << 16  # longer text is decoded only when asked for
 _INT_BYTES = 32
 
@@ -25,13 +26,27 @@ class UnsafePickle(ValueError):
     """A pickle that is refused, or a file that is not a pickle: the message names the file, the byte, and what it asked for."""
 
 
+class UndecodableTextError(ValueError):
+    """A byte string of Python 2 that `decode` does not take for text; the message is that of its ValueError."""
+
+
+def decode_utf_8(raw: bytes) -> str:
+    """The text; what says nothing of its encoding is taken for nothing else."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error})") from None
+
+
 class Undecoded:
     """Bytes or text of the file that are not decoded yet: `kind` says what they become when they end up as data."""
 
-    __slots__ = ("buffer", "kind", "start", "stop", "value")
+    __slots__ = ("buffer", "decode_text", "kind", "start", "stop", "value")
 
-    def __init__(self, buffer: bytes | mmap.mmap | memoryview, start: int, stop: int, kind: str) -> None:
-        self.buffer, self.start, self.stop, self.kind = buffer, start, stop, kind
+    def __init__(
+        self, buffer: bytes | mmap.mmap | memoryview, start: int, stop: int, kind: str, decode_text: Decoder
+    ) -> None:
+        self.buffer, self.start, self.stop, self.kind, self.decode_text = buffer, start, stop, kind, decode_text
         self.value: Any = None
 
     def __len__(self) -> int:
@@ -39,8 +54,15 @@ class Undecoded:
 
     def decode(self) -> Any:
         if self.value is None:
-            self.value = _DECODERS[self.kind](bytes(self.buffer[self.start : self.stop]))
+            raw = bytes(self.buffer[self.start : self.stop])
+            self.value = self._python_2_text(raw) if self.kind == "str2" else _DECODERS[self.kind](raw)
         return self.value
+
+    def _python_2_text(self, raw: bytes) -> str:
+        try:
+            return self.decode_text(raw)
+        except ValueError as error:
+            raise UndecodableTextError(str(error)) from error
 
 
 _NUMBERS = {np.dtype(code).type for code in "?bBhHiIlLqQefdgFDG"}
@@ -49,10 +71,10 @@ _KEYS = PLAIN - {bytearray, set, frozenset}
 
 
 class PickleVM:
-    """Runs one pickle; `where` names it in messages."""
+    """Runs one pickle; `where` names it in messages, `decode_text` reads Python 2's byte strings."""
 
-    def __init__(self, data: bytes | mmap.mmap, where: str) -> None:
-        self.data, self.where, self.end = data, where, len(data)
+    def __init__(self, data: bytes | mmap.mmap, where: str, decode_text: Decoder = decode_utf_8) -> None:
+        self.data, self.where, self.decode_text, self.end = data, where, decode_text, len(data)
         self.pos = self.op_at = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -82,6 +104,8 @@ class PickleVM:
             return self.finish(self.stack.pop())
         except UnsafePickle:
             raise
+        except UndecodableTextError as error:
+            self.fail(f"holds text (before byte {self.pos:,}) that {error}")
         except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
             name = names.get(op, f"0x{op:02x}")
             self.fail(
@@ -133,13 +157,13 @@ class PickleVM:
     def raw(self, size: struct.Struct, kind: str) -> None:
         n = self.number(size)
         start = self.take(n)
-        self.stack.append(Undecoded(self.data, start, self.pos, kind))
+        self.stack.append(Undecoded(self.data, start, self.pos, kind, self.decode_text))
 
     def unicode(self, size: struct.Struct) -> None:
         n = self.number(size)
         start = self.take(n)
         if n > LAZY:
-            self.stack.append(Undecoded(self.data, start, self.pos, "text"))
+            self.stack.append(Undecoded(self.data, start, self.pos, "text", self.decode_text))
             return
         text = _text(self.data[start : self.pos])
         self.charge(text.__sizeof__())
@@ -248,16 +272,6 @@ def _text(raw: bytes) -> str:
         return halves.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def decode_legacy_text(raw: bytes) -> str:
-    """Text of unknown encoding, as Python 2 and old tools wrote it: UTF-8, else Windows-1252, else Latin-1."""
-    for encoding in ("utf-8", "cp1252"):
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return raw.decode("latin-1")
-
-
 def _line_string(vm: PickleVM) -> None:
     """STRING: Python 2's `repr` of a byte string."""
     line = vm.line().strip()
@@ -265,7 +279,7 @@ def _line_string(vm: PickleVM) -> None:
         raise ValueError("a string without quotes")
     vm.charge(2 * len(line))
     unescaped = codecs.escape_decode(line[1:-1])[0]
-    vm.stack.append(Undecoded(unescaped, 0, len(unescaped), "str2"))
+    vm.stack.append(Undecoded(unescaped, 0, len(unescaped), "str2", vm.decode_text))
 
 
 def _line_unicode(vm: PickleVM) -> None:
@@ -352,7 +366,6 @@ def _refused(name: str) -> Callable[[PickleVM], NoReturn]:
 
 
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "str2": decode_legacy_text,
     "text": _text,
     "bytes": bytes,
     "bytearray": bytearray,

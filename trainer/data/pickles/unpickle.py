@@ -27,7 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.pickles.pickle_vm import LAZY, PLAIN, PickleVM, Undecoded, UnsafePickle, quoted, type_name
+from trainer.data.pickles.pickle_vm import (
+    LAZY,
+    PLAIN,
+    Decoder,
+    PickleVM,
+    Undecoded,
+    UnsafePickle,
+    decode_utf_8,
+    quoted,
+    type_name,
+)
 
 __all__ = ["ALLOWED", "UnsafePickle", "load_pickle", "loads"]
 
@@ -35,15 +45,15 @@ _EXPANSION = 32  # a tree written out in full may be this many times the file
 _DTYPE = re.compile(r"[<>=|]?(\?|b1|[iu][1248]|f(2|4|8|12|16)|c(8|16|24|32)|[SU]\d{1,9}|O[48]?)")
 
 
-def load_pickle(path: str | Path) -> Any:
+def load_pickle(path: str | Path, decode_text: Decoder = decode_utf_8) -> Any:
     """The plain data in the pickle at `path`: arrays, containers, numbers and text.
 
-    Arrays are read-only views of the file (perhaps unaligned, perhaps big-endian). Strings of Python 2 are text: UTF-8,
-    else Windows-1252, else Latin-1.
+    Arrays are read-only views of the file (perhaps unaligned, perhaps big-endian). `decode_text` makes text of Python 2's
+    byte strings, or raises a ValueError that says why it is none.
 
     Raises:
         UnsafePickle: it asks for anything but numpy arrays, built-in containers and scalars; or it is truncated, claims
-            more than it holds, or contains itself.
+            more than it holds, contains itself, or has text in an unknown encoding.
     """
     path = Path(path)
     try:
@@ -52,16 +62,16 @@ def load_pickle(path: str | Path) -> Any:
             data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise UnsafePickle(f"{path}: cannot be read: {error}") from error
-    return loads(data, str(path))
+    return loads(data, str(path), decode_text)
 
 
-def loads(data: bytes | mmap.mmap, where: str = "pickle") -> Any:
+def loads(data: bytes | mmap.mmap, where: str = "pickle", decode_text: Decoder = decode_utf_8) -> Any:
     """:func:`load_pickle` of `data` in memory; `where` names it in messages."""
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
         )  # escapes in strings that Python does not know stay as they are
-        return _Unpickler(data, where).run()
+        return _Unpickler(data, where, decode_text).run()
 
 
 class _Symbol:
@@ -204,18 +214,18 @@ class _Unpickler(PickleVM):
                 stop = min(start + (1 << 24), text.stop)
                 self.charge(stop - start)
                 raw += decoder.decode(text.buffer[start:stop], stop == text.stop).encode("latin-1")
-            return Undecoded(memoryview(raw).toreadonly(), 0, len(raw), "bytes")
+            return Undecoded(memoryview(raw).toreadonly(), 0, len(raw), "bytes", self.decode_text)
         encoded = self.string(text).encode("latin-1")
         self.charge(len(encoded))
-        return Undecoded(encoded, 0, len(encoded), "bytes")
+        return Undecoded(encoded, 0, len(encoded), "bytes", self.decode_text)
 
     def new_bytearray(self, content: Any = None, encoding: Any = None) -> Undecoded:
         if content is None:
-            return Undecoded(b"", 0, 0, "bytearray")
+            return Undecoded(b"", 0, 0, "bytearray", self.decode_text)
         content = content if encoding is None else self.encode(content, encoding)
         if type(content) is not Undecoded or content.kind not in ("bytes", "str2"):
             self.refuse(f"a bytearray of {type_name(content)}")
-        return Undecoded(content.buffer, content.start, content.stop, "bytearray")
+        return Undecoded(content.buffer, content.start, content.stop, "bytearray", self.decode_text)
 
     def new_ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         self.charge(200 * len(pairs))
@@ -304,7 +314,9 @@ for _core in ("numpy.core", "numpy._core"):
 for _builtins in ("builtins", "__builtin__"):
     _MEANINGS[_builtins, "set"] = lambda vm, items=(): vm.members(items)
     _MEANINGS[_builtins, "frozenset"] = lambda vm, items=(): frozenset(vm.members(items))
-    _MEANINGS[_builtins, "bytes"] = lambda vm: Undecoded(b"", 0, 0, "bytes")  # empty: other bytes are _codecs.encode's
+    _MEANINGS[_builtins, "bytes"] = lambda vm: Undecoded(
+        b"", 0, 0, "bytes", vm.decode_text
+    )  # empty: other bytes are _codecs.encode's
     _MEANINGS[_builtins, "bytearray"] = _Unpickler.new_bytearray
     _MEANINGS[_builtins, "complex"] = _Unpickler.new_complex
 

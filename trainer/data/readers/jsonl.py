@@ -27,7 +27,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Table
-from trainer.data.readers.registry import ReadContext, Reader
+from trainer.data.readers.registry import ReadContext, Reader, decoded
+from trainer.encodings import is_plain_utf_8
 from trainer.tasks import Task
 
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
@@ -75,7 +76,12 @@ class JsonlReader(Reader):
             faults.append(f"{path}: is empty")
             return []
         with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not is_plain_utf_8(data):
+            text = decoded(path, bytes(data), context)
+            if text is None:
+                return []
+            data = text.encode()
         start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
         if data[start : start + 4096].lstrip().startswith(b"["):
             faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
@@ -164,7 +170,7 @@ def _unused(key: str, n: int) -> str:
     return f"{key[:40]!r} of {n} line(s)" + (f" (did you mean {close[0]}?)" if close else "")
 
 
-def _sample(task: Task, path: Path, data: mmap.mmap, split: str, places: list[_Place], i: int) -> RawSample:
+def _sample(task: Task, path: Path, data: mmap.mmap | bytes, split: str, places: list[_Place], i: int) -> RawSample:
     number, start, stop = places[i]
     line = Line.model_validate_json(data[start:stop].strip())
     name = f"{split or path.stem}-{number:05d}" if line.id is None else str(line.id)

@@ -1,7 +1,7 @@
 """MELD's annotations, `train_sent_emo.csv` and its like: text, speaker, emotion, dialogue and utterance; no features.
 
 Columns are found by name, so other corpora of that layout (CPED's CSV) are read too. A row's id is
-`train_dia0_utt3`, after the names of MELD's clips. Text is kept as published; bytes that are not UTF-8 are taken for Windows-1252.
+`train_dia0_utt3`, after the names of MELD's clips. Text is kept as published, in any encoding that `trainer/encodings.py` can tell.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 from functools import partial
 from pathlib import Path
 
-from trainer.data.pickles.pickle_vm import decode_legacy_text
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table
-from trainer.data.readers.registry import ReadContext, Reader, prefer
+from trainer.data.readers.registry import ReadContext, Reader, decoded, prefer
+from trainer.encodings import first_line
 from trainer.tasks import Task
 
 COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID")
@@ -33,7 +33,7 @@ class MeldCsvReader(Reader):
     def recognise(self, path: Path) -> bool:
         """Whether the header has MELD's columns."""
         with path.open("rb") as file:
-            head = file.readline(1 << 16).decode("utf-8-sig", "replace")
+            head = first_line(file.read(1 << 16))
         return set(COLUMNS) <= {name.strip().strip('"') for name in head.split(",")}
 
     def choose(self, task: Task, files: list[Path]) -> list[Path]:
@@ -46,7 +46,10 @@ class MeldCsvReader(Reader):
             faults.append(f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so")
             return []
         known = len(faults)
-        reader = csv.reader(io.StringIO(_decode(path, context.notes), newline=""), strict=True)
+        text = decoded(path, path.read_bytes(), context)
+        if text is None:
+            return []
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
             needed = (*COLUMNS, LABEL) if context.labelled else COLUMNS
@@ -94,12 +97,3 @@ def _sample(
         turn=turns[i],
         where=f"{path.name} line {line}",
     )
-
-
-def _decode(path: Path, notes: list[str]) -> str:
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        notes.append(f"{path.name}: some lines are not UTF-8 and were read as Windows-1252")
-        return "".join(decode_legacy_text(line) for line in raw.splitlines(keepends=True))

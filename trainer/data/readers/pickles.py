@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trainer.data.readers.raw import (
     split_of,
 )
 from trainer.data.readers.registry import ReadContext, Reader, prefer
+from trainer.encodings import EncodingError, decode_text
 from trainer.tasks import Task
 
 # what a column is for -> its published names, the first found is read
@@ -58,7 +60,7 @@ class PickleReader(Reader):
 
     def read(self, path: Path, context: ReadContext) -> list[Table]:
         try:
-            content = load_pickle(path)
+            content = load_pickle(path, partial(decode_text, language=context.task.language))
         except UnsafePickle as error:
             context.faults.append(str(error))
             return []
@@ -88,27 +90,34 @@ def _one_split(path: Path, content: Any, context: ReadContext) -> list[Table]:
 
 def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) -> Table | None:
     known, label = len(context.faults), " and label" if context.labelled else ""
+    language = context.task.language
     for i, row in enumerate(rows):
         features = row.get("features", row) if isinstance(row, dict) else None
         if not isinstance(features, dict) or "text" not in features or (context.labelled and "label" not in row):
             context.faults.append(
                 f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …){label} was expected"
             )
+        else:
+            words = {
+                "text": features["text"],
+                **{name: row.get(name) for name in ("label", "id", "speaker", "dialogue")},
+            }
+            context.faults += [f"{path} row {i}: {fault}" for fault in _undecodable(words, language)]
 
     def sample(i: int) -> RawSample:
         row = rows[i]
         features = row.get("features", row)
         return RawSample(
-            id=as_text(row.get("id")) or f"{split or path.stem}-{i:05d}",
+            id=as_text(row.get("id"), language) or f"{split or path.stem}-{i:05d}",
             split=split,
-            text=as_text(features["text"]),
-            label=as_label(row.get("label")),
+            text=as_text(features["text"], language),
+            label=as_label(row.get("label"), language),
             audio=as_features(features.get("audio")),
             video=as_features(features.get("video")),
             audio_length=as_length(features.get("audio_len")),
             video_length=as_length(features.get("video_len")),
-            speaker=as_text(row.get("speaker")),
-            dialogue=as_text(row.get("dialogue")),
+            speaker=as_text(row.get("speaker"), language),
+            dialogue=as_text(row.get("dialogue"), language),
             turn=as_length(row.get("turn")),
             kind=as_text(row.get("kind")),
             language=as_text(row.get("language")),
@@ -139,6 +148,11 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
     if len(set(sizes.values())) > 1 or None in sizes.values():
         found = ", ".join(f"{use} {'no list' if size is None else size}" for use, size in sizes.items())
         faults.append(f"{path}: the columns of {split} differ in length: {found}")
+    else:
+        language = context.task.language
+        for use in ("text", "label", "id"):
+            for i, value in enumerate(() if columns[use] is None else columns[use]):
+                faults += [f"{path} {split} row {i}: {fault}" for fault in _undecodable({use: value}, language)]
     if len(faults) > known:
         return None
 
@@ -150,8 +164,8 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
         return RawSample(
             id=_id(cell("id", i)) or f"{split or path.stem}-{i:05d}",
             split=split,
-            text=as_text(cell("text", i)),
-            label=as_label(cell("label", i)),
+            text=as_text(cell("text", i), language),
+            label=as_label(cell("label", i), language),
             audio=as_features(cell("audio", i)),
             video=as_features(cell("video", i)),
             audio_length=as_length(cell("audio_length", i)),
@@ -161,6 +175,18 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
 
     widths = {use: columns[use].shape[2] for use in ("audio", "video") if getattr(columns[use], "ndim", 0) == 3}
     return Table(path, split, next(s for s in sizes.values() if s is not None), sample, widths or None)
+
+
+def _undecodable(words: Mapping[str, Any], language: str) -> list[str]:
+    """Byte strings whose encoding cannot be told."""
+    faults = []
+    for name, value in words.items():
+        if isinstance(value, bytes):
+            try:
+                as_text(value, language)
+            except EncodingError as error:
+                faults.append(f"its {name} {error}")
+    return faults
 
 
 def _id(value: Any) -> str | None:

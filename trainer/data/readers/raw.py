@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.pickles.pickle_vm import decode_legacy_text
+from trainer.encodings import decode_text
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
@@ -91,21 +91,25 @@ def split_of(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def as_text(value: Any) -> str | None:
-    """Text as published; a number is written out, anything else is no text (None)."""
+def as_text(value: Any, language: str = "en") -> str | None:
+    """Text as published; a number is written out, anything else is no text (None).
+
+    Raises:
+        EncodingError: bytes in no encoding that can be told.
+    """
     value = _plain(value)
     if isinstance(value, bytes):
-        return decode_legacy_text(value)
+        return decode_text(value, language)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
 
 
-def as_label(value: Any) -> str | float | None:
-    """A label's word or number."""
+def as_label(value: Any, language: str = "en") -> str | float | None:
+    """A label's word or number; raises as :func:`as_text`."""
     value = _plain(value)
     if isinstance(value, (bool, bytes)):
-        return as_text(value) if isinstance(value, bytes) else str(value)
+        return as_text(value, language) if isinstance(value, bytes) else str(value)
     return value if isinstance(value, (str, int, float)) else None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from trainer.data.readers.raw import Table, split_of
+from trainer.encodings import MIXED, EncodingError, decode_file
 from trainer.plugins import PluginError, installed_plugins, load_plugin, subclasses_in
 from trainer.tasks import Task
 
@@ -42,6 +43,20 @@ class ReadContext:
     def split_of(self, path: Path) -> str | None:
         """The split that a file is named after; "" for samples to be predicted, which need none."""
         return split_of(path.stem) or (None if self.labelled else "")
+
+
+def decoded(path: Path, raw: bytes, context: ReadContext) -> str | None:
+    """The text of a file; a note names an encoding other than UTF-8, and a fault says why there is none."""
+    try:
+        text, encoding = decode_file(raw, context.task.language)
+    except EncodingError as error:
+        context.faults.append(f"{path}: {error}")
+        return None
+    if encoding == MIXED:
+        context.notes.append(f"{path.name}: some lines are not UTF-8 and were read as Windows-1252")
+    elif encoding != "utf-8":
+        context.notes.append(f"{path.name}: read as {encoding.upper()}")
+    return text
 
 
 class Reader(ABC):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
+import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +20,7 @@ from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Source
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
 from trainer.data.readers.source import open_source
 from trainer.data.rows import STREAMS
+from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
 from trainer.tasks import Task
 
 LONGEST = 16 << 20  # bytes of a line
@@ -124,7 +128,8 @@ def open_input(
     files = _files(sources, readers, tasks[chosen].task if chosen else next(iter(tasks.values())).task)
     if all(reader is None or isinstance(reader, JsonlReader) for _, reader in files):
         named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
-        return JsonLinesInput(named, task, split, reread)
+        chinese = any(one.task.language == "zh" for one in tasks.values())
+        return JsonLinesInput(named, task, split, reread, "zh" if chinese else "en")
     if chosen is None:
         raise PredictError(
             f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
@@ -167,8 +172,9 @@ class JsonLinesInput:
         task: str | None,
         split: str | None = None,
         reread: bool = False,
+        language: str = "en",
     ) -> None:
-        self._given, self._task, self._split, self._reread = files, task, split, reread
+        self._given, self._task, self._split, self._reread, self._language = files, task, split, reread, language
         self._files: list[_OpenFile] = []
         self._stack = contextlib.ExitStack()
         self.notes: list[str] = []
@@ -176,7 +182,7 @@ class JsonLinesInput:
     def __enter__(self) -> JsonLinesInput:
         with contextlib.ExitStack() as stack:
             for given, folder, label in self._given:
-                file = stack.enter_context(given.open("rb")) if isinstance(given, Path) else given
+                file = stack.enter_context(self._opened(given)) if isinstance(given, Path) else given
                 if self._reread and not file.seekable():
                     copy = stack.enter_context(tempfile.TemporaryFile())
                     shutil.copyfileobj(file, copy)
@@ -189,6 +195,22 @@ class JsonLinesInput:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _opened(self, path: Path) -> BinaryIO:
+        """The file as UTF-8; where its encoding cannot be told, as it is, so that each line of it is refused by itself."""
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return path.open("rb")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                if is_plain_utf_8(data):
+                    return path.open("rb")
+                try:
+                    text, encoding = decode_file(bytes(data), self._language)
+                except EncodingError:
+                    return path.open("rb")
+        if encoding != "utf-8":
+            self.notes.append(f"{path.name}: read as {encoding.upper()}")
+        return io.BytesIO(text.encode())
 
     def samples(self) -> Iterator[UncheckedSample]:
         order = 0

@@ -16,7 +16,7 @@ import pyarrow as pa
 import yaml
 from pyarrow import compute, parquet
 
-from trainer.config import RunConfig, flatten
+from trainer.config import RunConfig, defaults_of_missing, flatten
 from trainer.data.folder import read_record as read_dataset_record
 from trainer.results.run_folder import PREDICTIONS
 from trainer.tasks import Task, TaskError, define_task, get_task
@@ -81,9 +81,8 @@ class ComparedRun:
 
 def with_defaults(config: Mapping[str, str]) -> dict[str, str]:
     """A run's config in which a key that its version did not know has the schema's default, as continuing it would give it."""
-    known = {key: str(value) for key, value in flatten(RunConfig(task="any")).items()}
-    absent = {key for key in known if key not in config and not any(name.startswith(f"{key}.") for name in config)}
-    return {**config, **{key: value for key, value in known.items() if key in absent}}
+    absent = defaults_of_missing(config, flatten(RunConfig(task="any")))
+    return {**config, **{key: str(value) for key, value in absent.items()}}
 
 
 def tasks_of(config: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict[str, Task]:
