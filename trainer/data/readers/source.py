@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
+from trainer.data.file_kinds import misnamed
 from trainer.data.readers.joined import join
 from trainer.data.readers.raw import SPLITS, RawSample, ReaderError, Source, Table
 from trainer.data.readers.registry import ReadContext, Reader, in_folder, known_readers, reader_of
@@ -120,6 +121,9 @@ def _read(files: Mapping[Path, Reader], context: ReadContext) -> Found:
     found: Found = {}
     for file, reader in files.items():
         try:
+            if (what := misnamed(file)) is not None:
+                context.faults.append(f"{file}: {what}")
+                continue
             tables = reader.read(file, context)
         except OSError as error:
             context.faults.append(f"{file}: cannot be read: {error.strerror or error}")
