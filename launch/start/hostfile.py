@@ -83,7 +83,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         ValueError: with every fault of the file.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the hostfile {path} cannot be read: {error}") from error
     hosts: dict[str, Host] = {}
@@ -95,6 +95,10 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         match = re.fullmatch(r"([^\s-]\S*)\s+slots=([1-9]\d*)", text)
         if match is None:
             faults.append(f"line {number}: {text!r} is not of the form 'name slots=N' with N of 1 or more")
+        elif set("[],;") & set(match[1]):
+            faults.append(
+                f"line {number}: {match[1]!r} names several nodes: a line for each ('scontrol show hostnames {match[1]}' lists Slurm's)"
+            )
         elif match[1] in hosts:
             faults.append(f"line {number}: {match[1]} is listed twice")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,20 @@ def test_a_hostfile_reads_as_deepspeed_reads_it(tmp_path: Path) -> None:
     path.write_text("# nodes\nworker-0 slots=4\n\n  10.0.0.2   slots=2  # two\nuser@far.away slots=16\n")
     reference = fetch_hostfile(str(path))
     assert [(host.name, host.slots) for host in read_hostfile(path)] == list(reference.items())
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_bytes(b"\xef\xbb\xbfnode1 slots=2\r\nnode2 slots=2\r\n")
+    assert read_hostfile(path) == (Host("node1", 2), Host("node2", 2))
+
+
+@pytest.mark.parametrize("names", ["node[01-04]", "node1,node2", "n[1,3]"])
+def test_a_list_of_nodes_in_one_line_is_refused_with_what_lists_them(tmp_path: Path, names: str) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text(f"{names} slots=8\n")
+    with pytest.raises(ValueError, match=f"line 1: .*names several nodes.*scontrol show hostnames {re.escape(names)}"):
+        read_hostfile(path)
 
 
 def test_every_fault_of_a_hostfile_is_told(tmp_path: Path) -> None:
