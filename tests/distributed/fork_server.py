@@ -248,6 +248,7 @@ def _fork_child(execute: Callable[..., None], base: list[str], known: dict[str, 
         env = dict(os.environ if env is None else env)
         given = (
             shell,
+            keep,
             executable,
             *more[16:20],
             *more[21:],
@@ -265,7 +266,7 @@ def _fork_child(execute: Callable[..., None], base: list[str], known: dict[str, 
         pid = os.fork()
         if pid == 0:
             files = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
-            _become(base, command=words, env=env, cwd=cwd, new_session=more[20], files=files, keep=keep, before=preexec)
+            _become(base, command=words, env=env, cwd=cwd, new_session=more[20], files=files, before=preexec)
         self.pid = pid
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
@@ -281,7 +282,6 @@ def _become(
     cwd: Any,
     new_session: bool,
     files: Sequence[int],
-    keep: Sequence[int] = (),
     before: Callable[[], None] | None = None,
 ) -> NoReturn:
     """In a forked child: be the process that executing `command` gives. Does not return."""
@@ -291,7 +291,7 @@ def _become(
         for place, held in enumerate([os.dup(file) for file in files]):
             os.dup2(held, place)
         for file in map(int, os.listdir("/proc/self/fd")):
-            if file > 2 and file not in keep:
+            if file > 2:
                 with contextlib.suppress(OSError):
                     os.close(file)
         for number in signal.valid_signals() - {signal.SIGINT}:

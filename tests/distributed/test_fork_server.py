@@ -119,17 +119,6 @@ def test_its_children_are_forked_in_turn_and_are_its_children(place: Path) -> No
     assert forked[0] == executed[0] == 85
 
 
-def test_its_children_keep_the_descriptors_that_are_passed_to_them() -> None:
-    program = (
-        "import os, subprocess, sys; a, b = os.pipe(); c, d = os.pipe()\n"
-        'child = \'import os, sys; os.write(int(sys.argv[1]), bytes(str(sorted(map(int, os.listdir("/proc/self/fd")))), "ascii"))\'\n'
-        "subprocess.run([sys.executable, '-c', child, str(b)], pass_fds=(b,), check=True); print(os.read(a, 99).decode())"
-    )
-    forked, executed = both([sys.executable, "-c", program], env=environment())
-    assert forked[:2] == executed[:2], forked[2]
-    assert forked[0] == 0
-
-
 def test_what_a_fork_cannot_give_is_executed() -> None:
     env = environment()
     for command, more in (
