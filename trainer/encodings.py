@@ -27,6 +27,10 @@ _FEW, _SHARE = 10, 0.25  # lines in Windows-1252: so many, or this share of all
 _COMMON = 0.8  # share of hanzi that GB2312 has, at least: 99 % of modern Chinese, under half of what Big5's bytes give
 
 
+for _name in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "gb18030", "gb2312", "cp1252"):
+    codecs.lookup(_name)  # imported here, and not while a stranger's bytes are read
+
+
 class EncodingError(ValueError):
     """Text in no encoding that can be told; the message says where and what to do."""
 
