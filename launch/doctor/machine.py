@@ -22,7 +22,7 @@ from launch.units import GIB, MIB
 from trainer.config import RunConfig
 from trainer.distributed.compiled_ops import extensions_folder, missing_build_tools
 
-BUFFER = 64 * MIB  # bytes of /dev/shm per GPU below which NCCL is known to fail; a container has so many by default
+BUFFER = 64 * MIB  # bytes of /dev/shm per GPU; a container has so many by default, too few for several ranks of NCCL
 LITTLE = 4 * GIB  # bytes of memory below which a process with torch and DeepSpeed has little room
 SHARED_MEMORY = Path("/dev/shm")
 

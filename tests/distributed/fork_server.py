@@ -97,9 +97,6 @@ def _can_fork(words: list[str], env: dict[str, str], known: dict[str, str]) -> b
     bin_folder = f"{Path(sys.executable).parent}{os.pathsep}"  # trainer.distributed.process_group puts it in front
     one, other = ({**e, "PATH": e.get("PATH", "").removeprefix(bin_folder)} for e in (env, known))
     different = {name for name, _ in one.items() ^ other.items() if not name.startswith(READ_LATE)}
-    if python and different and FOLDER in os.environ:  # for whoever asks why a test is slow
-        with contextlib.suppress(OSError), (Path(os.environ[FOLDER]) / "executed.txt").open("a") as lines:
-            lines.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}: {' '.join(words[1:4])}: other {sorted(different)}\n")
     return python and not different and "OMP_NUM_THREADS" in env
 
 

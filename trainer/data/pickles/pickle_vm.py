@@ -44,7 +44,12 @@ class Undecoded:
     __slots__ = ("buffer", "decode_text", "kind", "start", "stop", "value")
 
     def __init__(
-        self, buffer: bytes | mmap.mmap | memoryview, start: int, stop: int, kind: str, decode_text: Decoder
+        self,
+        buffer: bytes | mmap.mmap | memoryview,
+        start: int,
+        stop: int,
+        kind: str,
+        decode_text: Decoder = decode_utf_8,
     ) -> None:
         self.buffer, self.start, self.stop, self.kind, self.decode_text = buffer, start, stop, kind, decode_text
         self.value: Any = None
@@ -163,7 +168,7 @@ class PickleVM:
         n = self.number(size)
         start = self.take(n)
         if n > LAZY:
-            self.stack.append(Undecoded(self.data, start, self.pos, "text", self.decode_text))
+            self.stack.append(Undecoded(self.data, start, self.pos, "text"))
             return
         text = _text(self.data[start : self.pos])
         self.charge(text.__sizeof__())

@@ -214,18 +214,18 @@ class _Unpickler(PickleVM):
                 stop = min(start + (1 << 24), text.stop)
                 self.charge(stop - start)
                 raw += decoder.decode(text.buffer[start:stop], stop == text.stop).encode("latin-1")
-            return Undecoded(memoryview(raw).toreadonly(), 0, len(raw), "bytes", self.decode_text)
+            return Undecoded(memoryview(raw).toreadonly(), 0, len(raw), "bytes")
         encoded = self.string(text).encode("latin-1")
         self.charge(len(encoded))
-        return Undecoded(encoded, 0, len(encoded), "bytes", self.decode_text)
+        return Undecoded(encoded, 0, len(encoded), "bytes")
 
     def new_bytearray(self, content: Any = None, encoding: Any = None) -> Undecoded:
         if content is None:
-            return Undecoded(b"", 0, 0, "bytearray", self.decode_text)
+            return Undecoded(b"", 0, 0, "bytearray")
         content = content if encoding is None else self.encode(content, encoding)
         if type(content) is not Undecoded or content.kind not in ("bytes", "str2"):
             self.refuse(f"a bytearray of {type_name(content)}")
-        return Undecoded(content.buffer, content.start, content.stop, "bytearray", self.decode_text)
+        return Undecoded(content.buffer, content.start, content.stop, "bytearray")
 
     def new_ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         self.charge(200 * len(pairs))
@@ -314,9 +314,7 @@ for _core in ("numpy.core", "numpy._core"):
 for _builtins in ("builtins", "__builtin__"):
     _MEANINGS[_builtins, "set"] = lambda vm, items=(): vm.members(items)
     _MEANINGS[_builtins, "frozenset"] = lambda vm, items=(): frozenset(vm.members(items))
-    _MEANINGS[_builtins, "bytes"] = lambda vm: Undecoded(
-        b"", 0, 0, "bytes", vm.decode_text
-    )  # empty: other bytes are _codecs.encode's
+    _MEANINGS[_builtins, "bytes"] = lambda vm: Undecoded(b"", 0, 0, "bytes")  # empty: other bytes are _codecs.encode's
     _MEANINGS[_builtins, "bytearray"] = _Unpickler.new_bytearray
     _MEANINGS[_builtins, "complex"] = _Unpickler.new_complex
 
