@@ -21,7 +21,7 @@ from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
-from trainer.data.imbalance import training_order
+from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, load_tokenizer
 from trainer.run.assemble import make_objective
@@ -140,7 +140,7 @@ def _order(config: RunConfig, needs: dict[str, _Needs]) -> GlobalBatchSampler | 
     data = {name: need.data for name, need in needs.items() if need.data is not None}
     if len(data) < len(needs):
         return None
-    return training_order(config, {name: opened["train"] for name, opened in data.items()})
+    return training_sampler(config, {name: opened["train"] for name, opened in data.items()})
 
 
 def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, most: int) -> list[Rows]:

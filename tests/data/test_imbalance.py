@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tests.toy import prepare_toy
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
-from trainer.data.imbalance import answer_indices, class_weights, draw_probabilities, training_order
+from trainer.data.imbalance import answer_indices, class_weights, draw_probabilities, training_sampler
 from trainer.data.sampling import GlobalBatchSampler
 from trainer.tasks import get_task
 
@@ -61,7 +61,9 @@ def test_the_runs_order(tmp_path: Path) -> None:
     tiny = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
     def order(*overrides: str) -> GlobalBatchSampler:
-        return training_order(load_config(tiny, ["task=simsv2", "train.global_batch=48", *overrides]), {"simsv2": view})
+        return training_sampler(
+            load_config(tiny, ["task=simsv2", "train.global_batch=48", *overrides]), {"simsv2": view}
+        )
 
     plain = GlobalBatchSampler({"simsv2": view.lengths()}, global_batch=48, seed=0)
     natural = order()

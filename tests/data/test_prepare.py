@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.data.parts import broken_part, killed_part, read_part
+from tests.data.shards import broken_part, killed_part, read_part
 from tests.distributed.processes import restore_interrupts
 from trainer.data import rows
 from trainer.data.dataset import open_dataset
@@ -410,7 +410,7 @@ def test_signals_leave_nothing_and_the_next_cleans_up_after_a_kill(tmp_path: Pat
 
 def test_a_killed_helper_is_a_fault_in_words(tmp_path: Path) -> None:
     src = Source("parts", lambda split: iter(()), ["train", "valid", "test"], [], part=killed_part)
-    with pytest.raises(DataError, match=r"a helper process was killed.*fewer --workers than 2; nothing was written"):
+    with pytest.raises(DataError, match=r"a worker process was killed.*fewer --workers than 2; nothing was written"):
         prepare_source(MELD, src, tmp_path / "out", workers=2)
     assert os.listdir(tmp_path) == []
 

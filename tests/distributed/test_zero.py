@@ -16,7 +16,7 @@ from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, STEPS, SUPPORTED
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.checkpoint.weights import trainable_tensors
-from trainer.data.imbalance import training_order
+from trainer.data.imbalance import training_sampler
 from trainer.distributed.world import World
 from trainer.models.optimizer_groups import parameter_groups
 from trainer.run.assemble import RunComponents, assemble
@@ -63,7 +63,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
         betas=config.train.betas,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.train.warmup * STEPS), STEPS)
-    order = training_order(config, {name: opened["train"] for name, opened in parts.data.items()})
+    order = training_sampler(config, {name: opened["train"] for name, opened in parts.data.items()})
     losses, auxiliary_losses = [], []
     for step in range(STEPS):
         batch = order.step(step)

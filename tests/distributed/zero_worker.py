@@ -54,7 +54,7 @@ def digest(model: torch.nn.Module) -> str:
 def main(data: Path, out: Path, wanted: str) -> None:
     from tests.distributed.cases import PLANTED, SETS, STEPS, config_of
     from trainer.checkpoint.weights import trainable_state
-    from trainer.data.imbalance import training_order
+    from trainer.data.imbalance import training_sampler
     from trainer.distributed.deepspeed_config import dtype_of
     from trainer.distributed.signals import StopRequest
     from trainer.logs import set_up_logging
@@ -75,7 +75,7 @@ def main(data: Path, out: Path, wanted: str) -> None:
         engine = build_engine(parts.model, config)
         schedule = Schedule(engine, config.train, STEPS)
         training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())
-        order = training_order(config, {name: opened["train"] for name, opened in parts.data.items()})
+        order = training_sampler(config, {name: opened["train"] for name, opened in parts.data.items()})
         steps = []
         for s in range(STEPS):
             schedule.set(s)

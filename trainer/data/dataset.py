@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from trainer.batch import Sample
 from trainer.data.faults import DataError
 from trainer.data.folder import FORMAT, RECORD, read_record
+from trainer.data.record import DatasetRecord
 from trainer.tasks import Task, TaskError, define_task
 
 STREAMS = ("audio", "video")
@@ -233,7 +234,7 @@ class Conversations:
         return [k for _, k in members[max(0, end - limit) : end]]
 
 
-def _checked_record(path: Path) -> dict[str, Any]:
+def _checked_record(path: Path) -> DatasetRecord:
     record = read_record(path)
     if record is None:
         inside = sorted(p.parent.name for p in path.glob(f"*/{RECORD}")) if path.is_dir() else []

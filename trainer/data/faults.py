@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from trainer.data.record import FaultGroup
 
 SHOWN = 10  # ids, places and details that a report shows of each kind
 
@@ -26,7 +27,7 @@ class Fault:
     repair: str = ""
 
 
-def group(faults: Iterable[Fault], *, repair: bool = True, otherwise: str = "refused") -> list[dict[str, Any]]:
+def group_faults(faults: Iterable[Fault], *, repair: bool = True, otherwise: str = "refused") -> list[FaultGroup]:
     """The faults by kind, in order of appearance, as the dataset's record keeps them.
 
     A group has `kind`, `n` samples, `splits` (samples of each), the first `ids` and `where`, the commonest `details` with
@@ -49,12 +50,12 @@ def group(faults: Iterable[Fault], *, repair: bool = True, otherwise: str = "ref
     ]
 
 
-def describe(groups: Iterable[dict[str, Any]]) -> list[str]:
-    """One line for each group of :func:`group`."""
+def describe(groups: Iterable[FaultGroup]) -> list[str]:
+    """One line for each group of :func:`group_faults`."""
     return [_line(g) for g in groups]
 
 
-def _line(g: dict[str, Any]) -> str:
+def _line(g: FaultGroup) -> str:
     splits = ", ".join(f"{split} {n}" for split, n in g["splits"].items())
     line = f"{g['kind']}: {g['n']} ({splits}), {g['action']}"
     if g["details"]:
@@ -62,8 +63,8 @@ def _line(g: dict[str, Any]) -> str:
     if g["where"]:
         first = g["where"][:3]
         ids = g["ids"][:3] if len(g["ids"]) >= len(first) else []
-        named = [f"{i} [{w}]" for i, w in zip(ids, first, strict=True)] if ids else first
-        line += "; first: " + ", ".join(named)
+        places = [f"{i} [{w}]" for i, w in zip(ids, first, strict=True)] if ids else first
+        line += "; first: " + ", ".join(places)
     elif g["ids"]:
         line += "; first: " + ", ".join(g["ids"][:3])
     return line

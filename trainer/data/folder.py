@@ -14,23 +14,25 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import cast
 
 from trainer.data.faults import DataError
+from trainer.data.record import DatasetRecord
 
 RECORD = "record.json"
 FORMAT = 1
 _LOCK = ".egmf-preparing"
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> DatasetRecord | None:
     """The record of the prepared dataset at `folder`; None if it is no such dataset."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     is_record = isinstance(record, dict) and {"format", "fingerprint"} <= set(record)
-    return record if is_record and all(isinstance(record.get(key), dict) for key in ("task", "splits")) else None
+    whole = is_record and all(isinstance(record.get(key), dict) for key in ("task", "splits"))
+    return cast(DatasetRecord, record) if whole else None
 
 
 def check_free(out: Path) -> None:
@@ -54,7 +56,7 @@ def new_folder(out: Path) -> Iterator[NewFolder]:
     out = out.resolve()
     check_free(out)
     made = [parent for parent in out.parents if not parent.exists()]
-    with terminable():
+    with exit_on_termination():
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             _clean(out)
@@ -131,20 +133,20 @@ def _beside(out: Path, use: str) -> Path:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def exit_on_termination() -> Iterator[None]:
     """SIGTERM and SIGHUP raise SystemExit inside the block, if nobody else handles them."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    mine = []
+    handled = []
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, stop)
-                mine.append(number)
+                handled.append(number)
     try:
         yield
     finally:
-        for number in mine:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)

@@ -44,7 +44,7 @@ def draw_probabilities(class_N: np.ndarray, how: Literal["balanced", "sqrt"]) ->
     return np.asarray(probability_N / probability_N.sum())
 
 
-def training_order(config: RunConfig, views: Mapping[str, SplitView]) -> GlobalBatchSampler:
+def training_sampler(config: RunConfig, views: Mapping[str, SplitView]) -> GlobalBatchSampler:
     """The run's order of training samples. `views`: task -> its training split."""
     how = config.data.sampling
     draws = {}

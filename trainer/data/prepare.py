@@ -22,20 +22,21 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
-from trainer.data.faults import DataError, Fault, describe, group
+from trainer.data.faults import DataError, Fault, describe, group_faults
 from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
-from trainer.data.helpers import helpers
 from trainer.data.readers.raw import SPLITS, Source
 from trainer.data.readers.source import open_source
-from trainer.data.rows import STREAMS, Part, Seen, convert, convert_part, keep, wrong_width
+from trainer.data.record import DatasetRecord, DroppedSample
+from trainer.data.rows import STREAMS, Seen, Shard, convert, convert_shard, keep, wrong_width
 from trainer.data.summary import statistics
+from trainer.data.worker_pool import worker_pool
 from trainer.tasks import Task
 
 log = logging.getLogger(__name__)
 
 DropBad = Literal["none", "train", "all"]
 Progress = Callable[[str, int, "int | None"], None]
-PARTS = 4  # parts of a split for each process: smaller parts even out the work
+SHARDS = 4  # of a split for each process: smaller ones even out the work
 KEEPER = ("test", "valid", "train")  # of samples with one id, that of the earlier split here stays
 
 
@@ -44,7 +45,7 @@ class Summary:
     """What a preparation made: the folder, its record, and whether the folder held the same dataset already."""
 
     path: Path
-    record: dict[str, Any]
+    record: DatasetRecord
     unchanged: bool = False
 
     @property
@@ -108,13 +109,13 @@ def prepare_source(
         workers = 1
     try:
         with new_folder(out) as folder:
-            parts = _convert(task, source, folder.path, workers, progress or (lambda split, done, total: None))
-            record = _judge(task, source, parts, strict, drop_bad)
-            _write(folder.path, parts, record)
+            shards = _convert(task, source, folder.path, workers, progress or (lambda split, done, total: None))
+            record = _validate(task, source, shards, strict, drop_bad)
+            _write(folder.path, shards, record)
             return _put_in_place(folder, record, force)
     except BrokenProcessPool as error:
         raise DataError(
-            f"a helper process was killed, perhaps for want of memory: try fewer --workers than {workers}; nothing was written"
+            f"a worker process was killed, perhaps for want of memory: try fewer --workers than {workers}; nothing was written"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -148,7 +149,7 @@ def _check_arguments(task: Task, out: Path, strict: bool, drop_bad: DropBad, wor
 
 
 def _features() -> Any:
-    from datasets import Features, List, Value  # slow to import, and helper processes need it not
+    from datasets import Features, List, Value  # slow to import, and worker processes need it not
 
     columns: dict[str, Any] = {"id": Value("string"), "text": Value("string"), "label": Value("string")}
     columns["target"] = Value("float64")
@@ -165,109 +166,112 @@ def _schema() -> pa.Schema:
     return _features().arrow_schema
 
 
-def _convert(task: Task, source: Source, folder: Path, workers: int, progress: Progress) -> dict[str, list[Part]]:
+def _convert(task: Task, source: Source, folder: Path, workers: int, progress: Progress) -> dict[str, list[Shard]]:
     schema = _schema()
     splits = [split for split in SPLITS if split in source.splits]
     for split in splits:
         (folder / split).mkdir()
     if workers == 1:
-        parts = {}
+        shards = {}
         for split in splits:
             path = folder / split / "part-0.arrow"
 
             def tick(done: int, split: str = split) -> None:
                 progress(split, done, None)
 
-            parts[split] = [convert(source.samples(split), task, split, path, schema, tick)]
-        return parts
+            shards[split] = [convert(source.samples(split), task, split, path, schema, tick)]
+        return shards
     return _convert_many(task, source, folder, workers, progress, splits)
 
 
 def _convert_many(
     task: Task, source: Source, folder: Path, workers: int, progress: Progress, splits: list[str]
-) -> dict[str, list[Part]]:
-    read, schema, count = source.part, _schema(), workers * PARTS
+) -> dict[str, list[Shard]]:
+    read, schema, count = source.part, _schema(), workers * SHARDS
     assert read is not None
     places = {}
     done: dict[str, int] = Counter()
-    with helpers(workers) as pool:
+    with worker_pool(workers) as pool:
         for split in splits:
             for k in range(count):
                 path = folder / split / f"part-{k}.arrow"
-                job = pool.submit(convert_part, read, task, split, (k, count), path, schema)
+                job = pool.submit(convert_shard, read, task, split, (k, count), path, schema)
                 places[job] = (split, k)
-        found: dict[tuple[str, int], Part] = {}
+        found: dict[tuple[str, int], Shard] = {}
         for job in as_completed(places):
-            found[places[job]] = part = job.result()
-            done[part.split] += len(part.seen)
-            progress(part.split, done[part.split], None)
+            found[places[job]] = shard = job.result()
+            done[shard.split] += len(shard.seen)
+            progress(shard.split, done[shard.split], None)
     return {split: [found[split, k] for k in range(count)] for split in splits}
 
 
-# ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── validating ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _judge(task: Task, source: Source, parts: dict[str, list[Part]], strict: bool, drop_bad: DropBad) -> dict[str, Any]:
-    """Decide what stays; the parts' files and `seen` hold just that afterwards. Returns the record, without the files."""
-    widths, wrong = _widths(source, parts)
-    alone = [fault for split in parts for part in parts[split] for fault in part.faults]
-    faults = [*alone, *wrong.values(), *(twice := _duplicates(parts)).values()]
+def _validate(
+    task: Task, source: Source, shards: dict[str, list[Shard]], strict: bool, drop_bad: DropBad
+) -> DatasetRecord:
+    """Decide what stays; the shards' files and `seen` hold just that afterwards. Returns the record, without the files."""
+    widths, wrong = _widths(source, shards)
+    alone = [fault for split in shards for shard in shards[split] for fault in shard.faults]
+    faults = [*alone, *wrong.values(), *(twice := _duplicates(shards)).values()]
     bad = set(wrong) | set(twice)
     left = {"train": ("train",), "all": SPLITS}.get(drop_bad, ())
-    dropped = [
+    dropped: list[DroppedSample] = [
         {"split": key[0], "id": row.id, "where": row.where}
-        for key, row in _walk(parts)
+        for key, row in _walk(shards)
         if row.digest is None or key in bad
     ]
-    full = {key[0] for key, row in _walk(parts) if row.digest and key not in bad}
+    full = {key[0] for key, row in _walk(shards) if row.digest and key not in bad}
     empty = [split for split in SPLITS if split not in full]
     faults += [Fault("split without samples", split, detail=_why(split, source, dropped)) for split in empty]
     refused = (strict and faults) or [f for f in faults if not f.repair and (f.split not in left or f.split in empty)]
     if refused:
         raise DataError(_refusal(task, source, faults, strict, drop_bad, left))
-    _take_out(parts, bad)
-    record: dict[str, Any] = {"format": FORMAT, "task": task.model_dump(mode="json"), "fingerprint": ""}
+    _take_out(shards, bad)
+    record: DatasetRecord = {"format": FORMAT, "task": task.model_dump(mode="json"), "fingerprint": ""}
     record |= {"widths": widths, "rates": {name: source.rates.get(name) for name in STREAMS}}
     counts = Counter(entry["split"] for entry in dropped)
     record["splits"] = {
-        split: statistics(task, [row for part in parts[split] for row in part.seen], counts[split]) for split in SPLITS
+        split: statistics(task, [row for shard in shards[split] for row in shard.seen], counts[split])
+        for split in SPLITS
     }
-    record["faults"] = group(faults, otherwise="left out")
+    record["faults"] = group_faults(faults, otherwise="left out")
     record["dropped"] = {"mode": drop_bad, "n": {s: counts[s] for s in SPLITS}, "samples": dropped}
-    record["fingerprint"] = _fingerprint(record, parts)
+    record["fingerprint"] = _fingerprint(record, shards)
     record["source"] = {"name": source.name, "files": _hashes(source.files), "notes": list(source.notes)}
     return record
 
 
-Key = tuple[str, int, int]  # split, part, place among the part's seen samples
+Key = tuple[str, int, int]  # split, shard, place among the shard's seen samples
 
 
-def _walk(parts: dict[str, list[Part]], splits: Sequence[str] = SPLITS) -> Iterator[tuple[Key, Seen]]:
+def _walk(shards: dict[str, list[Shard]], splits: Sequence[str] = SPLITS) -> Iterator[tuple[Key, Seen]]:
     for split in splits:
-        for k, part in enumerate(parts.get(split, [])):
-            for i, row in enumerate(part.seen):
+        for k, shard in enumerate(shards.get(split, [])):
+            for i, row in enumerate(shard.seen):
                 yield (split, k, i), row
 
 
-def _widths(source: Source, parts: dict[str, list[Part]]) -> tuple[dict[str, int], dict[Key, Fault]]:
+def _widths(source: Source, shards: dict[str, list[Shard]]) -> tuple[dict[str, int], dict[Key, Fault]]:
     """Features per frame: as the source states, else what most training samples have; and the rows that differ."""
     widths, wrong = {}, {}
     for m, name in enumerate(STREAMS):
         stated = (source.widths or {}).get(name)
-        found = Counter(row.widths[m] for _, row in _walk(parts) if row.widths[m])
-        train = Counter(row.widths[m] for _, row in _walk(parts, ["train"]) if row.widths[m])
+        found = Counter(row.widths[m] for _, row in _walk(shards) if row.widths[m])
+        train = Counter(row.widths[m] for _, row in _walk(shards, ["train"]) if row.widths[m])
         width = stated if stated is not None else (train or found or Counter([0])).most_common(1)[0][0]
         widths[name] = int(width)
-        for key, row in _walk(parts) if set(found) - {width} else ():
+        for key, row in _walk(shards) if set(found) - {width} else ():
             if row.widths[m] not in (0, width):
                 wrong[key] = wrong_width(name, row.widths[m], int(width), key[0], row.id, row.where)
     return widths, wrong
 
 
-def _duplicates(parts: dict[str, list[Part]]) -> dict[Key, Fault]:
+def _duplicates(shards: dict[str, list[Shard]]) -> dict[Key, Fault]:
     first: dict[str, str] = {}
     twice = {}
-    for key, row in _walk(parts, KEEPER):
+    for key, row in _walk(shards, KEEPER):
         if not row.id:
             continue
         if row.id in first:
@@ -278,17 +282,17 @@ def _duplicates(parts: dict[str, list[Part]]) -> dict[Key, Fault]:
     return twice
 
 
-def _take_out(parts: dict[str, list[Part]], bad: set[Key]) -> None:
+def _take_out(shards: dict[str, list[Shard]], bad: set[Key]) -> None:
     """Leave in the files and in `seen` what stays."""
-    for split in parts:
-        for k, part in enumerate(parts[split]):
-            wanted = [(split, k, i) not in bad for i, row in enumerate(part.seen) if row.digest]
+    for split in shards:
+        for k, shard in enumerate(shards[split]):
+            wanted = [(split, k, i) not in bad for i, row in enumerate(shard.seen) if row.digest]
             if not all(wanted):
-                keep(part, wanted, _schema())
-            part.seen = [row for i, row in enumerate(part.seen) if row.digest and (split, k, i) not in bad]
+                keep(shard, wanted, _schema())
+            shard.seen = [row for i, row in enumerate(shard.seen) if row.digest and (split, k, i) not in bad]
 
 
-def _why(split: str, source: Source, dropped: list[dict[str, str]]) -> str:
+def _why(split: str, source: Source, dropped: Sequence[DroppedSample]) -> str:
     if split not in source.splits:
         return f"the source has no {split} split (it has {', '.join(source.splits) or 'none'})"
     return f"every sample of {split} is faulty" if any(d["split"] == split for d in dropped) else f"{split} is empty"
@@ -299,7 +303,7 @@ def _refusal(
 ) -> str:
     would = [f for f in faults if f.split in left and not f.repair and f.kind != "split without samples"]
     rest = [f for f in faults if f not in set(would)]
-    lines = describe([*group(rest, repair=not strict), *group(would, otherwise="left out")])
+    lines = describe([*group_faults(rest, repair=not strict), *group_faults(would, otherwise="left out")])
     kinds = len({f.kind for f in faults})
     head = f"{task.name} from {source.name}: {len(faults)} fault(s) of {kinds} kind(s); nothing was written"
     advice = []
@@ -317,14 +321,14 @@ def _refusal(
 # ── recording ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fingerprint(record: dict[str, Any], parts: dict[str, list[Part]]) -> str:
+def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]]) -> str:
     """sha256 over task, widths, rates, what was left out, and every row in order: not over places or processes."""
     out = hashlib.sha256()
     dropped = [record["dropped"]["mode"], [[d["split"], d["id"]] for d in record["dropped"]["samples"]]]
     head = [record["format"], record["task"], record["widths"], record["rates"], dropped]
     out.update(json.dumps(head, sort_keys=True, ensure_ascii=True).encode())
     for split in SPLITS:
-        rows = [row.digest for part in parts[split] for row in part.seen if row.digest]
+        rows = [row.digest for shard in shards[split] for row in shard.seen if row.digest]
         out.update(f"{split} {len(rows)}".encode())
         for digest in rows:
             out.update(digest)
@@ -347,21 +351,21 @@ def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return out
 
 
-def _write(folder: Path, parts: dict[str, list[Part]], record: dict[str, Any]) -> None:
+def _write(folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) -> None:
     """Complete the folder to what `DatasetDict.save_to_disk` would have written, and add the record."""
     from datasets import DatasetInfo
 
     sizes = {}
     for split in SPLITS:
-        full = [part for part in parts[split] if part.seen]
-        for part in parts[split]:
-            if not part.seen:
-                part.path.unlink()
+        full = [shard for shard in shards[split] if shard.seen]
+        for shard in shards[split]:
+            if not shard.seen:
+                shard.path.unlink()
         names = [f"data-{k:05d}-of-{len(full):05d}.arrow" for k in range(len(full))]
-        for part, name in zip(full, names, strict=True):
-            part.path.rename(folder / split / name)
+        for shard, name in zip(full, names, strict=True):
+            shard.path.rename(folder / split / name)
             sizes[f"{split}/{name}"] = (folder / split / name).stat().st_size
-        state: dict[str, Any] = {
+        state: dict[str, object] = {
             "_data_files": [{"filename": name} for name in names],
             "_fingerprint": f"{record['fingerprint'][:16]}-{split}",
             "_format_columns": None,
@@ -377,7 +381,7 @@ def _write(folder: Path, parts: dict[str, list[Part]], record: dict[str, Any]) -
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _put_in_place(folder: NewFolder, record: dict[str, Any], force: bool) -> Summary:
+def _put_in_place(folder: NewFolder, record: DatasetRecord, force: bool) -> Summary:
     from trainer.data.dataset import open_dataset  # imports torch
 
     there = read_record(folder.out)

@@ -2,7 +2,7 @@
 
 A row's features are flat float32, unpadded; its mask is null where every frame is fine. Every check of a single sample
 is here; what needs several samples (ids, widths, empty splits) is in `prepare`. Nothing here imports `datasets`, so that
-helper processes start quickly.
+worker processes start quickly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from trainer.data.readers.raw import RawSample
 from trainer.tasks import Task
 
 STREAMS = ("audio", "video")
-EXTRA = ("speaker", "dialogue", "turn", "kind", "language")
 FLUSH_BYTES = 32 << 20
 FLUSH_ROWS = 4096
 TICK = 64  # samples between two reports of progress
@@ -41,6 +40,16 @@ class FeatureSequence(NamedTuple):
     mask_T: np.ndarray | None
 
 
+class Metadata(NamedTuple):
+    """What a sample may say of itself beside its content."""
+
+    speaker: str | None
+    dialogue: str | None
+    turn: int | None
+    kind: str | None
+    language: str | None
+
+
 @dataclass
 class Row:
     """A checked sample."""
@@ -50,11 +59,11 @@ class Row:
     target: float
     label: str | None
     streams: dict[str, FeatureSequence | None]
-    extra: dict[str, Any]
+    metadata: Metadata
 
     def digest(self) -> bytes:
         """sha256 over the row's content, the same on every machine."""
-        head = [self.id, self.text, float(self.target).hex(), self.label, *(self.extra[name] for name in EXTRA)]
+        head = [self.id, self.text, float(self.target).hex(), self.label, *self.metadata]
         out = hashlib.sha256(json.dumps(head, ensure_ascii=True).encode())
         for name in STREAMS:
             stream = self.streams[name]
@@ -82,7 +91,7 @@ class Seen(NamedTuple):
 
 
 @dataclass
-class Part:
+class Shard:
     """A part of a split: its Arrow file holds the samples of `seen` that have a digest, in order."""
 
     split: str
@@ -114,14 +123,15 @@ class Checker:
         text = raw.text.strip() if isinstance(raw.text, str) else ""
         if not text:
             fault("empty text")
-        extra = {key: getattr(raw, key) for key in EXTRA}
-        if extra["turn"] is not None and not isinstance(extra["turn"], numbers.Integral):
-            fault("turn that is no whole number", repr(extra["turn"])[:40])
-        elif extra["turn"] is not None and not -(2**63) <= int(extra["turn"]) < 2**63:
+        turn = raw.turn
+        if turn is not None and not isinstance(turn, numbers.Integral):
+            fault("turn that is no whole number", repr(turn)[:40])
+        elif turn is not None and not -(2**63) <= int(turn) < 2**63:
             fault("turn beyond 64 bits")
-        elif extra["turn"] is not None:
-            extra["turn"] = int(extra["turn"])
-        if any(isinstance(s, str) and not _unicode(s) for s in (name, text, *extra.values())):
+        elif turn is not None:
+            turn = int(turn)
+        metadata = Metadata(raw.speaker, raw.dialogue, turn, raw.kind, raw.language)
+        if any(isinstance(s, str) and not _unicode(s) for s in (name, text, *metadata)):
             fault("text that is no Unicode (a lone surrogate)")
         label, target = self._answer(raw, fault) if self.labelled else (None, math.nan)
         streams = {
@@ -130,7 +140,7 @@ class Checker:
         }
         if not all(f.repair for f in faults):
             return None, faults
-        return Row(name, text, target, label, streams, extra), faults
+        return Row(name, text, target, label, streams, metadata), faults
 
     def _answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float]:
         return self._classify(raw.label, fault) if self.task.grid is None else (None, self._rate(raw, fault))
@@ -240,46 +250,46 @@ def convert(
     path: Path,
     schema: pa.Schema,
     tick: Callable[[int], None] = lambda done: None,
-) -> Part:
+) -> Shard:
     """Check `samples` and write the good ones to the Arrow file `path`; memory holds one batch of rows."""
-    checker, part = Checker(task), Part(split, path)
+    checker, shard = Checker(task), Shard(split, path)
     with RowWriter(path, schema) as writer:
         for raw in samples:
             row, faults = checker.check(raw, split)
-            part.faults += faults
+            shard.faults += faults
             if row is None:
                 name = raw.id.strip() if isinstance(raw.id, str) else ""
-                part.seen.append(Seen(name, raw.where))
+                shard.seen.append(Seen(name, raw.where))
             else:
                 writer.write(row)
-                part.seen.append(_seen(row, raw.where))
-            if len(part.seen) % TICK == 0:
-                tick(len(part.seen))
-    tick(len(part.seen))
-    return part
+                shard.seen.append(_seen(row, raw.where))
+            if len(shard.seen) % TICK == 0:
+                tick(len(shard.seen))
+    tick(len(shard.seen))
+    return shard
 
 
-def convert_part(
+def convert_shard(
     read: Callable[[str, int, int], Iterator[RawSample]],
     task: Task,
     split: str,
     place: tuple[int, int],
     path: Path,
     schema: pa.Schema,
-) -> Part:
-    """:func:`convert` of the k-th of n parts, `place` = (k, n), for a helper process."""
+) -> Shard:
+    """:func:`convert` of the k-th of n parts, `place` = (k, n), for a worker process."""
     return convert(read(split, *place), task, split, path, schema)
 
 
-def keep(part: Part, wanted: list[bool], schema: pa.Schema) -> None:
-    """Rewrite a part's file with the rows that are `wanted` (one flag per row of the file)."""
-    fresh = part.path.with_suffix(".kept")
+def keep(shard: Shard, wanted: list[bool], schema: pa.Schema) -> None:
+    """Rewrite a shard's file with the rows that are `wanted` (one flag per row of the file)."""
+    fresh = shard.path.with_suffix(".kept")
     flags, start = np.asarray(wanted, dtype=bool), 0
-    with pa.memory_map(str(part.path)) as source, pa.ipc.new_stream(str(fresh), schema) as sink:
+    with pa.memory_map(str(shard.path)) as source, pa.ipc.new_stream(str(fresh), schema) as sink:
         for batch in pa.ipc.open_stream(source):
             sink.write_batch(batch.filter(pa.array(flags[start : start + len(batch)])))
             start += len(batch)
-    fresh.replace(part.path)
+    fresh.replace(shard.path)
 
 
 class RowWriter:
@@ -314,7 +324,9 @@ class RowWriter:
 
 
 def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
-    columns: dict[str, Any] = {name: [row.extra[name] for row in rows] for name in EXTRA}
+    columns: dict[str, list[Any] | pa.Array] = {
+        name: [getattr(row.metadata, name) for row in rows] for name in Metadata._fields
+    }
     columns.update({name: [getattr(row, name) for row in rows] for name in ("id", "text", "label", "target")})
     for name in STREAMS:
         streams = [row.streams[name] for row in rows]

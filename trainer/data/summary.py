@@ -15,20 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.data.faults import describe
+from trainer.data.record import DatasetRecord, LengthStatistics, SplitStatistics
 from trainer.data.rows import STREAMS, Seen
 from trainer.tasks import Task
 
 SIGNS = ("negative", "zero", "positive")
 
 
-def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> dict[str, Any]:
+def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> SplitStatistics:
     """The record's entry of one split."""
     targets = np.array([row.target for row in rows], dtype=np.float64)
     if task.grid is None:
         labels = {label: int((targets == i).sum()) for i, label in enumerate(task.labels)}
     else:
         labels = {name: int((np.sign(targets) == sign).sum()) for name, sign in zip(SIGNS, (-1, 0, 1), strict=True)}
-    out: dict[str, Any] = {"n": len(rows), "labels": labels}
+    out: SplitStatistics = {"n": len(rows), "labels": labels}
     if task.grid is not None:
         out["target"] = {
             "mean": _float(targets.mean()) if len(rows) else None,
@@ -37,8 +38,9 @@ def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> dict[str, 
             "max": _float(targets.max()) if len(rows) else None,
         }
     out["text_characters"] = _lengths([row.characters for row in rows])
-    for i, name in enumerate(STREAMS):
-        out[f"{name}_frames"] = _lengths([row.frames[i] for row in rows if row.frames[i]])
+    out["audio_frames"], out["video_frames"] = (
+        _lengths([row.frames[i] for row in rows if row.frames[i]]) for i in range(len(STREAMS))
+    )
     out["missing"] = {name: sum(not row.frames[i] for row in rows) for i, name in enumerate(STREAMS)}
     out["masked_frames"] = {name: sum(row.masked[i] for row in rows) for i, name in enumerate(STREAMS)}
     out["dropped"] = dropped
@@ -49,19 +51,19 @@ def _float(value: Any) -> float:
     return round(float(value), 6)
 
 
-def _lengths(values: Sequence[int]) -> dict[str, float | int | None]:
+def _lengths(values: Sequence[int]) -> LengthStatistics:
     if not values:
         return {"mean": None, "p50": None, "p95": None, "max": None}
     p50, p95 = np.percentile(values, [50, 95], method="inverted_cdf")
     return {"mean": round(float(np.mean(values)), 2), "p50": int(p50), "p95": int(p95), "max": int(max(values))}
 
 
-def summary_json(record: dict[str, Any]) -> dict[str, Any]:
+def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics]:
     """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``."""
-    return {split: dict(entry) for split, entry in record["splits"].items()}
+    return {split: entry.copy() for split, entry in record["splits"].items()}
 
 
-def summary_table(record: dict[str, Any]) -> Group:
+def summary_table(record: DatasetRecord) -> Group:
     """One table with a column per split, then one line for each kind of fault; nothing in it is cut off."""
     splits = record["splits"]
     table = Table(title=f"{record['task']['name']}  {record['fingerprint'][:12]}", title_justify="left")
@@ -93,14 +95,14 @@ def summary_table(record: dict[str, Any]) -> Group:
     return Group(table, *(Text(line) for line in lines))
 
 
-def _cell(entry: dict[str, Any], path: Sequence[str]) -> str:
+def _cell(entry: SplitStatistics, path: Sequence[str]) -> str:
     value: Any = entry
     for key in path:
         value = value[key]
     return "-" if value is None else f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)
 
 
-def _features(record: dict[str, Any]) -> str:
+def _features(record: DatasetRecord) -> str:
     def one(name: str) -> str:
         width, rate = record["widths"][name], record["rates"][name]
         if not width:

@@ -17,7 +17,7 @@ import torch
 
 from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
-from trainer.data.folder import terminable
+from trainer.data.folder import exit_on_termination
 from trainer.data.unlabelled.inputs import PredictError, TaskInput, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
@@ -86,7 +86,7 @@ def predict(
         chunks: Iterator[list[CheckedSample]] = iter(())
         write: Callable[[Iterable[Row]], None] = lambda rows: None  # noqa: E731
         if run.world.is_rank_zero:
-            stack.enter_context(terminable())
+            stack.enter_context(exit_on_termination())
             reader = stack.enter_context(_reader(run, sources, options, folder))
             for note in reader.notes:
                 report(f"note: {note}")

@@ -1,38 +1,12 @@
-"""The JSON files that results read, as types: metrics, robustness, the record of a dataset.
+"""The JSON files that results read, as types: metrics and robustness.
 
 Nothing is checked here: a file of a run in progress or of an older version may lack any key. ``run.json`` has its type in
-:mod:`trainer.run.record`.
+:mod:`trainer.run.record`, ``record.json`` of a dataset in :mod:`trainer.data.record`.
 """
 
 from __future__ import annotations
 
 from typing import TypedDict
-
-
-class TargetStatistics(TypedDict):
-    """The truths of a regression split."""
-
-    mean: float | None
-    std: float | None
-    min: float | None
-    max: float | None
-
-
-class SplitStatistics(TypedDict, total=False):
-    """One split of a prepared dataset; `labels` is label (or sign) -> samples."""
-
-    n: int
-    labels: dict[str, int]
-    target: TargetStatistics
-
-
-class DatasetRecord(TypedDict):
-    """``record.json`` of a prepared dataset, as far as results need it; `task` is the task's own definition."""
-
-    fingerprint: str
-    task: dict[str, object]
-    splits: dict[str, SplitStatistics]
-    widths: dict[str, int]
 
 
 class DifferenceRecord(TypedDict):

@@ -16,8 +16,9 @@ import pandas as pd
 from trainer.answers.scores import TaskScores
 from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
+from trainer.data.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
-from trainer.results.records import DatasetRecord, RobustnessRecord, number_or_none
+from trainer.results.records import RobustnessRecord, number_or_none
 from trainer.run.record import RecordValues
 from trainer.tasks import Task, TaskError, define_task, get_task
 from trainer.tracking.journal import JOURNAL, read_journal
@@ -198,7 +199,7 @@ def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
         elif record.get("fingerprint") != fingerprint:
             run.notes.append(f"the dataset {path} has changed since the run: the texts of {name} cannot be shown")
         else:
-            found[name] = cast(DatasetRecord, record)
+            found[name] = record
     return found
 
 

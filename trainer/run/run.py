@@ -13,7 +13,7 @@ from trainer.checkpoint.identity import RunIdentity
 from trainer.checkpoint.selection import Selection
 from trainer.checkpoint.store import Checkpoints
 from trainer.config import RunConfig
-from trainer.data.imbalance import training_order
+from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatch, GlobalBatchSampler, MicroBatch
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.signals import StopRequest
@@ -57,7 +57,7 @@ class Run:
 
     def __post_init__(self) -> None:
         config, world, parts, train = self.config, self.world, self.parts, self.config.train
-        self.order = training_order(config, {name: data["train"] for name, data in parts.data.items()})
+        self.order = training_sampler(config, {name: data["train"] for name, data in parts.data.items()})
         self.steps = train.steps or math.ceil(train.epochs * self.order.steps_per_epoch)
         self.dtype = dtype_of(config)
         self.engine = build_engine(parts.model, config)

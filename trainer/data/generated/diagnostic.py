@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -144,4 +144,8 @@ def _long_range(rng: np.random.Generator, k: int, audio_TF: np.ndarray, video_TF
         video_TF[start : start + EVENT_FRAMES, 6 + event] += EVENT
 
 
-_PLANT: dict[str, Any] = {"local": _local, "cross-modal": _cross_modal, "long-range": _long_range}
+_PLANT: dict[str, Callable[[np.random.Generator, int, np.ndarray, np.ndarray], None]] = {
+    "local": _local,
+    "cross-modal": _cross_modal,
+    "long-range": _long_range,
+}

@@ -203,7 +203,7 @@ def with_features(sample: RawSample, folder: Path, line: Line) -> RawSample:
     Raises:
         ReaderError: a feature file cannot be read, though its header can.
     """
-    features: dict[str, Any] = {}
+    features: dict[str, np.ndarray | None] = {}
     for stream in ("audio", "video"):
         file = getattr(line, stream)
         try:
@@ -211,7 +211,7 @@ def with_features(sample: RawSample, folder: Path, line: Line) -> RawSample:
         except (OSError, ValueError) as error:
             at = f"{sample.where}: " if sample.where else ""
             raise ReaderError(f"{at}{stream} file {folder / file} cannot be read: {error}") from error
-    return replace(sample, **features)
+    return replace(sample, audio=features["audio"], video=features["video"])
 
 
 def _word(value: Word) -> str | None:

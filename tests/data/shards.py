@@ -1,4 +1,4 @@
-"""Samples that helper processes read in parts; apart from the tests, so that a helper imports little."""
+"""Samples that worker processes read in parts; apart from the tests, so that a worker imports little."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helper processes that share a reading and never outlive it. Light to import: each helper imports it."""
+"""Worker processes that share a reading and never outlive it. Light to import: each worker imports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 @contextlib.contextmanager
-def helpers(count: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` processes: ended at once where the block fails or is interrupted; they die with this process."""
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang

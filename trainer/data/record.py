@@ -1,0 +1,91 @@
+"""``record.json`` of a prepared dataset, as types: what it says of the source, the samples, and what was wrong with them."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class TargetStatistics(TypedDict):
+    """The truths of a regression split; None where it has no sample."""
+
+    mean: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+
+
+class LengthStatistics(TypedDict):
+    """Of characters or frames of the samples that have any; None where none has."""
+
+    mean: float | None
+    p50: int | None
+    p95: int | None
+    max: int | None
+
+
+class SplitStatistics(TypedDict, total=False):
+    """One split; `labels` is label (or sign, for regression) -> samples, `missing` and `masked_frames` are by modality."""
+
+    n: int
+    labels: dict[str, int]
+    target: TargetStatistics
+    text_characters: LengthStatistics
+    audio_frames: LengthStatistics
+    video_frames: LengthStatistics
+    missing: dict[str, int]
+    masked_frames: dict[str, int]
+    dropped: int
+
+
+class FaultGroup(TypedDict):
+    """The faults of one kind and `action`: `splits` and `details` are counts; `ids`, `where` the first few."""
+
+    kind: str
+    n: int
+    splits: dict[str, int]
+    ids: list[str]
+    where: list[str]
+    details: dict[str, int]
+    action: str
+
+
+class DroppedSample(TypedDict):
+    """A sample that was left out."""
+
+    split: str
+    id: str
+    where: str
+
+
+class DroppedSamples(TypedDict):
+    """What ``--drop-bad`` (`mode`) left out, with counts by split."""
+
+    mode: str
+    n: dict[str, int]
+    samples: list[DroppedSample]
+
+
+class SourceRecord(TypedDict):
+    """Where the samples came from: the format's title, sha256 of each file by its path, the reader's notes."""
+
+    name: str
+    files: dict[str, str]
+    notes: list[str]
+
+
+class DatasetRecord(TypedDict, total=False):
+    """The whole file. `task` is the task's definition, `files` the size in bytes of each Arrow file.
+
+    A record that was read has `format`, `fingerprint`, `task` and `splits`; nothing else of it is checked.
+    """
+
+    format: int
+    task: dict[str, object]
+    fingerprint: str
+    widths: dict[str, int]
+    rates: dict[str, float | None]
+    splits: dict[str, SplitStatistics]
+    faults: list[FaultGroup]
+    dropped: DroppedSamples
+    source: SourceRecord
+    files: dict[str, int]
