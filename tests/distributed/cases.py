@@ -75,7 +75,12 @@ CASES = (
     *(Case(f"zero{z}-bad-loss", (), (f"train.zero={z}",), "loss") for z in (0, 3)),
     *(Case(f"zero{z}-bad-loss-bf16", (*NF4, *BF16), (f"train.zero={z}",), "loss") for z in (1, 2)),
 )
-
+QUICK = {  # of CASES: every stage, precision, quantisation, layout of weights and kind of fault once; `make test` runs these
+    "zero0", "zero1-nf4", "zero2-nf4-bf16", "zero3", "zero3-nf4-bf16", "zero3-nf4-rank0", "zero3-full",
+    "zero3-two-tasks-checkpointing", "zero3-raw-keys", "zero2-bad-gradient", "zero3-bad-gradient-bf16", "zero0-bad-loss",
+    "zero2-bad-loss-bf16",
+}  # fmt: skip
+assert {case.name for case in CASES} > QUICK
 
 CHECKPOINTING = {"": (), "-checkpointing": CHECKPOINTED, "-reentrant": (*CHECKPOINTED, "model.backbone.reentrant=true")}
 OFFLOAD = {"": (), "-optimizer": ("train.offload=cpu",), "-parameters": ON_HOST}
@@ -97,7 +102,12 @@ OBJECTIVES = (
         ("train.zero=2", *CHECKPOINTED),
     ),
 )
-SETS = {"cases": CASES, "supported": SUPPORTED, "objectives": OBJECTIVES}
+SETS = {
+    "quick": tuple(case for case in CASES if case.name in QUICK),
+    "rest": tuple(case for case in CASES if case.name not in QUICK),
+    "supported": SUPPORTED,
+    "objectives": OBJECTIVES,
+}
 
 
 def config_of(case: Case, data: Path, *, engine: bool) -> RunConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, STEPS, SUPPORTED, Case, config_of
+from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, QUICK, STEPS, SUPPORTED, Case, config_of
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.checkpoint.weights import trainable_tensors
@@ -37,11 +39,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Results = dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    out = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.distributed.zero_worker", str(data), str(out), timeout=800)
-    return json.loads((out / "results.json").read_text()), out
+def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], tuple[Results, Results]]:
+    """What two processes found in a case, and what plain PyTorch finds, from the same offline backbones.
+
+    The quick cases are computed in one launch and the others in another; the reference once for every computation.
+    """
+
+    @functools.cache
+    def launched(which: str) -> tuple[Path, Results]:
+        out = tmp_path_factory.mktemp(which)
+        run_ranks("tests.distributed.zero_worker", str(data), str(out), which, timeout=800)
+        torch.set_num_threads(1)
+        return out, json.loads((out / "results.json").read_text())
+
+    @functools.cache
+    def plain(computed: object) -> Results:
+        case = next(case for case in CASES if case.computed == computed)
+        return plain_training(case, data, launched(_launch_of(case))[0])
+
+    return lambda case: (launched(_launch_of(case))[1][case.name], plain(case.computed))
+
+
+def _launch_of(case: Case) -> str:
+    return "quick" if case.name in QUICK else "rest"
 
 
 def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
@@ -117,17 +141,15 @@ def _probabilities(parts: RunComponents, dtype: torch.dtype) -> dict[str, list[f
     return out
 
 
-@pytest.fixture(scope="module")
-def plain(data: Path, ranks: tuple[dict[str, Any], Path]) -> dict[Any, dict[str, Any]]:
-    """The reference of every different computation among the cases, from the same offline backbones."""
-    torch.set_num_threads(1)
-    different = {case.computed: case for case in CASES}
-    return {computed: plain_training(case, data, ranks[1]) for computed, case in different.items()}
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in CASES],
+)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any, plain: Any) -> None:
-    found, expected = ranks[0][case.name], plain[case.computed]
+@every_case
+def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any) -> None:
+    found, expected = ranks(case)
     kind = "bf16" if "bf16" in case.name else "fp32"
     seen = [step for step in range(STEPS) if case.plant != "loss" or step != PLANTED]
     for name, atol in (("losses", 0.0), ("auxiliary_loss", 1e-7)):
@@ -141,9 +163,10 @@ def test_two_processes_train_as_plain_pytorch_does(case: Case, ranks: Any, plain
             assert math.isclose(found["state"][name], norm, rel_tol=2e-4, abs_tol=2e-6), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_processes_score_each_sample_once_and_as_one_alone(case: Case, ranks: Any, plain: Any) -> None:
-    found, expected = ranks[0][case.name], plain[case.computed]["probabilities"]
+@every_case
+def test_two_processes_score_each_sample_once_and_as_one_alone(case: Case, ranks: Any) -> None:
+    found, expected = ranks(case)
+    expected = expected["probabilities"]
     assert found["n"] == dict.fromkeys(found["n"], 13)
     assert found["probabilities"].keys() == expected.keys()
     kind = "bf16" if "bf16" in case.name else "fp32"
@@ -151,13 +174,14 @@ def test_two_processes_score_each_sample_once_and_as_one_alone(case: Case, ranks
         np.testing.assert_allclose(found["probabilities"][name], probabilities, atol=PROBABILITY[kind], err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_ranks_agree_and_skip_just_the_steps_that_are_no_numbers(case: Case, ranks: Any) -> None:
-    result = ranks[0][case.name]["ranks"]
+    found, _ = ranks(case)
+    result = found["ranks"]
     assert result[0] == result[1]
     assert result[0]["skipped"] == [bool(case.plant) and step == PLANTED for step in range(STEPS)]
     if case.plant == "loss":
-        assert math.isnan(ranks[0][case.name]["losses"][PLANTED])
+        assert math.isnan(found["losses"][PLANTED])
 
 
 def test_weighed_smoothed_and_regression_aware_losses_do_not_know_the_world(data: Path, tmp_path: Path) -> None:

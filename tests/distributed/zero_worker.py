@@ -100,4 +100,4 @@ def main(data: Path, out: Path, wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *(sys.argv[3:] or ["cases"]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
