@@ -21,6 +21,7 @@ from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
+from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, load_tokenizer
@@ -252,7 +253,7 @@ def _stated(needs: _Needs, positions: int, notes: list[str]) -> _Needs:
 def _data(config: RunConfig, task: Task, notes: list[str]) -> PreparedDataset | None:
     path = config.data.path.replace("{task}", task.name)
     try:
-        data = open_dataset(path, history=config.data.history)
+        data = open_dataset(path, history=config.data.history, choice=fold_choice(config))
         if len(data["train"]):
             return data
         notes.append(f"task {task.name}: {path} has no training samples")
