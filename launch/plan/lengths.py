@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
+from trainer.data.folder import read_record
 from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
@@ -257,8 +259,9 @@ def _data(config: RunConfig, task: Task, notes: list[str]) -> PreparedDataset | 
         if len(data["train"]):
             return data
         notes.append(f"task {task.name}: {path} has no training samples")
-    except DataError:
-        notes.append(f"task {task.name}: no prepared dataset {path}")
+    except DataError as error:
+        has_folds = "folds" in (read_record(Path(path)) or {})
+        notes.append(f"task {task.name}: {error if has_folds else f'no prepared dataset {path}'}")
     return None
 
 

@@ -115,6 +115,9 @@ def test_a_sweep_over_folds_tests_every_sample_once(config: Path, tmp_path: Path
     assert sorted(pd.concat(tables)["id"]) == [row["id"] for row in lines()]
     record = json.loads((out / "fold=Ses2-s0" / "run.json").read_text())
     assert record["fold"] == {"name": "Ses2", "names": list(SESSIONS), "train": 20, "test": 20}
+    other = egmf("evaluate", str(out / "fold=Ses2-s0"), "data.fold=Ses1")
+    assert other.returncode == 1
+    assert "was trained to test fold Ses2" in other.stderr
     continued = egmf("train", str(config), "--out", str(out / "fold=Ses2-s0"), "data.fold=Ses1")
     assert continued.returncode == 1
     assert "data.fold" in continued.stderr

@@ -95,7 +95,7 @@ def test_a_comparison_says_what_its_seeds_can_tell(tmp_path: Path) -> None:
         for n in found.notes
     )
     (note,) = (n for n in found.notes if n.startswith(f"wf1, {weak[0].group} − {weak[0].baseline}: "))
-    assert f"{weak[0].value:+.4f} is not significant; " in note
+    assert f"{weak[0].value:+.4f} is not significant; ".replace("-", "−") in note
     assert "level 0.05 / 3" in note
     for d in found.differences:
         assert (d.seeds_needed is None) == (d.seeds_limit is not None)
@@ -125,4 +125,8 @@ def test_folds_limit_what_more_seeds_can_tell(tmp_path: Path) -> None:
     found = compare(runs)
     (difference,) = found.differences
     assert difference.seeds_limit == "folds"
-    assert any("it varies too much over the 3 folds" in note for note in found.notes)
+    assert any("while it varies so much over the 3 folds" in note for note in found.notes)
+    assert difference.p_smallest == 0.25
+    assert any(
+        note.startswith("with 3 folds the smallest possible p is 0.25, by a sign-flip test") for note in found.notes
+    )

@@ -177,16 +177,21 @@ def _with_power(d: Difference, level: float, tests: int) -> Difference:
     )
     if needed.seeds is not None and needed.seeds <= count and d.p_mcnemar is not None and d.p_mcnemar > alpha:
         needed = SeedsNeeded(None, "samples")  # McNemar's test is of these samples, whatever the seeds
-    return replace(d, p_smallest=smallest_p(count), seeds_needed=needed.seeds, seeds_limit=needed.limit)
+    return replace(d, p_smallest=smallest_p(_repetitions(d)[1]), seeds_needed=needed.seeds, seeds_limit=needed.limit)
+
+
+def _repetitions(d: Difference) -> tuple[str, int]:
+    """What the difference was repeated over, and how often: folds where there are several, which vary more than seeds do."""
+    return ("fold", len(d.folds)) if len(d.folds) > 1 else ("seed", len(d.seeds))
 
 
 def power_notes(out: Comparison) -> list[str]:
-    """What the seeds of differences that are not significant can tell, in plain words."""
+    """What the seeds, or folds, of differences that are not significant can tell, in plain words."""
     weak = [d for d in out.differences if d.significant is False and d.p_smallest is not None and d.value]
     tests, alpha = number_of_tests(out), 1 - out.level
     factor = f" for {tests} tests" if tests > 1 else ""
     notes = []
-    for count, several in group_by_value((d, len(d.seeds)) for d in weak).items():
+    for (unit, count), several in group_by_value((d, _repetitions(d)) for d in weak).items():
         smallest = smallest_p(count)
         after = (
             f", and {min(1.0, smallest * tests):.3g} after {CORRECTION_NAMES[out.correction]} correction{factor}"
@@ -194,8 +199,8 @@ def power_notes(out: Comparison) -> list[str]:
             else ""
         )
         notes.append(
-            f"with {count} seed{'s' if count > 1 else ''} the smallest possible p is {smallest:.3g}{after}, by a sign-flip test, which assumes "
-            f"nothing of how seeds vary: {alpha:.2g} takes {seeds_to_reach(alpha / tests)} seeds. The p shown take differences over seeds as normal"
+            f"with {count} {unit}{'s' if count > 1 else ''} the smallest possible p is {smallest:.3g}{after}, by a sign-flip test, which assumes "
+            f"nothing of how {unit}s vary: {alpha:.2g} takes {seeds_to_reach(alpha / tests)} {unit}s. The p shown take differences over {unit}s as normal"
         )
         notes += [_telling(d, alpha, tests, several=len(out.tasks) > 1) for d in several[:LISTED]]
         if len(several) > LISTED:
@@ -208,13 +213,14 @@ def _telling(d: Difference, alpha: float, tests: int, *, several: bool) -> str:
     assert d.value is not None
     what = f"{f'{d.task}, ' if several else ''}{d.metric}{'' if d.kind == EVERY else f' of {d.kind}'}, {d.group} − {d.baseline}"
     level = f"level {alpha:.2g}" + (f" / {tests}" if tests > 1 else "")
-    head = f"{what}: {d.value:+.4f} is not significant; "
+    value = f"{d.value:+.4f}".replace("-", "−")
+    head = f"{what}: {value} is not significant; "
     if d.seeds_needed is not None:
         return f"{head}{d.seeds_needed} seeds can tell a difference of this size (power {POWER:.0%}, {level})"
     reasons = {
         "one seed": "one seed says nothing of how seeds vary, so train at least two more to know how many it takes",
         "samples": f"more seeds alone cannot tell it: {d.n} samples are too few for a difference of this size",
-        "folds": f"more seeds alone cannot tell it: it varies too much over the {len(d.folds)} folds",
+        "folds": f"more seeds alone cannot tell it while it varies so much over the {len(d.folds)} folds",
         "many seeds": "it would take more than 1000 seeds",
         "no difference": "there is no difference",
     }

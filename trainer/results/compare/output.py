@@ -161,7 +161,7 @@ def differences(comparison: Comparison) -> Table | None:
         "Paired by seed and sample. Intervals and p: bootstrap over samples together with the variance over seeds; p of an accuracy: the "
         f"larger of that and McNemar's exact test{_fold_note(comparison)}. p corrected: {CORRECTIONS[comparison.correction]}; significant: it is at most {1 - comparison.level:.2g}. "
         f"Seeds for {POWER:.0%}: how many would make a difference of the observed size, with the observed deviation over seeds, significant in {POWER:.0%} "
-        f"of comparisons, at {1 - comparison.level:.2g}{f' / {number_of_tests(comparison)}' if number_of_tests(comparison) > 1 else ''}; or why none would."
+        f"of comparisons, at {1 - comparison.level:.2g}{f' / {number_of_tests(comparison)}' if number_of_tests(comparison) > 1 else ''}; or what it needs instead, since more seeds alone would not do."
         + (f" Less is better of {', '.join(less)}." if less else "")
     )
     return table
@@ -188,7 +188,7 @@ def settings(comparison: Comparison) -> Table | None:
 
 
 def costs(comparison: Comparison) -> Table:
-    table = Table("Cost", ["group", "runs", "hours × processes, per run", "all runs", "samples/s", "device"])
+    table = Table("Cost", ["group", "seeds", "hours × processes, per run", "all runs", "samples/s", "device"])
     for group in comparison.groups:
         amount, unit = group.cost()
         one = all_runs = speed = MISSING

@@ -42,7 +42,7 @@ class Difference:
     conditional on the trained models; of a cross-validation the largest of these and `p_folds`, that of the spread over folds,
     whose interval counts where it is the wider one. `p_corrected` is `p` corrected for all differences of the comparison that
     have one. `seeds_needed` and `seeds_limit`: see :class:`trainer.results.compare.power.SeedsNeeded`; `p_smallest` is the
-    smallest p that a sign-flip test over these seeds can give, not corrected.
+    smallest p that a sign-flip test over these seeds, or over the folds where there are several, can give, not corrected.
     """
 
     task: str
