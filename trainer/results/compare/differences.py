@@ -52,6 +52,7 @@ class _Resampled:
     chosen_N: np.ndarray
     answers: dict[int, Answers]
     of: dict[int, WeightedMetric]
+    value: dict[int, float]
     resampled_B: dict[int, np.ndarray]
 
     def difference(self, a: int, b: int, chosen_N: np.ndarray) -> float:
@@ -71,7 +72,8 @@ def add_differences(
     for metric, kind in itertools.product(out.tested[task.name], out.kinds[task.name]):
         chosen_N = chosen_samples(first, kind)
         of = {key: metric_of(task, metric, of_run.truth_N, of_run.guess_N) for key, of_run in answers.items()}
-        resampled = _Resampled(metric, kind, chosen_N, answers, of, _on_resamples(of, chosen_N, counts_BN))
+        value = {key: one.value(chosen_N) for key, one in of.items()}
+        resampled = _Resampled(metric, kind, chosen_N, answers, of, value, _on_resamples(of, chosen_N, counts_BN))
         out.differences += [_difference(out, task, group, base, resampled) for group, base in pairs]
     disjoint = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
     if disjoint:
@@ -96,7 +98,7 @@ def _difference(out: Comparison, task: Task, group: Group, base: Group, resample
     estimated, p_bootstrap, p_mcnemar, values_F, over = Estimate(None), None, None, np.empty(0), None
     folds = folds_of(resampled.answers[pairs[0][0]]) if pairs else []
     if seeds:
-        differences_S = np.array([resampled.difference(a, b, resampled.chosen_N) for a, b in pairs])
+        differences_S = np.array([resampled.value[a] - resampled.value[b] for a, b in pairs])
         resampled_B = sum(resampled.resampled_B[a] - resampled.resampled_B[b] for a, b in pairs) / len(seeds)
         estimated = estimate(differences_S, np.asarray(resampled_B), n, out.level)
         p_bootstrap = estimated.p

@@ -152,7 +152,9 @@ def _group_names(groups: Sequence[Sequence[ComparedRun]], keys: Sequence[str]) -
 def _stem(run: ComparedRun) -> str:
     """A run's name without seed and fold."""
     stem = re.sub(r"[-_/. ]?(s|seed)[-_]?\d+$", "", run.name)
-    return (stem if run.fold is None else re.sub(r"[-_/., ]?fold[-_=]?[^-_/,]*", "", stem)) or "runs"
+    if run.fold is not None:
+        stem = re.sub(rf"(^|[-_/., ])fold[-_=]?({re.escape(run.fold['name'])}|[^-_/,]*)", "", stem)
+    return stem or "runs"
 
 
 def _unquoted(text: str | None) -> str:
