@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -59,7 +60,7 @@ def power(
         level: α, after correction for the number of tests.
         width: half an interval that must not hold 0 either, such as that over folds.
     """
-    variance_Q = stats.chi2.ppf(_QUANTILES, seeds - 1) / (seeds - 1) * sd**2 / seeds
+    variance_Q = _chi2_quantiles(seeds - 1) / (seeds - 1) * sd**2 / seeds
     fixed = stats.t.isf(level / 2, max(samples - 1, 1)) * se_samples
     half_Q = np.maximum(np.sqrt(fixed**2 + stats.t.isf(level / 2, seeds - 1) ** 2 * variance_Q), width)
     error = sd / math.sqrt(seeds)
@@ -68,6 +69,12 @@ def power(
     return float(
         np.mean(stats.norm.sf(half_Q, abs(difference), error) + stats.norm.cdf(-half_Q, abs(difference), error))
     )
+
+
+@lru_cache(maxsize=64)
+def _chi2_quantiles(freedom: int) -> np.ndarray:
+    """[Q]: the middles of equally probable parts of the distribution."""
+    return np.asarray(stats.chi2.ppf(_QUANTILES, freedom))
 
 
 def seeds_needed(
