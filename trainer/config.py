@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -38,6 +39,8 @@ MODALITIES: tuple[Modality, ...] = get_args(Modality)
 EXPERTS = ("local", "semantic", "global")  # built in, in the order of their places in the gate; the default
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+FoldName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 2 in YAML is "2"
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -67,6 +70,15 @@ class DataConfig(Section):
     )
     history: int = Field(0, ge=0, description="Previous utterances of the conversation in the prompt.")
     max_text_tokens: PositiveInt = Field(256, description="Longer texts are cut to their last tokens.")
+    fold: FoldName | None = Field(
+        None,
+        description="Test fold of a dataset with folds (cross-validation): its name, or its number from 1; egmf sweep --folds trains all.",
+    )
+    fold_valid: Literal["next"] | Share = Field(
+        "next",
+        description="Validation with data.fold. next: the fold after the test fold, in order; a number: that share of the dialogues "
+        "(else speakers, else samples) of the other folds, drawn with train.seed.",
+    )
     layout: Literal["packed", "padded"] = Field(
         "packed",
         description="Micro-batch layout: packed = one unpadded row sharing one instruction; padded = one row per sample.",

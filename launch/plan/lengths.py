@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
 from trainer.data.faults import DataError
+from trainer.data.folder import read_record
+from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, load_tokenizer
@@ -252,12 +255,13 @@ def _stated(needs: _Needs, positions: int, notes: list[str]) -> _Needs:
 def _data(config: RunConfig, task: Task, notes: list[str]) -> PreparedDataset | None:
     path = config.data.path.replace("{task}", task.name)
     try:
-        data = open_dataset(path, history=config.data.history)
+        data = open_dataset(path, history=config.data.history, choice=fold_choice(config))
         if len(data["train"]):
             return data
         notes.append(f"task {task.name}: {path} has no training samples")
-    except DataError:
-        notes.append(f"task {task.name}: no prepared dataset {path}")
+    except DataError as error:
+        has_folds = "folds" in (read_record(Path(path)) or {})
+        notes.append(f"task {task.name}: {error if has_folds else f'no prepared dataset {path}'}")
     return None
 
 

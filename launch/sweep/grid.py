@@ -138,12 +138,13 @@ def _names(combinations: Sequence[Mapping[str, str]]) -> list[str]:
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(keys):
         short = {key: ".".join(key.split(".")[-2:]) for key in keys}
-    names = [",".join(f"{short[key]}={_plain(value)}" for key, value in chosen.items()) for chosen in combinations]
+    names = [",".join(f"{short[key]}={plain(value)}" for key, value in chosen.items()) for chosen in combinations]
     if len(set(names)) < len(names) or any(len(name) > LONGEST for name in names):
         return [f"v{number}" for number in range(1, len(names) + 1)]
     return names
 
 
-def _plain(value: str) -> str:
+def plain(value: str) -> str:
+    """A value as a part of a folder's name."""
     inner = value.strip("[]{}()'\" ")
     return re.sub(r"[^\w.+-]", "_", "+".join(part.strip(" '\"") for part in inner.split(",")))

@@ -39,6 +39,7 @@ class RunLine:
     why: str | None
     metric: str | None
     value: float | None
+    fold: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run_lines(children: Sequence[Child], failures: dict[str, str]) -> list[RunLi
             state = state if child.name in failures or line.state != "lost" else "lost"
         seed = child.config.train.seed
         why = failures.get(child.name)
-        found.append(RunLine(child.name, child.variant, seed, str(child.out), state, why, metric, value))
+        found.append(RunLine(child.name, child.variant, seed, str(child.out), state, why, metric, value, child.fold))
     return found
 
 
@@ -174,6 +175,8 @@ def begin_parent(sweep: Sweep, record: SweepRecord) -> ParentRun:
     plan = sweep.plan()
     swept = sorted({key for values in plan["variants"].values() for key in values})
     params = {"sweep.seeds": ",".join(map(str, plan["seeds"])), "sweep.variants": "; ".join(plan["variants"])}
+    if "folds" in plan:
+        params["sweep.folds"] = ",".join(plan["folds"])
     params.update({f"sweep.{key}": "; ".join(str(v.get(key)) for v in plan["variants"].values()) for key in swept})
     parent.begin(params, sweep.record)
     if parent.run_id is not None:

@@ -62,6 +62,9 @@ def _differences(record: SweepRecord, plan: SweepPlan) -> list[str]:
     lines = []
     if record["seeds"] != plan["seeds"]:
         lines.append(f"seeds: there {_joined(record['seeds'])}, now {_joined(plan['seeds'])}")
+    old_folds, new_folds = (", ".join(values.get("folds", [])) or "none" for values in (record, plan))
+    if old_folds != new_folds:
+        lines.append(f"folds: there {old_folds}, now {new_folds}")
     there, now = list(record["variants"]), list(plan["variants"])
     if there != now:
         lines.append(f"variants: there {'; '.join(there)}, now {'; '.join(now)}")

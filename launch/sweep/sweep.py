@@ -1,4 +1,4 @@
-"""A sweep: the runs that it consists of, each in a folder ``<values>-s<seed>`` of the sweep's, and which of them are done."""
+"""A sweep: the runs that it consists of, each in a folder ``<values>,fold=<fold>-s<seed>`` of its own, and which of them are done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from launch.start.local import run_state
-from launch.sweep.grid import planned_settings
+from launch.sweep.grid import plain, planned_settings
 from trainer.checkpoint.identity import training_settings
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.files import write_text
@@ -21,12 +21,16 @@ RECORD = "sweep.json"
 CONFIG = "sweep.yaml"  # in a run folder: the config as the sweep asks for it
 
 
-class SweepPlan(TypedDict):
-    """What is written down of a sweep: the settings that all variants share, those in which each differs, the seeds."""
-
+class _Plan(TypedDict):
     seeds: list[int]
     base: dict[str, Any]  # dotted key -> value
     variants: dict[str, dict[str, Any]]
+
+
+class SweepPlan(_Plan, total=False):
+    """What is written down of a sweep: the settings that all variants share, those in which each differs, the seeds, the folds."""
+
+    folds: list[str]  # of a cross-validation
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Child:
     variant: str
     config: RunConfig
     out: Path
+    fold: str | None = None
 
     @property
     def file(self) -> Path:
@@ -46,11 +51,12 @@ class Child:
 
 @dataclass(frozen=True)
 class Sweep:
-    """`variants` (name -> config of any seed) times `seeds`, in `folder`."""
+    """`variants` (name -> config of any seed) times `seeds`, and times `folds` where there are some, in `folder`."""
 
     folder: Path
     variants: Mapping[str, RunConfig]
     seeds: tuple[int, ...]
+    folds: tuple[str, ...] = ()
 
     @property
     def record(self) -> Path:
@@ -62,18 +68,27 @@ class Sweep:
         first = next(iter(flat.values()))
         base = {key: value for key, value in first.items() if all(key in v and v[key] == value for v in flat.values())}
         variants = {name: {k: v for k, v in values.items() if k not in base} for name, values in flat.items()}
-        return {"seeds": list(self.seeds), "base": base, "variants": variants}
+        plan: SweepPlan = {"seeds": list(self.seeds), "base": base, "variants": variants}
+        if self.folds:
+            plan["folds"] = list(self.folds)
+        return plan
 
     def children(self, parent: str | None = None) -> list[Child]:
-        """All runs, seed by seed, so that an interrupted sweep has something to say of every variant.
+        """All runs, seed by seed and fold by fold, so that an interrupted sweep has something to say of every variant.
 
         `parent` is the id of the MLflow run that they belong to. All are recorded in one store, beside the sweep's folder.
         """
         children = []
-        for seed, (variant, config) in itertools.product(self.seeds, self.variants.items()):
-            name = f"{variant}-s{seed}" if variant else f"s{seed}"
+        labels = self._fold_labels()
+        for seed, (fold, label), (variant, config) in itertools.product(
+            self.seeds, labels.items() or [(None, "")], self.variants.items()
+        ):
+            settings = ",".join(filter(None, (variant, label)))
+            name = f"{settings}-s{seed}" if settings else f"s{seed}"
             own = config.model_copy(deep=True)
             own.train.seed = seed
+            if fold is not None:
+                own.data.fold = fold
             own.track.uri = tracking_uri(config.track, self.folder)
             own.track.run_name = config.track.run_name or f"{self.folder.absolute().name}/{name}"
             own.track.tags = {
@@ -82,8 +97,15 @@ class Sweep:
                 **({"egmf.variant": variant} if variant else {}),
                 **({"mlflow.parentRunId": parent} if parent else {}),
             }
-            children.append(Child(name, variant, own, self.folder / name))
+            children.append(Child(name, variant, own, self.folder / name, fold))
         return children
+
+    def _fold_labels(self) -> dict[str, str]:
+        """Fold -> its part of a run folder's name; numbers from 1 where names are not one to one."""
+        labels = {fold: f"fold={plain(fold)}" for fold in self.folds}
+        if len(set(labels.values())) < len(labels):
+            labels = {fold: f"fold={number}" for number, fold in enumerate(self.folds, 1)}
+        return labels
 
 
 def finished(children: Sequence[Child]) -> set[str]:

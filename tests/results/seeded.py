@@ -17,6 +17,7 @@ from trainer.tracking.journal import MEDIAN_SPEED, SPEED
 from trainer.tracking.tracker import Tracker
 
 KINDS = ("local", "long-range")
+FOLDS = ("Ses1", "Ses2", "Ses3", "Ses4", "Ses10")
 DAY = "2026-03-01T1{}:00:00+00:00"
 
 
@@ -82,6 +83,37 @@ def make_two(folder: Path, seeds: Sequence[int] = (1, 2, 3), **more: Any) -> Pat
     return folder
 
 
+def make_folds(
+    folder: Path,
+    stem: str,
+    quality: float,
+    overrides: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] = (1,),
+    names: Sequence[str] = FOLDS,
+    samples: int = 200,
+    **more: Any,
+) -> Path:
+    """Runs of a cross-validation: sample i is tested in fold i modulo their number, the next fold validates."""
+    count = len(names)
+    for seed in seeds:
+        for k, name in enumerate(names):
+            fold = {
+                "name": name,
+                "names": list(names),
+                "train": samples * (count - 2) // count,
+                "test": samples // count,
+            }
+            run = make_seeded(
+                folder / f"{stem}-fold={name}-s{seed}", seed, quality, [f"data.fold={name}", *overrides], samples=samples, fold=fold, **more
+            )  # fmt: skip
+            for split, part in (("test", k), ("valid", (k + 1) % count)):
+                path = run / "predictions" / f"{split}.parquet"
+                table = pd.read_parquet(path)
+                table[table.index % count == part].to_parquet(path)
+    return folder
+
+
 def track(run: Path, config: RunConfig, uri: str | None = None, experiment: str = "egmf", **tags: str) -> str:
     """Record a made run in MLflow as training does, by default in ``mlflow.db`` beside its folder; the MLflow run's id."""
     config.track.uri, config.track.experiment, config.track.system_metrics = uri, experiment, False
@@ -90,6 +122,8 @@ def track(run: Path, config: RunConfig, uri: str | None = None, experiment: str 
     (run / "journal.jsonl").unlink()
     tracker = Tracker(config, run, enabled=True)
     about = {"world_size": record["world"], "device": record["device"], "git.commit": record["git"]["commit"]}
+    if "fold" in record:
+        about |= {"egmf.fold": record["fold"]["name"], "egmf.folds": json.dumps(record["fold"])}
     tracker.start(config, {**about, **{f"data.{name}": print_ for name, print_ in record["data"].items()}})
     for step in (1, 2, 3):
         tracker.metrics({SPEED: 100.0 + step}, step)

@@ -12,7 +12,7 @@ from trainer.commands.options import Json
 from trainer.commands.output import print_json, say, wide
 
 if TYPE_CHECKING:
-    from trainer.results.compare.comparison import Comparison
+    from trainer.results.compare.result import Comparison
 
 app = typer.Typer()
 
@@ -57,7 +57,7 @@ def compare(
     log: Annotated[bool, typer.Option("--log/--no-log", help="log the files to MLflow, beside the runs")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare runs: mean and deviation over seeds, intervals, paired tests, cost, and settings that differ."""
+    """Compare runs: mean and deviation over seeds and folds, intervals, paired tests, cost, and settings that differ."""
     from trainer.results.compare.comparison import compare as compare_runs
     from trainer.results.compare.output import as_json as comparison_json
     from trainer.results.compare.output import terminal
@@ -80,6 +80,9 @@ def compare(
         resamples=resamples,
         force=force,
     )
+    for note in comparison.notes:
+        if note.startswith("WARNING: "):
+            say(note)
     comparison.notes[:0] = found.notes
     if as_json:
         print_json(comparison_json(comparison))

@@ -30,6 +30,13 @@ def prepare(
     drop_bad: Annotated[
         str, typer.Option(help="leave faulty samples out: of train (--drop-bad), of every split (--drop-bad=all)")
     ] = "none",
+    fold_column: Annotated[
+        str | None,
+        typer.Option(
+            help="of own data: the key or column that names each sample's fold, such as session; default: fold, where no sample has a split",
+            metavar="NAME",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     synthetic: Annotated[
@@ -58,14 +65,16 @@ def prepare(
         if synthetic or (task.name.startswith("diagnostic") and get_task(task.name) == task):
             from trainer.data.generated import diagnostic, synthetic_benchmark
 
-            if source:
-                raise ValueError(f"{task.name} is generated: it takes no --source")
+            if source or fold_column:
+                raise ValueError(f"{task.name} is generated: it takes no --source and no --fold-column")
             generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
             summary = generate(task.name, out, seed=seed, sizes=_sizes(size), force=force, progress=progress)
         elif not source:
             raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
         else:
-            summary = prepare_files(task, source, out, plugins=plugin or (), progress=progress, **options)
+            summary = prepare_files(
+                task, source, out, plugins=plugin or (), fold_column=fold_column, progress=progress, **options
+            )
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
 

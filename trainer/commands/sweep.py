@@ -1,4 +1,4 @@
-"""One config over values and seeds: sweep."""
+"""One config over values, seeds and folds: sweep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.commands.arity import command_class
 from trainer.commands.options import ConfigFile, Debug, DryRun, Json, Overrides, option_groups
 from trainer.commands.output import print_json, say, wide
 from trainer.commands.slurm import NOTHING_ASKED, SlurmOptions
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=command_class(following={"--folds": "all"}))
 @option_groups
 def sweep(
     config: ConfigFile,
@@ -32,6 +33,12 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--set", help="a run for each of these, such as model.fusion.width=128,256; repeatable", metavar="KEY=V1,V2"
+        ),
+    ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            help="a run for each fold of the data, or for some, such as 1,3 or their names", metavar="[F1,F2]"
         ),
     ] = None,
     parallel: Annotated[
@@ -49,17 +56,20 @@ def sweep(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Train a config with every seed and every combination of values. The same command continues it.
+    """Train a config with every seed, every combination of values, and every fold. The same command continues it.
 
     Finished runs are not run again. A run that fails does not end the others. A stop signal stops all of them with
     checkpoints: exit code 85.
     """
+    from launch.sweep.folds import chosen_folds
     from launch.sweep.grid import expand, parse_seeds
     from launch.sweep.pool import Budget, visible_gpus
     from launch.sweep.sweep import Sweep
 
     chosen = parse_seeds(seeds, overrides or [])
-    plan = Sweep(out or Path("runs") / f"{config.stem}-sweep", expand(config, overrides or [], values or []), chosen)
+    variants = expand(config, overrides or [], values or [])
+    tested = chosen_folds(folds, variants)
+    plan = Sweep(out or Path("runs") / f"{config.stem}-sweep", variants, chosen, tested)
     if slurm:
         if procs is not None or as_json:
             raise ValueError("--slurm takes --procs-per-node or --gpus-per-node, not --procs, and prints no JSON")
@@ -140,6 +150,7 @@ def _planned_runs(plan: Sweep, done: set[str]) -> Table:
     variants = plan.plan()["variants"]
     table = Table("run", "", "differs in", title=f"{plan.folder}", title_justify="left")
     for child in plan.children():
-        differs = ", ".join(f"{key}={value}" for key, value in variants[child.variant].items())
+        settings = variants[child.variant] | ({} if child.fold is None else {"data.fold": child.fold})
+        differs = ", ".join(f"{key}={value}" for key, value in settings.items())
         table.add_row(child.name, "done" if child.name in done else "", differs)
     return table

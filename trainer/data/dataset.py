@@ -9,6 +9,7 @@ import bisect
 import difflib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import pyarrow.compute as pc
 from trainer.batch import Sample
 from trainer.data.faults import DataError
 from trainer.data.folder import FORMAT, RECORD, read_record
+from trainer.data.folds import FoldChoice, assign_folds, find_fold
+from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord
 from trainer.tasks import Task, TaskError, define_task
 
@@ -27,27 +30,31 @@ STREAMS = ("audio", "video")
 _ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "training": "train", "testing": "test"}
 
 
-def open_dataset(path: str | Path, *, history: int = 0) -> PreparedDataset:
+def open_dataset(path: str | Path, *, history: int = 0, choice: FoldChoice | None = None) -> PreparedDataset:
     """Open what :func:`trainer.data.prepare.prepare` wrote; features stay on disk until they are read.
 
     Args:
         path: the folder.
         history: how many previous utterances of the conversation each sample gets.
+        choice: the fold that is tested, of a dataset whose samples have folds; without one it has the split "all" only.
 
     Raises:
-        DataError: not a prepared dataset, one of a newer format, or a damaged one.
+        DataError: not a prepared dataset, one of a newer format, a damaged one, or one without the chosen fold.
     """
-    return PreparedDataset(Path(path), history)
+    return PreparedDataset(Path(path), history, choice)
 
 
 class PreparedDataset:
-    """A prepared dataset; ``dataset["train"]`` is a :class:`SplitView`. Pickling keeps the path and opens it again."""
+    """A prepared dataset; ``dataset["train"]`` is a :class:`SplitView`. Pickling keeps the path and opens it again.
 
-    def __init__(self, path: Path, history: int = 0) -> None:
+    `folds` are the names of its folds, if it has some, and `fold` that of the one that was chosen for test.
+    """
+
+    def __init__(self, path: Path, history: int = 0, choice: FoldChoice | None = None) -> None:
         if history < 0:
             raise DataError(f"history must be 0 or more, not {history}")
         self.path = path.resolve()
-        self.history = history
+        self.history, self.choice = history, choice
         self.record = _checked_record(path)
         try:
             self.task: Task = define_task(self.record["task"], where=f"{path}/{RECORD}")
@@ -60,16 +67,41 @@ class PreparedDataset:
         except (TaskError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
             raise DataError(f"{path} is damaged ({reason}): prepare it again") from error
+        self.folds: list[str] = list(self.record.get("folds", []))
+        self.fold: str | None = None
+        if choice is not None:
+            self._cut(choice)
+
+    def _cut(self, choice: FoldChoice) -> None:
+        """Replace the view of all samples by those of the splits that follow from the choice of a fold."""
+        if not self.folds:
+            raise DataError(
+                f"{self.path} has no folds, but the run names one (data.fold={choice.fold}): leave data.fold out, or prepare "
+                "the dataset from samples with a fold (docs/data.md)"
+            )
+        whole = self._views.pop(ALL)
+        try:
+            self.fold = find_fold(choice.fold, self.folds)
+            rows = assign_folds(choice, whole.folds(), whole.dialogues(), whole.speakers())
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from error
+        self._views.update({split: FoldView(self, split, whole, of_split) for split, of_split in rows.items()})
+        self.splits = list(self._views)
 
     def __getitem__(self, split: str) -> SplitView:
         if split not in self._views:
+            if self.folds and self.choice is None and split != ALL:
+                raise DataError(
+                    f"{self.path} has folds ({', '.join(self.folds)}) and no split {split!r}: choose the fold that is tested, such as "
+                    f"data.fold={self.folds[0]}; egmf sweep CONFIG --folds trains one run for each"
+                )
             near = _ALIASES.get(split) or next(iter(difflib.get_close_matches(split, self.splits, n=1)), None)
             hint = f"; did you mean {near}?" if near in self._views else "."
             raise DataError(f"{self.path} has no split {split!r}{hint} It has {', '.join(self.splits)}")
         return self._views[split]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.history, self.fingerprint)
+        return _reopen, (self.path, self.history, self.fingerprint, self.choice)
 
 
 class SplitView:
@@ -78,7 +110,7 @@ class SplitView:
     def __init__(self, dataset: PreparedDataset, split: str, batches: list[pa.RecordBatch]) -> None:
         self.split = split
         self.task, self.widths, self.rates = dataset.task, dataset.widths, dataset.rates
-        self._origin = (dataset.path, dataset.history, dataset.fingerprint)
+        self._origin = (dataset.path, dataset.history, dataset.fingerprint, dataset.choice)
         self._batches = batches
         self._starts = [0, *np.cumsum([len(b) for b in batches]).tolist()]
         self._columns = [{name: batch.column(name) for name in batch.schema.names} for batch in batches]
@@ -174,6 +206,18 @@ class SplitView:
         """The texts alone, in order."""
         return (text for columns in self._columns for text in columns["text"].to_pylist())
 
+    def folds(self) -> np.ndarray:
+        """The fold of each sample, where the dataset has folds."""
+        return np.array(self._list("fold"), dtype=object)
+
+    def dialogues(self) -> list[str | None]:
+        """The dialogue of each sample."""
+        return self._list("dialogue")
+
+    def speakers(self) -> list[str | None]:
+        """The speaker of each sample."""
+        return self._list("speaker")
+
     def _list(self, name: str) -> list[Any]:
         return [value for columns in self._columns for value in columns[name].to_pylist()]
 
@@ -204,6 +248,38 @@ class SplitView:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen_split, (*self._origin, self.split)
+
+
+class FoldView(SplitView):
+    """The samples `rows` of a dataset with folds, in the published order; histories hold samples of the view alone."""
+
+    def __init__(self, dataset: PreparedDataset, split: str, whole: SplitView, rows: np.ndarray) -> None:
+        self.split = split
+        self.task, self.widths, self.rates = dataset.task, dataset.widths, dataset.rates
+        self._origin = (dataset.path, dataset.history, dataset.fingerprint, dataset.choice)
+        self._whole, self._rows = whole, rows
+        self._starts = [0, len(rows)]
+        self._frames = {name: whole.frames(name)[rows] for name in STREAMS}
+
+    def __getitem__(self, i: int) -> Sample:
+        i = int(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        i %= len(self)
+        return replace(self._whole[int(self._rows[i])], history=self._history(i))
+
+    def texts(self) -> Iterator[str]:
+        return iter(self._list("text"))
+
+    def _characters(self) -> np.ndarray:
+        return np.asarray(self._whole._characters()[self._rows])
+
+    def _list(self, name: str) -> list[Any]:
+        values = self._whole._list(name)
+        return [values[k] for k in self._rows]
+
+    def _array(self, name: str, dtype: Any) -> np.ndarray:
+        return np.asarray(self._whole._array(name, dtype)[self._rows])
 
 
 class Conversations:
@@ -274,12 +350,12 @@ def _join(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype=dtype)
 
 
-def _reopen(path: Path, history: int, fingerprint: str) -> PreparedDataset:
-    dataset = open_dataset(path, history=history)
+def _reopen(path: Path, history: int, fingerprint: str, choice: FoldChoice | None) -> PreparedDataset:
+    dataset = open_dataset(path, history=history, choice=choice)
     if dataset.fingerprint != fingerprint:
         raise DataError(f"{path} was replaced by another dataset while it was in use")
     return dataset
 
 
-def _reopen_split(path: Path, history: int, fingerprint: str, split: str) -> SplitView:
-    return _reopen(path, history, fingerprint)[split]
+def _reopen_split(path: Path, history: int, fingerprint: str, choice: FoldChoice | None, split: str) -> SplitView:
+    return _reopen(path, history, fingerprint, choice)[split]

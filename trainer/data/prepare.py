@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from trainer.data.faults import DataError, Fault, describe, group_faults
 from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
-from trainer.data.readers.raw import SPLITS, Source
+from trainer.data.folds import cut_dialogues, fold_sizes
+from trainer.data.readers.raw import ALL, SPLITS, Source
 from trainer.data.readers.source import open_source
 from trainer.data.record import DatasetRecord, DroppedSample
 from trainer.data.rows import STREAMS, Seen, Shard, convert, convert_shard, keep, wrong_width
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 DropBad = Literal["none", "train", "all"]
 Progress = Callable[[str, int, "int | None"], None]
 SHARDS = 4  # of a split for each process: smaller ones even out the work
-KEEPER = ("test", "valid", "train")  # of samples with one id, that of the earlier split here stays
+KEEPER = ("test", "valid", "train", ALL)  # of samples with one id, that of the earlier split here stays
 
 
 @dataclass
@@ -63,16 +64,18 @@ def prepare(
     workers: int = 1,
     force: bool = False,
     plugins: Sequence[str] = (),
+    fold_column: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Open the published files at `paths` and prepare them; see :func:`prepare_source`. `plugins` bring further formats.
+    """Open the published files at `paths` and prepare them; see :func:`prepare_source`. `plugins` bring further formats,
+    `fold_column` names the column of the folds of a cross-validation.
 
     Raises:
         ReaderError: files that cannot be read, or do not fit together.
         DataError: faults in the data, or an `out` that is taken.
     """
     _check_arguments(task, out, strict, drop_bad, workers, force)
-    source = open_source(task, paths, plugins=plugins)
+    source = open_source(task, paths, plugins=plugins, fold_column=fold_column)
     return prepare_source(
         task, source, out, strict=strict, drop_bad=drop_bad, workers=workers, force=force, progress=progress
     )
@@ -148,7 +151,12 @@ def _check_arguments(task: Task, out: Path, strict: bool, drop_bad: DropBad, wor
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _features() -> Any:
+def _splits_of(names: Container[str]) -> tuple[str, ...]:
+    """The splits of a dataset: samples with folds have one, from which a run cuts its own."""
+    return (ALL,) if ALL in names else SPLITS
+
+
+def _features(splits: Container[str]) -> Any:
     from datasets import Features, List, Value  # slow to import, and worker processes need it not
 
     columns: dict[str, Any] = {"id": Value("string"), "text": Value("string"), "label": Value("string")}
@@ -159,16 +167,18 @@ def _features() -> Any:
         columns[f"{name}_mask"] = List(Value("bool"))
     columns |= {"speaker": Value("string"), "dialogue": Value("string"), "turn": Value("int64")}
     columns |= {"kind": Value("string"), "language": Value("string")}
+    if ALL in splits:
+        columns["fold"] = Value("string")
     return Features(columns)
 
 
-def _schema() -> pa.Schema:
-    return _features().arrow_schema
+def _schema(splits: Container[str]) -> pa.Schema:
+    return _features(splits).arrow_schema
 
 
 def _convert(task: Task, source: Source, folder: Path, workers: int, progress: Progress) -> dict[str, list[Shard]]:
-    schema = _schema()
-    splits = [split for split in SPLITS if split in source.splits]
+    splits = [split for split in _splits_of(source.splits) if split in source.splits]
+    schema = _schema(splits)
     for split in splits:
         (folder / split).mkdir()
     if workers == 1:
@@ -187,7 +197,7 @@ def _convert(task: Task, source: Source, folder: Path, workers: int, progress: P
 def _convert_many(
     task: Task, source: Source, folder: Path, workers: int, progress: Progress, splits: list[str]
 ) -> dict[str, list[Shard]]:
-    read, schema, count = source.part, _schema(), workers * SHARDS
+    read, schema, count = source.part, _schema(splits), workers * SHARDS
     assert read is not None
     places = {}
     done: dict[str, int] = Counter()
@@ -216,15 +226,19 @@ def _validate(
     alone = [fault for split in shards for shard in shards[split] for fault in shard.faults]
     faults = [*alone, *wrong.values(), *(twice := _duplicates(shards)).values()]
     bad = set(wrong) | set(twice)
-    left = {"train": ("train",), "all": SPLITS}.get(drop_bad, ())
+    splits = _splits_of(shards)
+    left = {"train": ("train",), "all": splits}.get(drop_bad, ())
     dropped: list[DroppedSample] = [
         {"split": key[0], "id": row.id, "where": row.where}
         for key, row in _walk(shards)
         if row.digest is None or key in bad
     ]
     full = {key[0] for key, row in _walk(shards) if row.digest and key not in bad}
-    empty = [split for split in SPLITS if split not in full]
+    empty = [split for split in splits if split not in full]
     faults += [Fault("split without samples", split, detail=_why(split, source, dropped)) for split in empty]
+    folds = fold_sizes(row.fold for key, row in _walk(shards) if row.fold and key not in bad)
+    if ALL in full and len(folds) < 2:
+        faults.append(Fault("one fold only", ALL, detail=f"all samples have the fold {next(iter(folds))}"))
     refused = (strict and faults) or [f for f in faults if not f.repair and (f.split not in left or f.split in empty)]
     if refused:
         raise DataError(_refusal(task, source, faults, strict, drop_bad, left))
@@ -234,19 +248,23 @@ def _validate(
     counts = Counter(entry["split"] for entry in dropped)
     record["splits"] = {
         split: statistics(task, [row for shard in shards[split] for row in shard.seen], counts[split])
-        for split in SPLITS
+        for split in splits
     }
+    if folds:
+        record["folds"] = folds
     record["faults"] = group_faults(faults, otherwise="left out")
-    record["dropped"] = {"mode": drop_bad, "n": {s: counts[s] for s in SPLITS}, "samples": dropped}
+    record["dropped"] = {"mode": drop_bad, "n": {s: counts[s] for s in splits}, "samples": dropped}
     record["fingerprint"] = _fingerprint(record, shards)
     record["source"] = {"name": source.name, "files": _hashes(source.files), "notes": list(source.notes)}
+    if folds and (note := cut_dialogues((row.dialogue, row.fold) for _, row in _walk(shards))):
+        record["source"]["notes"].append(note)
     return record
 
 
 Key = tuple[str, int, int]  # split, shard, place among the shard's seen samples
 
 
-def _walk(shards: dict[str, list[Shard]], splits: Sequence[str] = SPLITS) -> Iterator[tuple[Key, Seen]]:
+def _walk(shards: dict[str, list[Shard]], splits: Sequence[str] = (*SPLITS, ALL)) -> Iterator[tuple[Key, Seen]]:
     for split in splits:
         for k, shard in enumerate(shards.get(split, [])):
             for i, row in enumerate(shard.seen):
@@ -288,7 +306,7 @@ def _take_out(shards: dict[str, list[Shard]], bad: set[Key]) -> None:
         for k, shard in enumerate(shards[split]):
             wanted = [(split, k, i) not in bad for i, row in enumerate(shard.seen) if row.digest]
             if not all(wanted):
-                keep(shard, wanted, _schema())
+                keep(shard, wanted, _schema(shards))
             shard.seen = [row for i, row in enumerate(shard.seen) if row.digest and (split, k, i) not in bad]
 
 
@@ -327,7 +345,7 @@ def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]]) -> str:
     dropped = [record["dropped"]["mode"], [[d["split"], d["id"]] for d in record["dropped"]["samples"]]]
     head = [record["format"], record["task"], record["widths"], record["rates"], dropped]
     out.update(json.dumps(head, sort_keys=True, ensure_ascii=True).encode())
-    for split in SPLITS:
+    for split in record["splits"]:
         rows = [row.digest for shard in shards[split] for row in shard.seen if row.digest]
         out.update(f"{split} {len(rows)}".encode())
         for digest in rows:
@@ -356,7 +374,7 @@ def _write(folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) 
     from datasets import DatasetInfo
 
     sizes = {}
-    for split in SPLITS:
+    for split in record["splits"]:
         full = [shard for shard in shards[split] if shard.seen]
         for shard in shards[split]:
             if not shard.seen:
@@ -375,8 +393,8 @@ def _write(folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) 
             "_split": split,
         }
         (folder / split / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-        DatasetInfo(features=_features()).write_to_directory(str(folder / split))
-    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(SPLITS)}))
+        DatasetInfo(features=_features(shards)).write_to_directory(str(folder / split))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(record["splits"])}))
     record["files"] = sizes
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

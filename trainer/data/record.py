@@ -35,6 +35,7 @@ class SplitStatistics(TypedDict, total=False):
     missing: dict[str, int]
     masked_frames: dict[str, int]
     dropped: int
+    folds: dict[str, int]  # only in what ``egmf data show --json`` prints
 
 
 class FaultGroup(TypedDict):
@@ -89,3 +90,4 @@ class DatasetRecord(TypedDict, total=False):
     dropped: DroppedSamples
     source: SourceRecord
     files: dict[str, int]
+    folds: dict[str, int]  # fold -> samples, in order; where the samples have folds and the one split is "all"

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.faults import Fault
-from trainer.data.readers.raw import RawSample
+from trainer.data.readers.raw import ALL, RawSample
 from trainer.tasks import Task
 
 STREAMS = ("audio", "video")
@@ -60,10 +60,12 @@ class Row:
     label: str | None
     streams: dict[str, FeatureSequence | None]
     metadata: Metadata
+    fold: str | None = None  # of a cross-validation; then the sample belongs to no split
 
     def digest(self) -> bytes:
         """sha256 over the row's content, the same on every machine."""
         head = [self.id, self.text, float(self.target).hex(), self.label, *self.metadata]
+        head += [] if self.fold is None else [self.fold]
         out = hashlib.sha256(json.dumps(head, ensure_ascii=True).encode())
         for name in STREAMS:
             stream = self.streams[name]
@@ -88,6 +90,8 @@ class Seen(NamedTuple):
     frames: tuple[int, int] = (0, 0)
     widths: tuple[int, int] = (0, 0)
     masked: tuple[int, int] = (0, 0)
+    fold: str | None = None
+    dialogue: str | None = None
 
 
 @dataclass
@@ -131,7 +135,10 @@ class Checker:
         elif turn is not None:
             turn = int(turn)
         metadata = Metadata(raw.speaker, raw.dialogue, turn, raw.kind, raw.language)
-        if any(isinstance(s, str) and not _unicode(s) for s in (name, text, *metadata)):
+        fold = raw.fold if split == ALL else None
+        if split == ALL and not fold:
+            fault("no fold")
+        if any(isinstance(s, str) and not _unicode(s) for s in (name, text, fold, *metadata)):
             fault("text that is no Unicode (a lone surrogate)")
         label, target = self._answer(raw, fault) if self.labelled else (None, math.nan)
         streams = {
@@ -140,7 +147,7 @@ class Checker:
         }
         if not all(f.repair for f in faults):
             return None, faults
-        return Row(name, text, target, label, streams, metadata), faults
+        return Row(name, text, target, label, streams, metadata, fold), faults
 
     def _answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float]:
         return self._classify(raw.label, fault) if self.task.grid is None else (None, self._rate(raw, fault))
@@ -327,7 +334,7 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
     columns: dict[str, list[Any] | pa.Array] = {
         name: [getattr(row.metadata, name) for row in rows] for name in Metadata._fields
     }
-    columns.update({name: [getattr(row, name) for row in rows] for name in ("id", "text", "label", "target")})
+    columns.update({name: [getattr(row, name) for row in rows] for name in ("id", "text", "label", "target", "fold")})
     for name in STREAMS:
         streams = [row.streams[name] for row in rows]
         columns[name] = _lists([None if s is None else s.values_TF.reshape(-1) for s in streams], pa.float32())
@@ -362,6 +369,8 @@ def _seen(row: Row, where: str) -> Seen:
         (_size(audio, 0), _size(video, 0)),
         (_size(audio, 1), _size(video, 1)),
         (_masked(audio), _masked(video)),
+        row.fold,
+        row.metadata.dialogue,
     )
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.data.faults import describe
+from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord, LengthStatistics, SplitStatistics
 from trainer.data.rows import STREAMS, Seen
 from trainer.tasks import Task
@@ -59,8 +60,12 @@ def _lengths(values: Sequence[int]) -> LengthStatistics:
 
 
 def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics]:
-    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``."""
-    return {split: entry.copy() for split, entry in record["splits"].items()}
+    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``; of a dataset with folds the one
+    split "all", with ``"folds": {fold: count}`` besides."""
+    out = {split: entry.copy() for split, entry in record["splits"].items()}
+    if "folds" in record:
+        out[ALL]["folds"] = record["folds"]
+    return out
 
 
 def summary_table(record: DatasetRecord) -> Group:
@@ -90,7 +95,12 @@ def summary_table(record: DatasetRecord) -> Group:
             add(f"{name} missing", "missing", name, section=True)
     if any(entry["dropped"] for entry in splits.values()):
         add("left out", "dropped", section=True)
-    lines = [_features(record), *(f"fault: {line}" for line in describe(record["faults"]))]
+    folds = (
+        [f"{len(record['folds'])} folds: " + ", ".join(f"{k} {n}" for k, n in record["folds"].items())]
+        if "folds" in record
+        else []
+    )
+    lines = [_features(record), *folds, *(f"fault: {line}" for line in describe(record["faults"]))]
     lines += [f"note: {note}" for note in record["source"].get("notes", [])]
     return Group(table, *(Text(line) for line in lines))
 

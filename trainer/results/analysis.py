@@ -17,6 +17,7 @@ from trainer.answers.scores import TaskScores
 from trainer.config import MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
+from trainer.data.folds import fold_choice
 from trainer.data.summary import SIGNS
 from trainer.results.run_folder import SPLITS, RunFolder, dataset_path
 from trainer.results.task_results import Example, GateGroup, Gates, Robustness, TaskResults
@@ -254,7 +255,7 @@ def _add_texts(run: RunFolder, task: Task, split: str, examples: Sequence[Exampl
     if task.name not in run.data or run.config is None:
         return
     try:
-        view = open_dataset(dataset_path(run.config, task.name))[split]
+        view = open_dataset(dataset_path(run.config, task.name), choice=fold_choice(run.config))[split]
     except DataError as error:
         run.notes.append(f"the texts of {task.name} cannot be shown: {error}")
         return

@@ -73,7 +73,11 @@ class RunFolder:
         train = self.config.train
         if train.steps is not None:
             return train.steps
-        lengths = {name: np.zeros(record["splits"]["train"]["n"]) for name, record in self.data.items()}
+        lengths = {
+            name: np.zeros(record["splits"]["train"]["n"])
+            for name, record in self.data.items()
+            if "train" in record["splits"]
+        }
         if not lengths or len(lengths) < len(self.config.tasks):
             return None
         order = GlobalBatchSampler.of_training(self.config, lengths)

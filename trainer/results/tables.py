@@ -214,6 +214,7 @@ def environment(run: RunFolder) -> Table | None:
     record = run.record
     git = record.get("git") or {}
     tracked: dict[str, object] = {**(record.get("mlflow") or {})}
+    fold = record.get("fold")
     commit = str(git["commit"]) + (" and local changes" if git.get("changed") else "") if git.get("commit") else None
     rows: dict[str, object] = {
         "device": record.get("device"),
@@ -221,6 +222,7 @@ def environment(run: RunFolder) -> Table | None:
         "zero": record.get("zero"),
         "precision": record.get("precision"),
         "seed": record.get("seed"),
+        "fold": f"{fold['name']} of {', '.join(fold['names'])}" if fold else None,
         "platform": record.get("platform"),
         "base": record.get("base"),
         "git": commit,

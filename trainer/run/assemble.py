@@ -15,6 +15,7 @@ from trainer.batch import AnswerTrie
 from trainer.config import FusionConfig, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
+from trainer.data.folds import FoldRecord, fold_choice
 from trainer.data.imbalance import answer_indices, class_weights
 from trainer.data.objective import Objective
 from trainer.distributed.deepspeed_config import deepspeed_config, zero_stage
@@ -45,6 +46,15 @@ class RunComponents:
     def fingerprints(self) -> dict[str, str]:
         return {name: data.fingerprint for name, data in self.data.items()}
 
+    @property
+    def fold(self) -> FoldRecord | None:
+        """The fold that is tested, and how many samples of all tasks are trained on and tested; None without folds."""
+        first = next(iter(self.data.values()))
+        if first.fold is None:
+            return None
+        train, test = (sum(len(data[split]) for data in self.data.values()) for split in ("train", "test"))
+        return {"name": first.fold, "names": first.folds, "train": train, "test": test}
+
 
 def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDataset]]:
     """The run's tasks and their prepared datasets.
@@ -59,7 +69,7 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
         try:
             task = get_task(requested)
             path = config.data.path.replace("{task}", task.name)
-            opened = open_dataset(path, history=config.data.history)
+            opened = open_dataset(path, history=config.data.history, choice=fold_choice(config))
         except ValueError as error:
             faults.append(str(error))
             continue
@@ -69,9 +79,17 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
                 faults.append(
                     f"{path} was prepared for another task: its {key} is {prepared!r}, that of {requested} is {expected!r}"
                 )
+        if opened.folds and config.data.fold is None:
+            faults.append(
+                f"{path} has folds ({', '.join(opened.folds)}) and no splits: choose the fold that is tested, such as "
+                f"data.fold={opened.folds[0]}; egmf sweep CONFIG --folds trains one run for each"
+            )
         tasks[task.name], data[task.name] = task, opened
     if len(data) > 1 and "{task}" not in config.data.path:
         faults.append(f"data.path={config.data.path!r} is one folder for {len(data)} tasks: write {{task}} in it")
+    if len({tuple(opened.folds) for opened in data.values()}) > 1:
+        listed = "; ".join(f"{name}: {', '.join(opened.folds) or 'none'}" for name, opened in data.items())
+        faults.append(f"the datasets of one run must have the same folds: {listed}")
     if config.train.regression_loss and tasks and all(task.kind == "classification" for task in tasks.values()):
         faults.append(
             f"train.regression_loss={config.train.regression_loss:g} is for tasks that answer with numbers, and none of "

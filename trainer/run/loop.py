@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import socket
@@ -124,6 +125,8 @@ def fit(
                     "zero": identity.zero,
                 }
             )
+            if parts.fold is not None:
+                record.update({"fold": parts.fold})
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
             watch.closing = functools.partial(close_stuck_run, out, record, tracker) if world.is_rank_zero else None
@@ -172,6 +175,8 @@ def _tags(values: RecordValues) -> dict[str, object]:
     tags.update({f"git.{key}": value for key, value in values["git"].items()})
     tags.update({f"data.{task}": fingerprint for task, fingerprint in values["data"].items()})
     about = {"world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
+    if "fold" in values:
+        tags.update({"egmf.fold": values["fold"]["name"], "egmf.folds": json.dumps(values["fold"])})
     return {**tags, **about, "device": values["device"]}
 
 

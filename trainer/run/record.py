@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, cast
 from trainer.files import write_json
 
 if TYPE_CHECKING:  # egmf runs reads records without loading torch
+    from trainer.data.folds import FoldRecord
     from trainer.distributed.versions import GitState
     from trainer.tracking.tracker import Tracker
 
@@ -50,6 +51,7 @@ class RecordValues(TypedDict, total=False):
     mlflow: MlflowPlace | None
     tasks: list[str]
     data: dict[str, str]  # task -> fingerprint
+    fold: FoldRecord  # of a run on a dataset with folds
     base: str  # hash of the frozen backbone
     world: int
     zero: int

@@ -16,6 +16,7 @@ from trainer.checkpoint.state import read_state
 from trainer.checkpoint.store import Checkpoints
 from trainer.checkpoint.weights import CheckpointError, load_weights
 from trainer.config import RunConfig, saved_config
+from trainer.data.folds import fold_choice
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents, assemble
@@ -47,9 +48,15 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
     """Rebuild a run's model and load the checkpoint that validation chose (the newest, with a warning, if none was).
 
     Raises:
-        ValueError: no run, no checkpoint, another frozen base, or data that do not fit.
+        ValueError: no run, no checkpoint, another frozen base, data that do not fit, or another choice of folds.
     """
     config = saved_config(run, overrides, data)
+    trained = fold_choice(saved_config(run))
+    if trained is not None and data is None and fold_choice(config) != trained:
+        raise ValueError(
+            f"{run} was trained to test fold {trained.fold}: other samples than those are ones that it was trained on or validated with, so "
+            "data.fold, data.fold_valid and train.seed are not changed here"
+        )
     checkpoints = Checkpoints(run / "checkpoints", world, config.train.keep)
     chosen = checkpoints.best()
     if chosen is not None and (faults := checkpoints.verify(chosen)):

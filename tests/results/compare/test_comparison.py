@@ -17,9 +17,10 @@ from tests.distributed.processes import egmf
 from tests.results.seeded import make_seeded, make_two
 from trainer.answers.metrics import compute
 from trainer.results.compare.compared_run import ComparedRun
-from trainer.results.compare.comparison import EVERY, compare
+from trainer.results.compare.comparison import compare
 from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.output import as_csv, as_json, as_tex, tables, tex
+from trainer.results.compare.result import EVERY
 from trainer.results.compare.sources import find_runs
 from trainer.tasks import get_task
 

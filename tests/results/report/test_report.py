@@ -24,6 +24,7 @@ from trainer.results.report.report import write_report
 from trainer.results.report.training_pictures import POINTS, loss, thin
 from trainer.results.run_folder import read_run
 from trainer.results.show import run_json, show_run
+from trainer.results.tables import environment
 from trainer.tasks import get_task
 
 LIMIT = 2_000_000  # bytes of a page
@@ -296,3 +297,10 @@ def test_a_failure_while_writing_leaves_the_page_that_was_there(
     with pytest.raises(OSError, match="No space"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before
+
+
+def test_the_environment_names_the_fold(tmp_path: Path, data: Path) -> None:
+    fold = {"name": "Ses2", "names": ["Ses1", "Ses2"], "train": 4, "test": 4}
+    table = environment(read_run(make_run(tmp_path / "run", data, ("meld",), fold=fold)))
+    assert table is not None
+    assert ["fold", "Ses2 of Ses1, Ses2"] in table.rows

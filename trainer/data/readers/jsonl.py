@@ -2,7 +2,7 @@
 
 `{"id": "a1", "text": "…", "label": "joy", "audio": "a1.npy", "video": "a1.npz", "split": "train", "speaker": "Ann",
 "dialogue": "d7", "turn": 3, "rate": {"audio": 100, "video": 25}}`. Only text and label (or `target`, a number) are needed. Paths are relative to the
-JSONL. The split may be the file's name instead. `docs/data.md` has the whole list.
+JSONL. The split may be the file's name instead; or samples have a `fold` and no split. `docs/data.md` has the whole list.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Table
+from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, ReaderError, Table
 from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
 from trainer.tasks import Task
 
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
 
+FOLD = "fold"  # the key of a sample's fold, unless the user names another
 Word = str | int | None
 Length = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None
 
@@ -86,7 +87,7 @@ class JsonlReader(Reader):
         if data[start : start + 4096].lstrip().startswith(b"["):
             faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
             return []
-        index = _Index(path, context.split_of(path))
+        index = _Index(path, context.split_of(path), context.fold_column)
         number = 0
         while start < len(data):
             stop = data.find(b"\n", start) + 1 or len(data)
@@ -96,7 +97,13 @@ class JsonlReader(Reader):
             start = stop
         rates = index.close(context)
         return [
-            Table(path, split, len(places), partial(_sample, context.task, path, data, split, places), rates=rates)
+            Table(
+                path,
+                split,
+                len(places),
+                partial(_sample, context.task, path, data, split, places, context.fold_column or FOLD),
+                rates=rates,
+            )
             for split, places in index.places.items()
         ]
 
@@ -112,8 +119,9 @@ class _Place(NamedTuple):
 class _Index:
     """Where the lines of each split stand, and what the lines say of the whole file."""
 
-    def __init__(self, path: Path, named: str | None) -> None:
-        self.path, self.named = path, named
+    def __init__(self, path: Path, named: str | None, fold_column: str | None) -> None:
+        self.path, self.named, self.fold_column = path, named, fold_column
+        self.folds = False  # whether some line has one
         self.places: dict[str, list[_Place]] = {}
         self.rates: dict[str, Counter[float]] = {"audio": Counter(), "video": Counter()}
         self.unknown: Counter[str] = Counter()
@@ -124,11 +132,17 @@ class _Index:
         if line is None:
             return
         split = SPLIT_NAMES.get(line.split.lower()) if line.split is not None else self.named
+        unused = list(line.model_extra or {})
+        fold = _fold(line, self.fold_column or FOLD)
+        if self.fold_column is not None or (line.split is None and split is None and fold is not None):
+            split = ALL
+            self.folds = self.folds or fold is not None
+            unused = [key for key in unused if key != (self.fold_column or FOLD)]
         if split is None:
             context.faults.append(f"{where}: {_no_split(line)}")
         else:
             self.places.setdefault(split, []).append(place)
-        self.unknown.update(list(line.model_extra or {}))
+        self.unknown.update(unused)
         for stream, rate in line.rate.items():
             self.rates[stream][rate] += 1
         if context.check:
@@ -140,6 +154,12 @@ class _Index:
             if len(found) > 1:
                 several = ", ".join(f"{rate:g}" for rate in found)
                 context.faults.append(f"{self.path}: {name} has several rates ({several}): resample to one")
+        if self.fold_column is not None and not self.folds:
+            close = difflib.get_close_matches(self.fold_column, [*self.unknown, *Line.model_fields], n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            context.faults.append(
+                f"{self.path}: no line has a fold: --fold-column {self.fold_column} names no key{hint}"
+            )
         if self.unknown:
             unused = ", ".join(_unused(key, n) for key, n in self.unknown.most_common(20))
             context.notes.append(f"{self.path.name}: not used: {unused}")
@@ -161,7 +181,10 @@ def parse_line(raw: bytes, where: str, faults: list[str], form: type[AnyLine]) -
 
 def _no_split(line: Line) -> str:
     if line.split is None:
-        return "no split: give every sample one, or name the file train.jsonl, valid.jsonl or test.jsonl"
+        return (
+            "no split: give every sample one, or name the file train.jsonl, valid.jsonl or test.jsonl; "
+            "for cross-validation give every sample a fold"
+        )
     return f"split {line.split!r} is none of train, valid, test"
 
 
@@ -170,12 +193,27 @@ def _unused(key: str, n: int) -> str:
     return f"{key[:40]!r} of {n} line(s)" + (f" (did you mean {close[0]}?)" if close else "")
 
 
-def _sample(task: Task, path: Path, data: mmap.mmap | bytes, split: str, places: list[_Place], i: int) -> RawSample:
+def _fold(line: Line, column: str) -> str | None:
+    """The fold of a line: a word or a whole number; None where it has none."""
+    value: object = getattr(line, column, None) if column in Line.model_fields else (line.model_extra or {}).get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    return str(value).strip() or None
+
+
+def _sample(
+    task: Task, path: Path, data: mmap.mmap | bytes, split: str, places: list[_Place], fold_column: str, i: int
+) -> RawSample:
     number, start, stop = places[i]
     line = Line.model_validate_json(data[start:stop].strip())
-    name = f"{split or path.stem}-{number:05d}" if line.id is None else str(line.id)
+    prefix = path.stem if split in ("", ALL) else split
+    name = f"{prefix}-{number:05d}" if line.id is None else str(line.id)
     first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
     sample = plain_sample(line, name, split, f"{path.name} line {number}", second if first is None else first)
+    if split == ALL:
+        sample = replace(sample, fold=_fold(line, fold_column))
     return with_features(sample, path.parent, line)
 
 

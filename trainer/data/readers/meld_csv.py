@@ -12,7 +12,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table
+from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, Table
 from trainer.data.readers.registry import ReadContext, Reader, decoded, prefer
 from trainer.encodings import first_line
 from trainer.tasks import Task
@@ -41,9 +41,12 @@ class MeldCsvReader(Reader):
         return prefer(files, lambda p: re.fullmatch(rf"({'|'.join(SPLIT_NAMES)})_sent_emo", p.stem) is not None)
 
     def read(self, path: Path, context: ReadContext) -> list[Table]:
-        split, faults = context.split_of(path), context.faults
+        split, faults = ALL if context.fold_column else context.split_of(path), context.faults
         if split is None:
-            faults.append(f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so")
+            faults.append(
+                f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so; for cross-validation "
+                "name the column of the folds with --fold-column"
+            )
             return []
         known = len(faults)
         text = decoded(path, path.read_bytes(), context)
@@ -52,7 +55,8 @@ class MeldCsvReader(Reader):
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            needed = (*COLUMNS, LABEL) if context.labelled else COLUMNS
+            needed = [*COLUMNS, *([LABEL] if context.labelled else [])]
+            needed += [context.fold_column] if context.fold_column else []
             if not set(needed) <= set(header):
                 faults.append(f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}")
                 return []
@@ -64,7 +68,8 @@ class MeldCsvReader(Reader):
         turns = [_turn(path, line, row, header, at, faults) for line, row in rows]
         if len(faults) > known:
             return []
-        return [Table(path, split, len(rows), partial(_sample, path, split, at, rows, turns))]
+        fold = header.index(context.fold_column) if context.fold_column else None
+        return [Table(path, split, len(rows), partial(_sample, path, split, at, rows, turns, fold))]
 
 
 def _turn(path: Path, line: int, row: list[str], header: list[str], at: dict[str, int], faults: list[str]) -> int:
@@ -83,17 +88,24 @@ def _turn(path: Path, line: int, row: list[str], header: list[str], at: dict[str
 
 
 def _sample(
-    path: Path, split: str, at: dict[str, int], rows: list[tuple[int, list[str]]], turns: list[int], i: int
+    path: Path,
+    split: str,
+    at: dict[str, int],
+    rows: list[tuple[int, list[str]]],
+    turns: list[int],
+    fold: int | None,
+    i: int,
 ) -> RawSample:
     line, row = rows[i]
     dialogue, utterance = row[at["Dialogue_ID"]].strip(), row[at["Utterance_ID"]].strip()
     return RawSample(
-        id=f"{split or path.stem}_dia{dialogue}_utt{utterance}",
+        id=f"{path.stem if split in ('', ALL) else split}_dia{dialogue}_utt{utterance}",
         split=split,
         text=row[at["Utterance"]],
         label=row[at[LABEL]].strip() if LABEL in at else None,
         speaker=row[at["Speaker"]].strip() or None,
         dialogue=dialogue,
         turn=turns[i],
+        fold=None if fold is None else row[fold].strip() or None,
         where=f"{path.name} line {line}",
     )

@@ -13,6 +13,7 @@ import numpy as np
 from trainer.encodings import decode_text
 
 SPLITS = ("train", "valid", "test")
+ALL = "all"  # the one split of a source whose samples have folds and no splits
 SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
 
 
@@ -31,7 +32,8 @@ class RawSample:
 
     `label` is the label's word (classification) or a number (regression), whatever the file says. Features are `[T, d]` of
     any real dtype and may be padded at the end, hold nan and inf, or have a wrong shape; None is a missing modality.
-    `*_length` is the true length the file claims, None where it claims nothing. `where` names file and row.
+    `*_length` is the true length the file claims, None where it claims nothing. `fold` is the part of a cross-validation
+    to which the sample belongs; its split is then :data:`ALL`. `where` names file and row.
     """
 
     id: str
@@ -47,6 +49,7 @@ class RawSample:
     turn: int | None = None
     kind: str | None = None
     language: str | None = None
+    fold: str | None = None
     where: str = ""
 
 

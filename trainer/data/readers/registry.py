@@ -31,12 +31,14 @@ class ReadContext:
     """What a reader is asked, and where it reports. A fault refuses the source, a note is shown and recorded.
 
     Attributes: `labelled`, whether samples need a label and a split (preparation) or may lack them (prediction); `check`, whether
-    to look into files that samples refer to (False: another process did).
+    to look into files that samples refer to (False: another process did); `fold_column`, the column or key of samples that names
+    their fold, where the user gave one.
     """
 
     task: Task
     labelled: bool = True
     check: bool = True
+    fold_column: str | None = None
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

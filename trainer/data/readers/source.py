@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.data.file_kinds import misnamed
 from trainer.data.readers.joined import join
-from trainer.data.readers.raw import SPLITS, RawSample, ReaderError, Source, Table
+from trainer.data.readers.raw import ALL, SPLITS, RawSample, ReaderError, Source, Table
 from trainer.data.readers.registry import ReadContext, Reader, in_folder, known_readers, reader_of
 from trainer.tasks import Task
 
@@ -16,20 +16,29 @@ Found = dict[str, dict[str, list[Table]]]  # split -> reader's name -> tables
 
 
 def open_source(
-    task: Task, paths: Sequence[Path], *, labelled: bool = True, plugins: Sequence[str] = (), check: bool = True
+    task: Task,
+    paths: Sequence[Path],
+    *,
+    labelled: bool = True,
+    plugins: Sequence[str] = (),
+    check: bool = True,
+    fold_column: str | None = None,
 ) -> Source:
     """Recognise what lies at `paths` (files, or folders of them) and open it for `task`.
 
     Of several files of one format in a folder the reader says which are meant. Features and annotations given together are
-    aligned. Samples that are not `labelled` may lack label and split (then ""). `plugins` bring further formats.
+    aligned. Samples that are not `labelled` may lack label and split (then ""). `plugins` bring further formats. `fold_column` names
+    the column of the folds of a cross-validation; the source then has the one split "all".
 
     Raises:
         ReaderError: nothing readable there, or files that do not fit together, all problems at once.
         PluginError: a plug-in that cannot be used.
     """
-    source, _ = _open(task, [Path(path) for path in paths], labelled, tuple(plugins), check)
+    context = ReadContext(task, labelled, check, fold_column)
+    source, _ = _open([Path(path) for path in paths], context, tuple(plugins))
     if labelled:
-        source.part = partial(_part, task.model_dump_json(), tuple(str(path) for path in paths), tuple(plugins))
+        names = tuple(str(path) for path in paths)
+        source.part = partial(_part, task.model_dump_json(), names, tuple(plugins), fold_column)
     return source
 
 
@@ -43,23 +52,26 @@ def _rows(tables: Sequence[Table], start: int = 0, stop: int | None = None) -> I
 
 
 def _part(
-    task: str, paths: tuple[str, ...], plugins: tuple[str, ...], split: str, k: int, n: int
+    task: str, paths: tuple[str, ...], plugins: tuple[str, ...], fold_column: str | None, split: str, k: int, n: int
 ) -> Iterator[RawSample]:
-    tables = _reopen(task, paths, plugins).get(split, [])
+    tables = _reopen(task, paths, plugins, fold_column).get(split, [])
     total = sum(table.n for table in tables)
     return _rows(tables, total * k // n, total * (k + 1) // n)
 
 
 @lru_cache(maxsize=1)
-def _reopen(task: str, paths: tuple[str, ...], plugins: tuple[str, ...]) -> dict[str, list[Table]]:
+def _reopen(
+    task: str, paths: tuple[str, ...], plugins: tuple[str, ...], fold_column: str | None
+) -> dict[str, list[Table]]:
     """The tables of a source that another process has checked; this one keeps them for the parts that follow."""
-    return _open(Task.model_validate_json(task), [Path(path) for path in paths], True, plugins, check=False)[1]
+    context = ReadContext(Task.model_validate_json(task), check=False, fold_column=fold_column)
+    return _open([Path(path) for path in paths], context, plugins)[1]
 
 
 def _open(
-    task: Task, paths: Sequence[Path], labelled: bool, plugins: tuple[str, ...], check: bool
+    paths: Sequence[Path], context: ReadContext, plugins: tuple[str, ...]
 ) -> tuple[Source, dict[str, list[Table]]]:
-    readers, context = known_readers(plugins), ReadContext(task, labelled, check)
+    readers = known_readers(plugins)
     files = _gather(paths, readers, context)
     used = list(dict.fromkeys(files.values()))
     found = _read(files, context)
@@ -72,7 +84,7 @@ def _open(
         faults.append(f"nothing to read: give {_formats(readers)}")
     if faults:
         many = f"{len(faults)} faults" if len(faults) > 1 else "a fault"
-        raise ReaderError(f"{task.name}: the source cannot be read, {many}", faults)
+        raise ReaderError(f"{context.task.name}: the source cannot be read, {many}", faults)
     source = Source(
         name=name,
         samples=lambda split: _rows(tables.get(split, [])),
@@ -129,11 +141,21 @@ def _read(files: Mapping[Path, Reader], context: ReadContext) -> Found:
             context.faults.append(f"{file}: cannot be read: {error.strerror or error}")
             continue
         for table in tables:
-            if table.split not in SPLITS and (context.labelled or table.split):
+            if context.fold_column is not None and table.split != ALL:
+                context.faults.append(
+                    f"{file}: the reader {reader.name} finds no column {context.fold_column!r} of folds: they are read from JSON "
+                    "lines and from annotation CSVs"
+                )
+            elif table.split not in (*SPLITS, ALL) and (context.labelled or table.split):
                 context.faults.append(
                     f"{file}: the reader {reader.name} gives a split {table.split!r}, not train, valid or test"
                 )
             found.setdefault(table.split, {}).setdefault(reader.name, []).append(table)
+    if ALL in found and len(found) > 1:
+        others = ", ".join(split for split in found if split != ALL)
+        context.faults.append(
+            f"some samples have a fold and no split, others belong to {others}: give all samples folds, or all a split"
+        )
     return found
 
 
@@ -153,7 +175,7 @@ def _name(used: Sequence[Reader], context: ReadContext) -> str:
 def _combine(found: Found, used: Sequence[Reader], context: ReadContext) -> dict[str, list[Table]]:
     """The tables of each split made one sequence: one after the other, or features joined with annotations."""
     out = {}
-    for split in (*SPLITS, ""):
+    for split in (*SPLITS, ALL, ""):
         of_reader = found.get(split, {})
         content = {reader.content: of_reader[reader.name] for reader in used if reader.name in of_reader}
         single = [r.name for r in used if r.one_file_per_split or len(used) > 1]

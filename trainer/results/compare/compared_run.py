@@ -18,6 +18,7 @@ from pyarrow import compute, parquet
 
 from trainer.config import RunConfig, defaults_of_missing, flatten
 from trainer.data.folder import read_record as read_dataset_record
+from trainer.data.folds import FoldRecord
 from trainer.results.run_folder import PREDICTIONS
 from trainer.tasks import Task, TaskError, define_task, get_task
 
@@ -58,6 +59,7 @@ class Answers:
     truth_N: np.ndarray
     guess_N: np.ndarray
     kind_N: np.ndarray | None = None  # where the data has kinds
+    fold_N: np.ndarray | None = None  # where the predictions of several folds are together
 
 
 @dataclass
@@ -77,6 +79,7 @@ class ComparedRun:
     mlflow: tuple[str, str] | None = None  # the store's uri and the run's id there
     experiment: str | None = None
     group: str | None = None
+    fold: FoldRecord | None = None  # of a run on a dataset with folds
 
 
 def with_defaults(config: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The comparison of runs: groups of runs that differ only in their seed, their means, and paired tests between groups.
+"""The comparison of runs: groups of runs that differ only in seed and fold, their means, and paired tests between groups.
 
 From run folders, without MLflow::
 
@@ -14,107 +14,30 @@ Nothing here is selected by a test score: there is no best run, seed or group, a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from trainer.answers.metrics import metric_of
 from trainer.distributed.messages import group_by_value, join_truncated
-from trainer.metric_table import WeightedMetric, accuracy
 from trainer.results.compare.compared_run import Answers, ComparedRun
-from trainer.results.compare.groups import Group, group_runs
+from trainer.results.compare.differences import add_differences, chosen_samples, correct_p_values
+from trainer.results.compare.folds import (
+    folds_of,
+    only_folds,
+    score_folds,
+    tested_per_trained,
+)
+from trainer.results.compare.groups import FOLDS_HINT, Group, group_runs
+from trainer.results.compare.result import EVERY, Comparison, Score
 from trainer.results.compare.statistics import (
     Correction,
-    Estimate,
-    corrected,
-    estimate,
-    mcnemar,
     over_seeds,
-    resample_counts,
 )
 from trainer.tasks import Task
 
 ALL_PAIRS = 10  # groups up to which all pairs are compared
-EVERY = "all"  # the kind that stands for all samples
-_RNG = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric of a group on the samples of a kind: the value of each seed, their mean, standard deviation and t interval."""
-
-    task: str
-    group: str
-    metric: str
-    kind: str
-    n: int
-    seeds: list[int]
-    values: list[float | None]
-    mean: float | None
-    sd: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """`group` minus `baseline`, paired by seed and sample.
-
-    `p` is that of the bootstrap over samples and seeds; for an accuracy the larger of it and McNemar's, which is
-    conditional on the trained models. `p_corrected` is `p` corrected for all differences of the comparison that have one.
-    """
-
-    task: str
-    group: str
-    baseline: str
-    metric: str
-    kind: str
-    n: int
-    seeds: list[int]
-    value: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_bootstrap: float | None
-    p_mcnemar: float | None
-    se_samples: float | None
-    se_seeds: float | None
-    p_corrected: float | None = None
-    significant: bool | None = None
-
-
-@dataclass
-class Comparison:
-    """The result of :func:`compare`. `notes` are caveats for readers; `differing` is setting -> group -> value."""
-
-    split: str
-    level: float
-    correction: Correction
-    resamples: int
-    tasks: dict[str, list[str]]  # task -> metrics that are shown
-    tested: dict[str, list[str]]  # task -> metrics whose differences are tested
-    kinds: dict[str, list[str]]
-    groups: list[Group]
-    scores: list[Score] = field(default_factory=list)
-    invalid_rate: dict[tuple[str, str], float] = field(default_factory=dict)  # (task, group) -> mean over seeds
-    validation: dict[str, Score] = field(default_factory=dict)  # group -> the score it is sorted by
-    differences: list[Difference] = field(default_factory=list)
-    differing: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    baseline: str | None = None
-    less_is_better: list[str] = field(default_factory=list)  # metrics
-    notes: list[str] = field(default_factory=list)
-
-    def score(self, task: str, group: str, metric: str, kind: str = EVERY) -> Score:
-        """The score of these names.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for score in self.scores:
-            if (score.task, score.group, score.metric, score.kind) == (task, group, metric, kind):
-                return score
-        raise KeyError((task, group, metric, kind))
 
 
 def compare(
@@ -179,7 +102,7 @@ def compare(
     out.notes += _caveats(out)
     for one in tasks.values():
         _compare_task(out, one, pairs, kinds=kinds, force=force)
-    _correct_p_values(out)
+    correct_p_values(out)
     return out
 
 
@@ -209,8 +132,10 @@ def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: b
         if len(by_data) > 1 or "unknown" in by_data:
             faults += [f"{name}, data {data[:16]}: {join_truncated(where)}" for data, where in by_data.items()]
     if faults and not force:
+        several = any(len({run.fingerprints.get(name) for run in runs}) > 1 for name in tasks)
+        cure = [f"{FOLDS_HINT}."] if several else []
         raise ValueError(
-            "\n  ".join(["the runs were not made on the same data (--force compares them anyway)", *faults])
+            "\n  ".join(["the runs were not made on the same data (--force compares them anyway)", *faults, *cure])
         )
 
 
@@ -239,9 +164,12 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
     if len(tasks) > 1 or metric not in task.metrics:
         raise ValueError(f"--sort-by takes a metric of one task (--task): {', '.join(task.metrics)}; not {metric}")
     for group in out.groups:
-        answers = [run.answers["valid"][task.name] for run in group.runs]
-        values_S = np.array([metric_of(task, metric, one.truth_N, one.guess_N).value() for one in answers])
-        out.validation[group.name] = _score(out, task, group, metric, EVERY, len(answers[0].ids_N), values_S)
+        by_seed = [[run.answers["valid"][task.name] for run in group.runs if run.seed == seed] for seed in group.seeds]
+        values_S = np.array(
+            [np.mean([metric_of(task, metric, one.truth_N, one.guess_N).value() for one in folds]) for folds in by_seed]
+        )
+        n = sum(len(one.ids_N) for one in by_seed[0])
+        out.validation[group.name] = _score(out, task, group, metric, EVERY, n, values_S)
     sign = -1 if task.metric(metric).greater_is_better else 1
 
     def order(group: Group) -> tuple[bool, float]:
@@ -281,7 +209,7 @@ def _caveats(out: Comparison) -> list[str]:
         notes.append(
             f"the runs were made by different versions of the code: {join_truncated(sorted(str(c)[:12] for c in commits))}"
         )
-    single = [group.name for group in out.groups if len(group.runs) == 1]
+    single = [group.name for group in out.groups if len(group.seeds) == 1]
     if single:
         notes.append(f"one seed only, which says nothing about other seeds: {join_truncated(single)}")
     return notes
@@ -291,10 +219,15 @@ def _compare_task(
     out: Comparison, task: Task, pairs: Sequence[tuple[Group, Group]], *, kinds: bool, force: bool
 ) -> None:
     """Add the task's scores and differences."""
-    runs = [run for group in out.groups for run in group.runs]
+    runs = [run for group in out.groups for run in group.per_seed]
+    if unpooled := [run.where for run in runs if out.split not in run.answers]:
+        raise ValueError(
+            f"samples of {out.split} are in several folds, so folds are not compared on it, but on test: {join_truncated(unpooled)}"
+        )
     answers = {id(run): run.answers[out.split][task.name] for run in runs}
-    first = answers[id(runs[0])]
-    different = [r.where for r in runs if not _same_samples(first, answers[id(r)])]
+    shared = _on_common_folds(out, answers)
+    first = shared[id(runs[0])]
+    different = [r.where for r in runs if not _same_samples(first, shared[id(r)])]
     if different and not force:
         raise ValueError(
             f"{task.name}, {out.split}: these runs predicted other samples, or samples with other labels, than "
@@ -305,128 +238,45 @@ def _compare_task(
     out.kinds[task.name] = [EVERY]
     if kinds and first.kind_N is not None and not different:
         out.kinds[task.name] += sorted({str(kind) for kind in first.kind_N if kind is not None})
-    values = _add_scores(out, task, answers)
-    if not different and pairs:
-        _add_differences(out, task, pairs, answers, values)
+    _add_scores(out, task, answers)
+    if not different and pairs and len(first.ids_N):
+        add_differences(out, task, pairs, shared)
+
+
+def _on_common_folds(out: Comparison, answers: dict[int, Answers]) -> dict[int, Answers]:
+    """The answers to the samples of the folds that all groups have; all answers, where a group has none."""
+    folds = [folds_of(answers[id(group.per_seed[0])]) for group in out.groups]
+    common = [fold for fold in folds[0] if all(fold in others for others in folds)]
+    if not all(folds) or all(of_group == common for of_group in folds):
+        return answers
+    note = "differences are those on the folds that all groups have: " + (", ".join(common) or "none")
+    if note not in out.notes:
+        out.notes.append(note)
+    return {key: only_folds(one, common) for key, one in answers.items()}
 
 
 def _same_samples(a: Answers, b: Answers) -> bool:
     return np.array_equal(a.ids_N, b.ids_N) and np.array_equal(a.truth_N, b.truth_N)
 
 
-def _chosen(answers: Answers, kind: str) -> np.ndarray:
-    if kind == EVERY or answers.kind_N is None:
-        return np.ones(len(answers.ids_N), dtype=bool)
-    return np.asarray(answers.kind_N == kind)
-
-
-def _add_scores(out: Comparison, task: Task, answers: dict[int, Answers]) -> dict[tuple[int, str, str], float]:
-    """Scores of every group, metric and kind; returns (run, metric, kind) -> value, nan where undefined."""
-    values: dict[tuple[int, str, str], float] = {}
+def _add_scores(out: Comparison, task: Task, answers: dict[int, Answers]) -> None:
+    """Scores of every group, metric and kind."""
     for group in out.groups:
-        for run in group.runs:
-            of_run = answers[id(run)]
-            for metric in task.metrics:
-                of = metric_of(task, metric, of_run.truth_N, of_run.guess_N)
-                for kind in out.kinds[task.name]:
-                    values[id(run), metric, kind] = of.value(_chosen(of_run, kind))
-        invalid = [float(np.isnan(answers[id(run)].guess_N).mean()) for run in group.runs]
+        of_group = [answers[id(run)] for run in group.per_seed]
+        ratio = tested_per_trained(group.runs)
+        invalid = [float(np.isnan(one.guess_N).mean()) for one in of_group]
         out.invalid_rate[task.name, group.name] = sum(invalid) / len(invalid)
-        for metric, kind in itertools.product(task.metrics, out.kinds[task.name]):
-            n = int(_chosen(answers[id(group.runs[0])], kind).sum())
-            values_S = np.array([values[id(run), metric, kind] for run in group.runs])
-            out.scores.append(_score(out, task, group, metric, kind, n, values_S))
-    return values
+        for metric in task.metrics:
+            of = [metric_of(task, metric, one.truth_N, one.guess_N) for one in of_group]
+            for kind in out.kinds[task.name]:
+                chosen = [chosen_samples(one, kind) for one in of_group]
+                values_S = np.array([one.value(of_kind) for one, of_kind in zip(of, chosen, strict=True)])
+                folds = score_folds(of_group, chosen, lambda s, part, of=of: of[s].value(part), ratio, out.level)  # type: ignore[misc]
+                n = int(chosen[0].sum())
+                out.scores.append(replace(_score(out, task, group, metric, kind, n, values_S), folds=folds))
 
 
 def _score(out: Comparison, task: Task, group: Group, metric: str, kind: str, n: int, values_S: np.ndarray) -> Score:
     mean = over_seeds(values_S, out.level)
     values = [None if np.isnan(v) else float(v) for v in values_S]
     return Score(task.name, group.name, metric, kind, n, group.seeds, values, mean.mean, mean.sd, mean.low, mean.high)
-
-
-@dataclass(frozen=True)
-class _Resampled:
-    """A metric of every run on the samples of one kind: on all of them, and on each resample. Runs go by ``id(run)``."""
-
-    metric: str
-    kind: str
-    chosen_N: np.ndarray
-    of: dict[int, WeightedMetric]
-    value: dict[int, float]
-    resampled_B: dict[int, np.ndarray]
-
-
-def _add_differences(
-    out: Comparison,
-    task: Task,
-    pairs: Sequence[tuple[Group, Group]],
-    answers: dict[int, Answers],
-    values: dict[tuple[int, str, str], float],
-) -> None:
-    first = answers[id(out.groups[0].runs[0])]
-    counts_BN = resample_counts(len(first.ids_N), out.resamples, np.random.default_rng(_RNG))
-    for metric, kind in itertools.product(out.tested[task.name], out.kinds[task.name]):
-        chosen_N = _chosen(first, kind)
-        of = {key: metric_of(task, metric, of_run.truth_N, of_run.guess_N) for key, of_run in answers.items()}
-        value = {key: values[key, metric, kind] for key in answers}
-        resampled = _Resampled(metric, kind, chosen_N, of, value, _on_resamples(of, chosen_N, counts_BN))
-        out.differences += [_difference(out, task, group, base, resampled) for group, base in pairs]
-    disjoint = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
-    if disjoint:
-        out.notes.append(f"{task.name}: no differences, since no seed is common to {join_truncated(disjoint)}")
-
-
-def _on_resamples(
-    of: Mapping[int, WeightedMetric], chosen_N: np.ndarray, counts_BN: np.ndarray
-) -> dict[int, np.ndarray]:
-    """[B] of each run: the metric of the chosen samples on each resample."""
-    counts_BM = counts_BN if chosen_N.all() else counts_BN[:, chosen_N]
-    counts_BM = counts_BM.astype(np.result_type(*(one.columns_NK for one in of.values())), copy=False)
-    return {key: one.weighted(counts_BM, chosen_N) for key, one in of.items()}
-
-
-def _difference(out: Comparison, task: Task, group: Group, base: Group, resampled: _Resampled) -> Difference:
-    """`group` minus `base`, paired by the seeds that both have."""
-    seeds = sorted(set(group.seeds) & set(base.seeds))
-    by_seed, base_by_seed = ({run.seed: id(run) for run in one.runs} for one in (group, base))
-    pairs = [(by_seed[seed], base_by_seed[seed]) for seed in seeds]
-    n = int(resampled.chosen_N.sum())
-    estimated, p_mcnemar = Estimate(None), None
-    if seeds:
-        differences_S = np.array([resampled.value[a] - resampled.value[b] for a, b in pairs])
-        resampled_B = sum(resampled.resampled_B[a] - resampled.resampled_B[b] for a, b in pairs) / len(seeds)
-        estimated = estimate(differences_S, np.asarray(resampled_B), n, out.level)
-        if task.metric(resampled.metric).formula is accuracy:
-            p_mcnemar = mcnemar(*(_correct_SN(resampled, keys) for keys in zip(*pairs, strict=True)))
-    p_values = [p for p in (estimated.p, p_mcnemar) if p is not None]
-    return Difference(
-        task=task.name,
-        group=group.name,
-        baseline=base.name,
-        metric=resampled.metric,
-        kind=resampled.kind,
-        n=n,
-        seeds=seeds,
-        value=estimated.value,
-        low=estimated.low,
-        high=estimated.high,
-        p=max(p_values) if estimated.p is not None else None,
-        p_bootstrap=estimated.p,
-        p_mcnemar=p_mcnemar,
-        se_samples=estimated.se_samples,
-        se_seeds=estimated.se_seeds,
-    )
-
-
-def _correct_SN(resampled: _Resampled, keys: Sequence[int]) -> np.ndarray:
-    """[S, N]: which answers of the runs are correct, of the samples that an accuracy counts."""
-    return np.stack([of.columns_NK[of.counted_N & resampled.chosen_N, 1] for of in (resampled.of[key] for key in keys)])
-
-
-def _correct_p_values(out: Comparison) -> None:
-    corrected_p = corrected([d.p for d in out.differences], out.correction)
-    out.differences = [
-        replace(d, p_corrected=p, significant=None if p is None else p <= 1 - out.level)
-        for d, p in zip(out.differences, corrected_p, strict=True)
-    ]

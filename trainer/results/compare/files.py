@@ -8,9 +8,9 @@ from pathlib import Path
 
 from trainer.files import write_text
 from trainer.results.compare import output
-from trainer.results.compare.comparison import Comparison
 from trainer.results.compare.from_mlflow import KIND_TAG, connect
 from trainer.results.compare.page import page
+from trainer.results.compare.result import Comparison
 
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts
 

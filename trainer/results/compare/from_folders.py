@@ -74,6 +74,7 @@ def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | N
         commit=(record.get("git") or {}).get("commit"),
         mlflow=(tracked["uri"], run_id) if tracked and run_id else None,
         experiment=config.get("track.experiment"),
+        fold=record.get("fold"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -174,6 +175,7 @@ def _run_from_mlflow(
         commit=tags.get("git.commit"),
         mlflow=(uri, info.run_id),
         experiment=experiment,
+        fold=json.loads(tags["egmf.folds"]) if "egmf.folds" in tags else None,
     )
 
 

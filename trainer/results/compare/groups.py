@@ -5,26 +5,36 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.checkpoint.identity import effect_of
+from trainer.data.folds import fold_order
 from trainer.distributed.messages import group_by_value
 from trainer.results.compare.compared_run import ComparedRun
+from trainer.results.compare.folds import fold_name, pool_folds
 
+FOLDS_HINT = (
+    "Folds of one dataset are prepared as one dataset whose samples have a fold, and trained with egmf sweep CONFIG --folds "
+    "(docs/sweeps.md)"
+)
 LONG = 60  # characters of a group's name, beyond which the runs' common name is tried
 
 
 @dataclass
 class Group:
-    """Runs that are the same but for their seed; `settings` are those that differ between the groups."""
+    """Runs that are the same but for their seed and fold; `settings` are those that differ between the groups.
+
+    `per_seed` holds one run for each seed: the runs themselves, or the runs of all folds as one (:func:`pool_folds`).
+    """
 
     name: str
     settings: dict[str, str | None]
     runs: list[ComparedRun]
+    per_seed: list[ComparedRun] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
+        return [run.seed for run in self.per_seed]
 
     @property
     def devices(self) -> list[str]:
@@ -52,7 +62,7 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
     Runs are grouped by :attr:`ComparedRun.group` if all have one, else by the settings `by`, else by all that vary.
 
     Raises:
-        ValueError: a setting that no run has, with the nearest name; a group with two configs for one seed.
+        ValueError: a setting that no run has, with the nearest name; a group with two configs for one seed, or folds that do not fit together.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.config))
     varying = [key for key in known if _varies(key, runs) and not _irrelevant(key)]
@@ -63,21 +73,31 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
     )
     reported = [key for key in (varying if given else keys) if _varies(key, runs)]
     names = [str(group) for group in members_by] if given else _group_names(list(members_by.values()), reported)
-    groups, notes, faults = [], [], []
+    groups: list[Group] = []
+    notes: list[str] = []
+    faults: list[str] = []
+    unfit: list[str] = []
     for name, members in zip(names, members_by.values(), strict=True):
         kept, dropped, conflicting = _one_run_a_seed(name, members, varying)
         notes += dropped
         faults += conflicting
+        if conflicting:
+            continue
+        per_seed, lacking, of_folds = pool_folds(name, kept)
+        notes += lacking
+        unfit += of_folds
         inside = [key for key in varying if _varies(key, kept)]
         if inside:
             notes.append(f"the runs of {name} differ in more than their seed: {', '.join(inside)}")
         settings = {key: kept[0].config.get(key) if key not in inside else "(differs)" for key in reported}
-        groups.append(Group(name, settings, kept))
+        groups.append(Group(name, settings, kept, per_seed))
     if faults:
         cure = "give such runs groups of their own" if given else "add these settings to --group-by too"
         raise ValueError(
             "\n  ".join([f"a group has several runs of one seed with different settings: {cure}", *faults])
         )
+    if unfit:
+        raise ValueError("\n  ".join(["the runs of folds do not fit together", *unfit]))
     return groups, notes
 
 
@@ -87,7 +107,7 @@ def _varies(key: str, runs: Sequence[ComparedRun]) -> bool:
 
 def _irrelevant(key: str) -> bool:
     """Whether runs that differ only in this setting are one group: it affects paths, memory or records, not results."""
-    return key == "train.seed" or effect_of(key) in ("execution", "record")
+    return key in ("train.seed", "data.fold") or effect_of(key) in ("execution", "record")
 
 
 def _matching_settings(by: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -120,9 +140,21 @@ def _group_names(groups: Sequence[Sequence[ComparedRun]], keys: Sequence[str]) -
     ]
     if len(keys) and max(map(len, names)) <= LONG:
         return names
-    stems = [{re.sub(r"[-_/. ]?(s|seed)[-_]?\d+$", "", run.name) or "runs" for run in members} for members in groups]
+    stems = [{_stem(run) for run in members} for members in groups]
     common = [stem.pop() for stem in stems if len(stem) == 1]
-    return common if len(set(common)) == len(groups) else [f"{i}: {name}" for i, name in enumerate(names, 1)]
+    return (
+        common
+        if len(set(common)) == len(groups)
+        else [f"{i}: {name}" if name else f"group {i}" for i, name in enumerate(names, 1)]
+    )
+
+
+def _stem(run: ComparedRun) -> str:
+    """A run's name without seed and fold."""
+    stem = re.sub(r"[-_/. ]?(s|seed)[-_]?\d+$", "", run.name)
+    if run.fold is not None:
+        stem = re.sub(rf"(^|[-_/., ])fold[-_=]?({re.escape(run.fold['name'])}|[^-_/,]*)", "", stem)
+    return stem or "runs"
 
 
 def _unquoted(text: str | None) -> str:
@@ -132,17 +164,45 @@ def _unquoted(text: str | None) -> str:
 def _one_run_a_seed(
     name: str, members: Sequence[ComparedRun], varying: Sequence[str]
 ) -> tuple[list[ComparedRun], list[str], list[str]]:
-    """Of runs with one seed and one config the newest, whatever its scores; notes on those dropped, faults where configs differ."""
-    newest: dict[int, ComparedRun] = {}
+    """Of runs with one seed, fold and config the newest, whatever its scores; notes on those dropped, faults where configs differ."""
+    newest: dict[tuple[int, str | None], ComparedRun] = {}
     notes, faults = [], []
+    other_data: list[ComparedRun] = []
     for run in sorted(members, key=lambda run: run.started):
-        other = newest.get(run.seed)
-        newest[run.seed] = run
+        place = (run.seed, fold_name(run))
+        other = newest.get(place)
+        newest[place] = run
         if other is None:
             continue
         differing = [key for key in varying if run.config.get(key) != other.config.get(key)]
         if differing:
-            faults.append(f"{name}, seed {run.seed}: {other.where} and {run.where} differ in {', '.join(differing)}")
+            faults.append(
+                f"{name}, seed {run.seed}{_of_fold(run)}: {other.where} and {run.where} differ in {', '.join(differing)}"
+            )
+        elif run.fingerprints != other.fingerprints:
+            other_data.append(other)
         else:
-            notes.append(f"{name} has seed {run.seed} twice: {other.where} is left out for the newer {run.where}")
-    return [newest[seed] for seed in sorted(newest)], notes, faults
+            notes.append(
+                f"{name} has seed {run.seed}{_of_fold(run)} twice: {other.where} is left out for the newer {run.where}"
+            )
+    order = sorted(newest, key=lambda place: (place[0], fold_order(place[1] or "")))
+    kept = [newest[place] for place in order]
+    if other_data:
+        notes.append(_left_out(name, kept, other_data))
+    return kept, notes, faults
+
+
+def _left_out(name: str, kept: Sequence[ComparedRun], left: Sequence[ComparedRun]) -> str:
+    """A warning that names every run which is left out for one of its seed on other data."""
+
+    def listed(runs: Sequence[ComparedRun]) -> str:
+        return ", ".join(f"{run.where} (data {run.config.get('data.path', 'unknown')})" for run in runs)
+
+    return (
+        f"WARNING: {name} has runs of one seed on different data, of which only the newest counts: {len(left)} LEFT OUT: {listed(left)}; "
+        f"kept: {listed(kept)}. {FOLDS_HINT}"
+    )
+
+
+def _of_fold(run: ComparedRun) -> str:
+    return "" if run.fold is None else f" of fold {fold_name(run)}"

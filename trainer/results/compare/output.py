@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from rich.console import Group as Renderables
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score
+from trainer.results.compare.differences import number_of_tests
+from trainer.results.compare.folds import FoldScores, fold_name
 from trainer.results.compare.groups import Group
+from trainer.results.compare.power import MOST, POWER
+from trainer.results.compare.result import EVERY, Comparison, Difference, Score
 from trainer.results.printable import Table, printable, rich_table
 
 MISSING = "—"
+SHOWN_FOLDS = 10  # folds up to which each has a column
 SMALLEST_P = 1e-4  # a smaller p is written as less than it
 CORRECTIONS = {
     "holm": "by Holm's method for all differences shown",
@@ -26,7 +32,12 @@ CORRECTIONS = {
 def tables(comparison: Comparison) -> list[Table]:
     """All tables of a comparison."""
     out = [group_scores(comparison, task) for task in comparison.tasks]
-    out += [table for task in comparison.tasks if (table := kind_scores(comparison, task))]
+    out += [
+        table
+        for task in comparison.tasks
+        for table in (fold_scores(comparison, task), kind_scores(comparison, task))
+        if table
+    ]
     out += [table for table in (differences(comparison), settings(comparison), costs(comparison)) if table]
     return out
 
@@ -41,13 +52,17 @@ def group_scores(comparison: Comparison, task: str) -> Table:
     ]
     valid = next(iter(comparison.validation.values()), None)
     sorts = [f"valid {valid.metric}"] if valid else []
-    n = next(score.n for score in by_place.values())
+    sizes = {group.name: by_place[group.name, metrics[0]].n for group in comparison.groups}
+    alike = len(set(sizes.values())) == 1
+    folds = {len(score.folds.names) for score in by_place.values() if score.folds is not None}
     table = Table(
-        f"{task}, {comparison.split}: {n} samples",
-        ["group", "seeds", *sorts, *heads, *(["invalid"] if invalid else [])],
+        f"{task}, {comparison.split}"
+        + (f": {next(iter(sizes.values()))} samples" if alike else "")
+        + (f", {' or '.join(map(str, sorted(folds)))} folds together" if folds else ""),
+        ["group", "seeds", *([] if alike else ["samples"]), *sorts, *heads, *(["invalid"] if invalid else [])],
     )
     for group in comparison.groups:
-        row = [group.name, str(len(group.runs))]
+        row = [group.name, str(len(group.seeds)), *([] if alike else [str(sizes[group.name])])]
         row += [mean_sd(comparison.validation[group.name])] if valid else []
         for metric, interval in _columns(metrics, tested):
             score = by_place[group.name, metric]
@@ -56,8 +71,51 @@ def group_scores(comparison: Comparison, task: str) -> Table:
     table.note = (
         f"Mean ± sample standard deviation over seeds; intervals are those of the mean over seeds (Student's t), on this {comparison.split} "
         f"split as it is. {MISSING}: undefined, or unknown with one seed."
+        + (" Of a cross-validation: the predictions of all folds together, each sample once." if folds else "")
     )
     return table
+
+
+def fold_scores(comparison: Comparison, task: str) -> Table | None:
+    """Every metric's mean ± standard deviation over the folds of a cross-validation; those that are tested fold by fold too."""
+    of_folds = [s for s in comparison.scores if s.task == task and s.kind == EVERY and s.folds is not None]
+    if not of_folds:
+        return None
+    by_place = {(s.group, s.metric): s.folds for s in of_folds}
+    names = list(dict.fromkeys(name for s in of_folds if s.folds for name in s.folds.names))
+    metrics, tested = comparison.tasks[task], comparison.tested[task]
+    each = tested if len(names) <= SHOWN_FOLDS else []
+    heads = [
+        f"{m}{f', {comparison.level:.0%} interval' if interval else ''}" for m, interval in _columns(metrics, tested)
+    ]
+    table = Table(
+        f"{task}, {comparison.split}: over folds",
+        ["group", "folds", *heads, *(f"{m}, fold {name}" for m in each for name in names)],
+    )
+    for group in comparison.groups:
+        if (group.name, metrics[0]) not in by_place:
+            continue
+        row = [group.name, str(len(_folds(by_place, group, metrics[0]).names))]
+        for metric, interval in _columns(metrics, tested):
+            found = _folds(by_place, group, metric)
+            row.append(span(found.low, found.high) if interval else mean_sd(found))
+        for metric in each:
+            values = dict(
+                zip(_folds(by_place, group, metric).names, _folds(by_place, group, metric).values, strict=True)
+            )
+            row += [number(values.get(name)) for name in names]
+        table.rows.append(row)
+    table.note = (
+        "Mean ± sample standard deviation over folds, each fold's value the mean over its seeds. Folds share training data, so their deviation "
+        "understates that of new data: the intervals are Nadeau and Bengio's (2003), wider for it, and still an approximation."
+    )
+    return table
+
+
+def _folds(by_place: Mapping[tuple[str, str], FoldScores | None], group: Group, metric: str) -> FoldScores:
+    found = by_place[group.name, metric]
+    assert found is not None
+    return found
 
 
 def kind_scores(comparison: Comparison, task: str) -> Table | None:
@@ -86,6 +144,7 @@ def differences(comparison: Comparison) -> Table | None:
             "p",
             "p corrected",
             "significant",
+            f"seeds for {POWER:.0%}",
         ],
     )
     for d in comparison.differences:
@@ -96,14 +155,21 @@ def differences(comparison: Comparison) -> Table | None:
             *([d.kind] if kinds else []),
         ]
         row += [str(len(d.seeds)), signed(d.value), span(d.low, d.high, sign=True), p_value(d.p)]
-        table.rows.append([*row, p_value(d.p_corrected), verdict(d)])
+        table.rows.append([*row, p_value(d.p_corrected), verdict(d), seeds_cell(d)])
     less = [name for name in comparison.less_is_better if any(d.metric == name for d in comparison.differences)]
     table.note = (
         "Paired by seed and sample. Intervals and p: bootstrap over samples together with the variance over seeds; p of an accuracy: the "
-        f"larger of that and McNemar's exact test. p corrected: {CORRECTIONS[comparison.correction]}; significant: it is at most {1 - comparison.level:.2g}."
+        f"larger of that and McNemar's exact test{_fold_note(comparison)}. p corrected: {CORRECTIONS[comparison.correction]}; significant: it is at most {1 - comparison.level:.2g}. "
+        f"Seeds for {POWER:.0%}: how many would make a difference of the observed size, with the observed deviation over seeds, significant in {POWER:.0%} "
+        f"of comparisons, at {1 - comparison.level:.2g}{f' / {number_of_tests(comparison)}' if number_of_tests(comparison) > 1 else ''}; or what it needs instead, since more seeds alone would not do."
         + (f" Less is better of {', '.join(less)}." if less else "")
     )
     return table
+
+
+def _fold_note(comparison: Comparison) -> str:
+    folded = any(d.p_folds is not None for d in comparison.differences)
+    return "; of a cross-validation, the larger of these and the corrected t test over folds" if folded else ""
 
 
 def settings(comparison: Comparison) -> Table | None:
@@ -161,9 +227,10 @@ def as_json(comparison: Comparison) -> dict[str, object]:
         "tested": comparison.tested,
         "kinds": comparison.kinds,
         "groups": [_group_json(comparison, group) for group in comparison.groups],
-        "scores": [vars(score) for score in comparison.scores],
-        "validation": [vars(score) for score in comparison.validation.values()],
+        "scores": [asdict(score) for score in comparison.scores],
+        "validation": [asdict(score) for score in comparison.validation.values()],
         "differences": [vars(difference) for difference in comparison.differences],
+        "power": {"target": POWER, "tests": number_of_tests(comparison)},
         "differing": comparison.differing,
         "notes": comparison.notes,
     }
@@ -172,7 +239,14 @@ def as_json(comparison: Comparison) -> dict[str, object]:
 def _group_json(comparison: Comparison, group: Group) -> dict[str, object]:
     amount, unit = group.cost()
     runs = [
-        {"name": run.name, "where": run.where, "seed": run.seed, "commit": run.commit, "fingerprints": run.fingerprints}
+        {
+            "name": run.name,
+            "where": run.where,
+            "seed": run.seed,
+            "fold": fold_name(run),
+            "commit": run.commit,
+            "fingerprints": run.fingerprints,
+        }
         | {f"cost_{key}": value for key, value in vars(run.cost).items()}
         for run in group.runs
     ]
@@ -191,25 +265,39 @@ def _group_json(comparison: Comparison, group: Group) -> dict[str, object]:
 def as_csv(comparison: Comparison) -> str:
     """A line per score and per difference; undefined values are empty cells."""
     names = (
-        "what", "task", "metric", "kind", "group", "baseline", "n", "seeds", "value", "sd", "low", "high", "p", "p_corrected", "seed_values",
+        "what", "task", "metric", "kind", "group", "baseline", "n", "seeds", "value", "sd", "low", "high", "p", "p_corrected", "seed_values", "folds", "fold_values", "p_folds",
+        "seeds_needed", "seeds_limit",
     )  # fmt: skip
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, names, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for score in comparison.scores:
         seeds = " ".join(map(str, score.seeds))
-        values = " ".join("" if v is None else repr(v) for v in score.values)
-        writer.writerow({**vars(score), "what": "score", "value": score.mean, "seeds": seeds, "seed_values": values})
+        values = _listed(score.values)
+        folds = (
+            {"folds": " ".join(score.folds.names), "fold_values": _listed(score.folds.values)}
+            if score.folds
+            else {"folds": ""}
+        )
+        writer.writerow(
+            {**vars(score), "what": "score", "value": score.mean, "seeds": seeds, "seed_values": values, **folds}
+        )
     for difference in comparison.differences:
         seeds = " ".join(map(str, difference.seeds))
-        writer.writerow({**vars(difference), "what": "difference", "seeds": seeds})
+        folds = {"folds": " ".join(difference.folds), "fold_values": _listed(difference.fold_values)}
+        writer.writerow({**vars(difference), "what": "difference", "seeds": seeds, **folds})
     return out.getvalue()
+
+
+def _listed(values: Sequence[float | None]) -> str:
+    return " ".join("" if v is None else repr(v) for v in values)
 
 
 def as_tex(comparison: Comparison) -> str:
     """Tables of groups and differences for LaTeX with booktabs; no best value is bold, which would be selection on test."""
     parts = ["% needs \\usepackage{booktabs}"]
     chosen = [group_scores(comparison, task) for task in comparison.tasks]
+    chosen += [table for task in comparison.tasks if (table := fold_scores(comparison, task))]
     chosen += [table for task in comparison.tasks if (table := kind_scores(comparison, task))]
     chosen += [table for table in [differences(comparison)] if table]
     parts += map(_tex_table, chosen)
@@ -237,7 +325,7 @@ def _columns(metrics: list[str], tested: list[str]) -> list[tuple[str, bool]]:
     return [(metric, interval) for metric in metrics for interval in ((False, True) if metric in tested else (False,))]
 
 
-def mean_sd(score: Score) -> str:
+def mean_sd(score: Score | FoldScores) -> str:
     return MISSING if score.mean is None else f"{number(score.mean)} ± {number(score.sd)}"
 
 
@@ -260,6 +348,21 @@ def p_value(p: float | None) -> str:
 
 def verdict(d: Difference) -> str:
     return MISSING if d.significant is None else "yes" if d.significant else "no"
+
+
+def seeds_cell(d: Difference) -> str:
+    """How many seeds would tell the difference, or what is needed instead."""
+    if d.seeds_needed is not None:
+        return str(d.seeds_needed)
+    if d.seeds_limit is None:
+        return MISSING
+    return {
+        "one seed": "unknown",
+        "samples": "needs samples",
+        "folds": "needs folds",
+        "many seeds": f">{MOST}",
+        "no difference": MISSING,
+    }[d.seeds_limit]
 
 
 def _setting(value: str | None) -> str:

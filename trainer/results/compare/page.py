@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from trainer.distributed.messages import group_by_value
 from trainer.results.compare import output
-from trainer.results.compare.comparison import EVERY, Comparison, Difference, Score
+from trainer.results.compare.result import EVERY, Comparison, Difference, Score
 from trainer.results.printable import Table
 from trainer.results.report.drawing import BLUE, INK, MUTED, PAPER, Names, Picture, render
 from trainer.results.report.pages import render_page
@@ -63,7 +63,11 @@ def page(comparison: Comparison) -> str:
 
 
 def _section(comparison: Comparison, task: str) -> Section:
-    tables = [output.group_scores(comparison, task), output.kind_scores(comparison, task)]
+    tables = [
+        output.group_scores(comparison, task),
+        output.fold_scores(comparison, task),
+        output.kind_scores(comparison, task),
+    ]
     pictures = []
     for metric in comparison.tested[task]:
         for kind in comparison.kinds[task]:

@@ -16,8 +16,14 @@ vary it is the paired t-test over seeds. Two simpler methods were dropped, since
 (`tests/results/compare/test_statistics.py` measures it): resampling the seeds with replacement too, of which there are three or
 five; and one t interval from the summed variance with Satterthwaite's degrees of freedom.
 
+Over folds of a cross-validation the metric is that of all folds' predictions together, so that each sample counts once, and
+samples are drawn within their folds. Between two folds models differ by their training data too, and their training data overlap:
+the variance over folds is too small for the mean, and no unbiased estimate of it exists (Bengio & Grandvalet 2004). With F folds,
+``sd(d_f)² / F`` is therefore replaced by ``sd(d_f)² (1/F + n_test/n_train)`` (Nadeau & Bengio 2003), with F-1 degrees of freedom.
+Of that interval and the one above the wider counts, and of their p the larger.
+
 Sources: Bouthillier et al. 2021 (both parts of the variance, pairing by seed); Dror et al. 2018 (paired bootstrap,
-McNemar); Owen 2007 (crossed seeds and samples); Efron & Tibshirani 1993, ch. 6 and 12; Zou & Donner 2008 (adding the
+McNemar); Nadeau & Bengio 2003 (folds); Owen 2007 (crossed seeds and samples); Efron & Tibshirani 1993, ch. 6 and 12; Zou & Donner 2008 (adding the
 half-widths).
 """
 
@@ -34,8 +40,19 @@ Correction = Literal["holm", "bh", "none"]
 DEFINED = 0.95  # share of the resamples in which a metric must be defined
 
 
-def resample_counts(samples: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """[B, N]: how often each sample is drawn in each resample of `samples` draws with replacement."""
+def resample_counts(
+    samples: int, resamples: int, rng: np.random.Generator, fold_N: np.ndarray | None = None
+) -> np.ndarray:
+    """[B, N]: how often each sample is drawn in each resample of `samples` draws with replacement.
+
+    With `fold_N`, the fold of each sample, as many are drawn within each fold as it has.
+    """
+    if fold_N is not None:
+        counts_BN = np.zeros((resamples, samples), dtype=np.float32)
+        for fold in np.unique(fold_N):
+            members = np.flatnonzero(fold_N == fold)
+            counts_BN[:, members] = resample_counts(len(members), resamples, rng)
+        return counts_BN
     drawn_BN = rng.integers(samples, size=(resamples, samples))
     drawn_BN += np.arange(resamples)[:, None] * samples
     return np.bincount(drawn_BN.ravel(), minlength=resamples * samples).reshape(resamples, samples).astype(np.float32)
@@ -62,6 +79,50 @@ def over_seeds(values_S: np.ndarray, level: float) -> Mean:
     sd = float(values_S.std(ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * sd / np.sqrt(count)
     return Mean(mean, sd, mean - half, mean + half)
+
+
+def over_folds(values_F: np.ndarray, ratio: float, level: float) -> Mean:
+    """The mean over the folds of a cross-validation, their standard deviation and Nadeau & Bengio's corrected t interval.
+
+    Args:
+        values_F: the metric on each fold.
+        ratio: samples tested over samples trained on, in a fold.
+    """
+    count = len(values_F)
+    plain = over_seeds(values_F, level)
+    if plain.mean is None or plain.sd is None:
+        return plain
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * plain.sd * float(np.sqrt(1 / count + ratio))
+    return Mean(plain.mean, plain.sd, plain.mean - half, plain.mean + half)
+
+
+@dataclass(frozen=True)
+class FoldTest:
+    """The standard error of a difference over folds, and the p of Nadeau & Bengio's corrected t test."""
+
+    se: float
+    p: float
+    freedom: int
+
+    def half_width(self, level: float) -> float:
+        """Half of the interval of confidence `level`."""
+        return float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.se
+
+
+def fold_test(value: float, differences_F: np.ndarray, ratio: float) -> FoldTest | None:
+    """Whether `value`, the difference on all folds together, is more than its spread over folds; None where undefined.
+
+    Args:
+        differences_F: the difference on each fold, two or more.
+        ratio: samples tested over samples trained on, in a fold.
+    """
+    if len(differences_F) < 2 or np.isnan(differences_F).any():
+        return None
+    freedom = len(differences_F) - 1
+    se = float(differences_F.std(ddof=1) * np.sqrt(1 / len(differences_F) + ratio))
+    if se == 0:
+        return FoldTest(0.0, 1.0 if value == 0 else 0.0, freedom)
+    return FoldTest(se, float(2 * stats.t.sf(abs(value) / se, freedom)), freedom)
 
 
 @dataclass(frozen=True)
