@@ -49,6 +49,7 @@ class RecordValues(TypedDict, total=False):
     steps: int
     mlflow: MlflowPlace | None
     tasks: list[str]
+    select: dict[str, str]  # task -> the metric that chooses the checkpoint
     data: dict[str, str]  # task -> fingerprint
     base: str  # hash of the frozen backbone
     world: int
