@@ -381,6 +381,7 @@ class EvalConfig(Section):
     @field_validator("select", mode="before")
     @classmethod
     def _metric_names(cls, value: object) -> object:
+        value = {} if value is None else value
         names = list(value.values()) if isinstance(value, dict) else [value]
         if not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"must be a metric's name, or task -> metric such as {{meld: uar}}, not {value!r}")
