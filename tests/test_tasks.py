@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from tests.data.test_own_samples import write_lines
+from tests.distributed.processes import ROOT
 from trainer.answers.metrics import compute
 from trainer.data.faults import DataError
 from trainer.data.prepare import prepare
@@ -65,6 +67,20 @@ def test_classification_selects_by_any_name_of_its_metrics() -> None:
     ]
     assert define_task(regression(1, 5, 0.5, select="corr")).select == "corr"
     assert not define_task(regression(1, 5, select="rmse")).greater_is_better
+
+
+def test_the_file_of_the_documentation_is_a_task(tmp_path: Path) -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(name: .*?)```", page, re.S)
+    (tmp_path / "arousal.yaml").write_text(block, encoding="utf-8")
+    task = get_task(str(tmp_path / "arousal.yaml"))
+    assert set(yaml.safe_load(block)) | {"labels"} == set(Task.model_fields)
+    assert task.instruction().endswith("calm to aroused: 1.00 … 5.00.")
+    assert task.answers()[1] == "1.25"
+    defaults = {**yaml.safe_load(block), "family": None, "select": None}
+    assert define_task({key: value for key, value in defaults.items() if value}) == task
+    for key in Task.model_fields:
+        assert f"| `{key}` | " in page
 
 
 # ---- refusals
