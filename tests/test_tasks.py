@@ -115,7 +115,7 @@ def test_classes_of_another_range_cannot_select() -> None:
         (words(select="uaar"), ["did you mean uar?", "acc, wa, wf1"]),
         (words(select="ccc"), ["none of the metrics of family 'emotion'"]),
         (regression(-1, 1, select="ccc"), ["'ccc' is none of the metrics of family 'mosei'", "family 'regression' has it"]),
-        (regression(1, 5, select="non0_f1"), ["family 'regression'", "family 'mosei' has it"]),
+        (regression(1, 5, select="non0_f1"), ["family 'regression'", "family 'mosei' has it, which is not for this grid: its accuracies"]),
         (words(select="uaar", language="zh", prompts={"en": {"instruction": "?", "cue": ":"}}),
          ["did you mean uar?", "no prompt in the task's language 'zh'"]),
         (words(labels=["a"], select="x"), ["at least two different labels", "'x' is none of the metrics"]),

@@ -45,13 +45,16 @@ def _families(kind: Kind) -> list[str]:
     return [name for name, family in FAMILIES.items() if family.kind == kind]
 
 
-def _no_metric(name: str, family: str, kind: Kind) -> str:
-    """That a family has no such metric; the nearest one, or the families that have it."""
+def _no_metric(name: str, family: str, kind: Kind, grid: Grid | None) -> str:
+    """That a family has no such metric; the nearest one, and the families that have it."""
     names = FAMILIES[family].names
     text = f"select={name!r} is none of the metrics of family {family!r}{_near(name, names)}"
-    elsewhere = [other for other in _families(kind) if name in FAMILIES[other].names]
-    hint = f"; family {' or '.join(map(repr, elsewhere))} has it" if elsewhere else ""
-    return f"{text}: {', '.join(names)}{hint}"
+    hints = []
+    for other in _families(kind):
+        if name in FAMILIES[other].names:
+            misfit = None if grid is None else FAMILIES[other].misfit(grid.low, grid.high)
+            hints.append(f"; family {other!r} has it" + (f", which is not for this grid: {misfit}" if misfit else ""))
+    return f"{text}: {', '.join(names)}{''.join(hints)}"
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -85,7 +88,7 @@ class Task(BaseModel):
         elif self.grid is None or self.labels or self.family not in fitting:
             faults.append(f"regression needs a grid and a {families}, and no labels")
         if self.family in FAMILIES and self.select not in self.metrics:
-            faults.append(_no_metric(self.select, self.family, self.kind))
+            faults.append(_no_metric(self.select, self.family, self.kind, self.grid))
         if self.language not in self.prompts:
             faults.append(f"no prompt in the task's language {self.language!r}")
         if faults:
@@ -327,7 +330,7 @@ def select_by(tasks: Mapping[str, Task], select: str | Mapping[str, str]) -> dic
             continue
         key = task.metric_names.get(select[name])
         if key is None:
-            faults.append(f"eval.select of {name}: {_no_metric(select[name], task.family, task.kind)}")
+            faults.append(f"eval.select of {name}: {_no_metric(select[name], task.family, task.kind, task.grid)}")
         elif key in task.undefined:
             faults.append(f"eval.select of {name}: {_undefined(task, key)}")
         else:
