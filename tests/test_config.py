@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, check_config, dump_config, flatten, load_config
+from trainer.checkpoint.identity import effect_of, training_settings
+from trainer.config import ConfigError, check_config, dump_config, flatten, load_config, saved_config
 from trainer.tasks import get_task
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -96,6 +97,30 @@ def test_bad_files_are_refused_in_words(tmp_path: Path) -> None:
             load_config(tmp_path / name)
     with pytest.raises(ConfigError, match="key=value"):
         load_config(tmp_path / "list.yaml", ["train.zero"])
+
+
+def test_the_selecting_metric_is_a_name_or_a_mapping_and_affects_the_selection_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("task: [meld, mosei]\neval: {select: uar}\n")
+    for overrides, expected in (
+        ([], "uar"),
+        (["eval.select=acc"], "acc"),
+        (["eval.select.meld=acc"], {"meld": "acc"}),
+        (["eval.select={meld: acc, mosei: mae}"], {"meld": "acc", "mosei": "mae"}),
+        (["eval.select=null"], {}),
+    ):
+        config = load_config(path, overrides)
+        assert config.eval.select == expected
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run/config.yaml").write_text(dump_config(config))
+        assert saved_config(tmp_path / "run") == config
+        assert training_settings(config) == training_settings(check_config({"task": ["meld", "mosei"]}))
+    assert effect_of("eval.select") == effect_of("eval.select.meld") == "selection"
+    assert effect_of("model.adapter.targets.meld") == "training"  # a list, or a name: no dictionary
+    with pytest.raises(ConfigError, match=r"eval\.select: must be a metric's name, or task -> metric .*, not 3"):
+        check_config({"task": "meld", "eval": {"select": 3}})
+    with pytest.raises(ConfigError, match=r"eval\.select: must be a metric's name"):
+        check_config({"task": "meld", "eval": {"select": {"meld": ["uar"]}}})
 
 
 def test_shares_of_steps_are_fixed_once() -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
-from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    recall_score,
+    root_mean_squared_error,
+)
 
 from tests.distributed.processes import ROOT
 from trainer import metric_table as table
@@ -37,11 +46,20 @@ def f1(average: str):
     return reference
 
 
+def concordance(truth: np.ndarray, guess: np.ndarray) -> float:
+    """Lin's own definition: 1 − E (t − p)² / the same of independent pairs, by brute force over all pairs."""
+    if len(set(truth.astype(np.float32))) < 2:
+        return math.nan
+    return 1 - np.mean((truth - guess) ** 2) / np.mean((truth[:, None] - guess[None]) ** 2)
+
+
 REFERENCES = {
     table.accuracy: (classes, accuracy_score),
     table.weighted_f1: (classes, f1("weighted")),
     table.macro_f1: (classes, f1("macro")),
+    table.macro_recall: (classes, balanced_accuracy_score),
     table.mean_absolute_error: (numbers, mean_absolute_error),
+    table.root_mean_squared_error: (numbers, root_mean_squared_error),
     table.pearson: (numbers, lambda t, p: pearsonr(t, p).statistic),
     table.r2: (numbers, lambda t, p: r2_score(t, p, force_finite=False)),
 }
@@ -49,7 +67,7 @@ REFERENCES = {
 
 def test_every_formula_has_a_reference() -> None:
     used = {metric.formula for family in FAMILIES.values() for metric in family.metrics}
-    assert used == set(REFERENCES)
+    assert used == {*REFERENCES, table.concordance}
 
 
 @pytest.mark.parametrize("formula", REFERENCES, ids=lambda formula: formula.__name__)
@@ -74,13 +92,60 @@ def test_a_formula_is_the_librarys_bit_for_bit_and_of_weights_the_samples_repeat
         assert of.value(chosen_N) == pytest.approx(reference(truth[chosen_N], guess[chosen_N]), rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_concordance_is_lins_definition_by_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth, guess = numbers(rng)
+    of = table.REGRESSION.of("ccc", truth, guess)
+    assert of.value() == pytest.approx(concordance(truth, guess), rel=1e-9, abs=1e-9, nan_ok=True)
+    weight_N = rng.integers(0, 3, len(truth))
+    rows = np.repeat(np.arange(len(truth)), weight_N)
+    if len(set(truth[rows])) > 1:
+        expected = concordance(truth[rows], guess[rows])
+        assert of.weighted(weight_N[None])[0] == pytest.approx(expected, rel=1e-8, abs=1e-9)
+
+
+def test_concordance_by_hand() -> None:
+    def ccc(truth: list[float], guess: list[float]) -> float:
+        return table.REGRESSION.of("ccc", np.array(truth), np.array(guess)).value()
+
+    assert ccc([1, 2, 3], [1, 2, 3]) == pytest.approx(1)
+    assert ccc([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert ccc([1, 2, 3], [2, 3, 4]) == pytest.approx(4 / 7)  # 2 · 2/3 / (2/3 + 2/3 + 1): r is 1, the mean is off by 1
+    assert ccc([1, 2, 3], [2, 2, 2]) == 0  # constant predictions agree in nothing, and have no correlation
+    assert np.isnan(ccc([2, 2, 2], [1, 2, 3]))
+    assert np.isnan(ccc([2], [1]))
+    far = 1e6 + np.array([1.0, 2.0, 3.0])  # no digits are lost far from 0
+    assert ccc(list(far), list(far + 1)) == pytest.approx(4 / 7, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_uar_is_the_mean_recall_over_the_classes_of_the_truth(seed: int) -> None:
+    """Also where a class is in the prediction only, where invalid answers are, and in resamples that lose a class."""
+    rng = np.random.default_rng(seed)
+    truth, guess = rng.choice([0, 1, 2, 4], 40, p=[0.7, 0.1, 0.1, 0.1]), rng.integers(0, 6, 40)
+    invalid_N = rng.random(40) < 0.1
+    of = table.EMOTION.of("uar", truth.astype(float), np.where(invalid_N, np.nan, guess))
+    scored = np.where(invalid_N, INVALID, guess)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert of.value() == balanced_accuracy_score(truth, scored)
+    assert of.value() == recall_score(truth, scored, labels=np.unique(truth), average="macro")
+    for row in rng.multinomial(8, np.full(40, 1 / 40), size=50):
+        drawn = np.repeat(np.arange(40), row)
+        expected = recall_score(truth[drawn], scored[drawn], labels=np.unique(truth[drawn]), average="macro")
+        assert of.weighted(row[None])[0] == pytest.approx(expected, abs=1e-12)
+
+
 def test_an_entry_says_what_it_is_and_a_family_what_it_selects_by() -> None:
     for family in FAMILIES.values():
         keys = [metric.key for metric in family.metrics]
         assert len(set(keys)) == len(keys)
         assert family.select in keys
         assert all(metric.name and metric.definition and metric.source for metric in family.metrics)
-        assert {metric.key for metric in family.metrics if not metric.greater_is_better} <= {"mae"}
+        assert {metric.key for metric in family.metrics if not metric.greater_is_better} <= {"mae", "rmse"}
+        aliases = [alias for metric in family.metrics for alias in metric.aliases]
+        assert len({*keys, *aliases}) == len(keys) + len(aliases) == len(family.names)
 
 
 def test_the_page_shows_the_table_as_it_is() -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from omegaconf import OmegaConf
 from pydantic import (
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 Modality = Literal["text", "audio", "video"]
 StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 STOP_SIGNALS: tuple[StopSignal, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
-T = TypeVar("T")
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 EXPERTS = ("local", "semantic", "global")  # built in, in the order of their places in the gate; the default
 
@@ -385,6 +384,20 @@ class EvalConfig(Section):
         None, description="Samples that one rank scores at once, at most.", json_schema_extra=EXECUTION
     )
     splits: list[Split] = Field(default_factory=_default_splits)
+    select: str | dict[str, str] = Field(
+        default_factory=dict,
+        description="Metric that chooses the checkpoint: of every task, or task -> metric; default: the task's own.",
+        json_schema_extra=SELECTION,
+    )
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _metric_names(cls, value: object) -> object:
+        value = {} if value is None else value
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"must be a metric's name, or task -> metric such as {{meld: uar}}, not {value!r}")
+        return value
 
 
 class TrackConfig(Section):
@@ -494,13 +507,3 @@ def dump_config(config: RunConfig) -> str:
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, for tracking and comparison; lists and empty sections stay values."""
     return dotted(config.model_dump(mode="json"))
-
-
-def defaults_of_missing(saved: Iterable[str], defaults: Mapping[str, T]) -> dict[str, T]:
-    """The defaults of dotted keys that another version, which saved these, did not know."""
-    keys = set(saved)
-    return {
-        key: default
-        for key, default in defaults.items()
-        if key not in keys and not any(name.startswith(f"{key}.") for name in keys)  # of a dictionary that is not empty
-    }

@@ -96,6 +96,11 @@ class Metric:
         classes: how numbers (float32) become the classes that the formula compares; an invalid prediction is then a class of
             its own. None: the formula takes the numbers, and samples with an invalid prediction do not count.
         subset: by which truths (float32) a sample counts; None: all.
+        aliases: further names by which it can be asked for; results have the key alone.
+        signed: it cuts numbers at 0, and means nothing where all answers lie on one side of it.
+        on_request: a comparison of all metrics leaves it out unless it is named or selects. The correction counts every test, so
+            a metric that joins a family would otherwise change the p-values of the others.
+        spans: it is defined on the scales −s … s of these s; empty: on any.
     """
 
     key: str
@@ -106,6 +111,10 @@ class Metric:
     greater_is_better: bool = True
     classes: Rule | None = None
     subset: Rule | None = None
+    aliases: tuple[str, ...] = ()
+    signed: bool = False
+    on_request: bool = False
+    spans: tuple[float, ...] = ()
 
     def of(self, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
         """The metric of predictions.
@@ -128,6 +137,13 @@ class Metric:
         guess_class_N = np.full(len(guess_N), INVALID)
         guess_class_N[valid_N] = self.classes(guess_N[valid_N].astype(np.float32)).astype(int)
         return WeightedMetric(self.formula(truth_class_N[counted_N], guess_class_N[counted_N]), counted_N)
+
+
+def undefined_metric(samples: int) -> WeightedMetric:
+    """A metric that is undefined for any weights of the samples, of which it counts none."""
+    none = np.zeros(0, dtype=bool)
+    terms = Terms([none, none], lambda count, hits: np.full(np.shape(count), np.nan))
+    return WeightedMetric(terms, np.zeros(samples, dtype=bool))
 
 
 # ---- formulas
@@ -164,9 +180,29 @@ def _f1(truth: np.ndarray, guess: np.ndarray, weigh: Callable[[np.ndarray, np.nd
     return Terms([*true_CM, *predicted_CM, *(true_CM & predicted_CM)], value)
 
 
+def macro_recall(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """The mean of hits_c / true_c over the classes that occur in the truth; scikit-learn's `balanced_accuracy_score`."""
+    classes = np.unique(truth)
+    true_CM = truth == classes[:, None]
+
+    def value(*sums: np.ndarray) -> np.ndarray:
+        true_C, hits_C = np.split(np.stack(sums, axis=-1), 2, axis=-1)
+        recall_C = np.where(true_C > 0, hits_C / true_C, 0.0)
+        return np.asarray(recall_C.sum(-1) / (true_C > 0).sum(-1))
+
+    if not len(classes):
+        return _undefined(truth)
+    return Terms([*true_CM, *(true_CM & (guess == truth))], value)
+
+
 def mean_absolute_error(truth: np.ndarray, guess: np.ndarray) -> Terms:
     """Σ |t − p| / M."""
     return Terms([_each(truth), np.abs(truth - guess)], lambda count, error: error / count)
+
+
+def root_mean_squared_error(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """√(Σ (t − p)² / M)."""
+    return Terms([_each(truth), (truth - guess) ** 2], lambda count, error: np.sqrt(error / count))
 
 
 def pearson(truth: np.ndarray, guess: np.ndarray) -> Terms:
@@ -186,6 +222,25 @@ def pearson(truth: np.ndarray, guess: np.ndarray) -> Terms:
         return float(pearsonr(truth, guess).statistic)
 
     return Terms([_each(truth), t_M, p_M, t_M**2, p_M**2, t_M * p_M], value, whole)
+
+
+def concordance(truth: np.ndarray, guess: np.ndarray) -> Terms:
+    """Lin's CCC = 2 cov(t, p) / (var t + var p + (mean t − mean p)²), moments divided by M.
+
+    Undefined where the truth is constant in float32; 0 where the prediction alone is. Source: Lin 1989, Biometrics 45(1).
+    """
+    if _constant(truth):
+        return _undefined(truth)
+    t, p = truth - truth.mean(), guess - truth.mean()  # the same shift, which leaves CCC as it is
+    variance = (t**2).mean()
+
+    def value(count: np.ndarray, *sums: np.ndarray) -> np.ndarray:
+        t, p, tt, pp, tp = (total / count for total in sums)
+        spread = tt - t**2
+        shared = 2 * (tp - t * p) / (spread + (pp - p**2) + (t - p) ** 2)
+        return np.where(spread > _FLAT * variance, shared, np.nan)
+
+    return Terms([_each(truth), t, p, t**2, p**2, t * p], value)
 
 
 def r2(truth: np.ndarray, guess: np.ndarray) -> Terms:
@@ -259,8 +314,11 @@ def weak(x: np.ndarray) -> np.ndarray:
 # ---- metrics
 
 SKLEARN = "MELD (Poria et al. 2019) and CHERMA (Sun et al. 2023) report weighted F1 as scikit-learn computes it"
+BALANCED = "scikit-learn's `balanced_accuracy_score`; UAR is the measure of the INTERSPEECH emotion challenges (Schuller et al. 2009)"
 MMSA = "`src/MMSA/utils/metricsTop.py` of thuiar/MMSA (regression of MOSI and MOSEI), which prints four decimals"
 SIMS_V2 = "`utils/metricsTop.py` of thuiar/ch-sims-v2"
+SCIKIT = "scikit-learn and scipy"
+LIN = "Lin 1989, Biometrics 45(1), 255–268, moments divided by n"
 
 
 @dataclass(frozen=True)
@@ -279,6 +337,31 @@ class Family:
         """KeyError where there is none."""
         return {metric.key: metric for metric in self.metrics}[key]
 
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Every name by which a metric can be asked for, its aliases too -> its key."""
+        return {name: metric.key for metric in self.metrics for name in (metric.key, *metric.aliases)}
+
+    def misfit(self, low: float, high: float) -> str | None:
+        """Why the family as a whole does not fit answers from `low` to `high`; None where it does."""
+        if any(metric.signed for metric in self.metrics) and not low < 0 < high:
+            return "its accuracies and F1 cut numbers at 0, and the grid does not have numbers on both sides of 0"
+        if self.clip is not None and max(-low, high) > self.clip:
+            return f"it clips all numbers to ±{self.clip:g}, and the grid has numbers beyond"
+        return None
+
+    def undefined(self, low: float, high: float) -> dict[str, str]:
+        """The metrics that mean nothing where answers lie from `low` to `high`: key -> why."""
+        reasons: dict[str, str] = {}
+        for metric in self.metrics:
+            if metric.signed and not low < 0 < high:
+                reasons[metric.key] = "it cuts numbers at 0, and all numbers of the grid lie on one side"
+            elif metric.spans and (low, high) not in [(-span, span) for span in metric.spans]:
+                reasons[metric.key] = f"its classes are those of {' or '.join(f'−{s:g} … {s:g}' for s in metric.spans)}"
+            elif metric.classes is None and self.clip is not None and max(-low, high) > self.clip:
+                reasons[metric.key] = f"it is of numbers clipped to ±{self.clip:g}"
+        return reasons
+
     def of(self, key: str, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
         """See :meth:`Metric.of`."""
         if self.clip is not None:
@@ -290,10 +373,10 @@ class Family:
 def _pair(
     accuracy_key: str, f1_key: str, definition: str, source: str, classes: Rule, subset: Rule | None = None
 ) -> tuple[Metric, Metric]:
-    """Accuracy and weighted F1 of the same two classes."""
+    """Accuracy and weighted F1 of the same two classes, cut at 0."""
     return (
-        Metric(accuracy_key, "accuracy", definition, accuracy, source, classes=classes, subset=subset),
-        Metric(f1_key, "weighted F1", definition, weighted_f1, source, classes=classes, subset=subset),
+        Metric(accuracy_key, "accuracy", definition, accuracy, source, classes=classes, subset=subset, signed=True),
+        Metric(f1_key, "weighted F1", definition, weighted_f1, source, classes=classes, subset=subset, signed=True),
     )
 
 
@@ -301,7 +384,11 @@ EMOTION = Family(
     kind="classification",
     select="wf1",
     metrics=(
-        Metric("acc", "accuracy", "share of predictions equal to the label", accuracy, SKLEARN, classes=label),
+        Metric(
+            "acc", "accuracy, weighted accuracy (WA)",
+            "share of predictions equal to the label; papers on speech emotion call it weighted accuracy",
+            accuracy, SKLEARN, classes=label, aliases=("wa",),
+        ),
         Metric(
             "wf1", "weighted F1", "Σ_c (n_c / n) · F1_c, n_c the true count of class c (scikit-learn `average=\"weighted\"`)",
             weighted_f1, SKLEARN, classes=label,
@@ -309,6 +396,11 @@ EMOTION = Family(
         Metric(
             "macro_f1", "macro F1", "mean of F1_c over the classes that occur in truth or prediction (scikit-learn's default)",
             macro_f1, SKLEARN, classes=label,
+        ),
+        Metric(
+            "uar", "unweighted average recall (UAR), unweighted accuracy (UA)",
+            "mean over the classes that occur in the truth of the share of their samples predicted right",
+            macro_recall, BALANCED, classes=label, aliases=("ua",), on_request=True,
         ),
     ),
 )  # fmt: skip
@@ -326,9 +418,9 @@ MOSEI = Family(
         Metric(
             "acc7", "seven-class accuracy",
             "truth and prediction clipped to ±3, then rounded half to even: 0.5 → 0, 1.5 → 2, 2.5 → 2",
-            accuracy, MMSA, classes=rounded(3),
+            accuracy, MMSA, classes=rounded(3), spans=(3.0,),
         ),
-        Metric("acc5", "five-class accuracy", "the same with ±2", accuracy, MMSA, classes=rounded(2)),
+        Metric("acc5", "five-class accuracy", "the same with ±2", accuracy, MMSA, classes=rounded(2), spans=(3.0, 2.0)),
         Metric("mae", "mean absolute error", "unclipped", mean_absolute_error, MMSA, greater_is_better=False),
         Metric("corr", "Pearson's r", "unclipped", pearson, MMSA),
     ),
@@ -339,16 +431,25 @@ SIMS = Family(
     select="acc2",
     clip=1.0,
     metrics=(
-        Metric("acc2", "accuracy", "two classes cut at 0, zero is negative: [−1, 0], (0, 1]", accuracy, SIMS_V2, classes=cut(0.0)),
-        Metric("acc3", "three-class accuracy", "[−1, −0.1], (−0.1, 0.1], (0.1, 1]", accuracy, SIMS_V2, classes=cut(-0.1, 0.1)),
+        Metric(
+            "acc2", "accuracy", "two classes cut at 0, zero is negative: [−1, 0], (0, 1]", accuracy, SIMS_V2,
+            classes=cut(0.0), signed=True,
+        ),
+        Metric(
+            "acc3", "three-class accuracy", "[−1, −0.1], (−0.1, 0.1], (0.1, 1]", accuracy, SIMS_V2,
+            classes=cut(-0.1, 0.1), spans=(1.0,),
+        ),
         Metric(
             "acc5", "five-class accuracy", "[−1, −0.7], (−0.7, −0.1], (−0.1, 0.1], (0.1, 0.7], (0.7, 1]",
-            accuracy, SIMS_V2, classes=cut(-0.7, -0.1, 0.1, 0.7),
+            accuracy, SIMS_V2, classes=cut(-0.7, -0.1, 0.1, 0.7), spans=(1.0,),
         ),
-        Metric("f1", "weighted F1", "two classes cut at 0, zero is negative: [−1, 0], (0, 1]", weighted_f1, SIMS_V2, classes=cut(0.0)),
+        Metric(
+            "f1", "weighted F1", "two classes cut at 0, zero is negative: [−1, 0], (0, 1]", weighted_f1, SIMS_V2,
+            classes=cut(0.0), signed=True,
+        ),
         Metric(
             "weak_acc2", "accuracy", "`acc2` over the samples with −0.4 ≤ truth ≤ 0.4; `null` where there are none",
-            accuracy, SIMS_V2, classes=cut(0.0), subset=weak,
+            accuracy, SIMS_V2, classes=cut(0.0), subset=weak, signed=True,
         ),
         Metric("mae", "mean absolute error", "of the clipped values", mean_absolute_error, SIMS_V2, greater_is_better=False),
         Metric("corr", "Pearson's r", "of the clipped values", pearson, SIMS_V2),
@@ -356,4 +457,22 @@ SIMS = Family(
     ),
 )  # fmt: skip
 
-FAMILIES = {"emotion": EMOTION, "mosei": MOSEI, "sims": SIMS}
+REGRESSION = Family(
+    kind="regression",
+    select="ccc",
+    metrics=(
+        Metric(
+            "ccc", "concordance correlation coefficient (CCC)",
+            "2 cov(t, p) / (var t + var p + (mean t − mean p)²); 0 where predictions are constant",
+            concordance, LIN,
+        ),
+        Metric("corr", "Pearson's r", "unclipped", pearson, SCIKIT),
+        Metric("mae", "mean absolute error", "unclipped", mean_absolute_error, SCIKIT, greater_is_better=False),
+        Metric(
+            "rmse", "root mean squared error", "√(Σ(t − p)² / n)", root_mean_squared_error, SCIKIT, greater_is_better=False
+        ),
+        Metric("r2", "coefficient of determination", "1 − Σ(t − p)² / Σ(t − mean t)²", r2, SCIKIT),
+    ),
+)  # fmt: skip
+
+FAMILIES = {"emotion": EMOTION, "mosei": MOSEI, "sims": SIMS, "regression": REGRESSION}

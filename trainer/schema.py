@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast, get_args, get_origin
+from types import UnionType
+from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, JsonValue
 from pydantic_core import ErrorDetails
 
+T = TypeVar("T")
 AFFECTS = "affects"  # the entry of a field's json_schema_extra that :func:`find` reads
 # What a change of a field affects, marked at the field (or at a section, for all that it holds). Unmarked: what is trained.
 Effect = Literal["training", "selection", "execution", "scoring", "record"]
@@ -37,8 +39,8 @@ def find(model: type[BaseModel], key: str) -> Place | None:
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if not _is_section(current):
-            rest = ".".join(parts[depth:])
-            return Place(tuple(fields), rest, current, affects) if get_origin(current) is dict else None
+            rest, holder = ".".join(parts[depth:]), _dictionary(current)
+            return None if holder is None else Place(tuple(fields), rest, holder, affects)
         field = current.model_fields.get(part)
         if field is None:
             return None
@@ -60,6 +62,16 @@ def dotted(raw: dict[str, Any]) -> dict[str, Any]:
             yield prefix, value
 
     return dict(walk("", raw))
+
+
+def defaults_of_missing(saved: Iterable[str], defaults: Mapping[str, T]) -> dict[str, T]:
+    """The defaults of dotted keys that another version, which saved these, did not know."""
+    keys = set(saved)
+    return {
+        key: default
+        for key, default in defaults.items()
+        if key not in keys and not any(name.startswith(f"{key}.") for name in keys)  # of a dictionary that is not empty
+    }
 
 
 def nest(model: type[BaseModel], flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,6 +128,12 @@ def _field_names(model: type[BaseModel], loc: Sequence[str]) -> list[str]:
             return []
         current = current.model_fields[part].annotation
     return list(current.model_fields) if _is_section(current) else []
+
+
+def _dictionary(annotation: Any) -> Any:
+    """The dictionary type that `annotation` is, or that is one of its alternatives; None where there is none."""
+    union = get_origin(annotation) in (Union, UnionType)
+    return next((one for one in (get_args(annotation) if union else [annotation]) if get_origin(one) is dict), None)
 
 
 def _is_section(annotation: Any) -> bool:

@@ -7,8 +7,7 @@ CH-SIMS v2 (Liu et al. 2022). Label order is fixed: it breaks ties.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from decimal import ROUND_HALF_UP, Decimal
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,51 +15,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainer.grid import Grid
 from trainer.metric_table import FAMILIES, Metric
 
 Language = Literal["en", "zh"]
 Kind = Literal["classification", "regression"]
 AnswerStyle = Literal["words", "indices"]  # of labels: as themselves, or by their number
+MOST_NUMBERS = 2001  # of a grid: each is scored for every sample, and a tree of so many has 3000 to 5000 tokens
 
 
 class TaskError(ValueError):
     """A task that is not known, or whose definition cannot be used."""
-
-
-class Grid(BaseModel):
-    """The numbers a regression task can answer: low, low + step, ..., high; one decimal."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    low: float
-    high: float
-    step: float = 0.1
-
-    @model_validator(mode="after")
-    def _steps(self) -> Grid:
-        if self.step <= 0 or self.high <= self.low:
-            raise ValueError(f"a grid needs low < high and step > 0, not {self.low}..{self.high} by {self.step}")
-        for name in ("low", "high", "step"):
-            scaled = getattr(self, name) * 10
-            if abs(scaled - round(scaled)) > 1e-9:
-                raise ValueError(f"grid {name}={getattr(self, name)} needs one decimal at most")
-        if round((self.high - self.low) * 10) % round(self.step * 10):
-            raise ValueError(f"grid {self.low}..{self.high} is not a whole number of steps of {self.step}")
-        return self
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        low, high, step = round(self.low * 10), round(self.high * 10), round(self.step * 10)
-        return tuple(tenth / 10 for tenth in range(low, high + 1, step))
-
-    def index(self, value: float) -> int:
-        """The index of the number nearest to `value`, ties away from 0.
-
-        The tie is judged on the shortest decimal that reads back to the same float32 or float64, so 0.25 is a tie and
-        the 0.25000001 of an upcast label is the tie it was meant to be.
-        """
-        tenths = (Decimal(repr(round(float(value), 6))) / Decimal(repr(self.step))).quantize(Decimal(1), ROUND_HALF_UP)
-        offset = (Decimal(repr(self.low)) / Decimal(repr(self.step))).quantize(Decimal(1), ROUND_HALF_UP)
-        return min(max(int(tenths - offset), 0), len(self.values) - 1)
 
 
 class Prompt(BaseModel):
@@ -80,6 +45,23 @@ def _families(kind: Kind) -> list[str]:
     return [name for name, family in FAMILIES.items() if family.kind == kind]
 
 
+def _no_metric(name: str, family: str, kind: Kind, grid: Grid | None) -> str:
+    """That a family has no such metric; the nearest one, and the families that have it."""
+    names = FAMILIES[family].names
+    text = f"select={name!r} is none of the metrics of family {family!r}{_near(name, names)}"
+    hints = []
+    for other in _families(kind):
+        if name in FAMILIES[other].names:
+            misfit = None if grid is None else FAMILIES[other].misfit(grid.low, grid.high)
+            hints.append(f"; family {other!r} has it" + (f", which is not for this grid: {misfit}" if misfit else ""))
+    return f"{text}: {', '.join(names)}{''.join(hints)}"
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 class Task(BaseModel):
     """One benchmark's question."""
 
@@ -97,17 +79,20 @@ class Task(BaseModel):
     def _whole(self) -> Task:
         fitting = _families(self.kind)
         families = "metrics family " + " or ".join(map(repr, fitting))
+        faults = []
         if self.kind == "classification":
             if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(map(str.strip, self.labels)):
-                raise ValueError(f"classification needs at least two different labels, not {list(self.labels)}")
+                faults.append(f"classification needs at least two different labels, not {list(self.labels)}")
             if self.grid is not None or self.family not in fitting:
-                raise ValueError(f"classification has labels and the {families}, and no grid")
+                faults.append(f"classification has labels and the {families}, and no grid")
         elif self.grid is None or self.labels or self.family not in fitting:
-            raise ValueError(f"regression needs a grid and a {families}, and no labels")
-        if self.select not in self.metrics:
-            raise ValueError(f"select={self.select!r} is none of the task's metrics: {', '.join(self.metrics)}")
+            faults.append(f"regression needs a grid and a {families}, and no labels")
+        if self.family in FAMILIES and self.select not in self.metrics:
+            faults.append(_no_metric(self.select, self.family, self.kind, self.grid))
         if self.language not in self.prompts:
-            raise ValueError(f"no prompt in the task's language {self.language!r}")
+            faults.append(f"no prompt in the task's language {self.language!r}")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @property
@@ -115,9 +100,19 @@ class Task(BaseModel):
         """The keys of the task's metrics."""
         return tuple(metric.key for metric in FAMILIES[self.family].metrics)
 
+    @property
+    def metric_names(self) -> dict[str, str]:
+        """Every name by which one of :attr:`metrics` can be asked for -> its key."""
+        return FAMILIES[self.family].names
+
     def metric(self, key: str) -> Metric:
         """One of :attr:`metrics`; KeyError where there is none."""
         return FAMILIES[self.family].metric(key)
+
+    @cached_property
+    def undefined(self) -> dict[str, str]:
+        """Those of :attr:`metrics` that mean nothing on the task's numbers, and why: such as signs where none is negative."""
+        return {} if self.grid is None else FAMILIES[self.family].undefined(self.grid.low, self.grid.high)
 
     @property
     def greater_is_better(self) -> bool:
@@ -128,7 +123,7 @@ class Task(BaseModel):
     def answers_words(self) -> tuple[str, ...]:
         if self.grid is None:
             return self.labels
-        return tuple(format_number(v) for v in self.grid.values)
+        return tuple(map(self.grid.text, self.grid.values))
 
     def answers(self, style: AnswerStyle = "words") -> tuple[str, ...]:
         """Every answer the model may give, in label or number order; numbers are always words."""
@@ -153,7 +148,7 @@ class Task(BaseModel):
         if language not in self.prompts:
             raise TaskError(f"task {self.name} has no prompt in {language!r}; it has {', '.join(self.prompts)}")
         if self.grid is not None:
-            answers = f"{format_number(self.grid.low)} … {format_number(self.grid.high)}"
+            answers = f"{self.grid.text(self.grid.low)} … {self.grid.text(self.grid.high)}"
         elif style == "indices":
             answers = ", ".join(f"{i} {label}" for i, label in enumerate(self.labels))
         else:
@@ -165,12 +160,6 @@ class Task(BaseModel):
 
     def close(self, language: Language | None = None) -> str:
         return self.prompts[language or self.language].close
-
-
-def format_number(value: float) -> str:
-    """One decimal, a sign only for negatives, no ``-0.0``."""
-    text = f"{value:.1f}"
-    return "0.0" if text == "-0.0" else text
 
 
 def _emotion_prompts(unit_en: str, unit_zh: str) -> dict[Language, Prompt]:
@@ -269,8 +258,10 @@ BUILT_IN: dict[str, Task] = {
 }
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, *, saved: bool = False) -> Task:
     """A built-in task by name, or the task that a YAML file defines.
+
+    `saved`: as :func:`define_task` takes it.
 
     Raises:
         TaskError: unknown name (with the nearest one), or a definition with faults (all of them).
@@ -285,7 +276,7 @@ def get_task(name: str) -> Task:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise TaskError(f"{name} is not readable YAML: {error}") from error
-        return define_task(raw, where=name)
+        return define_task(raw, where=name, saved=saved)
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     near = f"; did you mean {close[0]}?" if close else "."
     raise TaskError(
@@ -293,40 +284,137 @@ def get_task(name: str) -> Task:
     )
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Refuse unknown tasks.
+def get_tasks(names: Sequence[str], select: str | Mapping[str, str] = "", *, saved: bool = False) -> dict[str, Task]:
+    """The tasks of a run by their names, each with the metric that the run's `eval.select` asks for.
+
+    Args:
+        names: as for :func:`get_task`, with `saved`.
+        select: as for :func:`select_by`.
 
     Raises:
-        TaskError: all that :func:`get_task` says of any of them.
+        TaskError: all that :func:`get_task` says of any of them; where that is nothing, all that :func:`select_by` says.
     """
+    tasks: dict[str, Task] = {}
     faults = []
     for name in names:
         try:
-            get_task(name)
+            task = get_task(name, saved=saved)
+            tasks[task.name] = task
         except TaskError as error:
             faults.append(str(error))
     if faults:
         raise TaskError("\n".join(faults))
+    return select_by(tasks, select)
 
 
-def define_task(raw: Any, where: str = "task") -> Task:
+def select_by(tasks: Mapping[str, Task], select: str | Mapping[str, str]) -> dict[str, Task]:
+    """The tasks with other metrics that choose the checkpoint.
+
+    Args:
+        select: a metric of every task, or task -> metric; tasks that it does not name keep theirs, and so do all where it
+            is empty.
+
+    Raises:
+        TaskError: every name that is no task or no metric of its task, and every metric that is undefined on a task's numbers.
+    """
+    if isinstance(select, str):
+        select = dict.fromkeys(tasks, select) if select else {}
+    faults = [
+        f"eval.select.{name}: the run has no such task{_near(name, tasks)}; it has {', '.join(tasks)}"
+        for name in select
+        if name not in tasks
+    ]
+    out = dict(tasks)
+    for name, task in tasks.items():
+        if name not in select:
+            continue
+        key = task.metric_names.get(select[name])
+        if key is None:
+            faults.append(f"eval.select of {name}: {_no_metric(select[name], task.family, task.kind, task.grid)}")
+        elif key in task.undefined:
+            faults.append(f"eval.select of {name}: {_undefined(task, key)}")
+        else:
+            out[name] = task.model_copy(update={"select": key})
+    if faults:
+        raise TaskError("\n".join(faults))
+    return out
+
+
+def define_task(raw: Any, where: str = "task", *, saved: bool = False) -> Task:
     """A task from a plain mapping, such as a YAML file's or a dataset record's.
 
-    `family` defaults to the kind's first, `select` to the family's usual metric, `prompts` to the general ones.
+    `family` of metrics defaults to `emotion` for classification; for regression to `mosei` where the grid has numbers on both
+    sides of 0, and to `regression` elsewhere. `select` defaults to the family's usual metric, `prompts` to the general ones.
+
+    Args:
+        saved: a dataset or run was already made with it, perhaps by an older version. Then a family that does not fit the
+            grid is not refused (its meaningless metrics are undefined, see :attr:`Task.undefined`), nor is a large grid.
+
+    Raises:
+        TaskError: all faults of the definition.
     """
     if not isinstance(raw, dict):
         raise TaskError(f"{where} must hold a mapping with name, kind, and labels or grid")
     raw = dict(raw)
+    raw.setdefault("family", _default_family(raw, saved=saved))
+    if (family := FAMILIES.get(str(raw["family"]))) is not None:
+        raw.setdefault("select", family.select)
+        raw["select"] = family.names.get(str(raw["select"]), raw["select"])
+    raw.setdefault("select", "")
     regression = raw.get("kind") == "regression"
-    raw.setdefault("family", _families("regression" if regression else "classification")[0])
-    family = FAMILIES.get(str(raw["family"]))
-    raw.setdefault("select", "" if family is None else family.select)
     raw.setdefault("prompts", _sentiment_prompts() if regression else _emotion_prompts("utterance", "这句话"))
     try:
-        return Task.model_validate(raw)
+        task = Task.model_validate(raw)
+        faults = [] if saved else [f"  {fault}" for fault in _unfit(task)]
     except ValidationError as error:
         faults = [
-            f"  {'.'.join(map(str, e['loc'])) or 'task'}: {e['msg'].removeprefix('Value error, ')}"
+            f"  {'.'.join(map(str, e['loc'])) or 'task'}: {e['msg'].removeprefix('Value error, ')}{_quoted(e['loc'], e['input'])}"
             for e in error.errors()
         ]
-        raise TaskError("\n".join([f"{where}: {len(faults)} fault(s) in the task's definition", *faults])) from error
+    if faults:
+        raise TaskError("\n".join([f"{where}: {len(faults)} fault(s) in the task's definition", *faults]))
+    return task
+
+
+def _default_family(raw: Mapping[str, Any], *, saved: bool) -> str:
+    if raw.get("kind") != "regression":
+        return "emotion"
+    try:
+        grid = Grid.model_validate(raw.get("grid"))
+    except ValidationError:  # is reported with the other faults
+        return "mosei"
+    of_older_version = saved and raw.get("select", "ccc") not in FAMILIES["regression"].names
+    return "mosei" if grid.low < 0 < grid.high or of_older_version else "regression"
+
+
+def _unfit(task: Task) -> list[str]:
+    """What a task's own faults would not show: metrics that mean nothing on its numbers, and more numbers than can be scored."""
+    if task.grid is None:
+        return []
+    faults = []
+    if misfit := FAMILIES[task.family].misfit(task.grid.low, task.grid.high):
+        numbers = f"{task.grid.text(task.grid.low)} … {task.grid.text(task.grid.high)}"
+        faults.append(
+            f"family: {task.family!r} is not for the grid {numbers}: {misfit}. Write family: regression "
+            f"({', '.join(FAMILIES['regression'].names)}), which fits every grid"
+        )
+    elif task.select in task.undefined:
+        faults.append(f"select: {_undefined(task, task.select)}")
+    if task.grid.size > MOST_NUMBERS:
+        faults.append(
+            f"grid: {task.grid.size} numbers, of which each is scored for every sample; at most {MOST_NUMBERS}: take a greater "
+            "step (predictions are expectations, which lie between the numbers of the grid too)"
+        )
+    return faults
+
+
+def _undefined(task: Task, key: str) -> str:
+    left = [name for name in task.metrics if name not in task.undefined]
+    return f"{key} is undefined on the numbers of {task.name}: {task.undefined[key]}. Defined are {', '.join(left)}"
+
+
+def _quoted(place: tuple[int | str, ...], value: Any) -> str:
+    """What to do about a label that YAML reads as a number, a date or a truth value."""
+    if place[:1] != ("labels",) or isinstance(value, (str, list, dict)):
+        return ""
+    return f", and is read as {type(value).__name__} {value!r}: put the label in quotes"

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.checkpoint.identity import effect_of
 from trainer.config import RunConfig, flatten, load_config
-from trainer.tasks import check_tasks
+from trainer.tasks import get_tasks
 
 LONGEST = 100  # characters of a run folder's name; longer ones are numbered instead
 
@@ -45,7 +45,7 @@ def load_variant(path: Path, overrides: Sequence[str]) -> RunConfig:
         ValueError: all its faults.
     """
     config = load_config(path, overrides)
-    check_tasks(config.tasks)
+    get_tasks(config.tasks, config.eval.select)
     return config
 
 

@@ -446,7 +446,7 @@ def test_the_grid_of_a_regression_has_a_likelihood():
 
 # ---- faults, keys
 
-EMOTION_KEYS = ["acc", "wf1", "macro_f1"]
+EMOTION_KEYS = ["acc", "wf1", "macro_f1", "uar"]
 MOSEI_KEYS = ["has0_acc", "has0_f1", "non0_acc", "non0_f1", "acc7", "acc5", "mae", "corr"]
 SIMS_KEYS = ["acc2", "acc3", "acc5", "f1", "weak_acc2", "mae", "corr", "r2"]
 KEYS = {

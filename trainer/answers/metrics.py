@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
 from trainer.answers.scores import ReliabilityBin, TaskScores
-from trainer.metric_table import FAMILIES, INVALID, LARGEST, WeightedMetric
+from trainer.metric_table import FAMILIES, INVALID, LARGEST, WeightedMetric, undefined_metric
 from trainer.tasks import Task
 
 BINS = 15
@@ -61,7 +61,12 @@ def compute(task: Task, targets: Values, predictions: Values, probabilities: np.
 
 
 def metric_of(task: Task, key: str, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
-    """One metric of a task, for any weights of the samples; see :meth:`trainer.metric_table.Metric.of`."""
+    """One metric of a task, for any weights of the samples; see :meth:`trainer.metric_table.Metric.of`.
+
+    It is undefined where the task's numbers give it no meaning (:attr:`trainer.tasks.Task.undefined`).
+    """
+    if key in task.undefined:
+        return undefined_metric(len(truth_N))
     return FAMILIES[task.family].of(key, truth_N, guess_N)
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from trainer.metric_table import FAMILIES, Family
+from trainer.metric_table import FAMILIES, Family, Metric
 from trainer.tasks import BUILT_IN
 
 _TABLE = re.compile(r"(<!-- metrics (\S+) -->\n).*?(<!-- end -->)", re.S)
@@ -26,11 +26,15 @@ def render(page: str) -> str:
 def _family(family: Family) -> str:
     rows = ["| key | metric | better | definition |", "|---|---|---|---|"]
     rows += [
-        f"| `{metric.key}` | {metric.name} | {_better(metric.greater_is_better)} | {metric.definition} |"
+        f"| `{metric.key}` | {metric.name} | {_better(metric.greater_is_better)} | {metric.definition}{_aliases(metric)} |"
         for metric in family.metrics
     ]
     sources = dict.fromkeys(metric.source for metric in family.metrics)
     return "\n".join([*rows, "", f"Source: {'; '.join(sources)}.", ""])
+
+
+def _aliases(metric: Metric) -> str:
+    return f"; other name: `{'`, `'.join(metric.aliases)}`" if metric.aliases else ""
 
 
 def _selection() -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from trainer.config import RunConfig, defaults_of_missing, flatten
+from trainer.config import RunConfig, flatten
 from trainer.distributed.deepspeed_config import zero_stage
-from trainer.schema import Effect, find
+from trainer.schema import Effect, defaults_of_missing, find
 
 
 class RunIdentity(BaseModel):

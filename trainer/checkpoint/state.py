@@ -34,6 +34,7 @@ class SelectionState(BaseModel):
     best: str | None
     validations: dict[str, dict[str, float]]
     nll: dict[str, dict[str, float | None]]
+    metrics: dict[str, str] = {}  # task -> the metric of `validations`; empty where an older version wrote it
 
 
 class LossMonitorState(BaseModel):

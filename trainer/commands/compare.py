@@ -26,7 +26,7 @@ def compare(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="metric whose differences are tested (repeatable, or all); default: the task's selecting metric"
+            help="metric whose differences are tested (repeatable, or all); default: the metric that the runs select by"
         ),
     ] = None,
     group_by: Annotated[

@@ -86,13 +86,13 @@ def read_config(config: Path, overrides: list[str] | None) -> RunConfig:
     """The resolved config, before anything heavy is loaded.
 
     Raises:
-        ValueError: all faults of the config, or all of its unknown tasks.
+        ValueError: all faults of the config, or all of its unknown tasks and selecting metrics.
     """
     from trainer.config import load_config
-    from trainer.tasks import check_tasks
+    from trainer.tasks import get_tasks
 
     loaded = load_config(config, overrides or [])
-    check_tasks(loaded.tasks)
+    get_tasks(loaded.tasks, loaded.eval.select)
     return loaded
 
 

@@ -57,7 +57,7 @@ class PreparedDataset:
         self.history, self.choice = history, choice
         self.record = _checked_record(path)
         try:
-            self.task: Task = define_task(self.record["task"], where=f"{path}/{RECORD}")
+            self.task: Task = define_task(self.record["task"], where=f"{path}/{RECORD}", saved=True)
             self.fingerprint = str(self.record["fingerprint"])
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}

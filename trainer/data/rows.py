@@ -163,6 +163,8 @@ class Checker:
             if len(alike) != 1:
                 near = difflib.get_close_matches(word.casefold(), list(self._folded), n=1)
                 hint = f" (did you mean {self.task.labels[self._folded[near[0]][0]]}?)" if near else ""
+                if word.isdecimal() and not any(map(str.isdecimal, self.task.labels)):
+                    hint = f" (a number, but labels are words: write {self.task.labels[0]!r} or another, or have the task list {word!r})"
                 fault("unknown label", f"{_printable(word)!r}{hint}")
                 return None, math.nan
             index = alike[0]

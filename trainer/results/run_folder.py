@@ -20,7 +20,7 @@ from trainer.data.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
 from trainer.results.records import RobustnessRecord, number_or_none
 from trainer.run.record import RecordValues
-from trainer.tasks import Task, TaskError, define_task, get_task
+from trainer.tasks import Task, TaskError, define_task, get_task, select_by
 from trainer.tracking.journal import JOURNAL, read_journal
 
 Series = list[tuple[int, float]]  # (step, value)
@@ -208,18 +208,30 @@ def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
 
 
 def _tasks(run: RunFolder) -> dict[str, Task]:
+    """The run's tasks, each with the metric that the run selects by."""
     tasks: dict[str, Task] = {}
+    recorded = run.record.get("select")  # absent where an older version wrote the record
     for name in run.config.tasks if run.config else run.record.get("tasks", []):
         try:
-            task = get_task(name)
+            task = get_task(name, saved=True)
         except TaskError as error:
             definition = next((r["task"] for r in run.data.values() if r["task"].get("name") == Path(name).stem), None)
             if definition is None:
                 run.notes.append(f"the task cannot be shown: {error}")
                 continue
-            task = define_task(definition)
+            task = define_task(definition, saved=True)
+        if recorded is None and task.name in run.data:  # its scores are of the metrics that the dataset's record has
+            prepared = define_task(run.data[task.name]["task"], saved=True)
+            task = task if task.family == prepared.family else prepared
         tasks[task.name] = task
-    return tasks
+    select = run.config.eval.select if run.config else {}
+    if isinstance(recorded, Mapping):
+        select = {name: str(metric) for name, metric in recorded.items() if name in tasks}
+    try:
+        return select_by(tasks, select)
+    except TaskError as error:
+        run.notes.append(f"the selecting metric cannot be shown: {error}")
+        return tasks
 
 
 def _predictions(run: RunFolder) -> dict[str, pd.DataFrame]:

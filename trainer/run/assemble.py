@@ -21,11 +21,12 @@ from trainer.data.objective import Objective
 from trainer.distributed.deepspeed_config import deepspeed_config, zero_stage
 from trainer.distributed.world import World
 from trainer.kernels.gate import resolve_kernel
+from trainer.metric_table import FAMILIES
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
 from trainer.models.build import build_model
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
-from trainer.tasks import Task, get_task
+from trainer.tasks import Task, get_task, select_by
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,10 @@ class RunComponents:
         return {"name": first.fold, "names": first.folds, "train": train, "test": test}
 
 
-def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDataset]]:
-    """The run's tasks and their prepared datasets.
+def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task], dict[str, PreparedDataset]]:
+    """The run's tasks, which select by what `eval.select` says, and their prepared datasets.
+
+    `saved`: of a run that was already trained; see :func:`trainer.tasks.define_task`.
 
     Raises:
         ValueError: every task that is unknown and every dataset that is absent or belongs to another task.
@@ -67,7 +70,7 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
     faults = []
     for requested in config.tasks:
         try:
-            task = get_task(requested)
+            task = get_task(requested, saved=saved)
             path = config.data.path.replace("{task}", task.name)
             opened = open_dataset(path, history=config.data.history, choice=fold_choice(config))
         except ValueError as error:
@@ -97,18 +100,28 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
         )
     if faults:
         raise ValueError("\n".join(faults))
-    return tasks, data
+    return select_by(tasks, config.eval.select), data
+
+
+def older_selecting_metrics(config: RunConfig) -> dict[str, str]:
+    """Task -> the metric that versions before `eval.select` and the family `regression` chose the checkpoint by."""
+    older = FAMILIES["mosei"]
+    tasks = [get_task(name, saved=True) for name in config.tasks]
+    return {
+        task.name: older.select if task.family == "regression" and task.select not in older.names else task.select
+        for task in tasks
+    }
 
 
 def assemble(
-    config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False
+    config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False, saved: bool = False
 ) -> RunComponents:
     """Build all parts; the same on every rank (module initialisation is seeded by the run's seed).
 
     `partition`: under ZeRO-3 each rank loads its part of the backbone alone, for an engine that is built next. Else the
-    backbone is whole.
+    backbone is whole. `saved`: as for :func:`open_data`.
     """
-    tasks, data = open_data(config)
+    tasks, data = open_data(config, saved=saved)
     widths = {name: opened.widths for name, opened in data.items()}
     _check_fusion(config.model.fusion, widths, world)
     folder = out / BACKBONE

@@ -66,6 +66,11 @@ def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> TaskScor
     return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
 
 
+def selecting_metrics(parts: RunComponents) -> dict[str, str]:
+    """Task -> the metric that chooses a checkpoint."""
+    return {name: task.select for name, task in parts.tasks.items()}
+
+
 def selection_values(parts: RunComponents, metrics: SplitScores) -> dict[str, float | None]:
     """The metric of each task that chooses a checkpoint."""
     return {name: metric_value(metrics[name], task.select) for name, task in parts.tasks.items()}

@@ -31,7 +31,7 @@ from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
 from trainer.distributed.world import World, lost_connections_typed
 from trainer.files import write_json, write_text
-from trainer.run.assemble import assemble
+from trainer.run.assemble import assemble, older_selecting_metrics
 from trainer.run.calibrate import write_calibration
 from trainer.run.callbacks import (
     Callback,
@@ -41,7 +41,7 @@ from trainer.run.callbacks import (
     TrackingCallback,
     WatchCallback,
 )
-from trainer.run.evaluate import evaluate, format_selection_metrics, selection_values
+from trainer.run.evaluate import evaluate, format_selection_metrics, selecting_metrics, selection_values
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import archive_previous_run, open_folder
 from trainer.run.guards.dump import NonFiniteDump, StepFacts
@@ -119,6 +119,7 @@ def fit(
                     "steps": run.steps,
                     "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,
                     "tasks": identity.tasks,
+                    "select": selecting_metrics(parts),
                     "data": identity.data,
                     "base": identity.base,
                     "world": identity.world,
@@ -216,12 +217,25 @@ class Trainer:
     def _resume(self, last: Path | None, saved: CheckpointState | None) -> None:
         if last is not None and saved is not None:
             resume_engine(self.engine, last, self.world)
-            self.run.selection.restore(saved.selection.model_dump())
+            self._restore_selection(saved.selection)
             self.run.health.restore(saved.health)
             self.run.steps_done = saved.step
-            self._mark_best()  # a kill may have come between a checkpoint and its mark
             log.info("continuing from %s", last)
         self._stop_if_asked()
+
+    def _restore_selection(self, saved: SelectionState) -> None:
+        """Go on choosing among all validations, or anew where they were of another metric."""
+        before, now = saved.metrics or older_selecting_metrics(self.config), selecting_metrics(self.parts)
+        if before == now:
+            self.run.selection.restore(saved.model_dump())
+            self._mark_best()  # a kill may have come between a checkpoint and its mark
+            return
+        changed = ", ".join(f"{name} by {before.get(name)}" for name in now if before.get(name) != now[name])
+        log.warning(
+            "the checkpoint was chosen so far: %s. From the next validation on it is chosen by %s, the earlier ones left out",
+            changed,
+            ", ".join(f"{name} {metric}" for name, metric in now.items()),
+        )
 
     def _try_largest_batches(self) -> None:
         if self.config.train.probe and self.run.steps_done < self.run.steps:
@@ -314,7 +328,7 @@ class Trainer:
             **self.run.identity.model_dump(),
             step=step,
             best=self.run.selection.best,
-            selection=SelectionState(**self.run.selection.state()),
+            selection=SelectionState(**self.run.selection.state(), metrics=selecting_metrics(self.parts)),
             health=self.run.health.state(),
             position=Position(step=step, epoch=step / self.run.order.steps_per_epoch),
             mlflow_run=self.run.tracker.run_id,

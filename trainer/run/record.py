@@ -50,6 +50,7 @@ class RecordValues(TypedDict, total=False):
     steps: int
     mlflow: MlflowPlace | None
     tasks: list[str]
+    select: dict[str, str]  # task -> the metric that chooses the checkpoint
     data: dict[str, str]  # task -> fingerprint
     fold: FoldRecord  # of a run on a dataset with folds
     base: str  # hash of the frozen backbone

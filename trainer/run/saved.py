@@ -71,7 +71,7 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
         log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
     dtype = dtype_of(config)
     partition = world.size > 1
-    parts = assemble(config, run, world, dtype, partition=partition)
+    parts = assemble(config, run, world, dtype, partition=partition, saved=True)
     expected, found = read_state(chosen).base, parts.model.backbone.fingerprint
     if expected != found:
         raise CheckpointError(

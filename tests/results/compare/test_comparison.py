@@ -11,18 +11,18 @@ import pandas as pd
 import pytest
 import yaml
 from scipy import stats
-from sklearn.metrics import f1_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from tests.distributed.processes import egmf
 from tests.results.seeded import make_seeded, make_two
 from trainer.answers.metrics import compute
-from trainer.results.compare.compared_run import ComparedRun
+from trainer.results.compare.compared_run import Answers, ComparedRun
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.output import as_csv, as_json, as_tex, tables, tex
 from trainer.results.compare.result import EVERY
 from trainer.results.compare.sources import find_runs
-from trainer.tasks import get_task
+from trainer.tasks import define_task, get_task
 
 FULL, LESS = "experts=[local, semantic, global]", "experts=[semantic, global]"
 
@@ -84,6 +84,61 @@ def test_a_difference_is_paired_by_seed_and_sample(two: Path, runs: list[Compare
     assert acc.p == max(acc.p_bootstrap, acc.p_mcnemar)  # type: ignore[type-var]
     right = np.array([[t == g for t, g in pair] for pair in pairs]).astype(int)
     assert acc.value == pytest.approx((right[:, 0] - right[:, 1]).mean())
+
+
+def test_the_metrics_of_the_correction_are_those_asked_for(two: Path, runs: list[ComparedRun]) -> None:
+    """`uar` beside the older metrics adds no test to a comparison of all; an alias is no second test; a score it always is."""
+    tested = {
+        "acc": ["acc"], "wa": ["acc"], "ua": ["uar"], "all": ["acc", "wf1", "macro_f1"],
+    }  # fmt: skip
+    for asked, expected in tested.items():
+        assert compare(runs, metrics=[asked], resamples=100).tested == {"meld": expected}
+    assert compare(runs, metrics=["wa", "acc", "ua"], resamples=100).tested == {"meld": ["acc", "uar"]}
+    assert compare(runs, metrics=["all", "uar"], resamples=100).tested == {"meld": ["acc", "wf1", "macro_f1", "uar"]}
+    found = compare(runs, metrics=["wa"], sort_by="ua", resamples=100)
+    assert found.validation[FULL].metric == "uar"
+    truth, guess = truth_and_guess(two / "full-s1")
+    assert found.score("meld", FULL, "uar").values[0] == pytest.approx(balanced_accuracy_score(truth, guess))
+    with pytest.raises(ValueError, match="no metric uaar"):
+        compare(runs, metrics=["uaar"])
+
+
+def test_the_tested_metric_is_that_which_the_runs_select_by(two: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_seeded(tmp_path / f"a-s{seed}", seed, 0.7, ["eval.select=ua"])
+        make_seeded(tmp_path / f"b-s{seed}", seed, 0.6, ["eval.select.meld=uar", "train.lr.fusion=0.01"])
+    found = compare(find_runs([str(tmp_path)], ["test"]).runs, resamples=100)
+    assert found.tested == {"meld": ["uar"]}
+    assert (
+        compare(find_runs([str(tmp_path)], ["test"]).runs, metrics=["all"], resamples=100).tested["meld"][-1] == "uar"
+    )
+    mixed = find_runs([str(two), str(tmp_path)], ["test"]).runs
+    with pytest.raises(
+        ValueError, match=r"(?s)select by different metrics of meld: say which is tested, --metric.*wf1: .*uar: "
+    ):
+        compare(mixed)
+    assert compare(mixed, metrics=["wf1"], resamples=100).tested == {"meld": ["wf1"]}
+
+
+def test_metrics_without_meaning_are_missing_and_not_tested() -> None:
+    raw = {"name": "own", "kind": "regression", "family": "mosei", "grid": {"low": 1, "high": 5, "step": 0.5}}
+    task, rng = define_task(raw, saved=True), np.random.default_rng(0)
+    truth = rng.choice(np.array(task.grid.values), 50)  # type: ignore[union-attr]
+    made = [
+        ComparedRun(
+            f"{group}-s{seed}", f"{group}{seed}", seed, {"own": task}, {}, {"own": "f"},
+            {"test": {"own": Answers(np.arange(50).astype(object), truth, truth + rng.normal(0, 1, 50))}}, group=group,
+        )
+        for group in "ab" for seed in (1, 2)
+    ]  # fmt: skip
+    found = compare(made, metrics=["all"], baseline="a", resamples=200)
+    for metric in ("has0_acc", "non0_f1", "acc7"):
+        assert found.score("own", "b", metric).mean is None
+        (row,) = [d for d in found.differences if d.metric == metric]
+        assert (row.value, row.p, row.p_corrected, row.significant) == (None, None, None, None)
+    (row,) = [d for d in found.differences if d.metric == "mae"]
+    assert row.p is not None
+    assert found.score("own", "b", "mae").mean is not None
 
 
 def test_kinds_are_their_samples_alone(two: Path, runs: list[ComparedRun]) -> None:

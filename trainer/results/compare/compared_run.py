@@ -16,11 +16,12 @@ import pyarrow as pa
 import yaml
 from pyarrow import compute, parquet
 
-from trainer.config import RunConfig, defaults_of_missing, flatten
+from trainer.config import RunConfig, flatten
 from trainer.data.folder import read_record as read_dataset_record
 from trainer.data.folds import FoldRecord
 from trainer.results.run_folder import PREDICTIONS
-from trainer.tasks import Task, TaskError, define_task, get_task
+from trainer.schema import defaults_of_missing
+from trainer.tasks import Task, TaskError, define_task, get_task, select_by
 
 COLUMNS = ("task", "id", "label", "prediction", "valid", "kind")  # of predictions, those that are read
 OPTIONAL = {"prediction", "kind"}  # a file lacks them where no row has a value
@@ -98,15 +99,23 @@ def tasks_of(config: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict
     tasks = {}
     for name in value if isinstance(value, list) else [value]:
         try:
-            task = get_task(str(name))
+            task = get_task(str(name), saved=True)
         except TaskError as error:
             stem = Path(str(name)).stem
             record = read_dataset_record(Path(config["data.path"].replace("{task}", stem)))
             if record is None or record.get("fingerprint") != fingerprints.get(stem):
                 raise ValueError(f"{error} (its dataset, which defines it too, is gone or has changed)") from error
-            task = define_task(record["task"])
+            task = define_task(record["task"], saved=True)
         tasks[task.name] = task
-    return tasks
+    return select_by(tasks, _selecting(config))
+
+
+def _selecting(config: Mapping[str, str]) -> str | dict[str, str]:
+    """`eval.select` of a flat config: one metric for all tasks, or those of single tasks."""
+    key = "eval.select"
+    name = config.get(key, "{}")
+    own = {k.removeprefix(f"{key}."): metric for k, metric in config.items() if k.startswith(f"{key}.")}
+    return own if name == "{}" else name
 
 
 def prediction_files(folder: Path, splits: Iterable[str], where: str) -> dict[str, Path]:

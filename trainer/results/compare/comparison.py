@@ -58,7 +58,8 @@ def compare(
     """Compare finished runs on the predictions of a split.
 
     Args:
-        metrics: those whose differences are tested; by default each task's selecting metric; "all" for every metric.
+        metrics: those whose differences are tested; by default each task's selecting metric; "all" for
+            every metric but those that are tested on request only (:class:`trainer.metric_table.Metric`).
         task: compare on this task only; by default on all, and then all runs must have the same tasks.
         group_by: settings, or sections of them, by which the runs are grouped; by default all that can affect results.
         baseline: the group with which all others are compared; by default all pairs, up to ten groups.
@@ -78,8 +79,8 @@ def compare(
         raise ValueError(f"level={level} must lie between 0 and 1, and resamples={resamples} be at least 100")
     tasks = _common_tasks(runs, task, force=force)
     _check_data(runs, tasks, force=force)
-    tested = {name: _tested_metrics(one, metrics) for name, one in tasks.items()}
-    _check_metrics(tasks, tested, metrics)
+    tested = {name: _tested_metrics(one, metrics, runs) for name, one in tasks.items()}
+    _check_metrics(tasks, metrics)
     groups, notes = group_runs(runs, group_by)
     out = Comparison(
         split,
@@ -126,7 +127,7 @@ def _common_tasks(runs: Sequence[ComparedRun], only: str | None, *, force: bool)
 def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: bool) -> None:
     faults = []
     for name, task in tasks.items():
-        if any(run.tasks[name] != task for run in runs):
+        if any(run.tasks[name].model_copy(update={"select": task.select}) != task for run in runs):
             faults.append(f"the runs define {name} differently: its labels, numbers or prompts differ")
         by_data = group_by_value((run.where, run.fingerprints.get(name, "unknown")) for run in runs)
         if len(by_data) > 1 or "unknown" in by_data:
@@ -139,15 +140,26 @@ def _check_data(runs: Sequence[ComparedRun], tasks: dict[str, Task], *, force: b
         )
 
 
-def _tested_metrics(task: Task, metrics: Sequence[str]) -> list[str]:
+def _tested_metrics(task: Task, metrics: Sequence[str], runs: Sequence[ComparedRun]) -> list[str]:
     if not metrics:
+        by_metric = group_by_value((run.where, run.tasks[task.name].select) for run in runs)
+        if len(by_metric) > 1:
+            lines = [f"{metric}: {join_truncated(where)}" for metric, where in by_metric.items()]
+            raise ValueError(
+                "\n  ".join(
+                    [f"the runs select by different metrics of {task.name}: say which is tested, --metric", *lines]
+                )
+            )
         return [task.select]
-    return [name for name in task.metrics if name in metrics or "all" in metrics]
+    asked = {task.metric_names.get(name) for name in metrics}
+    if "all" in metrics:
+        asked |= {task.select, *(name for name in task.metrics if not task.metric(name).on_request)}
+    return [name for name in task.metrics if name in asked]
 
 
-def _check_metrics(tasks: dict[str, Task], tested: dict[str, list[str]], metrics: Sequence[str]) -> None:
+def _check_metrics(tasks: dict[str, Task], metrics: Sequence[str]) -> None:
     known = list(dict.fromkeys(name for task in tasks.values() for name in task.metrics))
-    unknown = [name for name in metrics if name != "all" and not any(name in chosen for chosen in tested.values())]
+    unknown = [name for name in metrics if name != "all" and not any(name in t.metric_names for t in tasks.values())]
     if unknown:
         raise ValueError(f"no metric {', '.join(unknown)} of {', '.join(tasks)}: there are {', '.join(known)}")
 
@@ -161,6 +173,7 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
             f"score no longer estimates performance on new data. Sort by validation: --sort-by valid/{metric}"
         )
     task = next(iter(tasks.values()))
+    metric = task.metric_names.get(metric, metric)
     if len(tasks) > 1 or metric not in task.metrics:
         raise ValueError(f"--sort-by takes a metric of one task (--task): {', '.join(task.metrics)}; not {metric}")
     for group in out.groups:

@@ -43,7 +43,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
     about: DumpFacts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     run = folder.resolve().parent.parent
     config = saved_config(run, overrides)
-    parts = assemble(config, run, world, dtype_of(config))
+    parts = assemble(config, run, world, dtype_of(config), saved=True)
     model = parts.model.train()
     load_trainable_state(model, load_file(folder / WEIGHTS))
     found: list[str] = []
