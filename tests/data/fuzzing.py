@@ -75,6 +75,7 @@ def formats() -> dict[str, Format]:
     whole = {s: _columns(s, 3, rng) for s in SPLITS}
     tables = {f"{s}_sent_emo.csv": _annotations(meld, 4) for s in SPLITS}
     audio = np.ones((4, 3), "f4")
+    audio[3] = 0.0  # padding: the lines claim three frames
     arrays = tuple(map(npy, (audio, np.asfortranarray(audio.astype(">f8")), np.ones((2, 3), "?"), np.array([["a"]]))))
     own = {f"{s}.jsonl": _lines(s) for s in SPLITS}
     return {
@@ -116,6 +117,7 @@ def _rows(labels: Sequence[str], n: int, rng: np.random.Generator) -> list[dict[
     for i in range(n):
         features: dict[str, Any] = {"text": f"words {i} 你", "audio": rng.random((3, 2), dtype="f4"), "audio_len": 2}
         features |= {"video": rng.random((2, 2)), "video_len": np.int64(i % 3)}
+        features["audio"][2:], features["video"][i % 3 :] = 0.0, 0.0
         rows.append({"features": features, "label": labels[i]})
     return rows
 
@@ -123,6 +125,7 @@ def _rows(labels: Sequence[str], n: int, rng: np.random.Generator) -> list[dict[
 def _columns(split: str, n: int, rng: np.random.Generator) -> dict[str, Any]:
     columns: dict[str, Any] = {"raw_text": np.array([f"words {i}" for i in range(n)], dtype=object)}
     columns |= {"audio": rng.random((n, 3, 2), dtype="f4"), "vision": rng.random((n, 2, 2)), "audio_lengths": [1, 2, 3]}
+    columns["audio"][0, 1:], columns["audio"][1, 2:] = 0.0, 0.0
     columns |= {"id": [f"{split}${i}" for i in range(n)], "regression_labels": np.linspace(-3, 3, n, dtype="f4")}
     return columns
 

@@ -31,6 +31,7 @@ def make(split: str) -> list[RawSample]:
         video = rng.standard_normal((5, 3)).astype("f4")
         if i % 7 == 3:
             video[i % 5] = np.nan
+        video[1 + i % 5 :] = 0.0  # padding
         place = (str(i % 4), int(i) * 3) if i != 11 else (None, None)
         out.append(
             RawSample(
@@ -245,7 +246,7 @@ def test_damage_is_named(folder: Path, harm) -> None:
 
 def test_opening_reads_no_features(tmp_path: Path) -> None:
     """A split of 30 MB opens by its descriptions alone."""
-    values = np.zeros((100, 74), "f4")
+    values = np.ones((100, 74), "f4")
 
     def samples(split: str):
         return (RawSample(f"{split}/{i}", split, "text", "joy", values) for i in range(1000 if split == "train" else 1))

@@ -43,6 +43,7 @@ def make(split: str, count: int, regression: bool = False) -> list[RawSample]:
     for i in range(count):
         label = round(float(rng.uniform(-3, 3)), 2) if regression else MELD.labels[i % 7]
         audio, video = rng.standard_normal((9, 4)).astype("f4"), rng.standard_normal((6, 3))
+        audio[1 + i % 9 :], video[6 - i % 6 :] = 0.0, 0.0
         out.append(
             RawSample(f"{split}/{i}", split, f"text {i}", label, audio, video, 1 + i % 9, 6 - i % 6, where=f"row {i}")
         )
@@ -103,7 +104,7 @@ def test_missing_modalities_and_masks(tmp_path: Path) -> None:
     padding[3:] = np.nan  # behind the claimed length: no fault
     src = with_train(
         odd("none", audio=None, audio_length=None),
-        odd("zero", audio_length=0),
+        odd("zero", audio=ones * 0, audio_length=0),
         odd("empty", audio=np.empty((0, 4)), audio_length=None),
         odd("whole", audio_length=None),
         odd("holes", audio=holes),
@@ -130,19 +131,26 @@ def test_missing_modalities_and_masks(tmp_path: Path) -> None:
     assert entry["masked_frames"] == {"audio": 3, "video": 0}
     kinds = {fault["kind"]: (fault["n"], fault["ids"], fault["action"]) for fault in record["faults"]}
     assert kinds == {
-        "nan or inf in audio": (2, ["holes", "overflow"], "frames masked"),
+        "nan or inf in audio": (1, ["holes"], "frames masked"),
+        "more than float32 can hold in audio": (1, ["overflow"], "frames masked"),
         "no finite frame in audio": (1, ["gone"], "counted as missing"),
     }
 
 
 FAULTY = {
     "no id": {"id": "  "},
-    "empty text": {"text": " \n"},
+    "no text, audio or video": {
+        "text": " \n",
+        "audio": None,
+        "audio_length": None,
+        "video": None,
+        "video_length": None,
+    },
     "text that is no Unicode": {"text": "half \ud83d"},
     "no label": {"label": None},
     "unknown label": {"label": "angre"},
     "wrong dimension of audio": {"audio": np.ones((5, 7), "f4")},
-    "wrong dimension of video": {"video": np.ones(12)},
+    "wrong dimension of video": {"video": np.ones((4, 3, 1))},
     "audio that is no array of numbers": {"audio": np.array([["a"]])},
     "length beyond the array in audio": {"audio_length": 6},
     "length beyond the array in video": {"video": None, "video_length": 2},
@@ -184,7 +192,7 @@ def test_drop_bad_leaves_just_the_faulty_out(tmp_path: Path, kind: str) -> None:
 
 
 def test_valid_and_test_need_drop_bad_all(tmp_path: Path) -> None:
-    test = [*make("test", 3), odd("bad", split="test", text="")]
+    test = [*make("test", 3), odd("bad", split="test", label=None)]
     src = source({"train": make("train", 3), "valid": make("valid", 3), "test": test})
     for mode in ("none", "train"):
         message = refusal(src, tmp_path / "out", drop_bad=mode)

@@ -279,14 +279,19 @@ def test_what_a_format_lacks_is_told(run: Path, opened: SavedRun, tmp_path: Path
 def test_bad_samples_of_a_pickle_cost_only_themselves(opened: SavedRun, tmp_path: Path) -> None:
     """The file need not be named after a split: ids then begin with its name."""
     good = {"text": "a", "audio": np.ones((3, 6), "f4"), "label": "no such label"}
-    rows = [good, good | {"audio": np.ones((3, 9))}, good | {"text": ""}, good | {"audio": np.full((2, 6), np.nan)}]
+    rows = [
+        good,
+        good | {"audio": np.ones((3, 9))},
+        {"text": "", "audio": None},
+        good | {"audio": np.full((2, 6), np.nan)},
+    ]
     write_pickle(tmp_path / "clips.pkl", rows)
     tally, found, output = answers(opened, tmp_path / "clips.pkl", tmp_path / "out.jsonl", Options("meld"))
     assert [row["id"] for row in found] == ["clips-00000", "clips-00003"]
     assert tally == Tally(answered=2, bad=2)
     assert output == [
         "clips.pkl row 1: left out: wrong dimension of audio (9 features per frame instead of 6)",
-        "clips.pkl row 2: left out: empty text",
+        "clips.pkl row 2: left out: no text, audio or video",
         "clips.pkl row 3: no finite frame in audio: counted as missing",
     ]
 
@@ -298,7 +303,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no JSON": ("{broken", "Invalid JSON"),
     "no object": ("[1]", "should be an object"),
     "no id": ({"text": "a", "task": "meld"}, "no id"),
-    "no text": ({"id": "b1", "task": "meld"}, "empty text"),
+    "no content": ({"id": "b1", "task": "meld"}, "no text, audio or video"),
     "no task": ({"id": "b2", "text": "a"}, "names no task, the run has meld, simsv2"),
     "another task": ({"id": "b3", "text": "a", "task": "mosei"}, "task 'mosei' is none of the run's: meld, simsv2"),
     "no file": ({"id": "b4", "text": "a", "task": "meld", "audio": "none.npy"}, "no audio file "),
@@ -306,7 +311,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "width": ({"id": "b6", "text": "a", "task": "meld", "audio": "wide.npy"}, "9 features per frame instead of 6"),
     "shape": (
         {"id": "b7", "text": "a", "task": "meld", "video": "flat.npy"},
-        "shape [5] instead of [frames, features]",
+        "shape [5, 2, 1] instead of [frames, features]",
     ),
     "length": ({"id": "b8", "text": "a", "task": "meld", "audio": "good.npy", "audio_length": 8}, "claims 8 of 7"),
     "misspelt": ({"id": "b9", "text": "a", "task": "meld", "vidoe": "x"}, "(did you mean video?)"),
@@ -325,8 +330,8 @@ BAD: dict[str, tuple[Any, str]] = {
 def mixed(tmp_path: Path) -> Path:
     """A good line, every kind of bad one, lines with notes, and a good one."""
     np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object))
-    np.save(tmp_path / "wide.npy", np.zeros((5, 9)))
-    np.save(tmp_path / "flat.npy", np.zeros(5))
+    np.save(tmp_path / "wide.npy", np.ones((5, 9)))
+    np.save(tmp_path / "flat.npy", np.ones((5, 2, 1)))
     np.save(tmp_path / "good.npy", np.ones((7, 6)))
     np.save(tmp_path / "nan.npy", np.where(np.arange(7)[:, None] == 2, np.nan, np.ones((7, 6))))
     lines: list[Any] = [{"id": "good", "text": "a", "task": "meld", "audio": "good.npy", "label": "no such label"}]

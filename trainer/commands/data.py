@@ -30,6 +30,9 @@ def prepare(
     drop_bad: Annotated[
         str, typer.Option(help="leave faulty samples out: of train (--drop-bad), of every split (--drop-bad=all)")
     ] = "none",
+    zero_frames: Annotated[
+        str, typer.Option(help="frames of zeros inside a clip: mask (as if missing) or keep", metavar="mask|keep")
+    ] = "mask",
     fold_column: Annotated[
         str | None,
         typer.Option(
@@ -60,6 +63,8 @@ def prepare(
     if drop_bad not in ("none", "train", "all"):
         raise ValueError(f"--drop-bad is 'train' or 'all', not {drop_bad!r}")
     task = _defined(name, task_file)
+    if zero_frames not in ("mask", "keep"):
+        raise ValueError(f"--zero-frames is 'mask' or 'keep', not {zero_frames!r}")
     options: dict[str, Any] = {"strict": strict, "drop_bad": drop_bad, "force": force, "workers": workers}
     with _splits_bar() as progress:
         if synthetic or (task.name.startswith("diagnostic") and get_task(task.name) == task):
@@ -72,9 +77,11 @@ def prepare(
         elif not source:
             raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
         else:
+            options["zero_frames"] = zero_frames
             summary = prepare_files(
-                task, source, out, plugins=plugin or (), fold_column=fold_column, progress=progress, **options
-            )
+                task, source, out, plugins=plugin or (), fold_column=fold_column, progress=progress,
+                **options,
+            )  # fmt: skip
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
 

@@ -22,6 +22,7 @@ from trainer.batch import Sample
 from trainer.data.faults import DataError
 from trainer.data.folder import FORMAT, RECORD, read_record
 from trainer.data.folds import FoldChoice, assign_folds, find_fold
+from trainer.data.frames import ZeroFrames
 from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord
 from trainer.tasks import Task, TaskError, define_task
@@ -61,6 +62,7 @@ class PreparedDataset:
             self.fingerprint = str(self.record["fingerprint"])
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
+            self.zero_frames: ZeroFrames = "mask" if self.record.get("zero_frames") == "mask" else "keep"
             self.splits: list[str] = list(self.record["splits"])
             sizes = self.record["files"]
             self._views = {split: SplitView(self, split, _map(self.path, split, sizes)) for split in self.splits}

@@ -25,6 +25,7 @@ import pyarrow as pa
 from trainer.data.faults import DataError, Fault, describe, group_faults
 from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
 from trainer.data.folds import cut_dialogues, fold_sizes
+from trainer.data.frames import ZeroFrames
 from trainer.data.readers.raw import ALL, SPLITS, Source
 from trainer.data.readers.source import open_source
 from trainer.data.record import DatasetRecord, DroppedSample
@@ -61,6 +62,7 @@ def prepare(
     *,
     strict: bool = False,
     drop_bad: DropBad = "none",
+    zero_frames: ZeroFrames = "mask",
     workers: int = 1,
     force: bool = False,
     plugins: Sequence[str] = (),
@@ -74,11 +76,11 @@ def prepare(
         ReaderError: files that cannot be read, or do not fit together.
         DataError: faults in the data, or an `out` that is taken.
     """
-    _check_arguments(task, out, strict, drop_bad, workers, force)
+    _check_arguments(task, out, strict, drop_bad, zero_frames, workers, force)
     source = open_source(task, paths, plugins=plugins, fold_column=fold_column)
     return prepare_source(
-        task, source, out, strict=strict, drop_bad=drop_bad, workers=workers, force=force, progress=progress
-    )
+        task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, workers=workers, force=force, progress=progress,
+    )  # fmt: skip
 
 
 def prepare_source(
@@ -88,6 +90,7 @@ def prepare_source(
     *,
     strict: bool = False,
     drop_bad: DropBad = "none",
+    zero_frames: ZeroFrames = "mask",
     workers: int = 1,
     force: bool = False,
     progress: Progress | None = None,
@@ -96,7 +99,8 @@ def prepare_source(
 
     A fault with one right repair is repaired (a frame with nan or inf is masked; a clip without any other frame counts as
     missing), all others refuse the source, in one message. `strict` repairs nothing. `drop_bad` leaves out the samples
-    that would refuse it, of train or of all splits. Of samples with one id those of test stay before those of valid and
+    that would refuse it, of train or of all splits. Frames of zeros inside a clip are masked, or count with `zero_frames`
+    "keep". Of samples with one id those of test stay before those of valid and
     train, and earlier ones before later ones.
 
     `workers` processes read where the source can be read in parts; the result does not depend on their number. An `out`
@@ -106,14 +110,15 @@ def prepare_source(
     Raises:
         DataError: faults in the data, or an `out` that is taken.
     """
-    _check_arguments(task, out, strict, drop_bad, workers, force)
+    _check_arguments(task, out, strict, drop_bad, zero_frames, workers, force)
     if workers > 1 and source.part is None:
         log.warning("%s is read by one process: it cannot be read in parts", source.name)
         workers = 1
     try:
         with new_folder(out) as folder:
-            shards = _convert(task, source, folder.path, workers, progress or (lambda split, done, total: None))
-            record = _validate(task, source, shards, strict, drop_bad)
+            progress = progress or (lambda split, done, total: None)
+            shards = _convert(task, source, folder.path, workers, zero_frames, progress)
+            record = _validate(task, source, shards, strict, drop_bad, zero_frames)
             _write(folder.path, shards, record)
             return _put_in_place(folder, record, force)
     except BrokenProcessPool as error:
@@ -126,12 +131,16 @@ def prepare_source(
         raise
 
 
-def _check_arguments(task: Task, out: Path, strict: bool, drop_bad: DropBad, workers: int, force: bool) -> None:
+def _check_arguments(
+    task: Task, out: Path, strict: bool, drop_bad: DropBad, zero_frames: ZeroFrames, workers: int, force: bool
+) -> None:
     """Everything that can be refused before the source is read."""
     if drop_bad not in get_args(DropBad):
         raise DataError(f"drop_bad is one of {', '.join(get_args(DropBad))}, not {drop_bad!r}")
     if strict and drop_bad != "none":
         raise DataError("strict refuses every faulty sample and drop_bad leaves them out: give one of them")
+    if zero_frames not in get_args(ZeroFrames):
+        raise DataError(f"zero_frames is one of {', '.join(get_args(ZeroFrames))}, not {zero_frames!r}")
     if workers < 1:
         raise DataError(f"workers must be at least 1, not {workers}")
     check_free(out)
@@ -176,7 +185,9 @@ def _schema(splits: Container[str]) -> pa.Schema:
     return _features(splits).arrow_schema
 
 
-def _convert(task: Task, source: Source, folder: Path, workers: int, progress: Progress) -> dict[str, list[Shard]]:
+def _convert(
+    task: Task, source: Source, folder: Path, workers: int, zero_frames: ZeroFrames, progress: Progress
+) -> dict[str, list[Shard]]:
     splits = [split for split in _splits_of(source.splits) if split in source.splits]
     schema = _schema(splits)
     for split in splits:
@@ -189,13 +200,19 @@ def _convert(task: Task, source: Source, folder: Path, workers: int, progress: P
             def tick(done: int, split: str = split) -> None:
                 progress(split, done, None)
 
-            shards[split] = [convert(source.samples(split), task, split, path, schema, tick)]
+            shards[split] = [convert(source.samples(split), task, split, path, schema, tick, zero_frames)]
         return shards
-    return _convert_many(task, source, folder, workers, progress, splits)
+    return _convert_many(task, source, folder, workers, zero_frames, progress, splits)
 
 
 def _convert_many(
-    task: Task, source: Source, folder: Path, workers: int, progress: Progress, splits: list[str]
+    task: Task,
+    source: Source,
+    folder: Path,
+    workers: int,
+    zero_frames: ZeroFrames,
+    progress: Progress,
+    splits: list[str],
 ) -> dict[str, list[Shard]]:
     read, schema, count = source.part, _schema(splits), workers * SHARDS
     assert read is not None
@@ -205,7 +222,7 @@ def _convert_many(
         for split in splits:
             for k in range(count):
                 path = folder / split / f"part-{k}.arrow"
-                job = pool.submit(convert_shard, read, task, split, (k, count), path, schema)
+                job = pool.submit(convert_shard, read, task, split, (k, count), path, schema, zero_frames)
                 places[job] = (split, k)
         found: dict[tuple[str, int], Shard] = {}
         for job in as_completed(places):
@@ -219,7 +236,12 @@ def _convert_many(
 
 
 def _validate(
-    task: Task, source: Source, shards: dict[str, list[Shard]], strict: bool, drop_bad: DropBad
+    task: Task,
+    source: Source,
+    shards: dict[str, list[Shard]],
+    strict: bool,
+    drop_bad: DropBad,
+    zero_frames: ZeroFrames,
 ) -> DatasetRecord:
     """Decide what stays; the shards' files and `seen` hold just that afterwards. Returns the record, without the files."""
     widths, wrong = _widths(source, shards)
@@ -246,6 +268,7 @@ def _validate(
     record: DatasetRecord = {"format": FORMAT, "task": task.model_dump(mode="json"), "fingerprint": ""}
     record |= {"widths": widths, "rates": {name: source.rates.get(name) for name in STREAMS}}
     counts = Counter(entry["split"] for entry in dropped)
+    record["zero_frames"] = zero_frames
     record["splits"] = {
         split: statistics(task, [row for shard in shards[split] for row in shard.seen], counts[split])
         for split in splits
@@ -255,10 +278,16 @@ def _validate(
     record["faults"] = group_faults(faults, otherwise="left out")
     record["dropped"] = {"mode": drop_bad, "n": {s: counts[s] for s in splits}, "samples": dropped}
     record["fingerprint"] = _fingerprint(record, shards)
-    record["source"] = {"name": source.name, "files": _hashes(source.files), "notes": list(source.notes)}
+    record["source"] = {"name": source.name, "files": _hashes(source.files), "notes": [*source.notes, *_silent(shards)]}
     if folds and (note := cut_dialogues((row.dialogue, row.fold) for _, row in _walk(shards))):
         record["source"]["notes"].append(note)
     return record
+
+
+def _silent(shards: dict[str, list[Shard]]) -> list[str]:
+    if any(row.characters for split in shards for shard in shards[split] for row in shard.seen):
+        return []
+    return ["no sample has any text: models of this dataset learn from audio and video alone"]
 
 
 Key = tuple[str, int, int]  # split, shard, place among the shard's seen samples

@@ -24,7 +24,8 @@ class LengthStatistics(TypedDict):
 
 
 class SplitStatistics(TypedDict, total=False):
-    """One split; `labels` is label (or sign, for regression) -> samples, `missing` and `masked_frames` are by modality."""
+    """One split; `labels` is label (or sign, for regression) -> samples, by modality are `missing` samples,
+    `masked_frames`, and `padding` frames that were cut where the source claims no lengths."""
 
     n: int
     labels: dict[str, int]
@@ -34,6 +35,7 @@ class SplitStatistics(TypedDict, total=False):
     video_frames: LengthStatistics
     missing: dict[str, int]
     masked_frames: dict[str, int]
+    padding: dict[str, int]
     dropped: int
     folds: dict[str, int]  # only in what ``egmf data show --json`` prints
 
@@ -83,6 +85,7 @@ class DatasetRecord(TypedDict, total=False):
     format: int
     task: dict[str, object]
     fingerprint: str
+    zero_frames: str  # what became of frames of zeros inside a clip; absent before 0.2: they count
     widths: dict[str, int]
     rates: dict[str, float | None]
     splits: dict[str, SplitStatistics]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.faults import Fault
+from trainer.data.frames import FeatureSequence, ZeroFrames, clip_features
 from trainer.data.readers.raw import ALL, RawSample
 from trainer.tasks import Task
 
@@ -29,15 +29,6 @@ STREAMS = ("audio", "video")
 FLUSH_BYTES = 32 << 20
 FLUSH_ROWS = 4096
 TICK = 64  # samples between two reports of progress
-MASKED = "frames masked"
-MISSING = "counted as missing"
-
-
-class FeatureSequence(NamedTuple):
-    """The features of one clip: `values_TF` without padding, `mask_T` False on repaired frames (None: all are fine)."""
-
-    values_TF: np.ndarray
-    mask_T: np.ndarray | None
 
 
 class Metadata(NamedTuple):
@@ -90,6 +81,7 @@ class Seen(NamedTuple):
     frames: tuple[int, int] = (0, 0)
     widths: tuple[int, int] = (0, 0)
     masked: tuple[int, int] = (0, 0)
+    padding: tuple[int, int] = (0, 0)
     fold: str | None = None
     dialogue: str | None = None
 
@@ -107,8 +99,8 @@ class Shard:
 class Checker:
     """Checks single samples of a task. Those that are not `labelled` have no label and nan for a target."""
 
-    def __init__(self, task: Task, *, labelled: bool = True) -> None:
-        self.task, self.labelled = task, labelled
+    def __init__(self, task: Task, *, labelled: bool = True, zero_frames: ZeroFrames = "mask") -> None:
+        self.task, self.labelled, self.zero_frames = task, labelled, zero_frames
         self._index = {label: i for i, label in enumerate(task.labels)}
         self._folded: dict[str, list[int]] = {}
         for label, i in self._index.items():
@@ -125,8 +117,6 @@ class Checker:
         if not name:
             fault("no id")
         text = raw.text.strip() if isinstance(raw.text, str) else ""
-        if not text:
-            fault("empty text")
         turn = raw.turn
         if turn is not None and not isinstance(turn, numbers.Integral):
             fault("turn that is no whole number", repr(turn)[:40])
@@ -142,9 +132,11 @@ class Checker:
             fault("text that is no Unicode (a lone surrogate)")
         label, target = self._answer(raw, fault) if self.labelled else (None, math.nan)
         streams = {
-            "audio": _stream("audio", raw.audio, raw.audio_length, fault),
-            "video": _stream("video", raw.video, raw.video_length, fault),
+            "audio": clip_features("audio", raw.audio, raw.audio_length, fault, self.zero_frames),
+            "video": clip_features("video", raw.video, raw.video_length, fault, self.zero_frames),
         }
+        if not text and not any(streams.values()):
+            fault("no text, audio or video")
         if not all(f.repair for f in faults):
             return None, faults
         return Row(name, text, target, label, streams, metadata, fold), faults
@@ -213,45 +205,6 @@ def _printable(text: str) -> str:
     return text if _unicode(text) else text.encode(errors="backslashreplace").decode()
 
 
-def _stream(name: str, array: Any, length: Any, fault: Callable[..., None]) -> FeatureSequence | None:
-    """Cut the padding, mask frames that hold nan or inf, name what cannot be repaired."""
-    array = np.empty(0) if array is None else np.asarray(array)
-    if array.size == 0:
-        if length:
-            fault(f"length beyond the array in {name}", f"claims {length} frames of an array without any")
-        return None
-    if array.dtype.kind not in "fiub":
-        fault(f"{name} that is no array of numbers", f"dtype {array.dtype}")
-        return None
-    if array.ndim != 2:
-        fault(f"wrong dimension of {name}", f"shape {list(array.shape)} instead of [frames, features]")
-        return None
-    try:
-        frames = len(array) if length is None else operator.index(length)
-    except TypeError:
-        fault(f"length of {name} that is no whole number", repr(length)[:40])
-        return None
-    if frames < 0:
-        fault(f"negative length of {name}", f"{frames}")
-        return None
-    if frames > len(array):
-        fault(f"length beyond the array in {name}", f"claims {frames} of {len(array)} frames")
-        return None
-    if frames == 0:
-        return None
-    with np.errstate(over="ignore"):
-        values = np.array(array[:frames], dtype=np.float32, order="C")
-    mask = np.asarray(np.isfinite(values).all(axis=1))
-    if mask.all():
-        return FeatureSequence(values, None)
-    if not mask.any():
-        fault(f"no finite frame in {name}", repair=MISSING)
-        return None
-    fault(f"nan or inf in {name}", repair=MASKED)
-    values[~mask] = 0.0
-    return FeatureSequence(values, mask)
-
-
 def convert(
     samples: Iterable[RawSample],
     task: Task,
@@ -259,9 +212,10 @@ def convert(
     path: Path,
     schema: pa.Schema,
     tick: Callable[[int], None] = lambda done: None,
+    zero_frames: ZeroFrames = "mask",
 ) -> Shard:
     """Check `samples` and write the good ones to the Arrow file `path`; memory holds one batch of rows."""
-    checker, shard = Checker(task), Shard(split, path)
+    checker, shard = Checker(task, zero_frames=zero_frames), Shard(split, path)
     with RowWriter(path, schema) as writer:
         for raw in samples:
             row, faults = checker.check(raw, split)
@@ -285,9 +239,10 @@ def convert_shard(
     place: tuple[int, int],
     path: Path,
     schema: pa.Schema,
+    zero_frames: ZeroFrames = "mask",
 ) -> Shard:
     """:func:`convert` of the k-th of n parts, `place` = (k, n), for a worker process."""
-    return convert(read(split, *place), task, split, path, schema)
+    return convert(read(split, *place), task, split, path, schema, zero_frames=zero_frames)
 
 
 def keep(shard: Shard, wanted: list[bool], schema: pa.Schema) -> None:
@@ -371,6 +326,7 @@ def _seen(row: Row, where: str) -> Seen:
         (_size(audio, 0), _size(video, 0)),
         (_size(audio, 1), _size(video, 1)),
         (_masked(audio), _masked(video)),
+        (_padding(audio), _padding(video)),
         row.fold,
         row.metadata.dialogue,
     )
@@ -378,6 +334,10 @@ def _seen(row: Row, where: str) -> Seen:
 
 def _size(stream: FeatureSequence | None, axis: int) -> int:
     return 0 if stream is None else int(stream.values_TF.shape[axis])
+
+
+def _padding(stream: FeatureSequence | None) -> int:
+    return 0 if stream is None else stream.padding
 
 
 def _masked(stream: FeatureSequence | None) -> int:

@@ -43,7 +43,12 @@ def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> SplitStati
         _lengths([row.frames[i] for row in rows if row.frames[i]]) for i in range(len(STREAMS))
     )
     out["missing"] = {name: sum(not row.frames[i] for row in rows) for i, name in enumerate(STREAMS)}
+    if silent := sum(not row.characters for row in rows):
+        out["missing"]["text"] = silent
     out["masked_frames"] = {name: sum(row.masked[i] for row in rows) for i, name in enumerate(STREAMS)}
+    padding = {name: sum(row.padding[i] for row in rows) for i, name in enumerate(STREAMS)}
+    if any(padding.values()):
+        out["padding"] = padding
     out["dropped"] = dropped
     return out
 
@@ -87,11 +92,17 @@ def summary_table(record: DatasetRecord) -> Group:
         add(f"target {key}", "target", key, section=key == "max")
     for key in ("mean", "p50", "p95", "max"):
         add(f"characters {key}", "text_characters", key, section=key == "max")
+    if any("text" in entry["missing"] for entry in splits.values()):
+        counts = [str(entry["missing"].get("text", 0)) for entry in splits.values()]
+        table.add_row("text missing", *counts, end_section=True)
     for name in STREAMS:
         if record["widths"][name]:
             for key in ("mean", "p50", "p95", "max"):
                 add(f"{name} frames {key}", f"{name}_frames", key)
             add(f"{name} frames masked", "masked_frames", name)
+            if any("padding" in entry for entry in splits.values()):
+                cut = [str(entry.get("padding", {}).get(name, 0)) for entry in splits.values()]
+                table.add_row(f"{name} padding cut", *cut)
             add(f"{name} missing", "missing", name, section=True)
     if any(entry["dropped"] for entry in splits.values()):
         add("left out", "dropped", section=True)

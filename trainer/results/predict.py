@@ -111,7 +111,10 @@ def predict(
 
 def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options, folder: Path) -> UnlabelledReader:
     data, history = run.parts.data, run.config.data.history
-    tasks = {name: TaskInput(task, data[name].widths, data[name].rates) for name, task in run.parts.tasks.items()}
+    tasks = {
+        name: TaskInput(task, data[name].widths, data[name].rates, data[name].zero_frames)
+        for name, task in run.parts.tasks.items()
+    }
     given = open_input(
         sources,
         tasks,

@@ -186,7 +186,7 @@ def test_a_folder_with_two_pickles_for_a_split_asks_which(tmp_path: Path) -> Non
 def test_all_faults_of_pickles_come_at_once(tmp_path: Path) -> None:
     dump(
         tmp_path / "meld_train.pkl",
-        [row(), "text only", {"features": {"audio": 1}, "label": "joy"}, {"text": "no label"}],
+        [row(), "text only", {"features": {"speech": 1}, "label": "joy"}, {"text": "no label"}],
     )
     dump(tmp_path / "meld_valid.pkl", {"a": 1})
     (tmp_path / "meld_test.pkl").write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
@@ -206,12 +206,12 @@ def test_all_faults_of_pickles_come_at_once(tmp_path: Path) -> None:
 
 def test_all_faults_of_arrays_come_at_once(tmp_path: Path) -> None:
     short = columns(3, raw_text=["only one"])
-    bare = {"audio": np.zeros((2, 3, 4)), "vision": np.zeros((2, 3, 4))}
+    bare = {"faces": np.zeros((2, 3, 4))}
     output = faults_of(MOSEI, dump(tmp_path / "x.pkl", {"train": short, "valid": bare, "test": [1]}))
     for wanted in (
         "4 faults",
         "the columns of train differ in length: text 1, id 3,",
-        "valid has no raw_text or text; it has audio, vision",
+        "valid has no raw_text, text, audio, vision or video; it has faces",
         "valid has no regression_labels or labels",
         "its test is a list",
     ):

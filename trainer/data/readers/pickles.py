@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,48 @@ class PickleReader(Reader):
             context.faults.append(str(error))
             return []
         if isinstance(content, dict):
-            splits = {str(key): value for key, value in content.items() if str(key) in SPLIT_NAMES}
-            if splits:
-                tables = [_columns(path, SPLIT_NAMES[key], value, context) for key, value in splits.items()]
-                return [table for table in tables if table is not None]
+            keys = {str(key): SPLIT_NAMES.get(str(key).lower()) for key in content}
+            if any(keys.values()):
+                return _splits(path, {str(key): value for key, value in content.items()}, keys, context)
         return _one_split(path, content, context)
+
+
+def _splits(
+    path: Path, content: Mapping[str, Any], keys: Mapping[str, str | None], context: ReadContext
+) -> list[Table]:
+    """The tables of a mapping whose `keys` name splits (None: something else, which is left aside)."""
+    if aside := [key for key, split in keys.items() if split is None]:
+        context.notes.append(f"{path.name}: left aside: {_listed(aside)}")
+    known = len(context.faults)
+    for split in dict.fromkeys(split for split in keys.values() if split is not None):
+        several = [key for key, meant in keys.items() if meant == split]
+        if len(several) > 1:
+            context.faults.append(
+                f"{path}: holds {' and '.join(several)}, which all mean the {split} split: leave one of them in the file"
+            )
+    if len(context.faults) > known:
+        return []
+    used = {key: split for key, split in keys.items() if split is not None}
+    tables = [_columns(path, split, content[key], context) for key, split in used.items()]
+    unread = {
+        name: None
+        for key in used
+        if isinstance(content[key], dict)
+        for name in map(str, content[key])
+        if name not in _read_names(content[key], context)
+    }
+    if unread:
+        context.notes.append(f"{path.name}: columns that are not read: {_listed(list(unread))}")
+    return [table for table in tables if table is not None]
+
+
+def _names(context: ReadContext) -> dict[str, tuple[str, ...]]:
+    """What a column is for -> the names that it may have."""
+    return {**_COLUMNS, "label": _NUMBERS if context.task.kind == "regression" else _WORDS}
+
+
+def _read_names(content: Mapping[Any, Any], context: ReadContext) -> set[str]:
+    return {next((n for n in found if n in content), "") for found in _names(context).values()}
 
 
 def _one_split(path: Path, content: Any, context: ReadContext) -> list[Table]:
@@ -93,13 +130,17 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
     language = context.task.language
     for i, row in enumerate(rows):
         features = row.get("features", row) if isinstance(row, dict) else None
-        if not isinstance(features, dict) or "text" not in features or (context.labelled and "label" not in row):
+        if (
+            not isinstance(features, dict)
+            or {"text", "audio", "video"}.isdisjoint(features)
+            or (context.labelled and "label" not in row)
+        ):
             context.faults.append(
                 f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …){label} was expected"
             )
         else:
             words = {
-                "text": features["text"],
+                "text": features.get("text"),
                 **{name: row.get(name) for name in ("label", "id", "speaker", "dialogue")},
             }
             context.faults += [f"{path} row {i}: {fault}" for fault in _undecodable(words, language)]
@@ -110,7 +151,7 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
         return RawSample(
             id=as_text(row.get("id"), language) or f"{split or path.stem}-{i:05d}",
             split=split,
-            text=as_text(features["text"], language),
+            text=as_text(features.get("text"), language),
             label=as_label(row.get("label"), language),
             audio=as_features(features.get("audio")),
             video=as_features(features.get("video")),
@@ -132,14 +173,21 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
     if not isinstance(content, dict):
         faults.append(f"{path}: its {split} is {_kind(content)}; a mapping of columns was expected")
         return None
-    names = {**_COLUMNS, "label": _NUMBERS if context.task.kind == "regression" else _WORDS}
+    names = _names(context)
     columns: dict[str, Any] = {
         use: next((content[n] for n in found if n in content), None) for use, found in names.items()
     }
     known = len(faults)
-    for use in ("text", "label") if context.labelled else ("text",):
-        if columns[use] is None:
-            faults.append(f"{path}: {split} has no {' or '.join(names[use])}; it has {_shown(content)}")
+    if all(columns[use] is None for use in ("text", "audio", "video")):
+        faults.append(f"{path}: {split} has no raw_text, text, audio, vision or video; it has {_listed(content)}")
+    if context.labelled and columns["label"] is None:
+        faults.append(f"{path}: {split} has no {' or '.join(names['label'])}; it has {_listed(content)}")
+    if columns["text"] is not None and (shape := _array_shape(columns["text"])) is not None:
+        where = next(name for name in names["text"] if name in content)
+        faults.append(
+            f"{path}: the {where} of {split} holds arrays of numbers {shape}, no words: the words were expected in "
+            "raw_text or text (for a task without words, leave the column out)"
+        )
     sizes: dict[str, int | None] = {}
     for use, column in columns.items():
         if column is not None:
@@ -198,10 +246,18 @@ def _id(value: Any) -> str | None:
 
 def _kind(value: Any) -> str:
     if isinstance(value, dict):
-        return f"a mapping of {_shown(value)}"
+        return f"a mapping of {_listed(value)}"
     return f"a {type(value).__name__}"
 
 
-def _shown(content: Mapping[Any, Any]) -> str:
+def _array_shape(column: Any) -> list[int] | None:
+    """The shape of the first entry of a column of arrays; None where it is none."""
+    first = column[0] if isinstance(column, (list, tuple, np.ndarray)) and len(column) else None
+    if not isinstance(first, np.ndarray) or first.size < 2 or first.dtype.kind not in "fiub":
+        return None
+    return list(first.shape)
+
+
+def _listed(content: Collection[Any]) -> str:
     keys = [str(key)[:40] for key in list(content)[:12]]
     return (", ".join(keys) or "nothing") + (", …" if len(content) > 12 else "")

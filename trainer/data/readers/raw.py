@@ -14,7 +14,9 @@ from trainer.encodings import decode_text
 
 SPLITS = ("train", "valid", "test")
 ALL = "all"  # the one split of a source whose samples have folds and no splits
-SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test",
+}  # fmt: skip
 
 
 class ReaderError(ValueError):

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
+from trainer.data.frames import ZeroFrames
 from trainer.data.readers.jsonl import JsonlReader, Line, feature_faults, parse_line, plain_sample, with_features
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Source, split_of
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
@@ -34,11 +35,12 @@ class PredictError(ValueError):
 @dataclass(frozen=True)
 class TaskInput:
     """What a model reads of one of its tasks: `widths` (features a frame, 0: none) and `rates` (frames a second, None:
-    unknown) are those of the data it was trained with."""
+    unknown) are those of the data it was trained with, and `zero_frames` is how these were prepared."""
 
     task: Task
     widths: Mapping[str, int]
     rates: Mapping[str, float | None]
+    zero_frames: ZeroFrames = "mask"
 
 
 @dataclass

@@ -44,7 +44,9 @@ class UnlabelledReader:
     ) -> None:
         self._given, self._tasks, self._history = given, tasks, history
         self._task = next(iter(tasks)) if task is None and len(tasks) == 1 else task
-        self._checkers = {name: Checker(known.task, labelled=False) for name, known in tasks.items()}
+        self._checkers = {
+            name: Checker(known.task, labelled=False, zero_frames=known.zero_frames) for name, known in tasks.items()
+        }
         self._stack = contextlib.ExitStack()
         self._seen: SeenSamples
 
