@@ -123,13 +123,13 @@ def _utf_16(raw: bytes, valid_utf_8: bool) -> tuple[str, str] | None:
     encoding, low, high = ("utf-16-le", even, odd) if odd.count(0) >= even.count(0) else ("utf-16-be", odd, even)
     ends = low.count(10)
     if valid_utf_8:
-        told = high.count(0) >= 0.9 * len(high)
+        plausible = high.count(0) >= 0.9 * len(high)
     elif ends:
-        told = sum(a == 10 and b == 0 for a, b in zip(low, high, strict=True)) >= 0.9 * ends
+        plausible = sum(a == 10 and b == 0 for a, b in zip(low, high, strict=True)) >= 0.9 * ends
     else:
-        told = high.count(0) >= len(high) / 3
+        plausible = high.count(0) >= len(high) / 3
     try:
-        text = raw.decode(encoding) if told else "\0"
+        text = raw.decode(encoding) if plausible else "\0"
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else (text, encoding)
