@@ -1,4 +1,4 @@
-"""Text to tokens, alike for prompts, samples and answers: no token is added, and special tokens written in a text are not parsed."""
+"""Text to tokens, the same way for prompts, samples and answers: no token is added, and special tokens written in a text are not parsed."""
 
 from __future__ import annotations
 

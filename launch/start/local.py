@@ -61,7 +61,7 @@ class Outcome:
     code: int  # of a signal: its number, negative
     rank: int | None = None
     reason: str = ""
-    missed_peer: bool = False  # it failed only because another rank was gone, which knows more
+    missed_peer: bool = False  # it failed only because another rank had ended, which has the cause
 
     @property
     def exit_code(self) -> int:

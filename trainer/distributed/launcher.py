@@ -1,7 +1,7 @@
-"""What launchers and workers agree on, and what a worker does when its launcher is gone: it stops soon after it.
+"""Environment variables and exit codes shared by launchers and workers; a worker stops soon after its launcher has ended.
 
 DeepSpeed's and torchrun's workers do not notice that the process which started them was killed, or that the ssh connection
-behind it broke: they would train on unseen, or wait for each other for ever.
+behind it broke: they would go on training unnoticed, or wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _is_connection(stream: int) -> bool:
 
 
 def _silence(streams: list[int]) -> None:
-    """What is written from now on goes nowhere; writing to a lost connection would end the process."""
+    """Redirect these streams to /dev/null; writing to a lost connection would end the process."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream)

@@ -278,7 +278,7 @@ class Trainer:
         )
 
     def _validate_and_save(self) -> None:
-        """A stop during the validation breaks it off; the checkpoint then notes that it is due."""
+        """A stop interrupts the validation; the checkpoint then records that it is due."""
         try:
             self._validate()
         except StopRequested:
@@ -287,7 +287,7 @@ class Trainer:
         self._save()
 
     def _validate_late(self) -> None:
-        """The validation of the checkpoint that was just loaded, which a stop had broken off."""
+        """The validation of the checkpoint that was just loaded, which a stop had interrupted."""
         self._validate()
         self._mark_best()
 

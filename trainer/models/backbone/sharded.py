@@ -113,7 +113,7 @@ class StreamingLoad(QuantizationConfigMixin):
 
     def _same_as_tied(self, model: PreTrainedModel, name: str, parameter: Any) -> nn.Parameter:
         """The tied weight that was read before, where this one equals it. transformers would compare the two itself, but
-        partitioned they look alike to it."""
+        cannot tell partitioned ones apart."""
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
             if name not in (target, source):
