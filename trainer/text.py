@@ -53,7 +53,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an answer: the tokenizer's own end-of-sequence token.
 
     Chat models that name several end tokens in their generation config are ended by this one alone, in training, scoring
-    and generation alike.
+    and generation.
 
     Raises:
         ValueError: the tokenizer has none.
