@@ -64,7 +64,7 @@ class Counter:
         self.positions += rows.shape[0] * rows.shape[1]
 
 
-class Ours:
+class EgmfContender:
     """EGMF with its default fusion network: three experts, gate, width 256, K = 4."""
 
     def __init__(
@@ -139,11 +139,11 @@ def small(layout: str) -> RunConfig:
     return config
 
 
-def build_ours(shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str) -> Ours:
+def build_egmf(shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str) -> EgmfContender:
     """EGMF on the language model in `folder`."""
     config = small(layout)
     backbone = build_backbone(BackboneConfig(name=str(folder)), config.model.adapter, torch.float32, "cpu")
-    return Ours(shape, samples, backbone, config)
+    return EgmfContender(shape, samples, backbone, config)
 
 
 def _lengths(samples: Sequence[Sample]) -> np.ndarray:
@@ -195,4 +195,4 @@ def build(column: str, shape: Shape, samples: Sequence[Sample], folder: Path) ->
     if column == "padded":
         data = PaddedData(shape, samples, folder)
         return Padded(shape, data, build_padded(shape, data, folder, LORA_RANK))
-    return build_ours(shape, samples, folder, "padded" if column == "ours padded" else "packed")
+    return build_egmf(shape, samples, folder, "padded" if column == "ours padded" else "packed")

@@ -111,7 +111,7 @@ def collated(folder: Path, threads: int) -> dict[str, float]:
     """Samples/s of collation alone, and of training steps with it."""
     import torch
 
-    from benchmarks.contenders import build_ours
+    from benchmarks.contenders import build_egmf
     from benchmarks.shapes import SHAPES, make_backbone
     from trainer.data.dataset import open_dataset
 
@@ -119,7 +119,7 @@ def collated(folder: Path, threads: int) -> dict[str, float]:
     view = open_dataset(folder)["train"]
     with tempfile.TemporaryDirectory() as work:
         backbone = make_backbone(Path(work) / "backbone", 32768)
-        actual = build_ours(SHAPES["mosei"], view, backbone, "packed")
+        actual = build_egmf(SHAPES["mosei"], view, backbone, "packed")
     measured: dict[str, float] = {"threads": threads}
     for name, call, steps in (
         ("collate", lambda index: sum(map(len, actual.rows(index))), 60),

@@ -113,7 +113,7 @@ class Chain:
         struck = _strike(launcher, ranks, victim)
         writing = bool(list(out.glob("checkpoints/.writing-*")))
         launcher.wait(timeout=60)
-        _gone(ranks)
+        _assert_ended(ranks)
         return {"moment": moment, "victim": struck, "writing": writing, "step": _step(out)}
 
 
@@ -186,7 +186,7 @@ def _strike(launcher: subprocess.Popen[bytes], ranks: list[int], victim: str) ->
     return victim
 
 
-def _gone(pids: list[int], seconds: float = 30.0) -> None:
+def _assert_ended(pids: list[int], seconds: float = 30.0) -> None:
     """Nothing of a killed run may be left after 30 s."""
     until = time.monotonic() + seconds
     while left := [pid for pid in pids if _alive(pid)]:

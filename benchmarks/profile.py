@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.contenders import COLUMNS, Ours, build
+from benchmarks.contenders import COLUMNS, EgmfContender, build
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
 
 MARK = "part: "
@@ -112,7 +112,7 @@ def _ranged(function: Any, name: str) -> Any:
     return call
 
 
-def profile_steps(contender: Ours, steps: int, evaluate: bool) -> profile:
+def profile_steps(contender: EgmfContender, steps: int, evaluate: bool) -> profile:
     """The profile of `steps` training steps after two that warm up, or of one evaluation."""
     mark(named_parts(contender.model))
     for name in ("pack", "training"):
@@ -163,7 +163,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = make_backbone(Path(work) / "backbone", args.vocab)
         contender = build(COLUMNS[args.layout == "padded"], shape, make_samples(shape, 256), folder)
-    assert isinstance(contender, Ours)
+    assert isinstance(contender, EgmfContender)
     steps = 1 if args.evaluate else args.steps
     made = profile_steps(contender, steps, args.evaluate)
     what = "an evaluation of 256 samples" if args.evaluate else "training steps of 32 samples"

@@ -45,10 +45,10 @@ ROOT = Path(__file__).parent.parent
     ids=" ".join,
 )
 def test_every_command_explains_itself(words: tuple[str, ...]) -> None:
-    shown = egmf(*words, "--help")
-    assert shown.returncode == 0, shown.stderr
-    assert "Usage: egmf" in shown.stdout
-    assert len(shown.stdout.splitlines()) > 6
+    done = egmf(*words, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: egmf" in done.stdout
+    assert len(done.stdout.splitlines()) > 6
 
 
 def test_usage_faults_exit_2_and_name_the_word() -> None:
@@ -88,11 +88,11 @@ def test_json_is_alone_on_stdout(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("id,label,prediction\na,joy,joy\nb,anger,neutral\nc,fear,rage\n", encoding="utf-8")
     done = egmf("score", "--task", "meld", str(tmp_path / "p.csv"), "--json")
     assert done.returncode == 0, done.stderr
-    held = json.loads(done.stdout)
-    assert (held["n"], held["invalid_rate"], held["acc"]) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    scores = json.loads(done.stdout)
+    assert (scores["n"], scores["invalid_rate"], scores["acc"]) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
     folder = prepare_toy("simsv2", tmp_path)
-    shown = egmf("data", "show", str(folder), "--json")
-    assert json.loads(shown.stdout)["train"]["n"] == 48
+    summary = egmf("data", "show", str(folder), "--json")
+    assert json.loads(summary.stdout)["train"]["n"] == 48
     table = egmf("data", "show", str(folder))
     assert "48" in table.stdout
     assert "…" not in table.stdout
@@ -127,8 +127,8 @@ def test_a_run_can_be_evaluated_again_alone_and_with_other_settings(tmp_path: Pa
     mode = egmf("evaluate", str(run), "--json", "eval.prediction=mode")
     assert json.loads(mode.stdout)["mae"] != found["mae"]
     free = egmf("evaluate", str(run), "--json", "eval.mode=generate")
-    held = json.loads(free.stdout)
-    assert 0.0 <= held["invalid_rate"] <= 1.0
+    scores = json.loads(free.stdout)
+    assert 0.0 <= scores["invalid_rate"] <= 1.0
     wrong = egmf("evaluate", str(run), "--split", "tset")
     assert wrong.returncode == 1
     assert "did you mean test" in wrong.stderr
@@ -177,7 +177,7 @@ def test_the_deepspeed_launchers_rank_is_taken_before_the_command(tmp_path: Path
     assert "local_rank" not in egmf("--help").stdout
 
 
-def test_a_run_folder_is_named_after_its_config_and_seed() -> None:
+def test_the_name_of_a_run_folder_is_its_config_and_seed() -> None:
     assert default_out(Path("configs/meld.yaml"), 3) == Path("runs/meld-s3")
 
 

@@ -131,8 +131,8 @@ def test_the_default_stays_at_three_and_unknown_names_get_the_nearest(work: Path
     plugins = [str(work / "rhythm.py")]
     default = check_config({"task": "meld", "model": {"fusion": {"plugins": plugins}}}).model.fusion
     assert list(expert_classes(default)) == ["local", "semantic", "global"]
-    named = check_config({"task": "meld", "model": {"fusion": {"plugins": plugins, "experts": ["rhythm", "global"]}}})
-    assert list(expert_classes(named.model.fusion)) == ["global", "rhythm"]
+    config = check_config({"task": "meld", "model": {"fusion": {"plugins": plugins, "experts": ["rhythm", "global"]}}})
+    assert list(expert_classes(config.model.fusion)) == ["global", "rhythm"]
     with pytest.raises(ConfigError, match=r"experts\.0: must be 'local', .* not 'rhythm'"):
         check_config({"task": "meld", "model": {"fusion": {"experts": ["rhythm"]}}})
     typo = check_config({"task": "meld", "model": {"fusion": {"plugins": plugins, "experts": ["rythm"]}}})
@@ -169,7 +169,7 @@ def tsv(work: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_format_is_prepared_shown_and_predicted(work: Path, run: Path, tsv: Path) -> None:
+def test_a_format_is_prepared_listed_and_predicted(work: Path, run: Path, tsv: Path) -> None:
     source, plugin = str(tsv / "clips.tsv"), ("--plugin", str(tsv / "tsv_reader.py"))
     unknown = egmf("prepare", "meld", "--source", source, "--out", str(tsv / "data"))
     assert unknown.returncode == 1
@@ -186,8 +186,8 @@ def test_a_format_is_prepared_shown_and_predicted(work: Path, run: Path, tsv: Pa
             if wanted.audio_TF is not None:
                 np.testing.assert_array_equal(found.audio_TF, wanted.audio_TF)
 
-    shown = egmf("data", "show", str(tsv / "data"), "--json")
-    assert {split: entry["n"] for split, entry in json.loads(shown.stdout).items()} == {
+    summary = egmf("data", "show", str(tsv / "data"), "--json")
+    assert {split: entry["n"] for split, entry in json.loads(summary.stdout).items()} == {
         split: len(truth[split]) for split in truth.splits
     }
 
@@ -206,7 +206,7 @@ def test_a_format_is_prepared_shown_and_predicted(work: Path, run: Path, tsv: Pa
     assert (tsv / "same.jsonl").read_text() == (tsv / "out.jsonl").read_text()
 
 
-def test_faults_of_a_format_and_of_its_file_are_told(tsv: Path) -> None:
+def test_faults_of_a_format_and_of_its_file_are_reported(tsv: Path) -> None:
     plugin = str(tsv / "tsv_reader.py")
     (tsv / "bad.tsv").write_text("id\tsplit\ttext\tlabel\taudio\na\ttrain\thi\tjoy\tnone.npy\nb\tx\thi\tjoy\t\n")
     (tsv / "bare.tsv").write_text("id\ttext\n")

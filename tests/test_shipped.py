@@ -53,11 +53,11 @@ def test_an_unknown_name_gets_the_nearest_and_where_to_look(tmp_path: Path, monk
 
 
 def test_the_list_is_printed_and_written_as_json() -> None:
-    shown = egmf("config", "list")
-    held = json.loads(egmf("config", "list", "--json").stdout)
-    assert [one["name"] for one in held["configs"]] == [one.name for one in list_configs()]
-    assert [one["name"] for one in held["suites"]] == [one.name for one in list_suites()]
-    for one in (*held["configs"], *held["suites"]):
-        assert one["name"] in shown.stdout
-        assert one["description"] in shown.stdout
+    table = egmf("config", "list")
+    listed = json.loads(egmf("config", "list", "--json").stdout)
+    assert [one["name"] for one in listed["configs"]] == [one.name for one in list_configs()]
+    assert [one["name"] for one in listed["suites"]] == [one.name for one in list_suites()]
+    for one in (*listed["configs"], *listed["suites"]):
+        assert one["name"] in table.stdout
+        assert one["description"] in table.stdout
         assert Path(one["path"]).is_file()

@@ -1,4 +1,4 @@
-"""Which encoding text is in: told by its bytes, never guessed where they do not tell.
+"""Which encoding text is in: detected from its bytes, never guessed where they are ambiguous.
 
 Read are UTF-8 and UTF-16, with and without a byte order mark; GB18030, with GBK and GB2312 in it, where Chinese is expected; and the
 few bytes of Windows-1252 that old exports mix into UTF-8: its punctuation, and single accented letters. Everything else is refused,
@@ -32,7 +32,7 @@ for _name in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "gb18030", "gb
 
 
 class EncodingError(ValueError):
-    """Text in no encoding that can be told; the message says where and what to do."""
+    """Text whose encoding cannot be detected; the message says where and what to do."""
 
 
 def decode_file(raw: bytes, language: str = "en") -> tuple[str, str]:
@@ -112,7 +112,7 @@ def is_plain_utf_8(raw: bytes | mmap.mmap) -> bool:
 
 
 def _utf_16(raw: bytes, valid_utf_8: bool) -> tuple[str, str] | None:
-    """UTF-16 without a mark, told by its NULs: every ASCII character has one, always on the same side.
+    """UTF-16 without a byte order mark, recognised by its NULs: every ASCII character has one, always on the same side.
 
     Bytes that are UTF-8 too are ASCII characters but for NULs: then nearly all of that side must be NUL. Else the ends of
     lines must have theirs, or, without any, a third of the characters.
@@ -123,13 +123,13 @@ def _utf_16(raw: bytes, valid_utf_8: bool) -> tuple[str, str] | None:
     encoding, low, high = ("utf-16-le", even, odd) if odd.count(0) >= even.count(0) else ("utf-16-be", odd, even)
     ends = low.count(10)
     if valid_utf_8:
-        told = high.count(0) >= 0.9 * len(high)
+        plausible = high.count(0) >= 0.9 * len(high)
     elif ends:
-        told = sum(a == 10 and b == 0 for a, b in zip(low, high, strict=True)) >= 0.9 * ends
+        plausible = sum(a == 10 and b == 0 for a, b in zip(low, high, strict=True)) >= 0.9 * ends
     else:
-        told = high.count(0) >= len(high) / 3
+        plausible = high.count(0) >= len(high) / 3
     try:
-        text = raw.decode(encoding) if told else "\0"
+        text = raw.decode(encoding) if plausible else "\0"
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else (text, encoding)

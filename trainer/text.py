@@ -1,4 +1,4 @@
-"""Text to tokens, alike for prompts, samples and answers: no token is added, and special tokens written in a text are not parsed."""
+"""Text to tokens, the same way for prompts, samples and answers: no token is added, and special tokens written in a text are not parsed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an answer: the tokenizer's own end-of-sequence token.
 
     Chat models that name several end tokens in their generation config are ended by this one alone, in training, scoring
-    and generation alike.
+    and generation.
 
     Raises:
         ValueError: the tokenizer has none.

@@ -29,7 +29,7 @@ from bitsandbytes.nn import Params4bit
 from torch import nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.contenders import COLUMNS, Contender, Ours, Padded
+from benchmarks.contenders import COLUMNS, Contender, EgmfContender, Padded
 from benchmarks.machine import describe, today
 from benchmarks.padded import PaddedData, PaddedModel
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
@@ -126,7 +126,7 @@ def contender(column: str, backbone: Backbone, folder: Path, device: torch.devic
     samples = make_samples(shape, SAMPLES)
     torch.manual_seed(0)
     if column != "padded":
-        return Ours(shape, samples, backbone, configured("padded" if column == "ours padded" else "packed"))
+        return EgmfContender(shape, samples, backbone, configured("padded" if column == "ours padded" else "packed"))
     data = PaddedData(shape, samples, folder)
     return Padded(shape, data, PaddedModel(backbone.model, data, shape).to(device), GLOBAL_BATCH)
 

@@ -1,5 +1,5 @@
-"""How many positions a run's steps have and how they are cut: planned as the run plans them, from the prepared data where
-they are, else from stated assumptions.
+"""Positions and micro-batches of a run's steps, from the run's own planner: over the prepared data where there are any, else
+under assumptions that are listed.
 
 Shapes: N samples of a task's training split, or of one step where there are no data.
 """
@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from launch.plan.rows import Rows
+from launch.plan.rows import Rows, RowsRecord
 from trainer.answers.trie import task_trie
 from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
@@ -36,6 +36,21 @@ CHARACTERS_PER_TOKEN = {"en": 4.0, "zh": 1.5}  # where there is no tokenizer
 ASSUMED_TEXT = 25  # tokens of a sample's own text, where there are no data
 ASSUMED_LONGEST, ASSUMED_WIDTH = 500, 512  # frames of audio and video, and their features
 STEPS_LOOKED_AT = 200
+
+
+class LengthsRecord(TypedDict):
+    """:class:`Lengths` in the JSON of a plan."""
+
+    largest: list[RowsRecord]
+    widths: dict[str, dict[str, int]]
+    answers: dict[str, int]
+    positions_per_sample: float
+    step_positions: float
+    micro_batches: float
+    micro_steps: float
+    samples: dict[str, int | None]
+    steps_per_epoch: int | None
+    assumptions: list[str]
 
 
 @dataclass
@@ -59,8 +74,19 @@ class Lengths:
     steps_per_epoch: int | None
     assumptions: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "largest": [rows.to_json() for rows in self.largest]}
+    def to_json(self) -> LengthsRecord:
+        return {
+            "largest": [rows.to_json() for rows in self.largest],
+            "widths": self.widths,
+            "answers": self.answers,
+            "positions_per_sample": self.positions_per_sample,
+            "step_positions": self.step_positions,
+            "micro_batches": self.micro_batches,
+            "micro_steps": self.micro_steps,
+            "samples": self.samples,
+            "steps_per_epoch": self.steps_per_epoch,
+            "assumptions": self.assumptions,
+        }
 
 
 @dataclass

@@ -19,7 +19,7 @@ bf16_optimizer.py, fp16/unfused_optimizer.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -30,16 +30,26 @@ from trainer.distributed.deepspeed_config import accumulates_fp32, zero_elements
 ALL_REDUCE_AT_ONCE = 500_000_000  # elements; fixed in DeepSpeed's engine, stage 0 and stage 1 in bf16
 
 
+class ZeroSection(TypedDict, total=False):
+    """What a plan reads of DeepSpeed's `zero_optimization` section; sizes and thresholds in elements."""
+
+    reduce_bucket_size: float
+    stage3_prefetch_bucket_size: float
+    stage3_param_persistence_threshold: float
+    stage3_max_reuse_distance: float
+    overlap_comm: bool
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Under what a run is planned. `touched` counts of a buffer only what is written (CPUs); GPUs reserve it whole."""
+    """What a plan is made for. With `touched` only the written part of a buffer counts (CPUs); GPUs reserve it whole."""
 
     stage: int
     offload: bool
     ranks: int
     dtype: torch.dtype
     micro_steps: float  # of the fullest rank in an optimizer step, the mean
-    zero: dict[str, Any]  # the config's zero_optimization section
+    zero: ZeroSection
     touched: bool = False
 
     @property

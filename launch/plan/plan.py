@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from transformers import PretrainedConfig
 
 from launch.plan.fake_model import build_fake_model, fake_tensors
-from launch.plan.lengths import Lengths, run_lengths
+from launch.plan.lengths import Lengths, LengthsRecord, run_lengths
 from launch.plan.memory import Memory, Setting, checkpoint_bytes, rank_memory, wire_bytes
 from launch.plan.recorded_pass import SAMPLE_LAYERS, Pass, extrapolate_layers, record_pass
 from launch.plan.weights import Weights, count_weights
@@ -20,6 +20,7 @@ from trainer.config import RunConfig
 from trainer.distributed.deepspeed_config import (
     deepspeed_config,
     dtype_of,
+    offload_faults,
     offloads_optimizer,
     zero_elements,
     zero_stage,
@@ -51,7 +52,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Option:
-    """A way to run, and what a rank then holds."""
+    """A combination of ZeRO stage, optimizer offload and activation checkpointing, and the memory of a rank under it."""
 
     stage: int
     offload: bool
@@ -64,6 +65,49 @@ class Option:
             f"train.offload={'cpu' if self.offload else 'none'}",
             f"model.backbone.gradient_checkpointing={str(self.checkpointing).lower()}",
         ]
+
+
+class OptionRecord(TypedDict):
+    """An option in the JSON of a plan; sizes in bytes, of one rank."""
+
+    zero: int
+    offload: bool
+    checkpointing: bool
+    bytes: int
+    parts: Mapping[str, int]
+    host_bytes: int
+    fits: bool
+
+
+class RecommendedRecord(OptionRecord):
+    """The recommended option, and the overrides that choose it."""
+
+    overrides: list[str]
+
+
+class PlanRecord(TypedDict):
+    """A plan as JSON; see :meth:`MemoryPlan.to_json` for units."""
+
+    backbone: str
+    tasks: list[str]
+    nodes: int
+    gpus_per_node: int
+    ranks: int
+    gpu_memory_gib: float
+    reserved_bytes: int
+    parameters: Mapping[str, object]  # the fields of Weights
+    lengths: LengthsRecord
+    activations: dict[str, dict[str, int]]
+    memory: list[OptionRecord]
+    configured: OptionRecord
+    recommended: RecommendedRecord | None
+    wire_bytes_per_step: dict[str, dict[str, int]]
+    checkpoint_bytes: dict[str, int]
+    flops_per_rank_and_step: float
+    steps: int | None
+    hours: float | None
+    assumptions: list[str]
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -118,8 +162,8 @@ class MemoryPlan:
         order = [(s, o, c) for o in (False, True) for s, c in ((2, False), (2, True), (3, False), (3, True))]
         return next((o for key in order if self.fits(o := self.option(*key))), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Sizes in bytes, of one rank unless said otherwise; None: not known."""
+    def to_json(self) -> PlanRecord:
+        """Sizes in bytes, of one rank unless the key names another scope; None: not known."""
         chosen = self.recommended
         return {
             "backbone": self.config.model.backbone.name,
@@ -146,7 +190,7 @@ class MemoryPlan:
             "left_out": list(LEFT_OUT),
         }
 
-    def _option(self, option: Option) -> dict[str, Any]:
+    def _option(self, option: Option) -> OptionRecord:
         return {
             "zero": option.stage,
             "offload": option.offload,
@@ -263,7 +307,7 @@ def profile_model(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) 
 def make_setting(
     config: RunConfig, ranks: int, micro_steps: float, *, stage: int, offload: bool = False, touched: bool = False
 ) -> Setting:
-    """What the config says of one way to run."""
+    """The setting of a combination of stage and offload under this config."""
     zero = deepspeed_config(config)["zero_optimization"]
     return Setting(stage, offload, ranks, dtype_of(config), micro_steps, zero, touched)
 
@@ -274,8 +318,7 @@ def _check(config: RunConfig, nodes: int, gpus_per_node: int, gpu_memory: float)
         for name, value in (("nodes", nodes), ("gpus-per-node", gpus_per_node), ("gpu-memory", gpu_memory))
         if value <= 0
     ]
-    if offloads_optimizer(deepspeed_config(config)) and zero_stage(config) == 0:
-        faults.append("train.offload=cpu needs ZeRO: train.zero=1, 2 or 3")
+    faults += offload_faults(config)
     if faults:
         raise ValueError("\n".join(faults))
 

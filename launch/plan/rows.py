@@ -7,13 +7,26 @@ tokens, A answer tokens, n answer tokens of all samples, S text tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from trainer.batch import Batch, Features, FusionInput, PackedBatch, Packing
 from trainer.models.egmf import EGMF
+
+
+class RowsRecord(TypedDict):
+    """:class:`Rows` in the JSON of a plan; `longest`, and the sizes of the modalities, of one sample."""
+
+    task: str
+    layout: str
+    samples: int
+    positions: int
+    longest: int
+    text_tokens: int
+    audio_frames: int
+    video_frames: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Rows:
         """Tokens and frames that the fusion network reads, padding included."""
         return sum(samples * sum(longest) for samples, *longest in self.groups)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RowsRecord:
         text, audio, video = (max(group[i] for group in self.groups) for i in (1, 2, 3))
         return {
             "task": self.task,

@@ -2,7 +2,7 @@
 
 stdin carries the control protocol. Its first line is a :class:`StartRequest` (so that no variable stands in a command
 line). After it: an empty line every few seconds as heartbeat, the name of a signal to pass on, or END. When stdin closes,
-or nothing comes for `SILENCE` seconds, the launcher is gone: the workers are asked to stop, which saves a checkpoint, and
+or nothing comes for `SILENCE` seconds, the launcher has ended: the workers are asked to stop, which saves a checkpoint, and
 are ended after `LIMIT`. The last line on stderr is the :class:`Verdict`.
 """
 
@@ -49,7 +49,7 @@ class Verdict:
 
     code: int  # exit code: 0, 85, or that of the rank that failed first
     failure: str | None = None
-    missed_peer: bool = False  # the node failed only because a rank of another one was gone
+    missed_peer: bool = False  # the node failed only because a rank of another one had ended
 
     @classmethod
     def of(cls, outcome: Outcome, out: Path) -> Verdict:
@@ -78,7 +78,7 @@ class ControlChannel:
         self._buffer = b""
 
     def line(self, seconds: float | None) -> str | None:
-        """The next line; None when the launcher is gone or silent for so long."""
+        """The next line; None when the launcher has ended, or sent nothing for this time."""
         while b"\n" not in self._buffer:
             if not select.select([0], [], [], seconds)[0]:
                 return None
@@ -120,7 +120,7 @@ def _report(verdict: Verdict) -> None:
     try:
         sys.stderr.write(verdict.to_line())
         sys.stderr.flush()
-    except OSError:  # the launcher is gone
+    except OSError:  # the launcher has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

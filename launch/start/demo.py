@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -47,7 +46,7 @@ def _table(runs: Path, data: Path) -> Table:
     train = prepared["train"].targets()
     majority = prepared.task.labels[int(pd.Series(train).mode()[0])]
     truth = predictions["full model"].assign(prediction=majority)
-    rows: dict[str, Any] = {**predictions, f"majority class ({majority})": truth}
+    rows: dict[str, pd.DataFrame] = {**predictions, f"majority class ({majority})": truth}
     kinds = sorted(truth["kind"].unique())
     table = Table(title=f"accuracy on {len(truth)} test samples", title_justify="left")
     for head in ("", "all", *kinds):

@@ -128,7 +128,7 @@ def launch(plan: LaunchPlan, env: dict[str, str]) -> int:
 
 
 def conclude(plan: LaunchPlan, verdicts: Mapping[int, Verdict], before: RunState) -> int:
-    """The exit code, from how each node ended and what the run's record says (`before`: what it said at the start)."""
+    """The exit code, from how each node ended and the run's record (`before`: the record at the start)."""
     failed = {number: verdict for number, verdict in verdicts.items() if verdict.code not in (0, STOPPED)}
     state = run_state(plan.out)
     if failed:  # in order of their ends

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.distributed.faults import Fault, read_fault
-from trainer.distributed.launcher import OURS, STOPPED
+from trainer.distributed.launcher import EGMF_LAUNCHER, STOPPED
 
 FAILURE_GRACE = (
     12.0  # seconds for ranks to end by themselves after another failed, and to say why (MLflow hears of it too)
@@ -61,7 +61,7 @@ class Outcome:
     code: int  # of a signal: its number, negative
     rank: int | None = None
     reason: str = ""
-    missed_peer: bool = False  # it failed only because another rank was gone, which knows more
+    missed_peer: bool = False  # it failed only because another rank had ended, which has the cause
 
     @property
     def exit_code(self) -> int:
@@ -86,7 +86,7 @@ def rank_environments(ranks: NodeRanks, faults: Path, launcher: str) -> list[dic
         "LOCAL_WORLD_SIZE": str(ranks.count),
         "MASTER_ADDR": ranks.master_addr,
         "MASTER_PORT": str(ranks.master_port),
-        OURS: launcher,
+        EGMF_LAUNCHER: launcher,
     }
     own = [
         {"RANK": str(ranks.first + i), "LOCAL_RANK": str(i), "TORCHELASTIC_ERROR_FILE": str(_fault_file(faults, i))}

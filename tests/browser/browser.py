@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do over its own pipe (Chrome DevTools Protocol): nothing to install beside it."""
+"""A headless Chromium, driven over a pipe (Chrome DevTools Protocol): nothing to install beside it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POOR_CONTRAST = """
 
 
 class Browser:
-    """One page of one browser. `requests` are the addresses the page asked for, `messages` what its console said."""
+    """One page of one browser. `requests` are the addresses the page asked for, `messages` the lines of its console."""
 
     def __init__(self, profile: Path) -> None:
         to_read, self._out = os.pipe()
@@ -113,8 +113,8 @@ class Browser:
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """What is seen, or the whole page, as PNG."""
-        held = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(held["data"]))
+        screenshot = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(screenshot["data"]))
 
     def close(self) -> None:
         os.close(self._out)

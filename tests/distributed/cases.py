@@ -17,7 +17,7 @@ PLANTED = 1
 
 @dataclass(frozen=True)
 class Case:
-    """A run: `overrides` change what is computed (single process and ranks alike), `engine` only how.
+    """A run: `overrides` change what is computed (on a single process and on ranks), `engine` only how.
 
     `plant` puts a non-finite loss or gradient into step `PLANTED`, on the last rank only.
     """

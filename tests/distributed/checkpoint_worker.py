@@ -28,9 +28,9 @@ class Marker:
 
 
 def last_byte(path: Path) -> None:
-    held = bytearray(path.read_bytes())
-    held[-1] ^= 1
-    path.write_bytes(bytes(held))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
 
 
 def truncate(path: Path) -> None:
@@ -74,20 +74,20 @@ def main(data: Path, out: Path) -> None:
 
     def fill(folder: Path, steps: tuple[int, ...], keep: int = 9, best: str | None = None) -> Checkpoints:
         world.barrier()
-        held = Checkpoints(folder, world, keep)
-        held.open()
+        checkpoints = Checkpoints(folder, world, keep)
+        checkpoints.open()
         for step in steps:
-            held.save(engine, state_at(step, best))
-        return held
+            checkpoints.save(engine, state_at(step, best))
+        return checkpoints
 
     def on_first(work: Callable[[], Any]) -> None:
         if world.is_rank_zero:
             work()
         world.barrier()
 
-    held = fill(out / "kept", (1, 2, 3, 4), keep=2, best="step-00000001")
-    results["kept"] = held.names()
-    results["best"] = str(held.best())
+    checkpoints = fill(out / "kept", (1, 2, 3, 4), keep=2, best="step-00000001")
+    results["kept"] = checkpoints.names()
+    results["best"] = str(checkpoints.best())
     template = fill(out / "template", (1, 2)).folder
     before = {name: t.clone() for name, t in trainable_state(parts.model, world).items()}
     for name, damage in DAMAGES.items():
@@ -100,7 +100,7 @@ def main(data: Path, out: Path) -> None:
         names = damaged.names()
         repaired = damaged.newest(repair=True)
         results[name] = {
-            "newest": seen.name if seen else None, "names": names, "after": damaged.names(), "said": list(output),
+            "newest": seen.name if seen else None, "names": names, "after": damaged.names(), "logged": list(output),
             "aside": sorted(path.name for path in folder.glob("damaged-*")), "repaired": repaired == seen,
         }  # fmt: skip
         on_first(lambda folder=folder, damage=damage: damage(folder / "step-00000001"))  # type: ignore[misc]
@@ -132,11 +132,11 @@ def main(data: Path, out: Path) -> None:
     results["code"] = attempt(lambda: resume_engine(engine, code / "step-00000002", world))
     results["code ran"] = Path(os.environ["EGMF_TEST_MARK"]).exists()
     # nowhere to write
-    gone = fill(out / "gone", (1,))
-    on_first(lambda: shutil.rmtree(gone.folder))
-    results["gone"] = attempt(lambda: gone.save(engine, state_at(2)))
+    removed = fill(out / "gone", (1,))
+    on_first(lambda: shutil.rmtree(removed.folder))
+    results["gone"] = attempt(lambda: removed.save(engine, state_at(2)))
     if world.is_rank_zero:
-        results["gone stays gone"] = not gone.folder.exists()
+        results["gone stays gone"] = not removed.folder.exists()
         (out / "results.json").write_text(json.dumps(results))
     stop = time.monotonic() + 30
     while not (out / "results.json").exists() and time.monotonic() < stop:
@@ -156,21 +156,21 @@ def full_disk(data: Path, out: Path) -> None:
     set_up_logging(None, world.rank)
     config = config_of(Case("", (), ("train.zero=1",)), data, engine=True)
     engine = build_engine(assemble(config, out.parent / "run", world, torch.float32, partition=True).model, config)
-    held = Checkpoints(out / "checkpoints", world, 9)
-    held.open()
-    held.save(engine, state_at(1))
-    used = sum(path.stat().st_size for path in held.folder.rglob("*") if path.is_file())
+    checkpoints = Checkpoints(out / "checkpoints", world, 9)
+    checkpoints.open()
+    checkpoints.save(engine, state_at(1))
+    used = sum(path.stat().st_size for path in checkpoints.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(out).free
     (out / "ballast").write_bytes(b"\0" * max(0, free - used // 2))
     try:
-        held.save(engine, state_at(2))
+        checkpoints.save(engine, state_at(2))
     except ValueError as error:
         print(f"REFUSED {error}", flush=True)
-    assert held.names() == ["step-00000001"]
-    assert held.verify(held.folder / "step-00000001") == []
+    assert checkpoints.names() == ["step-00000001"]
+    assert checkpoints.verify(checkpoints.folder / "step-00000001") == []
     (out / "ballast").unlink()
-    held.open()
-    held.save(engine, state_at(2))
+    checkpoints.open()
+    checkpoints.save(engine, state_at(2))
     print("SAVED once there was room", flush=True)
     stop_world()
 

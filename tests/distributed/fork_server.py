@@ -65,9 +65,9 @@ QUIET = {
 def offer(folder: Path) -> None:
     """Let this process and those that it starts use a server, which the first one that needs it starts in `folder`."""
     os.environ.update({FOLDER: str(folder), OWNER: str(os.getpid())})
-    held = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    held.pop("PYTHONPATH", None)
-    (folder / "environment.json").write_text(json.dumps(held))
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    variables.pop("PYTHONPATH", None)
+    (folder / "environment.json").write_text(json.dumps(variables))
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
@@ -180,8 +180,8 @@ def serve(folder: Path, owner: int) -> None:
 
     def forget(pid: int) -> int:
         line, watched = children.pop(pid)
-        for held in (line, watched):
-            events.unregister(held)
+        for watched_file in (line, watched):
+            events.unregister(watched_file)
         os.close(watched)
         _, status = os.waitpid(pid, 0)
         with contextlib.suppress(OSError):
@@ -285,8 +285,8 @@ def _become(
     code = 255
     try:
         gc.freeze()  # what the parent left must not be collected here: its descriptors are other files' now
-        for place, held in enumerate([os.dup(file) for file in files]):
-            os.dup2(held, place)
+        for place, copy in enumerate([os.dup(file) for file in files]):
+            os.dup2(copy, place)
         for file in map(int, os.listdir("/proc/self/fd")):
             if file > 2:
                 with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith("deepspeed_allreduce_buffer_")}
 
 
-def assert_gone(names: set[str], seconds: float = 60.0) -> None:
+def assert_removed(names: set[str], seconds: float = 60.0) -> None:
     """None of these buffers is left; those of runs that start elsewhere at this time are soon gone."""
     end = time.monotonic() + seconds
     while left := names & shared_memory():

@@ -83,7 +83,7 @@ def equality(models: Path, world: World) -> dict[str, Any]:
 
 
 def faults(models: Path, world: World) -> dict[str, str]:
-    """What is said where ranks find other files."""
+    """The error where ranks find different files."""
     from trainer.config import AdapterConfig, BackboneConfig
     from trainer.models.backbone.causal_lm import build_backbone
 
@@ -105,7 +105,7 @@ def faults(models: Path, world: World) -> dict[str, str]:
     }
 
 
-def held_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
+def weights_kept_by_autograd(data: Path, out: Path, world: World) -> dict[str, Any]:
     """Bytes of gathered 4-bit weights that are alive between forward and backward, and the first gradients."""
     from bitsandbytes.nn import Linear4bit
     from deepspeed.utils import safe_get_full_grad
@@ -194,7 +194,7 @@ def main(work: Path, data: Path, out: Path, wanted: list[str]) -> None:
     if "faults" in wanted:
         results["faults"] = faults(work, world)
     if "held" in wanted:
-        results["held"] = held_by_autograd(data, out, world)
+        results["held"] = weights_kept_by_autograd(data, out, world)
     if "run" in wanted:
         results["run"] = whole_run(data, out, world)
     everyone = world.gather(results)

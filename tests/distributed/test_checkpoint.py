@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(result: dict[st
     assert seen["names"] == ["step-00000001", "step-00000002"]  # looking changes nothing
     assert seen["after"] == ["step-00000001"]
     assert seen["aside"] == ["damaged-step-00000002"]
-    assert any("step-00000002 is damaged" in line and "step-00000001 is used" in line for line in seen["said"])
+    assert any("step-00000002 is damaged" in line and "step-00000001 is used" in line for line in seen["logged"])
     assert "no checkpoint in" in seen["none left"]
     assert "train.resume=never" in seen["none left"]
 
@@ -80,7 +80,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(result: dict[str, Any]
     assert not result["code ran"]
 
 
-def test_a_removed_folder_is_said(result: dict[str, Any]) -> None:
+def test_a_removed_folder_is_an_error(result: dict[str, Any]) -> None:
     assert "is gone: it was removed while the run was going on" in result["gone"]
     assert "CheckpointError" in result["gone"]
     assert result["gone stays gone"]
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, small_disk: Pat
     assert "SAVED once there was room" in done.stdout
 
 
-def test_a_folder_that_cannot_be_written_is_said_at_once(data: Path, small_disk: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_at_once(data: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = egmf(
         "train", "configs/tiny.yaml", "task=meld", f"data.path={data}/{{task}}", "--out", str(small_disk / "run")

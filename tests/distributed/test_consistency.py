@@ -1,4 +1,4 @@
-"""What processes say of themselves, and how their differences are told."""
+"""What processes report of themselves, and the message about their differences."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_report_says_what_this_process_runs_with(actual: dict[str, Any], data:
     assert differences([on(actual, "a"), on(actual, "b")]) == []
 
 
-def test_every_difference_is_told_at_once_with_who_has_what(actual: dict[str, Any]) -> None:
+def test_all_differences_are_in_one_message_with_the_ranks_values(actual: dict[str, Any]) -> None:
     changed = on(actual, "node9")
     changed["versions"]["peft"] = "0.1"
     changed["config"]["train.seed"] = "7"
@@ -75,7 +75,7 @@ def test_absent_data_and_models_are_faults_of_the_node_that_lacks_them(actual: d
     assert [line for line in result if "no model folder /none/model" in line and "(on b)" in line]
 
 
-def test_a_folder_that_is_not_shared_is_told(actual: dict[str, Any]) -> None:
+def test_a_folder_that_is_not_shared_is_refused(actual: dict[str, Any]) -> None:
     result = differences([on(actual, "a", shared=True), on(actual, "b", shared=False)])
     assert len(result) == 1
     assert "the run folder is not shared: b cannot see" in result[0]

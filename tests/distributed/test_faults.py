@@ -1,4 +1,4 @@
-"""A rank that is killed at one of four moments ends the whole run soon, with the cause said, and leaves nothing behind."""
+"""A rank that is killed at one of four moments ends the whole run soon, with its cause in the output, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def listening(port: int) -> bool:
 def test_a_killed_rank_ends_the_run_and_leaves_nothing(data: Path, tmp_path: Path, moment: str) -> None:
     function, victim = MOMENTS[moment]
     out, mark = tmp_path / "run", tmp_path / "killed"
-    held = set(os.listdir("/dev/shm"))
+    shared_memory_before = set(os.listdir("/dev/shm"))
     launcher = start(
         [
             sys.executable, "-m", "trainer", "launch", "local", "--procs", "2", f"{ROOT}/configs/tiny.yaml",
@@ -81,4 +81,4 @@ def test_a_killed_rank_ends_the_run_and_leaves_nothing(data: Path, tmp_path: Pat
     assert len(started) >= 2
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
     assert not listening(int(port))
-    assert not {name for name in set(os.listdir("/dev/shm")) - held if port in name}
+    assert not {name for name in set(os.listdir("/dev/shm")) - shared_memory_before if port in name}

@@ -24,6 +24,6 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(
         cwd=ROOT, env=environment(), timeout=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    held = json.loads(out.read_text())
-    assert held["kills"] == kills
-    assert held["cases"][case]["equal"] == held["cases"][case]["chains"] >= 1
+    result = json.loads(out.read_text())
+    assert result["kills"] == kills
+    assert result["cases"][case]["equal"] == result["cases"][case]["chains"] >= 1

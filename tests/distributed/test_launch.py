@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.processes import ROOT, assert_gone, egmf, environment, free_port, shared_memory, start
+from tests.distributed.processes import ROOT, assert_removed, egmf, environment, free_port, shared_memory, start
 from tests.toy import prepare_toy
 from trainer.distributed.compiled_ops import compile_cpu_adam, extensions_folder, missing_build_tools
 
@@ -70,12 +70,12 @@ def same_results(a: Path, b: Path) -> None:
 
 
 def test_the_run_folder_holds_what_the_plan_says(whole: Path) -> None:
-    held = record(whole)
-    assert held["state"] == "done"
-    assert held["world"] == 2
-    assert held["zero"] == 2
-    assert len(held["data"]["meld"]) == 64
-    assert held["versions"]["torch"]
+    run_record = record(whole)
+    assert run_record["state"] == "done"
+    assert run_record["world"] == 2
+    assert run_record["zero"] == 2
+    assert len(run_record["data"]["meld"]) == 64
+    assert run_record["versions"]["torch"]
     for name in ("config.yaml", "log.txt", "metrics.json"):
         assert (whole / name).is_file()
     table = pd.read_parquet(whole / "predictions" / "test.parquet")
@@ -122,7 +122,7 @@ def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: 
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
     for name, command in starts.items():
         out = work / name
-        held = shared_memory()
+        shared_memory_before = shared_memory()
         done = subprocess.run(
             [*command, "--out", str(out)],
             env=environment(PATH=path, TORCH_EXTENSIONS_DIR=str(work / "extensions")),
@@ -131,7 +131,7 @@ def test_torchrun_and_the_deepspeed_launcher_give_the_same_run_bit_by_bit(work: 
             text=True,
             timeout=500,
         )
-        assert_gone(shared_memory() - held)
+        assert_removed(shared_memory() - shared_memory_before)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert record(out)["state"] == "done"
         same_results(out, whole)
@@ -193,11 +193,11 @@ def test_a_run_goes_on_with_another_number_of_processes(work: Path, whole: Path)
         ("EGMF_TEST_KILL_RANK", 137, "signal SIGKILL", "by the kernel when memory runs out"),
     ],
 )
-def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
+def test_a_rank_that_fails_ends_the_run_and_its_cause_is_the_last_line(
     work: Path, plant: str, code: int, what: str, why: str
 ) -> None:
     out = work / plant
-    held = shared_memory()
+    shared_memory_before = shared_memory()
     launcher = start(
         [sys.executable, "-m", "trainer", "launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out),
          "track.mlflow=false"],
@@ -219,7 +219,7 @@ def test_a_rank_that_fails_ends_the_run_and_its_cause_is_said_last(
     assert why in last
     assert record(out)["state"] == "failed"
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    assert_gone(shared_memory() - held)
+    assert_removed(shared_memory() - shared_memory_before)
 
 
 def _text(path: Path) -> str:
@@ -260,10 +260,10 @@ def test_the_optimizer_in_host_memory_trains_to_the_same_weights(work: Path) -> 
         assert done.returncode == 0, done.stderr
         weights[stage, offload] = load_file(out / "checkpoints" / "step-00000004" / "model.safetensors")
     whole = weights.pop(("2", "none"))
-    for held in weights.values():
-        assert held.keys() == whole.keys()
+    for other in weights.values():
+        assert other.keys() == whole.keys()
         for name, tensor in whole.items():
-            torch.testing.assert_close(held[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow  # compiles DeepSpeed's CPU Adam: about a minute

@@ -135,7 +135,7 @@ def test_so_it_is_on_other_numbers_of_ranks(models: Path, tmp_path: Path, ranks:
             same(found["equality"][name], name, ranks)
 
 
-def test_ranks_that_find_other_files_are_told_so(two: Any) -> None:
+def test_ranks_that_find_other_files_are_refused(two: Any) -> None:
     result = two[0][0]["faults"]
     assert "rank 1 read other weights than rank 0" in result["others differ"]
     assert len(result["others have none"]) == 64  # a hash: rank 0 read for all

@@ -56,7 +56,7 @@ def listening(pid: int, number: signal.Signals) -> bool:
 
 
 def stop_at_the_start(work: Path, out: Path) -> str:
-    """Start a run and send SIGUSR1 to one worker as soon as it listens; what was said."""
+    """Start a run and send SIGUSR1 to one worker as soon as it listens; returns the output."""
     launcher = start(
         [sys.executable, "-m", "trainer", *arguments(work, out)],
         env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True,

@@ -111,7 +111,7 @@ def test_who_is_to_blame() -> None:
     assert "no rank waits for another" in blamed(rank(0, False), rank(1, False))
 
 
-def test_ranks_at_the_same_place_are_shown_once() -> None:
+def test_ranks_at_the_same_place_share_one_stack() -> None:
     result = format_stacks({r: rank(r, r != 2) for r in range(1000)}, [])
     assert result.count("train.py") == 2
     assert "ranks 0-1, 3-999: in the collective broadcast" in result

@@ -21,14 +21,14 @@ LOSS = {False: 1e-5, True: 2e-2}  # relative; bf16 ranks sum rounded gradients i
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str], Any]:
     data, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("worlds")
     prepare_toy("meld", data)
-    held: dict[tuple[int, str, str], Any] = {}
+    results: dict[tuple[int, str, str], Any] = {}
     for procs, writers in ((4, ()), (2, (4,)), (1, (2,)), (2, (1,))):
         words = [str(writer) for writer in writers]
         run_ranks("tests.distributed.worlds_worker", str(data), str(out), *words, procs=procs, timeout=550)
         for key, value in json.loads((out / f"results{procs}-{'-'.join(words)}.json").read_text()).items():
             case, writer = key.split()
-            held[procs, case, writer] = value
-    return held
+            results[procs, case, writer] = value
+    return results
 
 
 @pytest.mark.parametrize(("writer", "reader"), CHANGES)

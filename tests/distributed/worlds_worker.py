@@ -78,9 +78,9 @@ def main(data: Path, out: Path, writers: list[int]) -> None:
                 if parts.model.fusion is not None:
                     fusion.append(parts.model.fusion.gate.usage_E.tolist())
                 if writer is None and step + 1 == BEFORE:
-                    held = Checkpoints(out / f"world{world.size}" / case.name, world)
-                    held.open()
-                    held.save(engine, state_at(BEFORE, identity=identity))
+                    checkpoints = Checkpoints(out / f"world{world.size}" / case.name, world)
+                    checkpoints.open()
+                    checkpoints.save(engine, state_at(BEFORE, identity=identity))
             state = trainable_state(parts.model, world)
             weights = {name: t.double().square().sum().sqrt().item() for name, t in state.items()}
             results[f"{case.name} {writer or 'whole'}"] = {

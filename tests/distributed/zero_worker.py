@@ -44,11 +44,11 @@ def planted(model: torch.nn.Module, plant: str | None) -> Iterator[None]:
 
 def digest(model: torch.nn.Module) -> str:
     """Of the trainable weights that this rank holds whole; the same on every rank below ZeRO-3."""
-    held = hashlib.sha256()
+    digest = hashlib.sha256()
     for p in model.parameters():
         if p.requires_grad and not hasattr(p, "ds_id"):
-            held.update(p.detach().float().numpy().tobytes())
-    return held.hexdigest()
+            digest.update(p.detach().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main(data: Path, out: Path, wanted: str) -> None:

@@ -49,5 +49,5 @@ def test_the_demo_begins_as_written(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        held = {"steps": STEPS, "torch": torch.__version__.split("+")[0], "losses": losses(Path(name))}
-    GOLDEN.write_text(json.dumps(held, indent=2) + "\n")
+        golden = {"steps": STEPS, "torch": torch.__version__.split("+")[0], "losses": losses(Path(name))}
+    GOLDEN.write_text(json.dumps(golden, indent=2) + "\n")

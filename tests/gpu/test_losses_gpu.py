@@ -45,8 +45,10 @@ def test_losses_and_gradients_are_those_of_the_cpu(
             BUILT_IN["mosei"], backbone.tokenizer, DataConfig(), widths={}, rates={}, pseudo_tokens=0,
             modalities=("text",), objective=Objective(np.linspace(0.5, 2.0, 61, dtype=np.float32), 0.1, 1.0, trie),
         )  # fmt: skip
-        held = [Sample(f"s{i}", text, (i - 1) / 2) for i, text in enumerate(TEXTS)]
-        batch = copy.deepcopy(collate.pack(held) if layout == "packed" else collate(held)).to(device, kind)
+        sample_list = [Sample(f"s{i}", text, (i - 1) / 2) for i, text in enumerate(TEXTS)]
+        batch = copy.deepcopy(collate.pack(sample_list) if layout == "packed" else collate(sample_list)).to(
+            device, kind
+        )
         loss_B = model(batch).loss_B
         (loss_B * batch.weight_B).sum().backward()
         gradient = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])

@@ -198,7 +198,7 @@ def test_the_kernel_is_chosen_once_and_triton_refused_where_it_cannot_run(caplog
         gate_mix(*case(), kernel="triton")
 
 
-def test_every_reason_against_triton_is_told_once(caplog, monkeypatch, tmp_path):
+def test_every_reason_against_triton_is_logged_once(caplog, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))

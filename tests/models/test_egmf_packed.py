@@ -104,12 +104,14 @@ def test_loss_and_every_gradient_equal_the_samples_one_at_a_time(
     folder: Path, quantization: str, backend: dict[str, Any]
 ) -> None:
     model = make(folder, quantization=quantization, **backend).train()
-    collate, held = collator(model), samples()
-    alone, reference = gradients(model, [model(collate([sample])) for sample in held])
-    weighted = zip(torch.linspace(0.5, 1.5, len(TEXTS)), (model(collate([sample])) for sample in held), strict=True)
+    collate, sample_list = collator(model), samples()
+    alone, reference = gradients(model, [model(collate([sample])) for sample in sample_list])
+    weighted = zip(
+        torch.linspace(0.5, 1.5, len(TEXTS)), (model(collate([sample])) for sample in sample_list), strict=True
+    )
     scale = magnitudes(model, [w * (out.loss_B + out.auxiliary_B).sum() + out.unused_param_zero for w, out in weighted])
     for groups in ([6], [2, 1, 3], [1, 0, 5, 0]):
-        packed, got = gradients(model, [model(collate.pack(held, groups))])
+        packed, got = gradients(model, [model(collate.pack(sample_list, groups))])
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
         assert got.keys() == reference.keys()
         assert {n for n, p in model.named_parameters() if p.requires_grad} == got.keys()
@@ -125,9 +127,9 @@ def test_loss_and_every_gradient_equal_the_samples_one_at_a_time(
 
 def test_bf16_losses_equal_the_samples_one_at_a_time(folder: Path) -> None:
     model = make(folder, torch.bfloat16).train()
-    collate, held = collator(model), samples()
-    alone = torch.cat([model(collate([s]).to("cpu", torch.bfloat16)).loss_B for s in held])
-    packed = model(collate.pack(held).to("cpu", torch.bfloat16)).loss_B
+    collate, sample_list = collator(model), samples()
+    alone = torch.cat([model(collate([s]).to("cpu", torch.bfloat16)).loss_B for s in sample_list])
+    packed = model(collate.pack(sample_list).to("cpu", torch.bfloat16)).loss_B
     torch.testing.assert_close(packed, alone, atol=0.15, rtol=0.02)
 
 
@@ -137,8 +139,8 @@ def test_no_sample_reads_another(folder: Path, attention: str) -> None:
     model = make(folder, attention=attention).train()
     row = collator(model).pack(samples())
     features = [row.inputs[0].audio, row.inputs[0].video]
-    for held in features:
-        held.values_BTF.requires_grad_()
+    for feature in features:
+        feature.values_BTF.requires_grad_()
     out = model(row)
     for b in range(len(TEXTS)):
         reached = torch.autograd.grad(out.loss_B[b], [f.values_BTF for f in features], retain_graph=True)
@@ -149,9 +151,9 @@ def test_no_sample_reads_another(folder: Path, attention: str) -> None:
 
 def test_groups_and_fillers_leave_gates_in_order(folder: Path) -> None:
     model = make(folder).eval()
-    collate, held = collator(model), samples()
+    collate, sample_list = collator(model), samples()
     with torch.no_grad():
-        whole, cut = (model(collate.pack(held, groups)) for groups in ([6], [2, 0, 4]))
+        whole, cut = (model(collate.pack(sample_list, groups)) for groups in ([6], [2, 0, 4]))
     torch.testing.assert_close(cut.gate_expert_BKE, whole.gate_expert_BKE)
     torch.testing.assert_close(cut.gate_modality_BKEM, whole.gate_modality_BKEM)
     assert whole.gate_expert_BKE.std(0).max() > 0.01
@@ -161,18 +163,18 @@ def test_groups_and_fillers_leave_gates_in_order(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_equal_those_of_padded_batches(folder: Path, task: str, dtype: torch.dtype) -> None:
     model = make(folder, dtype).eval()
-    collate, held = collator(model, task), samples(task)
+    collate, sample_list = collator(model, task), samples(task)
     trie = task_trie(BUILT_IN[task], model.backbone.tokenizer, "words", "en")
     with torch.no_grad():
-        row = collate.pack(held, [2, 4], trie=trie).to("cpu", dtype)
+        row = collate.pack(sample_list, [2, 4], trie=trie).to("cpu", dtype)
         prefix = model.prefix(row.prefix_ids_P)
         first, again = (model(row, None, prefix) for _ in range(2))  # the cache does not grow
-        whole, padded = model(row), model(collate(held, answers=False).to("cpu", dtype), trie)
-        alone = [model(collate.pack([s], trie=trie).to("cpu", dtype), None, prefix).logprob_BC for s in held]
+        whole, padded = model(row), model(collate(sample_list, answers=False).to("cpu", dtype), trie)
+        alone = [model(collate.pack([s], trie=trie).to("cpu", dtype), None, prefix).logprob_BC for s in sample_list]
     assert isinstance(first, ScoreOutput)
     assert torch.equal(first.logprob_BC, again.logprob_BC)
     with torch.no_grad():
-        precise = copy.deepcopy(model).float()(collate(held, answers=False), trie).logprob_BC
+        precise = copy.deepcopy(model).float()(collate(sample_list, answers=False), trie).logprob_BC
     padding = float((padded.logprob_BC - precise).abs().max())  # what rounding costs where nothing is packed
     tolerance = 2e-5 if dtype == torch.float32 else 1.5 * padding + 2e-2
     for other in (first.logprob_BC, whole.logprob_BC, torch.cat(alone)):
@@ -205,8 +207,8 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     V = 151_936
     folder = save_family("qwen2", tmp_path, vocab_size=V)
     model = make(folder, adapter=AdapterConfig(rank=2, dropout=0.0)).train()
-    collate, held = collator(model), samples()
-    batch = collate.pack(held) if layout == "packed" else collate(held)
+    collate, sample_list = collator(model), samples()
+    batch = collate.pack(sample_list) if layout == "packed" else collate(sample_list)
     wanted = len(batch.answer_id_n) if layout == "packed" else batch.answer_ids_BA.numel()
     with Logits(model) as seen:
         out = model(batch)
@@ -217,7 +219,9 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     trie = task_trie(BUILT_IN["meld"], model.backbone.tokenizer, "words", "en")
     monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 8 * V)
     model.eval()
-    given = (collate.pack(held, trie=trie),) if layout == "packed" else (collate(held, answers=False), trie)
+    given = (
+        (collate.pack(sample_list, trie=trie),) if layout == "packed" else (collate(sample_list, answers=False), trie)
+    )
     with torch.no_grad(), Logits(model) as seen:
         model(*given)
     assert max(int(np.prod(shape[:-1])) for shape in seen.shapes) <= 8
@@ -247,8 +251,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_micro_step_never_waits_for_the_device(folder: Path, layout: str, attention: str) -> None:
     model = make(folder, attention=attention).train()
-    collate, held = collator(model), samples()
-    batch = collate.pack(held, [2, 0, 4]) if layout == "packed" else collate(held)
+    collate, sample_list = collator(model), samples()
+    batch = collate.pack(sample_list, [2, 0, 4]) if layout == "packed" else collate(sample_list)
     with Waits() as seen:
         out = model(batch)
         (out.loss_B.sum() + out.auxiliary_B.sum() + out.unused_param_zero).backward()

@@ -69,12 +69,12 @@ def answer_logprobs(model: EGMF, context: Tensor, answers: Sequence[Answer]) -> 
     """log p(token) at every place of each answer, a row per answer; those of the same length in one pass, so without padding."""
     out = {}
     for length in sorted(set(map(len, answers))):
-        alike = [answer for answer in answers if len(answer) == length]
-        tails = model.backbone.embed(torch.tensor([answer[:-1] for answer in alike], dtype=torch.long))
-        rows = torch.cat([context.expand(len(alike), -1, -1), tails], dim=1)
+        same_length = [answer for answer in answers if len(answer) == length]
+        tails = model.backbone.embed(torch.tensor([answer[:-1] for answer in same_length], dtype=torch.long))
+        rows = torch.cat([context.expand(len(same_length), -1, -1), tails], dim=1)
         logits = model.backbone.model(inputs_embeds=rows, use_cache=False).logits
         places = logits[:, context.shape[0] - 1 :].double().log_softmax(-1)
-        out |= dict(zip(alike, places, strict=True))
+        out |= dict(zip(same_length, places, strict=True))
     return out
 
 
@@ -93,14 +93,14 @@ def test_packed_padded_and_single_samples_give_the_defined_loss_and_gradients(
     folder: Path, task: str, smoothing: float, error: float
 ) -> None:
     model = make(folder).train()
-    collate, held = collator(model, task, smoothing, error), samples(task)
-    expected_B = torch.stack([plain_loss(model, collate, sample, smoothing, error) for sample in held])
+    collate, sample_list = collator(model, task, smoothing, error), samples(task)
+    expected_B = torch.stack([plain_loss(model, collate, sample, smoothing, error) for sample in sample_list])
     scale = magnitudes(model, list(weighted(expected_B)))
     reference = gradients(model, expected_B)
     ways = {
-        "packed": lambda: model(collate.pack(held, [2, 0, 4])).loss_B,
-        "padded": lambda: model(collate(held)).loss_B,
-        "alone": lambda: torch.cat([model(collate.pack([sample])).loss_B for sample in held]),
+        "packed": lambda: model(collate.pack(sample_list, [2, 0, 4])).loss_B,
+        "padded": lambda: model(collate(sample_list)).loss_B,
+        "alone": lambda: torch.cat([model(collate.pack([sample])).loss_B for sample in sample_list]),
     }
     for way, run in ways.items():
         loss_B = run()
@@ -112,7 +112,7 @@ def test_packed_padded_and_single_samples_give_the_defined_loss_and_gradients(
                 gradient / scale[name], reference[name] / scale[name], atol=1e-5, rtol=0,
                 msg=lambda m, w=way, n=name: f"{w}: {n}: {m}",
             )  # fmt: skip
-    plain = model(collator(model, task).pack(held)).loss_B
+    plain = model(collator(model, task).pack(sample_list)).loss_B
     assert (plain - expected_B).abs().min() > 1e-3  # the objective does something to every sample
 
 
@@ -156,9 +156,9 @@ def test_scoring_knows_nothing_of_the_objective(folder: Path) -> None:
 
 def test_logits_of_the_tree_are_made_in_parts_and_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(folder).train()
-    collate, held = collator(model, "mosei", 0.0, 1.0), samples("mosei")
+    collate, sample_list = collator(model, "mosei", 0.0, 1.0), samples("mosei")
     monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 40 * model.backbone.vocabulary)
-    batch = collate.pack(held)
+    batch = collate.pack(sample_list)
     with Logits(model) as seen:
         model(batch).loss_B.sum().backward()
     assert max(shape[0] for shape in seen.shapes) <= 40 < len(batch.own_ids_T)

@@ -95,12 +95,12 @@ class Node:
         found = {}
         for pid in self.processes():
             with contextlib.suppress(OSError):
-                held = dict(
+                variables = dict(
                     x.partition("=")[::2] for x in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
                 )
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if "RANK" in held and b"train" in line:
-                    found[pid] = held["RANK"]
+                if "RANK" in variables and b"train" in line:
+                    found[pid] = variables["RANK"]
         return found
 
     def left_behind(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Node:
             if line.split()[3] == "0A" and not line.split()[1].endswith(":0016")
         ]
         found = {"processes": list(self.processes().values()), "shared memory": shared, "ports": listening}
-        return {what: held for what, held in found.items() if held}
+        return {what: remains for what, remains in found.items() if remains}
 
     @contextlib.contextmanager
     def hide(self, folder: Path) -> Iterator[None]:
@@ -148,7 +148,7 @@ class Node:
 
 @contextlib.contextmanager
 def nodes(lab: Path) -> Iterator[tuple[Node, Node]]:
-    """Two nodes that reach each other by ssh without a password, gone at the end. `lab` is an empty folder."""
+    """Two nodes that reach each other by ssh without a password, removed at the end. `lab` is an empty folder."""
     for name in ("key", "hostkey"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(lab / name))
     (lab / "bin").mkdir()

@@ -1,4 +1,4 @@
-"""One rank that meets the others, says how, and leaves."""
+"""One rank that joins the process group, prints how, and exits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def main(seconds: float) -> int:
     except ValueError as error:
         print(f"REFUSED {error}", flush=True)
         return 1
-    held = torch.ones(1)
-    world.sum(held)
+    one = torch.ones(1)
+    world.sum(one)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     print(
-        f"MET rank {world.rank} of {world.size} on {socket.gethostname()} by {interface}, sum {held.item():g}",
+        f"MET rank {world.rank} of {world.size} on {socket.gethostname()} by {interface}, sum {one.item():g}",
         flush=True,
     )
     stop_world()

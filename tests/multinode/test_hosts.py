@@ -84,7 +84,7 @@ def nothing_is_left(pair: Pair, seconds: float = 60) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean(pair: Pair) -> Iterator[None]:
-    """A test that fails must not leave the next one its processes."""
+    """Processes of a failed test must not reach the next one."""
     yield
     for node in pair:
         for pid in node.processes():
@@ -114,7 +114,7 @@ def same_results(a: Path, b: Path) -> None:
 
 
 def test_deepspeed_over_pdsh_gives_the_same_run_bit_by_bit(pair: Pair, lab: Path, work: Path, whole: Path) -> None:
-    """No interface is named anywhere; pdsh would not forward OMP_NUM_THREADS, on which the last bits depend."""
+    """No network interface is configured; pdsh would not forward OMP_NUM_THREADS, on which the last bits depend."""
     out = work / "deepspeed"
     (lab / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     started = pair[0].start(deepspeed(work, out), environment(lab, DS_ENV_FILE=str(lab / "deepspeed_env")))
@@ -176,7 +176,7 @@ def test_a_stop_signal_stops_every_node_and_the_same_command_continues(
         if number == signal.SIGTERM:
             assert started.returncode == 85, text
             assert state(out) == "stopped"
-        if started.returncode == 0:  # it had come to its end
+        if started.returncode == 0:  # it had finished
             break
         assert len(pair[1].processes()) == 1
     assert stranger.poll() is None
@@ -190,7 +190,7 @@ def test_a_stop_signal_stops_every_node_and_the_same_command_continues(
     nothing_is_left(pair)
 
 
-def test_nodes_that_are_not_ready_are_named_together_within_seconds(pair: Pair, lab: Path, work: Path) -> None:
+def test_all_nodes_that_are_not_ready_are_in_one_message_within_seconds(pair: Pair, lab: Path, work: Path) -> None:
     import importlib.metadata
 
     version = importlib.metadata.version("peft")

@@ -1,4 +1,4 @@
-"""Ranks on two nodes meet, or say in time why they cannot."""
+"""Rendezvous of ranks on two nodes, and the errors where it fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pair = tuple[Node, Node]
 
 
 def meet(pair: Pair, lab: Path, *changes: dict[str, str], seconds: float = 60) -> list[str]:
-    """What one rank on each node says; `changes` are their environments' differences, `{"absent": ""}` starts none."""
+    """The output of one rank on each node; `changes` go over their environments, `{"absent": ""}` starts none."""
     base = {
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
@@ -37,7 +37,7 @@ def meet(pair: Pair, lab: Path, *changes: dict[str, str], seconds: float = 60) -
 
 @pytest.mark.parametrize("master", ["10.81.0.1", "node1"])
 def test_the_interface_that_leads_to_the_others_is_found(pair: Pair, lab: Path, master: str) -> None:
-    """node1 is 127.0.1.1 to itself, and docker0 has one address on both nodes."""
+    """On node1 its own name resolves to 127.0.1.1, and docker0 has the same address on both nodes."""
     result = meet(pair, lab, {"MASTER_ADDR": master}, {"MASTER_ADDR": master})
     for rank, text in enumerate(result):
         assert f"MET rank {rank} of 2 on node{rank + 1} by eth0, sum 2" in text
@@ -58,21 +58,21 @@ def test_interfaces_that_cannot_work_are_refused(pair: Pair, lab: Path) -> None:
     assert "REFUSED GLOO_SOCKET_IFNAME=lo: lo is the loopback of node2, which no other node reaches" in loopback
 
 
-def test_an_interface_that_leads_elsewhere_is_told_on_every_rank(pair: Pair, lab: Path) -> None:
+def test_an_unreachable_interface_is_an_error_on_every_rank(pair: Pair, lab: Path) -> None:
     for text in meet(pair, lab, *[{"GLOO_SOCKET_IFNAME": "docker0"}] * 2):
         assert "rank 0 on node1 (172.30.0.1) cannot reach node2 at 172.30.0.1: " in text
         assert "rank 1 on node2 (172.30.0.1) cannot reach node1 at 172.30.0.1: " in text
         assert "unset GLOO_SOCKET_IFNAME" in text
 
 
-def test_an_absent_rank_is_named(pair: Pair, lab: Path) -> None:
+def test_an_absent_rank_is_in_the_message(pair: Pair, lab: Path) -> None:
     (text,) = meet(pair, lab, {}, {"absent": ""}, seconds=4)
     assert "REFUSED rank 1 of 2 did not come in time; the others are on node1" in text
     (text,) = meet(pair, lab, {"absent": ""}, {}, seconds=4)
     assert f"REFUSED rank 1 on node2 cannot reach rank 0 at 10.81.0.1:{PORT} within 4 s: Connection refused" in text
 
 
-def test_a_port_in_use_is_told_with_who_uses_it(pair: Pair, lab: Path) -> None:
+def test_a_port_in_use_is_an_error_with_the_process_that_uses_it(pair: Pair, lab: Path) -> None:
     server = pair[0].start([sys.executable, "-m", "http.server", PORT], environment(lab))
     try:
         pid = inner(server)
@@ -89,7 +89,7 @@ def test_a_port_in_use_is_told_with_who_uses_it(pair: Pair, lab: Path) -> None:
         server.wait()
 
 
-def test_another_version_on_one_node_is_told_on_every_rank(pair: Pair, lab: Path) -> None:
+def test_another_version_on_one_node_is_an_error_on_every_rank(pair: Pair, lab: Path) -> None:
     import importlib.metadata
 
     version = importlib.metadata.version("peft")

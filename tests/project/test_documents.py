@@ -116,7 +116,7 @@ def is_key(key: str) -> bool:
     return True
 
 
-def test_config_keys_are_told_from_others() -> None:
+def test_config_keys_are_distinguished_from_other_dotted_names() -> None:
     assert is_key("model.fusion.gate.kernel")
     assert is_key("data.weights.meld")
     assert not is_key("train.learning_rate")

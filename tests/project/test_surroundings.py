@@ -240,7 +240,7 @@ def test_the_line_for_slurm_starts_the_image(tmp_path: Path) -> None:
 
 
 def test_the_debian_packages_are_known() -> None:
-    """The image's packages, by the lists of this machine: all of them are in Debian and Ubuntu alike."""
+    """The image's packages, by the lists of this machine: all of them are in Debian and in Ubuntu."""
     known = (
         subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True) if shutil.which("apt-cache") else None
     )

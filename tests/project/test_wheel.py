@@ -89,9 +89,11 @@ def test_the_wheel_holds_every_package_file_and_its_metadata(wheel: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = message_from_string(archive.read(f"egmf_trainer-{__version__}.dist-info/METADATA").decode("utf-8"))
-    held = {f"{name}/{path.relative_to(ROOT / name)}" for name in ("trainer", "launch") for path in files(ROOT / name)}
-    held |= {f"trainer/configs/{path.relative_to(ROOT / 'configs')}" for path in files(ROOT / "configs")}
-    assert {name for name in names if ".dist-info/" not in name} == held - {"launch/setup_env.sh"}
+    expected = {
+        f"{name}/{path.relative_to(ROOT / name)}" for name in ("trainer", "launch") for path in files(ROOT / name)
+    }
+    expected |= {f"trainer/configs/{path.relative_to(ROOT / 'configs')}" for path in files(ROOT / "configs")}
+    assert {name for name in names if ".dist-info/" not in name} == expected - {"launch/setup_env.sh"}
     assert f"egmf_trainer-{__version__}.dist-info/licenses/LICENSE" in names
     assert {"trainer/py.typed", "launch/py.typed"} <= names
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -130,10 +132,10 @@ def test_what_the_images_copy_builds_the_same_wheel(source: Path, wheel: Path, t
 def test_shipped_configs_go_by_name(installed: Path, tmp_path: Path) -> None:
     egmf = str(installed / "egmf")
     assert run(egmf, "--version", cwd=tmp_path).stdout == f"egmf-trainer {__version__}\n"
-    held = json.loads(run(egmf, "config", "list", "--json", cwd=tmp_path).stdout)
-    assert {one["name"] for one in held["configs"]} == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert {one["name"] for one in held["suites"]} == {path.stem for path in (ROOT / "configs/suites").glob("*.yaml")}
-    assert all(Path(one["path"]).is_relative_to(installed.parent) for one in held["configs"])
+    listed = json.loads(run(egmf, "config", "list", "--json", cwd=tmp_path).stdout)
+    assert {one["name"] for one in listed["configs"]} == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert {one["name"] for one in listed["suites"]} == {path.stem for path in (ROOT / "configs/suites").glob("*.yaml")}
+    assert all(Path(one["path"]).is_relative_to(installed.parent) for one in listed["configs"])
     (tmp_path / "shown.yaml").write_text(run(egmf, "config", "show", "meld", cwd=tmp_path).stdout, encoding="utf-8")
     assert load_config(tmp_path / "shown.yaml") == load_config(ROOT / "configs" / "meld.yaml")
     assert "did you mean meld?" in run(egmf, "config", "show", "mled", cwd=tmp_path, code=1).stderr
@@ -159,8 +161,8 @@ def test_a_sweeps_workers_start(installed: Path, tmp_path: Path, data: str) -> N
 
 def test_the_doctor_examines_a_shipped_config(installed: Path, tmp_path: Path, data: str) -> None:
     found = run(str(installed / "egmf"), "doctor", "tiny", "task=meld", data, *SMALL, "--json", cwd=tmp_path)
-    held = json.loads(found.stdout)
-    assert held["faults"] == 0
-    states = {check["name"]: check["state"] for check in held["checks"]}
+    report = json.loads(found.stdout)
+    assert report["faults"] == 0
+    states = {check["name"]: check["state"] for check in report["checks"]}
     assert states["config"] == "ok"
     assert states["largest batch"] == "ok"

@@ -95,7 +95,7 @@ def expected(run: Path) -> dict[tuple[str, str], Any]:
     return {(row.task, row.id): row for row in table.itertuples()}
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """As the run's table has them where its tasks are of both kinds."""
     return value if isinstance(value, str) else repr(value)
 
@@ -108,12 +108,16 @@ def test_equal_to_the_evaluation_bit_by_bit(run: Path, opened: SavedRun, tmp_pat
     assert [(row["task"], row["id"]) for row in rows] == [(line["task"], line["id"]) for line in lines]
     table = expected(run)
     for row in rows:
-        held = table[row["task"], row["id"]]
-        assert (shown(row["prediction"]), row["valid"], row["answer"]) == (held.prediction, held.valid, held.answer)
+        evaluated = table[row["task"], row["id"]]
+        assert (as_text(row["prediction"]), row["valid"], row["answer"]) == (
+            evaluated.prediction,
+            evaluated.valid,
+            evaluated.answer,
+        )
         assert list(row["probabilities"]) == list(get_task(row["task"]).answers())
-        assert list(row["probabilities"].values()) == list(held.probabilities)
-        assert row["gate_expert"] == dict(zip(("local", "semantic", "global"), held.gate_expert, strict=True))
-        for expert, weights in zip(row["gate_modality"].values(), held.gate_modality, strict=True):
+        assert list(row["probabilities"].values()) == list(evaluated.probabilities)
+        assert row["gate_expert"] == dict(zip(("local", "semantic", "global"), evaluated.gate_expert, strict=True))
+        for expert, weights in zip(row["gate_modality"].values(), evaluated.gate_modality, strict=True):
             assert expert == dict(zip(("text", "audio", "video"), weights, strict=True))
     assert not any("audio" in line for line in lines[:1])  # missing modalities are among them
 
@@ -127,10 +131,10 @@ def test_equal_within_rounding_in_another_order_and_batch(run: Path, tmp_path: P
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
     table = expected(run)
     for row in rows:
-        held = table[row["task"], row["id"]]
-        np.testing.assert_allclose(list(row["probabilities"].values()), held.probabilities, atol=1e-5)
+        evaluated = table[row["task"], row["id"]]
+        np.testing.assert_allclose(list(row["probabilities"].values()), evaluated.probabilities, atol=1e-5)
         if row["task"] == "simsv2":
-            assert row["prediction"] == pytest.approx(float(held.prediction), abs=1e-5)
+            assert row["prediction"] == pytest.approx(float(evaluated.prediction), abs=1e-5)
 
 
 def test_chunks_change_nothing(run: Path, opened: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +215,7 @@ def test_every_format_is_answered_as_the_evaluation_answers_it(
     other = {"meld": "simsv2", "simsv2": "meld"}[task]
     (tmp_path / other).symlink_to(run.parent / other)
     source = open_source(get_task(task), sources)
-    source.rates = open_dataset(run.parent / task).rates  # files of these layouts do not say theirs
+    source.rates = open_dataset(run.parent / task).rates  # files of these layouts have no frame rates
     prepare_source(get_task(task), source, tmp_path / task)
     table, _ = open_run(run, WORLD, data=f"{tmp_path}/{{task}}").evaluate("test")
     truth = {row.id: row for row in table[table["task"] == task].itertuples()}
@@ -224,10 +228,10 @@ def test_every_format_is_answered_as_the_evaluation_answers_it(
         assert (tally, output) == (Tally(answered=11, bad=0), [])
         assert [row["id"] for row in rows] == open_dataset(tmp_path / task)["test"].ids
         for row in rows:
-            held = truth[row["id"]]
-            assert (row["task"], row["prediction"], row["answer"]) == (task, held.prediction, held.answer)
-            assert list(row["probabilities"].values()) == list(held.probabilities)
-            assert list(row["gate_expert"].values()) == list(held.gate_expert)
+            evaluated = truth[row["id"]]
+            assert (row["task"], row["prediction"], row["answer"]) == (task, evaluated.prediction, evaluated.answer)
+            assert list(row["probabilities"].values()) == list(evaluated.probabilities)
+            assert list(row["gate_expert"].values()) == list(evaluated.gate_expert)
 
 
 def test_annotations_without_labels_are_answered_like_the_same_lines(
@@ -263,7 +267,7 @@ def test_a_split_of_own_samples_is_answered_alone(run: Path, opened: SavedRun, t
     assert tally == Tally(answered=3, bad=2)
 
 
-def test_what_a_format_lacks_is_told(run: Path, opened: SavedRun, tmp_path: Path) -> None:
+def test_what_a_format_lacks_is_reported(run: Path, opened: SavedRun, tmp_path: Path) -> None:
     (features,) = made_of(run, "samples", tmp_path / "in", labels=False)
     out = tmp_path / "out.jsonl"
     with pytest.raises(PredictError, match="name no task, and the run has meld, simsv2: give one with --task"):
@@ -348,7 +352,7 @@ def mixed(tmp_path: Path) -> Path:
     return path
 
 
-def test_bad_lines_are_told_and_cost_only_themselves(opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
+def test_bad_lines_are_reported_and_cost_only_themselves(opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
     tally, rows, output = answers(opened, mixed, tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["good", "nan", "7", "note"]
     assert tally == Tally(answered=4, bad=len(BAD))
@@ -377,7 +381,7 @@ def test_the_command_keeps_stdout_clean_and_says_so_with_its_code(run: Path, mix
 
 
 @pytest.mark.distributed
-def test_two_processes_answer_alike(run: Path, opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_answers_of_one(run: Path, opened: SavedRun, mixed: Path, tmp_path: Path) -> None:
     lines = mixed.read_bytes().splitlines()
     mixed.write_bytes(b"\n".join([lines[0], *lines[-4:]]))
     _, alone, _ = answers(opened, mixed, tmp_path / "alone.jsonl")

@@ -75,7 +75,7 @@ def clip(i: int, frames: int = 40) -> Sample:
 
 def test_damage_is_of_the_sample_alone_and_grows_with_the_rate() -> None:
     clips = [clip(i) for i in range(400)]
-    gone: list[set[str]] = []
+    lost_by_rate: list[set[str]] = []
     for rate in (0.25, 0.5, 1.0):
         damage = Corruption("missing", ("audio", "video"), rate, seed=3)
         made = [damage("meld", sample) for sample in clips]
@@ -84,8 +84,8 @@ def test_damage_is_of_the_sample_alone_and_grows_with_the_rate() -> None:
         assert lost == {i for i, s in again.items() if s.audio_TF is None}  # whatever else is damaged, in any order
         assert lost != {s.id for s in made if s.video_TF is None} or rate == 1.0
         assert len(lost) / len(clips) == pytest.approx(rate, abs=0.08)
-        gone.append(lost)
-    assert gone[0] < gone[1] < gone[2]
+        lost_by_rate.append(lost)
+    assert lost_by_rate[0] < lost_by_rate[1] < lost_by_rate[2]
     assert all(sample.audio_TF is not None for sample in clips)  # the data themselves stay
     assert [Corruption("missing", ("text",), 1.0)("meld", c).text for c in clips[:2]] == ["", ""]
     assert Corruption("missing", ("audio",), 0.5, seed=4)("meld", clips[0]) is not None
@@ -151,9 +151,9 @@ def test_scores_are_those_of_damaged_samples_one_at_a_time(run: Path, opened: Sa
         assert len(curves) == 9
         for points in curves.values():
             assert points[0]["scores"]["nll"] == pytest.approx(clean[name]["nll"], rel=1e-6)
-        gone = alone(opened, name, lambda s: replace(s, audio_TF=None, video_TF=None))
+        without_both = alone(opened, name, lambda s: replace(s, audio_TF=None, video_TF=None))
         for mode in ("missing", "frames"):
-            assert curves[mode, "audio+video"][2]["scores"]["nll"] == pytest.approx(gone["nll"], rel=1e-5)
+            assert curves[mode, "audio+video"][2]["scores"]["nll"] == pytest.approx(without_both["nll"], rel=1e-5)
         noisy = Corruption("noise", ("audio",), 0.5, 0, spread)
         expected = alone(opened, name, lambda s, n=name, d=noisy: d(n, s))  # type: ignore[misc]
         assert curves["noise", "audio"][1]["scores"]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
@@ -169,7 +169,7 @@ def test_scores_are_those_of_damaged_samples_one_at_a_time(run: Path, opened: Sa
 
 
 @pytest.mark.distributed
-def test_two_processes_damage_alike(run: Path, opened: SavedRun) -> None:
+def test_two_processes_corrupt_the_same_samples(run: Path, opened: SavedRun) -> None:
     run_ranks("trainer", "robustness", str(run), "--rates", "0.5", "--modes", "noise,frames", "--seed", "5")
     both = json.loads((run / "robustness.json").read_text())
     alone, _ = robustness(opened, Options(rates=(0.5,), modes=("noise", "frames"), seed=5))
@@ -191,21 +191,21 @@ def test_the_end_of_a_run_writes_what_the_report_says_of_temperature(run: Path) 
     reported = json.loads((run / "calibration.json").read_text())
     assert reported["checkpoint"] == json.loads((run / "metrics.json").read_text())["checkpoint"]
     for results in analyse(read_run(run)):
-        held = results.calibration
-        assert held is not None
-        assert reported["tasks"][results.task.name]["temperature"] == pytest.approx(held.temperature)
-        assert reported["tasks"][results.task.name]["splits"]["test"] == pytest.approx(held.splits["test"])
+        calibration = results.calibration
+        assert calibration is not None
+        assert reported["tasks"][results.task.name]["temperature"] == pytest.approx(calibration.temperature)
+        assert reported["tasks"][results.task.name]["splits"]["test"] == pytest.approx(calibration.splits["test"])
 
 
 def test_against_a_reference(run: Path, text_only: Path, opened: SavedRun, tmp_path: Path) -> None:
     result, _ = robustness(opened, Options(rates=(1.0,), modes=("missing",)), text_only)
     reference = json.loads((text_only / "metrics.json").read_text())["test"]
     for name in TASKS:
-        held = result["tasks"][name]
-        assert held["reference"] == pytest.approx(reference[name][held["metric"]])
-        for point in (p for c in held["curves"] for p in c["points"]):
+        task_result = result["tasks"][name]
+        assert task_result["reference"] == pytest.approx(reference[name][task_result["metric"]])
+        for point in (p for c in task_result["curves"] for p in c["points"]):
             against = point["against"]
-            assert against["value"] == pytest.approx(point["scores"][held["metric"]] - held["reference"])
+            assert against["value"] == pytest.approx(point["scores"][task_result["metric"]] - task_result["reference"])
             assert against["low"] <= against["value"] <= against["high"]
             assert against["worse"] == (against["high"] < 0)
     with pytest.raises(ValueError, match="not read by this run, which reads text"):
@@ -238,8 +238,8 @@ def test_the_command_puts_the_curves_into_the_report(run: Path, text_only: Path)
     assert "text scores" in page
     assert run_json(run)["tasks"]["meld"]["robustness"]["curves"][0]["mode"] == "missing"
     (run / "robustness.json").write_text(json.dumps({**reported, "checkpoint": "step-1"}))
-    held = read_run(run)
-    assert not held.robustness
-    assert any("run egmf robustness again" in note for note in held.notes)
+    results = read_run(run)
+    assert not results.robustness
+    assert any("run egmf robustness again" in note for note in results.notes)
     write_robustness(run, reported, table)
     assert read_run(run).robustness == reported

@@ -38,14 +38,14 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(unified: Path) -> None:
 def test_json_has_the_same_content_and_stdout_nothing_else(unified: Path) -> None:
     done = egmf("show", str(unified), "--json")
     assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
+    summary = json.loads(done.stdout)
     metrics = json.loads((unified / "metrics.json").read_text())
-    assert shown["state"] == "done"
-    assert (shown["step"], shown["steps"], shown["checkpoint"]) == (40, 40, "step-00000020")
-    assert shown["tasks"]["simsv2"]["scores"]["test"] == metrics["test"]["simsv2"]
-    assert shown["tasks"]["meld"]["constant"]["scores"]["acc"] < 1
-    assert shown["tasks"]["cherma"]["gates"]["class"][0]["name"] == "愤怒"
-    assert shown["tasks"]["meld"]["worst"][0]["text"]
-    assert [step for step, _ in shown["validation"]["meld"]] == [10, 20, 30, 40]
-    assert shown["config"]["train"]["steps"] == 40
-    assert shown["notes"] == []
+    assert summary["state"] == "done"
+    assert (summary["step"], summary["steps"], summary["checkpoint"]) == (40, 40, "step-00000020")
+    assert summary["tasks"]["simsv2"]["scores"]["test"] == metrics["test"]["simsv2"]
+    assert summary["tasks"]["meld"]["constant"]["scores"]["acc"] < 1
+    assert summary["tasks"]["cherma"]["gates"]["class"][0]["name"] == "愤怒"
+    assert summary["tasks"]["meld"]["worst"][0]["text"]
+    assert [step for step, _ in summary["validation"]["meld"]] == [10, 20, 30, 40]
+    assert summary["config"]["train"]["steps"] == 40
+    assert summary["notes"] == []

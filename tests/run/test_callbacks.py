@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def events(run: Path) -> list[list[list[Any]]]:
-    """Of each rank: [hook, what it was told ...]."""
+    """Of each rank: [hook, its arguments ...]."""
     return [json.loads((run / f"events{rank}.json").read_text()) for rank in (0, 1)]
 
 

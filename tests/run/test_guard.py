@@ -1,4 +1,4 @@
-"""Non-finite steps, spikes, and batches that do not fit: found, said, and survived by a real run."""
+"""Non-finite steps, spikes, and batches that do not fit: found, reported, and survived by a real run."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_longest_samples_make_the_largest_batch(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_bad_sample_is_named_before_training_or_skipped(tmp_path: Path) -> None:
+def test_a_bad_sample_is_reported_before_training_or_skipped(tmp_path: Path) -> None:
     view = open_dataset(prepare_toy("meld", tmp_path / "plain"))["train"]
     longest = view[view.longest(4)[0]].id
     prepare_toy("meld", tmp_path, huge=(longest,))
@@ -152,7 +152,7 @@ def test_too_many_in_a_row_stop_the_run_and_can_be_replayed(tmp_path: Path) -> N
 
 
 @pytest.mark.distributed
-def test_a_batch_larger_than_memory_is_said_with_what_to_change(tmp_path: Path) -> None:
+def test_a_batch_larger_than_memory_is_an_error_with_the_setting_to_change(tmp_path: Path) -> None:
     prepare_toy("meld", tmp_path, train=1500)
     done = train(
         tmp_path / "run", tmp_path, "train.global_batch=1500", "train.micro_batch=600", "train.micro_tokens=99999", "train.steps=1",

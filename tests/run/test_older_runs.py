@@ -167,7 +167,7 @@ def test_what_changes_the_training_is_refused_and_what_does_not_is_not(older: Pa
         assert "or all the same with --force" in str(refused.value)
 
 
-def test_a_setting_that_is_gone_is_refused_where_it_was_used(
+def test_a_removed_setting_is_refused_where_it_was_used(
     older: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = stopped_run("zero2", tmp_path)

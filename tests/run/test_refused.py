@@ -38,7 +38,7 @@ def test_what_does_not_work_is_refused_before_anything_starts(overrides: tuple[s
         check_machine(load_config(TINY, overrides), torch.device("cpu"))
 
 
-def test_everything_is_said_at_once() -> None:
+def test_all_faults_are_in_one_message() -> None:
     wrong = ("train.zero=0", "train.offload=cpu", "train.precision=fp16", f"{ZERO}.mics_shard_size=2")
     with pytest.raises(ValueError, match="host memory") as refused:
         check_machine(load_config(TINY, wrong), torch.device("cpu"))

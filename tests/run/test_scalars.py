@@ -17,12 +17,12 @@ class Exchange:
     """An all-reduce between threads that stand for ranks."""
 
     def __init__(self, size: int) -> None:
-        self.barrier, self.held, self.calls = threading.Barrier(size), dict[int, Tensor](), 0
+        self.barrier, self.by_rank, self.calls = threading.Barrier(size), dict[int, Tensor](), 0
 
     def sum(self, rank: int, values: Tensor) -> None:
-        self.held[rank] = values.clone()
+        self.by_rank[rank] = values.clone()
         self.barrier.wait(timeout=30)
-        values.copy_(torch.stack([self.held[r] for r in sorted(self.held)]).sum(0))
+        values.copy_(torch.stack([self.by_rank[r] for r in sorted(self.by_rank)]).sum(0))
         self.calls += rank == 0
         self.barrier.wait(timeout=30)
 
@@ -71,10 +71,10 @@ def test_sums_and_means_over_ranks_come_back_by_name_from_one_all_reduce() -> No
 
 def test_a_name_has_one_reduction_and_what_is_added_is_not_changed() -> None:
     scalars = StepScalars(World(0, 1, torch.device("cpu")))
-    held = torch.ones(2, dtype=torch.float64)
-    scalars.add("a", held)
-    scalars.add("a", held)
-    assert held.tolist() == [1.0, 1.0]
+    values = torch.ones(2, dtype=torch.float64)
+    scalars.add("a", values)
+    scalars.add("a", values)
+    assert values.tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="'a' has reduction sum, not mean"):
         scalars.add("a", 1.0, "mean")
     scalars.reduce()

@@ -23,7 +23,7 @@ from tests.distributed.processes import free_port, install_packages
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 PACKAGES = ("slurm-wlm", "munge", "iproute2")
 NET, BRIDGE, NODE_PORT = "10.79.0", "slbr0", 17818
-NODE_TIMEOUT = 10  # seconds after which Slurm misses a node
+NODE_TIMEOUT = 10  # SlurmdTimeout: seconds until Slurm marks a silent node down
 
 CONF = """
 ClusterName=egmf
@@ -106,7 +106,7 @@ class Lab:
         self._stack.close()
 
     def run(self, *command: str) -> str:
-        """What one of Slurm's commands says."""
+        """The output of one of Slurm's commands."""
         done = subprocess.run(
             command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60
         )
@@ -128,7 +128,7 @@ class Lab:
         self._start(node, inside)
 
     def lose(self, node: str, *, silently: bool) -> None:
-        """Everything on the node dies; `silently`: it is off the net first, so that no connection is closed."""
+        """Kill everything on the node; `silently`: after cutting its network, so that no connection is closed."""
         if silently:
             subprocess.run(["ip", "link", "set", f"slv{node[4:]}", "down"], check=True)
         for pid in _inside(node):
@@ -213,7 +213,7 @@ class Lab:
                     os.kill(pid, signal.SIGKILL)
 
     def _clear(self) -> None:
-        """Remove the network, with all that runs on the nodes; an interrupted lab's too: the names are ours alone."""
+        """Remove the network, with all that runs on the nodes; an interrupted lab's too: no one else uses these names."""
         self._end_nodes()
         for node in self.nodes:
             subprocess.run(["ip", "netns", "del", _namespace(node)], capture_output=True)
@@ -221,7 +221,7 @@ class Lab:
 
 
 def wait_for(what: Callable[[], object], seconds: float, otherwise: Callable[[], object] = lambda: "") -> None:
-    """Wait until `what` is true; fails with what `otherwise` says."""
+    """Wait until `what` is true; fails with the text that `otherwise` returns."""
     end = time.monotonic() + seconds
     while not what():
         if time.monotonic() > end:

@@ -45,7 +45,7 @@ def submit(lab: Lab, config: Path, out: Path, *arguments: str, **env: str) -> st
 
 
 def output(run: Path) -> str:
-    """What the jobs of a run wrote."""
+    """The output of the jobs of a run."""
     return "\n".join(log.read_text() for log in sorted((run / "slurm").glob("*.log")))
 
 
@@ -113,7 +113,7 @@ def test_a_preempted_run_of_an_array_comes_back_and_ends_as_if_nothing_was(
     assert "continuing from" in text
     assert [line.split()[1] for line in starts(runs[seed])] == ["1", "2"]
     with sqlite3.connect(work / "mlflow.db") as store:
-        for run in runs.values():  # one run of MLflow's, however often it was started
+        for run in runs.values():  # one MLflow run, however often the job was requeued
             ids = store.execute("select run_uuid, status from runs where name = ?", (run.name,)).fetchall()
             assert ids == [(record(run)["mlflow"]["run_id"], "FINISHED")]
     for run in runs.values():
@@ -150,7 +150,7 @@ def test_a_sweep_is_an_array_that_is_not_submitted_twice_and_goes_on_where_it_fa
     (out / "zero=1-s3" / "checkpoints").unlink()
     job = submitted()
     assert state(job, 1) == "COMPLETED", logs()
-    assert "not found" in lab.run("scontrol", "show", "job", f"{job}_2")  # it is done: it was not submitted again
+    assert "not found" in lab.run("scontrol", "show", "job", f"{job}_2")  # finished: not submitted again
     assert [record(run)["state"] for run in runs.values()] == ["done", "done"]
     done = egmf(*words, **lab.environment)
     assert "all 2 runs are done" in done.stderr
@@ -228,7 +228,7 @@ def test_a_run_that_loses_a_node_goes_on_with_fewer(lab: Lab, work: Path) -> Non
         assert losses(out)[step] == pytest.approx(loss, abs=1e-5), step
 
 
-def test_what_slurm_refuses_is_said_and_leaves_nothing(lab: Lab, work: Path) -> None:
+def test_what_slurm_refuses_is_an_error_and_leaves_nothing(lab: Lab, work: Path) -> None:
     arguments = ("launch", "slurm", str(work / "toy.yaml"), "--out", str(work / "refused"), "--nodes")
     cases = {
         ("2", "--procs-per-node", "1", "--partition", "gpus"): ("partition", "partitions here: debug"),

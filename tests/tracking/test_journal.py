@@ -125,7 +125,7 @@ journal.metrics({"a": 3.0}, 3)
 """
 
 
-def test_a_full_disk_is_said_and_leaves_whole_lines(path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_whole_lines(path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(path)], env=environment(), cwd=ROOT, capture_output=True, text=True
     )

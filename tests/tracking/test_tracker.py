@@ -423,7 +423,7 @@ def test_system_metrics_go_through_the_journal(tmp_path: Path) -> None:
     assert_same_as_journal(tracker.uri, tracker.run_id, out)
 
 
-def test_long_parameters_are_cut_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_parameters_are_cut_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     chosen = config()
     chosen.deepspeed = {"note": "x" * 9000}
     with caplog.at_level(logging.WARNING):

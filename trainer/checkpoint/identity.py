@@ -69,5 +69,5 @@ def completed_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     """
     known = {key: value for key, value in saved.items() if find(RunConfig, key) is not None}
     known |= defaults_of_missing(known, training_settings(RunConfig(task="any")))
-    gone = {key: value for key, value in saved.items() if key not in known}
-    return {key: value for key, value in known.items() if effect_of(key) == "training"}, gone
+    unknown = {key: value for key, value in saved.items() if key not in known}
+    return {key: value for key, value in known.items() if effect_of(key) == "training"}, unknown

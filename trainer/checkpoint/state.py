@@ -134,19 +134,19 @@ def check_fit(state: CheckpointState, expected: RunIdentity, checkpoint: Path, *
 
 
 def _setting_differences(state: CheckpointState, expected: RunIdentity, checkpoint: Path) -> list[str]:
-    saved, gone = completed_settings(state.settings)
+    saved, unknown = completed_settings(state.settings)
     now: dict[str, Any] = expected.model_dump()["settings"]  # as a checkpoint would hold them
     lines = [
         f"  {name}: the checkpoint has {saved.get(name)!r}, this run {now.get(name)!r}"
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
     ]
-    unused = [name for name, value in gone.items() if value in OFF]
+    unused = [name for name, value in unknown.items() if value in OFF]
     if unused:
         log.info(
             "%s: not used, and not in this version of egmf-trainer: %s", checkpoint.name, ", ".join(sorted(unused))
         )
-    used = sorted(set(gone) - set(unused))
+    used = sorted(set(unknown) - set(unused))
     writer = f" ({state.version} wrote it)" if state.version else ""
-    lines += [f"  {n}: the checkpoint has {gone[n]!r}, and this version has no such setting{writer}" for n in used]
+    lines += [f"  {n}: the checkpoint has {unknown[n]!r}, and this version has no such setting{writer}" for n in used]
     return lines

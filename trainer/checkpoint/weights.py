@@ -42,7 +42,7 @@ def trainable_state(model: EGMF, world: World) -> dict[str, Tensor]:
 def trainable_tensors(model: EGMF) -> dict[str, Tensor]:
     """All that training changes, by name: the trainable parameters and the fusion network's buffers (the gate's usage).
 
-    These are the model's own tensors, as they are held: clone to keep them, gather what ZeRO-3 partitioned. Shared weights appear once.
+    These are the model's own tensors, not copies: clone to keep them, gather what ZeRO-3 partitioned. Shared weights appear once.
     """
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if model.fusion is not None:

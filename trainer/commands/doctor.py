@@ -1,4 +1,4 @@
-"""Before a run: is everything there, and does it work together? ``egmf doctor``."""
+"""Before a run: check machine, versions, data, model and ranks. ``egmf doctor``."""
 
 from __future__ import annotations
 

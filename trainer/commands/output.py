@@ -29,7 +29,7 @@ def wide() -> Console:
 
 @contextlib.contextmanager
 def progress_bar(*, visible: bool = True, console: Console | None = None) -> Iterator[Progress]:
-    """A bar on stderr, which is gone at the end; none where stderr is no terminal."""
+    """A transient progress bar on stderr; none where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

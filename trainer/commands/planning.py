@@ -16,24 +16,26 @@ app = typer.Typer()
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, one rank each")] = 1,
-    gpu_memory: Annotated[float, typer.Option(help="of one GPU, GiB")] = 80.0,
-    samples_per_second: Annotated[float | None, typer.Option(help="of all GPUs together, for the hours")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node, one rank each")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="memory of one GPU, GiB")] = 80.0,
+    samples_per_second: Annotated[float | None, typer.Option(help="throughput of all GPUs, for the hours")] = None,
     positions_per_second: Annotated[
-        float | None, typer.Option(help="instead: through the backbone, padding included")
+        float | None, typer.Option(help="instead: positions through the backbone, padding included")
     ] = None,
-    tflops: Annotated[float | None, typer.Option(help="instead: reached on each GPU")] = None,
+    tflops: Annotated[float | None, typer.Option(help="instead: achieved on each GPU")] = None,
     positions: Annotated[
-        int | None, typer.Option(min=8, help="of a sample's whole prompt with its answer, instead of the data's")
+        int | None, typer.Option(min=8, help="length of a sample's prompt with its answer, in place of the data's")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="of an epoch, where there are no prepared data")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="training samples of an epoch, without prepared data")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Tell memory of a GPU at each ZeRO stage, bytes on the wire, checkpoint size and hours, without any GPU.
+    """Estimate GPU memory at each ZeRO stage, communication volume, checkpoint size and hours, without a GPU.
 
-    Reads the backbone's configuration alone (a folder with config.json will do), no weights.
+    Reads the backbone's config.json only, no weights.
     """
     loaded = read_config(config, overrides)
     stated = [rate for rate in (samples_per_second, positions_per_second, tflops) if rate is not None]

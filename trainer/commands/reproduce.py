@@ -25,8 +25,8 @@ class PlannedMachine:
     """The GPUs that --dry-run plans a run for; a field is an option."""
 
     gpus: Annotated[int, typer.Option(min=1, help="for --dry-run: GPUs of a run")] = 8
-    gpu_memory: Annotated[float, typer.Option(help="for --dry-run: of one GPU, GiB")] = 80.0
-    tflops: Annotated[float | None, typer.Option(help="for --dry-run: reached on each GPU, for the hours")] = None
+    gpu_memory: Annotated[float, typer.Option(help="for --dry-run: memory of one GPU, GiB")] = 80.0
+    tflops: Annotated[float | None, typer.Option(help="for --dry-run: achieved on each GPU, for the hours")] = None
 
 
 PLANNED_MACHINE = PlannedMachine()
@@ -43,13 +43,13 @@ def reproduce(
     parallel: Annotated[int, typer.Option(min=1, help="runs at once; they share cores and GPUs")] = 1,
     procs: Annotated[int, typer.Option(min=1, help="processes of each run")] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check every run, say what it takes and what is missing, and stop")
+        bool, typer.Option("--dry-run", help="check every run, print its cost and what is missing, and stop")
     ] = False,
     machine: PlannedMachine = PLANNED_MACHINE,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Make all runs of a suite, and its tables. The same command continues it; finished runs are not run again.
+    """Run a suite and make its tables. The same command continues it; finished runs are not run again.
 
     The tables are printed, and written to reproduce.md and reproduce.json in the suite's folder.
     """

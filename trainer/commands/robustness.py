@@ -24,7 +24,7 @@ def robustness(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     rates: Annotated[
-        str, typer.Option(help="probabilities at which samples or frames are damaged", metavar="R,R,...")
+        str, typer.Option(help="probabilities at which samples or frames are corrupted", metavar="R,R,...")
     ] = "0,0.25,0.5,0.75,1",
     modes: Annotated[
         str,
@@ -35,7 +35,7 @@ def robustness(
     modalities: Annotated[
         str | None, typer.Option(help="default: audio and video, those that the run reads", metavar="NAME,...")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the damage")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the corruption")] = 0,
     reference: Annotated[
         Path | None, typer.Option(help="a finished run to compare with, such as a text-only one", metavar="RUN")
     ] = None,

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What is asked of Slurm, and how the job's script is written; a field is an option."""
+    """Resources requested from Slurm, and the job script's settings; each field is an option."""
 
-    nodes: Annotated[str, typer.Option(help="how many, or MIN-MAX", metavar="N")] = "1"
+    nodes: Annotated[str, typer.Option(help="number of nodes, or MIN-MAX", metavar="N")] = "1"
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process each")] = None
     procs_per_node: Annotated[int | None, typer.Option(min=1, help="processes on each node, without GPUs")] = None
     partition: Annotated[str | None, typer.Option(help="Slurm's, as all that follow up to cpus-per-task")] = None
@@ -39,8 +39,10 @@ class SlurmOptions:
     constraint: Annotated[str | None, typer.Option()] = None
     mem: Annotated[str | None, typer.Option(help="memory of each node, such as 200G")] = None
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPU cores of each process")] = None
-    signal_seconds: Annotated[int, typer.Option(min=10, help="stop so long before the time limit")] = 120
-    requeue: Annotated[bool, typer.Option(help="go back into the queue when stopped, or when a node is lost")] = True
+    signal_seconds: Annotated[
+        int, typer.Option(min=10, help="seconds before the time limit at which the run stops")
+    ] = 120
+    requeue: Annotated[bool, typer.Option(help="requeue when stopped, or when a node is lost")] = True
     setup: Annotated[list[str] | None, typer.Option(help="a line of shell before the run; repeatable")] = None
     sbatch: Annotated[list[str] | None, typer.Option(help="another option of sbatch; repeatable")] = None
     srun: Annotated[list[str] | None, typer.Option(help="another option of srun; repeatable")] = None
@@ -51,7 +53,7 @@ class SlurmOptions:
         return self != NOTHING_ASKED
 
     def resources(self) -> Resources:
-        """What the job asks for.
+        """The resources that the job requests.
 
         Raises:
             ValueError: the options do not say how many processes a node runs.
@@ -108,7 +110,7 @@ def launch_slurm(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> int:
-    """Submit a training to Slurm. It stops before its time is over, goes back into the queue, and continues."""
+    """Submit a training to Slurm. Before its time limit it writes a checkpoint, is requeued and continues."""
     from launch.start.slurm import check, one_run, over_seeds
     from launch.sweep.grid import parse_seeds
 

@@ -183,7 +183,7 @@ def replay(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> int:
-    """Repeat a step whose loss or gradient was not finite, and name the module where that begins."""
+    """Repeat a step whose loss or gradient was not finite, and name the first module whose output is not finite."""
 
     def work(world: World) -> int:
         from rich.table import Table

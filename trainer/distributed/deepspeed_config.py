@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration derived from ours, which of its values are in force, and the combinations that are refused."""
+"""DeepSpeed's configuration derived from the run's, the effective values in it, and the combinations that are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if train.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch or 1,  # it must be something; we count our own
+        "train_micro_batch_size_per_gpu": train.micro_batch
+        or 1,  # required, not used: the run accumulates gradients itself
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.clip,
         "steps_per_print": 2**31,
@@ -89,11 +90,9 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
 
 def _refused(config: RunConfig) -> list[str]:
     """Combinations of stage, quantisation and offload that do not work together, each with what to do."""
-    zero, stage, faults = deepspeed_config(config)["zero_optimization"], zero_stage(config), []
+    zero, stage, faults = deepspeed_config(config)["zero_optimization"], zero_stage(config), offload_faults(config)
     where = (zero.get("offload_param") or {}).get("device", "none")
     packed = config.model.backbone.quantization != "none"
-    if offloads_optimizer(deepspeed_config(config)) and stage == 0:
-        faults.append("an optimizer in host memory needs ZeRO: use train.zero=1, 2 or 3, or train.offload=none")
     if where != "none" and stage != 3:
         faults.append(f"deepspeed.zero_optimization.offload_param needs train.zero=3, not {stage}")
     if where == "nvme":
@@ -106,7 +105,9 @@ def _refused(config: RunConfig) -> list[str]:
             "model.fusion.compile=true does not go with train.zero=3, whose hooks gather weights layer by layer"
         )
     if zero.get("mics_shard_size", -1) > 0:
-        faults.append("deepspeed.zero_optimization.mics_shard_size is not supported: weights are cut over all ranks")
+        faults.append(
+            "deepspeed.zero_optimization.mics_shard_size is not supported: weights are partitioned over all ranks"
+        )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if packed and zero.get(key):
             faults.append(
@@ -114,6 +115,13 @@ def _refused(config: RunConfig) -> list[str]:
                 f"model.backbone.quantization={config.model.backbone.quantization} again: leave one of the two out"
             )
     return faults
+
+
+def offload_faults(config: RunConfig) -> list[str]:
+    """Why the optimizer cannot be offloaded as the config asks, with what to do; empty where it can be, or need not be."""
+    if offloads_optimizer(deepspeed_config(config)) and zero_stage(config) == 0:
+        return ["an optimizer in host memory needs ZeRO: use train.zero=1, 2 or 3, or train.offload=none"]
+    return []
 
 
 def offloads_optimizer(raw: dict[str, Any]) -> bool:

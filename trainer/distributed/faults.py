@@ -1,4 +1,4 @@
-"""Why a rank failed: by its own fault, or only because another rank was gone; and how its launcher learns of it.
+"""Why a rank failed: by its own fault, or only because another rank had ended; and how its launcher learns of it.
 
 The cause goes into torchelastic's error file (``TORCHELASTIC_ERROR_FILE``), which torchrun and our launchers read, with
 one field of our own: whether the rank only missed a peer. Among several failures the others explain the run's end.
@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     """What a rank left as its reason."""
 
     message: str
-    missed_peer: bool  # the rank only noticed that another one was gone
+    missed_peer: bool  # the rank only noticed that another one had ended
 
 
 def report_to_launcher(error: BaseException) -> None:

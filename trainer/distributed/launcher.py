@@ -1,7 +1,7 @@
-"""What launchers and workers agree on, and what a worker does when its launcher is gone: it stops soon after it.
+"""Environment variables and exit codes shared by launchers and workers; a worker stops soon after its launcher has ended.
 
 DeepSpeed's and torchrun's workers do not notice that the process which started them was killed, or that the ssh connection
-behind it broke: they would train on unseen, or wait for each other for ever.
+behind it broke: they would go on training unnoticed, or wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MAST
 RANK_VARIABLES = (*RENDEZVOUS_VARIABLES, "LOCAL_WORLD_SIZE")  # all that give a process its place among a run's ranks
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # ranks on this machine, as torchrun and as DeepSpeed name them
 
-OURS = "EGMF_LAUNCHER"  # set by our launchers, "local" or "agent" (over ssh); they send the signal themselves
-LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", OURS)  # set by deepspeed, torchrun, and us
+EGMF_LAUNCHER = "EGMF_LAUNCHER"  # set by our launchers, "local" or "agent" (over ssh); they send the signal themselves
+LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", EGMF_LAUNCHER)  # set by deepspeed, torchrun, and us
 LIMIT = 300.0  # seconds that a worker has to save and leave
 
 
@@ -35,7 +35,7 @@ def follow_launcher() -> None:
     if not any(name in os.environ for name in LAUNCHERS):
         return
     parent = os.getppid()
-    remote = int(os.environ.get("CROSS_SIZE", "1")) > 1 or os.environ.get(OURS) == "agent"
+    remote = int(os.environ.get("CROSS_SIZE", "1")) > 1 or os.environ.get(EGMF_LAUNCHER) == "agent"
     streams = [fd for fd in (1, 2) if remote and _is_connection(fd)]
     threading.Thread(target=_watch, args=(parent, streams), name="follow-launcher", daemon=True).start()
 
@@ -52,7 +52,7 @@ def _watch(parent: int, streams: list[int]) -> None:
     else:
         why = f"the launcher (process {parent}) has ended"
     log.warning("%s: stopping", why)
-    if OURS not in os.environ:
+    if EGMF_LAUNCHER not in os.environ:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LIMIT)
     os._exit(1)
@@ -64,7 +64,7 @@ def _is_connection(stream: int) -> bool:
 
 
 def _silence(streams: list[int]) -> None:
-    """What is written from now on goes nowhere; writing to a lost connection would end the process."""
+    """Redirect these streams to /dev/null; writing to a lost connection would end the process."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream)

@@ -118,10 +118,10 @@ def headline(snapshots: Mapping[int, RankSnapshot], silent: Iterable[int], secon
         return f"{head}: {format_ranks(silent)} did not answer: {causes}{others}"
     if waiting and elsewhere:
         late = {r: snapshots[r] for r in elsewhere}
-        held_up = {r: snapshots[r] for r in waiting}
+        in_collective = {r: snapshots[r] for r in waiting}
         return (
             f"{head}: {format_ranks(elsewhere)} {_are(elsewhere)} not in the collective that {format_ranks(waiting)} "
-            f"{_wait(waiting)} in; {_where(late)}; {_where(held_up)}"
+            f"{_wait(waiting)} in; {_where(late)}; {_where(in_collective)}"
         )
     if waiting and len({(snapshots[r].collective, snapshots[r].place) for r in waiting}) > 1:
         return f"{head}: the ranks wait in different collectives; {_where(snapshots)}"

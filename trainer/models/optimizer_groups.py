@@ -1,4 +1,4 @@
-"""Which trainable parameters an optimizer treats alike."""
+"""The optimizer's parameter groups."""
 
 from __future__ import annotations
 

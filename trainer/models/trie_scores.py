@@ -14,7 +14,7 @@ from trainer.batch import AnswerTrie
 from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.ranks import Ranks
 
-MAX_LOGITS = 2**25  # entries of [B x P, V] held at a time
+MAX_LOGITS = 2**25  # entries of [B x P, V] in memory at a time
 
 
 def answer_logprobs(backbone: Backbone, hidden_BPH: Tensor, trie: AnswerTrie, ranks: Ranks) -> Tensor:

@@ -106,12 +106,12 @@ def _running(record: RecordValues) -> State:
         process = psutil.Process(pid)
         # a process that is younger than the run is another program with the same process id
         other = started is not None and process.create_time() > started.timestamp() + 2
-        gone = other or process.status() == psutil.STATUS_ZOMBIE
+        ended = other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        gone = True
+        ended = True
     except psutil.AccessDenied:
-        gone = False
-    if gone:
+        ended = False
+    if ended:
         return State("lost", f"run.json says running, but process {pid} is gone; the same command continues it")
     return State("running", f"process {pid}")
 

@@ -55,7 +55,7 @@ def scores(results: TaskResults) -> Table | None:
 
 
 def per_class(results: TaskResults) -> Table | None:
-    classes = results.shown_scores.get("per_class")
+    classes = results.split_scores.get("per_class")
     if not classes:
         return None
     table = Table(f"Classes of {results.task.name}, {results.split}", ["class", "precision", "recall", "F1", "support"])
@@ -66,7 +66,7 @@ def per_class(results: TaskResults) -> Table | None:
 
 
 def confusion(results: TaskResults) -> Table | None:
-    counts = results.shown_scores.get("confusion")
+    counts = results.split_scores.get("confusion")
     if not counts:
         return None
     invalid = counts["invalid"] if sum(counts["invalid"]) else None
@@ -86,7 +86,7 @@ def calibration(results: TaskResults) -> Table | None:
             if row["n"]:
                 cells = (str(row["n"]), format_metric(row["confidence"]), format_metric(row["accuracy"]))
                 table.rows.append([f"{row['low']:.3f} to {row['high']:.3f}", *cells])
-        ece = results.shown_scores.get("ece")
+        ece = results.split_scores.get("ece")
         table.note = f"Expected calibration error (ECE): {format_metric(ece)}."
         return table
     if results.coverage:

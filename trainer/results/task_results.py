@@ -84,6 +84,6 @@ class TaskResults:
     worst: list[Example] = field(default_factory=list)
 
     @property
-    def shown_scores(self) -> TaskScores:
+    def split_scores(self) -> TaskScores:
         """The metrics on `split`; empty where there are none."""
         return self.scores.get(self.split or "", TaskScores())

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: datasets, tokenizer, model, collators, answer tries. Training and evaluation alike."""
+"""From a config to the parts of a run: datasets, tokenizer, model, collators, answer tries. For training and evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks of a training, called at its named moments. The run's own tracking, progress and watch are such hooks."""
+"""Hooks called at fixed points of a training. The run's own tracking, progress and watch are such hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: its configuration derived from ours, its optimizer, its schedule, its weights.
+"""The DeepSpeed engine of a run: its configuration derived from the run's, its optimizer, its schedule, its weights.
 
 We own the accumulation boundary: a step's micro-batches are counted by the loop, and their losses are scaled so that
 DeepSpeed's mean over ranks is the weighted mean over the global batch.

@@ -278,12 +278,12 @@ class Trainer:
     def _report_skipped(self, step: int, batch: GlobalBatch, dump: NonFiniteDump) -> None:
         """Name the samples of a skipped step, and end the run after too many in a row."""
         ids = [i for part in self.world.gather_all(dump.bad_ids()) for i in part] or ["unknown: a gradient"]
-        shown = ", ".join(ids[:8])
+        first_ids = ", ".join(ids[:8])
         log.warning(
             "step %d skipped: non-finite loss or gradient (%d in all); samples %s",
             step + 1,
             self.run.health.skipped,
-            shown,
+            first_ids,
         )
         if self.run.health.in_a_row < self.config.train.max_skipped:
             return
@@ -292,12 +292,12 @@ class Trainer:
         dump.write(folder, self.world, step_facts, trainable_state(self.engine.module, self.world))
         raise NonFiniteError(
             f"the loss or a gradient was not finite in {self.run.health.in_a_row} steps in a row, the last of them step "
-            f"{step + 1}; samples: {shown}\nthe batch and the weights are in {folder}: look at them with "
+            f"{step + 1}; samples: {first_ids}\nthe batch and the weights are in {folder}: look at them with "
             f"'egmf replay {folder}'; then lower train.lr, or look at these samples' features"
         )
 
     def _validate_and_save(self) -> None:
-        """A stop during the validation breaks it off; the checkpoint then notes that it is due."""
+        """A stop interrupts the validation; the checkpoint then records that it is due."""
         try:
             self._validate()
         except StopRequested:
@@ -306,7 +306,7 @@ class Trainer:
         self._save()
 
     def _validate_late(self) -> None:
-        """The validation of the checkpoint that was just loaded, which a stop had broken off."""
+        """The validation of the checkpoint that was just loaded, which a stop had interrupted."""
         self._validate()
         self._mark_best()
 

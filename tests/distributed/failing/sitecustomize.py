@@ -63,9 +63,9 @@ if FAIL or KILL or SLEEP or MEMORY or SLOW or STOP in ("evaluation", "save", "st
     def plant_save(module):  # type: ignore[no-untyped-def]
         save = module.Checkpoints.save
 
-        def planted(self, *arguments, **named):  # type: ignore[no-untyped-def]
+        def planted(self, *arguments, **keywords):  # type: ignore[no-untyped-def]
             stop("save")
-            return save(self, *arguments, **named)
+            return save(self, *arguments, **keywords)
 
         module.Checkpoints.save = planted
 

@@ -14,7 +14,7 @@ import time
 MODULE, _, NAME = os.environ.get("EGMF_TEST_KILL_IN", "").partition(":")
 
 
-def kill(*arguments: object, **named: object) -> None:
+def kill(*arguments: object, **keywords: object) -> None:
     with open(os.environ["EGMF_TEST_KILL_MARK"], "w") as mark:
         mark.write(f"{time.time()} {os.environ['MASTER_PORT']}")
     os.kill(os.getpid(), 9)

@@ -87,16 +87,16 @@ def damaged(work: Path, folder: Path) -> Path:
 def test_damaged_models_are_found(work: Path, tmp_path: Path) -> None:
     cut = damaged(work, tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:1000])
-    gone = damaged(work, tmp_path / "gone") / "model.safetensors"
-    gone.rename(gone.with_name("model-1.safetensors"))
+    missing = damaged(work, tmp_path / "gone") / "model.safetensors"
+    missing.rename(missing.with_name("model-1.safetensors"))
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    gone.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    missing.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     small = damaged(work, tmp_path / "small") / "config.json"
     small.write_text(json.dumps({**json.loads(small.read_text()), "vocab_size": 64}))
     blind = damaged(work, tmp_path / "blind") / "tokenizer.json"  # sees an x wherever there is a word
-    held = json.loads(blind.read_text())
-    held["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[a-z]+"}, "content": "x"}
-    blind.write_text(json.dumps(held))
+    tokenizer = json.loads(blind.read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[a-z]+"}, "content": "x"}
+    blind.write_text(json.dumps(tokenizer))
     result = {}
     for name in ("cut", "gone", "small", "blind"):
         found, checks = examined(work, tmp_path, f"model.backbone.name={tmp_path}/{name}")
@@ -262,7 +262,7 @@ def test_a_check_that_breaks_is_one_fault_and_not_the_end() -> None:
 # ---- the command, on real processes
 
 
-def shown(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def parse_findings(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     result = json.loads(done.stdout)
     return result, {check["name"]: check for check in result["checks"]}
 
@@ -274,7 +274,7 @@ def test_a_sound_run_is_probed_on_two_ranks(work: Path) -> None:
     config = asked(work, "model.backbone.quantization=nf4", "train.micro_batch=4")
     done = egmf("doctor", str(TINY), *config, "--procs", "2", "--out", str(out), "--json", timeout=500)
     assert done.returncode == 0, done.stderr
-    result, checks = shown(done)
+    result, checks = parse_findings(done)
     assert result["faults"] == 0
     reduced = checks["all-reduce"]["values"]
     assert (reduced["world"], reduced["backend"]) == (2, "gloo")
@@ -291,7 +291,7 @@ def test_a_sound_run_is_probed_on_two_ranks(work: Path) -> None:
 def test_faults_end_the_command_with_1_and_name_the_rank(work: Path) -> None:
     done = egmf("doctor", str(TINY), *asked(work, "task=meldd"), "--json", "--procs", "1", timeout=500)
     assert done.returncode == 1
-    result, checks = shown(done)
+    result, checks = parse_findings(done)
     assert result["state"] == "fault"
     assert "did you mean meld" in checks["data"]["found"]
     assert checks["largest batch"]["state"] == "skipped"
@@ -300,7 +300,7 @@ def test_faults_end_the_command_with_1_and_name_the_rank(work: Path) -> None:
 
 @pytest.mark.slow  # a launcher's ranks, a fault on one of them, and a training beside the estimate
 @pytest.mark.distributed
-def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(work: Path) -> None:
+def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_estimated(work: Path) -> None:
     config = asked(work, "train.steps=1", "train.micro_batch=4", "track.mlflow=false", "train.zero=2")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
@@ -308,7 +308,7 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
     ]  # fmt: skip
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    _, checks = shown(done)
+    _, checks = parse_findings(done)
     assert checks["all-reduce"]["values"]["world"] == 2
     output = checks["checkpoints"]["values"]["needed_bytes"] / (
         load_config(TINY, config).train.keep + collective_probe.HEADROOM
@@ -316,8 +316,8 @@ def test_the_ranks_of_a_launcher_are_used_and_checkpoints_are_as_large_as_said(w
     assert not list(work.glob(".egmf-doctor-*"))
     trained = egmf("launch", "local", "--procs", "2", str(TINY), *config, "--out", str(work / "trained"), timeout=500)
     assert trained.returncode == 0, trained.stderr
-    held = next((work / "trained" / "checkpoints").glob("step-*"))
-    measured = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
+    checkpoint = next((work / "trained" / "checkpoints").glob("step-*"))
+    measured = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     assert output == pytest.approx(measured, rel=0.15)
 
 
@@ -337,7 +337,7 @@ def test_a_batch_larger_than_memory_is_found_before_the_run(tmp_path: Path) -> N
         EGMF_TEST_MEMORY="200", PYTHONPATH=f"{ROOT}/tests/distributed/failing:{ROOT}",
     )  # fmt: skip
     assert done.returncode == 1
-    result = shown(done)[1]["largest batch"]
+    result = parse_findings(done)[1]["largest batch"]
     assert result["state"] == "fault"
     assert "does not fit into memory" in result["found"]
     assert re.search(r"train\.micro_tokens=(99\d\d|10000) \(now 20000\)", result["found"]), result["found"]

@@ -306,11 +306,11 @@ def test_packed_rows_hold_the_instruction_once(tmp_path):
 def test_samples_that_carry_all_answers_have_more_positions(tmp_path: Path) -> None:
     about: dict[str, Any] = {"task": "simsv2", "data": {"path": str(tmp_path)}, "model": {"backbone": {"name": "tiny"}}}
     plain = run_lengths(check_config(about), 1)
-    held = run_lengths(check_config({**about, "train": {"regression_loss": 1.0}}), 1)
-    most, least = (min(min(rows.own) for rows in lengths.largest) for lengths in (held, plain))
+    with_answers = run_lengths(check_config({**about, "train": {"regression_loss": 1.0}}), 1)
+    most, least = (min(min(rows.own) for rows in lengths.largest) for lengths in (with_answers, plain))
     answers = most - least + plain.largest[0].answer - 1
     assert 21 <= answers <= 60  # the numbers from -1.0 to 1.0, each a token or two
-    assert any(f"at most {answers} positions of answers" in note for note in held.assumptions)
+    assert any(f"at most {answers} positions of answers" in note for note in with_answers.assumptions)
 
 
 def test_command(tmp_path):
@@ -331,19 +331,21 @@ def test_command(tmp_path):
 def test_faults_in_words(tmp_path):
     with pytest.raises(ValueError, match="no model folder /no/such/folder"):
         make_plan(config_of(model__backbone__name="/no/such/folder"), 1, 1, 80, Throughput())
-    with pytest.raises(ValueError, match=r"gpu-memory=0 .*\n.*offload=cpu needs ZeRO"):
+    with pytest.raises(
+        ValueError, match=r"gpu-memory=0 .*\n.*an optimizer in host memory needs ZeRO: use train\.zero=1, 2 or 3"
+    ):
         make_plan(config_of(train__offload="cpu", train__zero=0), 1, 1, 0, Throughput())
 
 
 def test_shows_what_does_not_fit(tmp_path):
     config = config_of(model__backbone__name=str(qwen("0.5B", tmp_path)), data__path=str(tmp_path / "none"))
-    shown = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
-    assert any(part.startswith("nothing fits: the smallest needs") for part in shown)
-    assert any(part.startswith("left out:") for part in shown)
-    assert any("train.micro_tokens=1024 (now 2048)" in part for part in shown)
+    lines = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
+    assert any(part.startswith("nothing fits: the smallest needs") for part in lines)
+    assert any(part.startswith("left out:") for part in lines)
+    assert any("train.micro_tokens=1024 (now 2048)" in part for part in lines)
     assert any(
         "GPUs have nothing to do: raise train.global_batch, or cut it finer with train.micro_batch=4" in part
-        for part in shown
+        for part in lines
     )
 
 

@@ -44,7 +44,7 @@ def test_a_list_of_nodes_in_one_line_is_refused_with_what_lists_them(tmp_path: P
         read_hostfile(path)
 
 
-def test_every_fault_of_a_hostfile_is_told(tmp_path: Path) -> None:
+def test_every_fault_of_a_hostfile_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
     path.write_text("a slots=2\nb\nc slots=0\na slots=1\n-oProxyCommand=x slots=1\n")
     with pytest.raises(ValueError, match="4 faults") as result:
@@ -68,8 +68,8 @@ def test_every_rank_stands_on_one_node() -> None:
 
 
 def report(where: str, *addresses: str, reached_at: str | None = None) -> NodeReport:
-    held = {f"eth{i}": [address] for i, address in enumerate(addresses)}
-    return {"where": where, "addresses": held, "reached_at": reached_at, "free_port": 40001}
+    by_interface = {f"eth{i}": [address] for i, address in enumerate(addresses)}
+    return {"where": where, "addresses": by_interface, "reached_at": reached_at, "free_port": 40001}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_rank_0_is_met_where_the_others_can(first: NodeReport, chosen: str) -> N
     assert (plan.master_addr, plan.master_port) == (chosen, 40001)
 
 
-def test_no_address_at_all_is_told() -> None:
+def test_no_address_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="give one with --master-addr"):
         master_address([report("a"), report("b")])
 
@@ -113,7 +113,7 @@ def test_without_ssh_the_place_of_this_node_is_needed() -> None:
         ({0: Verdict(0), 1: Verdict(0), 2: Verdict(0)}, 1, "run.json says None and not 'done'"),
     ],
 )  # fmt: skip
-def test_the_first_cause_is_told_and_success_needs_the_runs_own_word(
+def test_the_first_cause_is_reported_and_success_needs_a_record_that_is_done(
     verdicts: dict[int, Verdict], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = LaunchPlan(HOSTS, ("train",), tmp_path)
@@ -121,16 +121,16 @@ def test_the_first_cause_is_told_and_success_needs_the_runs_own_word(
     assert words in capsys.readouterr().err
 
 
-def test_variables_reach_the_nodes_and_values_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_reach_the_nodes_and_values_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"HF_TOKEN": "secret", "MLFLOW_TRACKING_URI": "http://m", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
     for name, value in {**wanted, "CUDA_VISIBLE_DEVICES": "3", "MINE": "x", "RANK": "9"}.items():
         monkeypatch.setenv(name, value)
-    held = forwarded_environment(["MINE"])
-    assert wanted.items() <= held.items()
-    assert held["MINE"] == "x"
-    assert not {"CUDA_VISIBLE_DEVICES", "RANK"} & set(held)
+    variables = forwarded_environment(["MINE"])
+    assert wanted.items() <= variables.items()
+    assert variables["MINE"] == "x"
+    assert not {"CUDA_VISIBLE_DEVICES", "RANK"} & set(variables)
     plan = LaunchPlan(HOSTS, ("train", "my config.yaml"), Path("out"))
-    text = plan.describe(plan.ranks(), held)
+    text = plan.describe(plan.ranks(), variables)
     assert "a: ranks 0-3 of 7: train 'my config.yaml'" in text
     assert "c: rank 6 of 7" in text
     assert "HF_TOKEN" in text

@@ -42,8 +42,8 @@ def test_the_script_asks_for_what_was_given_and_is_bash(tmp_path: Path) -> None:
     checked = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("run="))
-    shown = subprocess.run(["bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True)
-    assert shown.stdout == str(out)
+    printed = subprocess.run(["bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True)
+    assert printed.stdout == str(out)
 
 
 def test_without_requeue_nothing_is_put_back(tmp_path: Path) -> None:
@@ -79,20 +79,20 @@ def test_a_sweep_is_one_array_of_what_is_not_done(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     first = lines.index("declare -A runs=(")
     table = "\n".join(lines[first : lines.index("run=${runs[$SLURM_ARRAY_TASK_ID]}") + 1])
-    shown = subprocess.run(
+    printed = subprocess.run(
         ["bash", "-c", f'SLURM_ARRAY_TASK_ID=4; {table}; printf %s "$run"'], capture_output=True, text=True
     )
-    assert shown.stdout == str(out / "experts=local-s2")
+    assert printed.stdout == str(out / "experts=local-s2")
     refused = {
         ("--partition", "gpu"): "belong to --slurm",
         ("--slurm", "--procs", "2", "--procs-per-node", "2"): "not --procs",
         ("--slurm",): "--gpus-per-node G, or on CPUs",
         ("--slurm", "--procs-per-node", "1", "--time", "soon"): "must be minutes",
     }
-    for arguments, words_said in refused.items():
+    for arguments, message in refused.items():
         result = egmf(*words, *arguments, "--dry-run")
         assert result.returncode == 1, arguments
-        assert words_said in result.stderr
+        assert message in result.stderr
 
 
 def test_what_cannot_work_is_refused_all_at_once(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_double_quantisation_and_dtype_show_in_the_fingerprint(qwen):
     assert len(set(marks)) == 4
 
 
-def test_code_from_elsewhere_is_said_aloud(qwen, caplog):
+def test_remote_code_is_a_warning(qwen, caplog):
     load_tokenizer(BackboneConfig(name=str(qwen)))
     assert "trust_remote_code" not in caplog.text
     load_tokenizer(BackboneConfig(name=str(qwen), trust_remote_code=True))

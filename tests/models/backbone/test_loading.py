@@ -84,7 +84,7 @@ def test_fused_experts_are_refused_by_name_and_stay_usable_unquantised(tmp_path)
         ValueError, match=r"mlp\.experts\.gate_up_proj \(4 x 128 x 64, 2 of them, .*%.*mlp\.experts\.down_proj.*none"
     ):
         build(folder)
-    (folder / "model.safetensors").unlink()  # said before anything is read
+    (folder / "model.safetensors").unlink()  # refused before anything is read
     with pytest.raises(ValueError, match=r"experts\.gate_up_proj"):
         build(folder)
 
@@ -97,7 +97,7 @@ def test_a_weight_of_another_shape_is_refused(folder):
         build(folder)
 
 
-def test_a_missing_weight_is_refused_and_an_unknown_one_is_said(folder, caplog):
+def test_a_missing_weight_is_refused_and_an_unknown_one_is_logged(folder, caplog):
     change(folder, lambda state: state.update({"model.extra.weight": torch.zeros(3)}))
     with caplog.at_level(logging.WARNING):
         build(folder)

@@ -242,7 +242,7 @@ def test_sliding_windows_are_right_or_refused(tmp_path, family, sizes, asked):
 
 
 @torch.no_grad()
-def test_what_does_not_fit_is_said(backbones):
+def test_what_does_not_fit_is_refused(backbones):
     backbone, packing = backbones(), make_packing()
     embeds = make_embeds(backbone, packing)
     with pytest.raises(ValueError, match="the row has 21 tokens, its packing names 22"):

@@ -93,16 +93,16 @@ def test_gradients_after_an_evaluation_equal_those_before(folders, family, dtype
 
 
 @pytest.mark.parametrize(
-    ("sizes", "named"),
+    ("sizes", "module"),
     [
         ({"hidden_size": 96, "num_attention_heads": 4, "head_dim": 32}, r"q_proj \(in_features 96, 2 of them\)"),
         ({"intermediate_size": 100}, r"down_proj \(in_features 100, 2 of them\)"),
         ({"head_dim": 8}, r"o_proj \(in_features 32, 2 of them\)"),
     ],
 )
-def test_sizes_that_break_a_block_are_refused_by_name_before_loading(tmp_path, monkeypatch, sizes, named):
+def test_sizes_that_break_a_block_are_refused_by_name_before_loading(tmp_path, monkeypatch, sizes, module):
     folder = save_family("llama", tmp_path / "m", **sizes)
     (folder / "model.safetensors").unlink()
     config = BackboneConfig(name=str(folder), quantization="nf4")
-    with pytest.raises(ValueError, match=rf"not multiples of 64: .*{named}"):
+    with pytest.raises(ValueError, match=rf"not multiples of 64: .*{module}"):
         build_backbone(config, AdapterConfig(), torch.float32, "cpu")

@@ -50,7 +50,7 @@ def test_a_head_reads_its_own_experts_mixed_vectors(task, part):
             torch.testing.assert_close(found[b, e].double(), logits.log_softmax(0), atol=1e-5, rtol=1e-5)
 
 
-def test_heads_start_with_all_answers_alike():
+def test_heads_start_with_equal_logits_for_all_answers():
     net = ExpertHeads(NAMES, 3, 8, {"meld": 7, "mosi": 61}).double()
     value_BKEMD, weight_BKEM, valid_BEM = values()
     found = net(list(value_BKEMD.flatten(2, 3).unbind(2)), weight_BKEM, valid_BEM, "meld")

@@ -255,12 +255,12 @@ def test_learns_a_relation_between_audio_and_video():
     g = torch.Generator().manual_seed(0)
     n, keys = 4000, torch.nn.functional.one_hot(torch.rand(4000, 4, generator=g).argsort(1), 4).float()
     values = torch.rand(n, 4, generator=g).argsort(1)
-    shown = torch.randint(0, 4, (n,), generator=g)
+    key_index = torch.randint(0, 4, (n,), generator=g)
     output = torch.cat([keys, torch.nn.functional.one_hot(values, 4).float()], -1) * 3
     audio = torch.randn(n, 12, 8, generator=g) * 0.3
     audio[:, 4:8] += output
-    video = torch.randn(n, 6, 4, generator=g) * 0.3 + 3 * keys[torch.arange(n), shown, None]
-    label = values[torch.arange(n), shown]
+    video = torch.randn(n, 6, 4, generator=g) * 0.3 + 3 * keys[torch.arange(n), key_index, None]
+    label = values[torch.arange(n), key_index]
 
     net = Fusion(
         FusionConfig(
@@ -290,5 +290,5 @@ def test_learns_a_relation_between_audio_and_video():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    held = torch.arange(3500, n)
-    assert (score(held).argmax(1) == label[held]).float().mean() > 0.9
+    validation = torch.arange(3500, n)
+    assert (score(validation).argmax(1) == label[validation]).float().mean() > 0.9

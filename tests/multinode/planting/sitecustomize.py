@@ -29,11 +29,11 @@ if place and os.environ.get("RANK") == rank:
                 calls = []
                 function = getattr(module, function_name)
 
-                def deadly(*arguments, **named):  # type: ignore[no-untyped-def]
+                def deadly(*arguments, **keywords):  # type: ignore[no-untyped-def]
                     calls.append(1)
                     if len(calls) == int(at):
                         os.kill(os.getpid(), 9)
-                    return function(*arguments, **named)
+                    return function(*arguments, **keywords)
 
                 setattr(module, function_name, deadly)
 

@@ -145,9 +145,9 @@ def test_texts_and_labels_of_the_data_are_data(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in page.text
     terminal = Console(file=io.StringIO(), width=240)
     terminal.print(show_run(run))
-    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
-    assert "\x1b" not in shown
-    assert "<script>window.hacked=1</script>" in shown
+    printed = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in printed
+    assert "<script>window.hacked=1</script>" in printed
 
 
 def _as_task(run: Path, task: Path) -> None:
@@ -180,7 +180,7 @@ DAMAGE: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 @pytest.mark.parametrize("how", ["cut", "garbage", "empty", "gone"])
-def test_what_is_damaged_or_missing_is_noted_and_the_rest_shown(
+def test_damaged_and_missing_files_are_notes_and_the_rest_is_reported(
     name: str, how: str, meld: Path, copy: Callable[[Path], Path]
 ) -> None:
     run = copy(meld)
@@ -191,14 +191,14 @@ def test_what_is_damaged_or_missing_is_noted_and_the_rest_shown(
         path.write_bytes(
             {"cut": content[: len(content) * 2 // 3], "garbage": b"\xff\xfe{[\x00" * 40, "empty": b""}[how]
         )
-    shown = run_json(run)
+    results = run_json(run)
     show_run(run)
-    json.dumps(shown, allow_nan=False)
+    json.dumps(results, allow_nan=False)
     if how == "garbage":
         write_report(run)
         page = Page(run / "report.html")
         for words in DAMAGE[name]:
-            assert any(words in note for note in shown["notes"]), shown["notes"]
+            assert any(words in note for note in results["notes"]), results["notes"]
             assert words in page.text
 
 

@@ -334,8 +334,8 @@ def base_fingerprint(backbone: Backbone) -> str:
 
 def _frozen(backbone: Backbone) -> dict[str, nn.Parameter]:
     """The weights that are not trained, by the names they have without LoRA."""
-    named = backbone.base.named_parameters()
-    return {n.replace(".base_layer.", "."): p for n, p in named if not p.requires_grad and "lora_" not in n}
+    parameters = backbone.base.named_parameters()
+    return {n.replace(".base_layer.", "."): p for n, p in parameters if not p.requires_grad and "lora_" not in n}
 
 
 def _check_same_base(name: str, own: str, ranks: Ranks) -> None:

@@ -75,7 +75,7 @@ def _check_outside(model: nn.Module, where: str) -> None:
     if sum(shares.values()) > LEFT:
         raise ValueError(
             f"{where} cannot be quantised to NF4: these weights are in no linear layer and would stay in the precision of "
-            f"training: {'; '.join(listed)}. Use model.backbone.quantization=none (ZeRO-3 cuts them up), or a dense model"
+            f"training: {'; '.join(listed)}. Use model.backbone.quantization=none (ZeRO-3 partitions them), or a dense model"
         )
     if listed:
         log.info("%s: left in the precision of training: %s", where, "; ".join(listed))

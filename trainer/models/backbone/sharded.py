@@ -98,22 +98,22 @@ class StreamingLoad(QuantizationConfigMixin):
     def finish(self, model: PreTrainedModel) -> dict[str, Measured]:
         """Treat what did not come to :meth:`take`; returns what was measured of every parameter, tied ones once."""
 
-        def settle(named: tuple[str, nn.Parameter]) -> Measured:
-            name, parameter = named
+        def settle(entry: tuple[str, nn.Parameter]) -> Measured:
+            name, parameter = entry
             measured = vars(parameter).pop("measured", None)
             return measured or measure(parameter, rows=isinstance(_owner(model, name)[0], nn.Embedding))
 
-        named = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = dict(zip(named, pool.map(settle, named.items()), strict=True))
+            found = dict(zip(parameters, pool.map(settle, parameters.items()), strict=True))
         if self.partition is not None:
-            for parameter in named.values():
+            for parameter in parameters.values():
                 self.partition(parameter)
         return found
 
     def _same_as_tied(self, model: PreTrainedModel, name: str, parameter: Any) -> nn.Parameter:
         """The tied weight that was read before, where this one equals it. transformers would compare the two itself, but
-        partitioned they look alike to it."""
+        cannot tell partitioned ones apart."""
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
             if name not in (target, source):

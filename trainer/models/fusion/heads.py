@@ -18,7 +18,7 @@ class ExpertHeads(nn.Module):
     """A linear layer per expert from its K vectors to the logits of every task's answers.
 
     The vectors are those that the gate mixes, h_ke = sum_m g1[k, e, m] x[k, e, m]; nothing of another expert is read. One
-    layer holds the answers of all tasks, so that every pass uses every parameter. Heads start at 0: all answers alike.
+    layer holds the answers of all tasks, so that every pass uses every parameter. Heads start at 0: equal logits.
 
     Args:
         answers: task -> how many answers it has.

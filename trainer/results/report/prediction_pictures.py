@@ -45,7 +45,7 @@ def task_pictures(results: TaskResults, several: bool) -> list[Picture]:
 
 def confusion(results: TaskResults, end: str, *, share: bool) -> Picture | None:
     """The confusion matrix: counts, or with `share` the share of each true class."""
-    confused = results.shown_scores.get("confusion")
+    confused = results.split_scores.get("confusion")
     if not confused:
         return None
     labels, counts = confused["labels"], np.array(confused["matrix"])
@@ -91,7 +91,7 @@ def scatter(results: TaskResults, end: str) -> Picture | None:
         ax.scatter(truth, guess, s=size, color=BLUE, alpha=0.5, linewidths=0, rasterized=not few, label="samples")
         ax.legend(loc="upper left")
 
-    listed = _listed(results.shown_scores, ("mae", "corr"))
+    listed = _listed(results.split_scores, ("mae", "corr"))
     alt = f"Prediction against truth of {len(truth)} samples of {results.task.name}, {results.split}: {listed}."
     return render(f"scatter{end}", "Truth and prediction", draw, alt=alt)
 
@@ -119,7 +119,7 @@ def reliability(results: TaskResults, end: str) -> Picture | None:
     rows = [row for row in results.reliability or [] if row["n"]]
     if not rows:
         return None
-    ece = results.shown_scores.get("ece")
+    ece = results.split_scores.get("ece")
     fitted = results.calibration
     after = fitted.bins.get(results.split or "", []) if fitted else []
 

@@ -43,8 +43,8 @@ class Guard:
         optimizer = engine.basic_optimizer
         step = optimizer.step
 
-        def guarded(*arguments: Any, **named: Any) -> Any:
-            return None if self._frozen else step(*arguments, **named)
+        def guarded(*arguments: Any, **keywords: Any) -> Any:
+            return None if self._frozen else step(*arguments, **keywords)
 
         optimizer.step = guarded
 
