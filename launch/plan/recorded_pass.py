@@ -37,9 +37,9 @@ class Pass:
     flops: int
 
 
-def record_pass(model: EGMF, rows: Rows, dtype: torch.dtype) -> Pass:
+def record_pass(model: EGMF, rows: Rows) -> Pass:
     """Pass a micro-batch through the model, forward and backward, inside :func:`~launch.plan.fake_model.fake_tensors`."""
-    batch = zero_batch(model, rows, dtype)
+    batch = zero_batch(model, rows)
     recorder, gradient_bytes = _PassRecorder(), [0]
 
     def count_and_free(p: Tensor) -> None:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from trainer.batch import Sample
 from trainer.data.faults import DataError
+from trainer.data.feature_statistics import standardisations
 from trainer.data.folder import FORMAT, RECORD, read_record
 from trainer.data.record import DatasetRecord
 from trainer.tasks import Task, TaskError, define_task
@@ -54,6 +55,8 @@ class PreparedDataset:
             self.fingerprint = str(self.record["fingerprint"])
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
+            #: modality -> how its features are standardised; empty for a dataset of an earlier version
+            self.standardisation = standardisations(self.record.get("standardisation"), self.widths)
             self.splits: list[str] = list(self.record["splits"])
             sizes = self.record["files"]
             self._views = {split: SplitView(self, split, _map(self.path, split, sizes)) for split in self.splits}

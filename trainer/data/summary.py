@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.data.faults import describe
+from trainer.data.feature_summary import StandardisationSummary, standardisation_json, standardisation_lines
 from trainer.data.record import DatasetRecord, LengthStatistics, SplitStatistics
 from trainer.data.rows import STREAMS, Seen
 from trainer.tasks import Task
@@ -58,9 +59,11 @@ def _lengths(values: Sequence[int]) -> LengthStatistics:
     return {"mean": round(float(np.mean(values)), 2), "p50": int(p50), "p95": int(p95), "max": int(max(values))}
 
 
-def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics]:
-    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``."""
-    return {split: entry.copy() for split, entry in record["splits"].items()}
+def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics | StandardisationSummary]:
+    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``, and under
+    "standardisation" the features (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
+    splits = {split: entry.copy() for split, entry in record["splits"].items()}
+    return {**splits, "standardisation": standardisation_json(record)}
 
 
 def summary_table(record: DatasetRecord) -> Group:
@@ -90,7 +93,8 @@ def summary_table(record: DatasetRecord) -> Group:
             add(f"{name} missing", "missing", name, section=True)
     if any(entry["dropped"] for entry in splits.values()):
         add("left out", "dropped", section=True)
-    lines = [_features(record), *(f"fault: {line}" for line in describe(record["faults"]))]
+    lines = [_features(record), *standardisation_lines(record)]
+    lines += [*(f"fault: {line}" for line in describe(record["faults"]))]
     lines += [f"note: {note}" for note in record["source"].get("notes", [])]
     return Group(table, *(Text(line) for line in lines))
 

@@ -105,7 +105,8 @@ def assemble(
         config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3, ranks=world
     )
     answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
-    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world)
+    statistics = {name: opened.standardisation for name, opened in data.items()}
+    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world, statistics)
     if model.fusion is not None and config.model.fusion.compile:
         model.fusion.compile(dynamic=True)
     collators, tries = {}, {}

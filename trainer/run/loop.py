@@ -220,7 +220,7 @@ class Trainer:
 
     def _try_largest_batches(self) -> None:
         if self.config.train.probe and self.run.steps_done < self.run.steps:
-            probe(self.engine, self.parts, self.config, self.world, self.run.guard, self.run.dtype)
+            probe(self.engine, self.parts, self.config, self.world, self.run.guard)
             self._stop_if_asked()
 
     def _take_steps(self) -> None:
@@ -369,7 +369,7 @@ class Trainer:
         try:
             progress()
             return evaluate(
-                self.engine, self.parts, self.config, split, self.world, self.run.dtype,
+                self.engine, self.parts, self.config, split, self.world,
                 advance=progress, before_batch=self._stop_if_asked,
             )  # fmt: skip
         finally:
