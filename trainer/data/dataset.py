@@ -55,7 +55,7 @@ class PreparedDataset:
             self.fingerprint = str(self.record["fingerprint"])
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
-            #: modality -> how its features are standardised; empty for a dataset of an earlier version
+            #: modality -> how its features are standardised; empty where they are not
             self.standardisation = standardisations(self.record.get("standardisation"), self.widths)
             self.splits: list[str] = list(self.record["splits"])
             sizes = self.record["files"]
@@ -63,6 +63,11 @@ class PreparedDataset:
         except (TaskError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
             raise DataError(f"{path} is damaged ({reason}): prepare it again") from error
+
+    @property
+    def measured(self) -> bool:
+        """Whether the version that prepared the dataset knew statistics of features."""
+        return "standardisation" in self.record
 
     def __getitem__(self, split: str) -> SplitView:
         if split not in self._views:

@@ -82,6 +82,17 @@ def open_data(config: RunConfig) -> tuple[dict[str, Task], dict[str, PreparedDat
     return tasks, data
 
 
+def warn_of_raw_features(config: RunConfig, data: Mapping[str, PreparedDataset]) -> None:
+    """Say which datasets have no statistics of their features, although the config asks for standardised ones."""
+    fusion = config.model.fusion
+    for name, opened in data.items():
+        if fusion.pseudo_tokens and fusion.standardise and any(opened.widths.values()) and not opened.measured:
+            log.warning(
+                "task %s: features are not standardised, since an earlier version prepared %s: prepare it again for new runs",
+                name, opened.path,
+            )  # fmt: skip
+
+
 def assemble(
     config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False
 ) -> RunComponents:

@@ -30,7 +30,7 @@ from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
 from trainer.distributed.world import World, lost_connections_typed
 from trainer.files import write_json, write_text
-from trainer.run.assemble import assemble
+from trainer.run.assemble import assemble, warn_of_raw_features
 from trainer.run.calibrate import write_calibration
 from trainer.run.callbacks import (
     Callback,
@@ -93,6 +93,8 @@ def fit(
         try:
             last = checkpoints.newest(repair=True)
             parts = assemble(config, out, world, dtype_of(config), partition=True)
+            if world.is_rank_zero:
+                warn_of_raw_features(config, parts.data)
             base = parts.model.backbone.fingerprint
             identity = identify(config, data=parts.fingerprints, base=base, world_size=world.size)
             saved = None if last is None else read_state(last)
