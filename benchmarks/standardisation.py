@@ -190,7 +190,7 @@ def main() -> None:
             pair = " against ".join(f"{s[key]['mean']:.3f} ± {s[key]['std']:.3f}" for s in (raw, standardised))
             print(f"{name} {key}: {pair} standardised", flush=True)
         if args.out:
-            command = "python -m benchmarks.standardisation FOLDER --out benchmarks/results/standardisation.json"
+            command = f"python -m benchmarks.standardisation FOLDER --data {' '.join(args.data)} --out benchmarks/results/standardisation.json"
             about = {"date": today(), "command": command, "machine": describe("torch", "transformers", "deepspeed")}
             settings = {"steps": args.steps, "seeds": args.seeds, "seconds": round(time.perf_counter() - start)}
             args.out.write_text(json.dumps({**about, **settings, **found}, indent=1) + "\n")
