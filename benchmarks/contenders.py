@@ -105,7 +105,7 @@ class EgmfContender:
         batch = self.order.step(index)
         for micro in micro_batches(batch.indices, self.sizes, self.limits, 0, 1):
             rows = self.collate.training([self.samples[i] for i in micro.indices], micro, batch.epoch)
-            yield rows.to(self.world.device, self.dtype)
+            yield rows.to(self.world.device)
 
     def step(self, index: int) -> int:
         self.model.train()
@@ -122,7 +122,7 @@ class EgmfContender:
     @torch.no_grad()
     def evaluate(self) -> int:
         self.model.eval()
-        scorer = Scorer(self.model, self.parts, self.config, self.task.name, self.world, self.dtype)
+        scorer = Scorer(self.model, self.parts, self.config, self.task.name, self.world)
         return sum(
             len(scorer.answer([self.samples[i] for i in micro.indices], micro))
             for micro in scorer.batches(self.samples, self.lengths)

@@ -14,6 +14,7 @@ from benchmarks.contenders import COLUMNS, Padded, build
 from benchmarks.padded import IGNORED
 from benchmarks.profile import BACKWARD, MARK, by_part
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
+from benchmarks.standardisation import sequences
 from trainer.text import encode
 
 
@@ -70,6 +71,23 @@ def test_the_baseline_computes_the_loss_of_the_answers_alone(folder: Path) -> No
             logprobs += [logits[len(row) - 1 + i, token] for i, token in enumerate(tokens)]
     assert context.shape[1] == len(made.data.before) + 4 + 50 + len(made.data.after)
     torch.testing.assert_close(found.double(), -torch.stack(logprobs).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_in_front_of_sequences_is_taken_away(tmp_path: Path) -> None:
+    """A step counts from the first at which audio or video is not 0; a clip of zeros only has no features."""
+    arrays = {}
+    for split in ("train", "valid", "test"):
+        audio, video = np.zeros((3, 20, 2), "f4"), np.zeros((3, 20, 3), "f4")
+        audio[0, 15:], video[0, 12] = 1.0, 2.0
+        audio[1] = 3.0
+        arrays |= {f"audio_{split}": audio, f"video_{split}": video, f"y_{split}": np.arange(9.0).reshape(3, 3) + 1}
+    np.savez(tmp_path / "pom.npz", **arrays)
+    made = list(sequences(tmp_path / "pom.npz", "pom"))
+    assert [sample["target"] for sample, _ in made[:3]] == [1.0, 4.0, 7.0]
+    assert {m: len(values) for m, values in made[0][1].items()} == {"audio": 8, "video": 8}
+    assert made[0][1]["video"][0].tolist() == [2.0, 2.0, 2.0]
+    assert len(made[1][1]["audio"]) == 20
+    assert made[2][1] == {}
 
 
 def test_the_parts_of_a_profile_add_up() -> None:

@@ -40,6 +40,15 @@ class Sample:
     history: list[tuple[str, str]] = field(default_factory=list)  # (speaker, text), oldest first
 
 
+@dataclass(frozen=True)
+class Standardisation:
+    """How the features of one modality are standardised, float32 [F]: ``clip((x - mean_F) * scale_F, -limit, limit)``."""
+
+    mean_F: np.ndarray
+    scale_F: np.ndarray
+    limit: float
+
+
 @dataclass
 class Features:
     """Padded features of one modality. `time_BT` is the common axis of audio and video, in seconds; where a rate is not
@@ -109,7 +118,10 @@ class Batch:
         return [FusionInput(self.text_ids_BS, self.text_mask_BS, self.audio, self.video)]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """The batch on `device`; `dtype` is that of the features (times, targets and weights stay float32)."""
+        """The batch on `device`; `dtype` is that of the features (times, targets and weights stay float32).
+
+        A model takes features in float32 whatever its own precision is: its encoders standardise them before they cast.
+        """
         return _cast(_to(self, device), dtype)
 
     def pin_memory(self) -> Batch:

@@ -217,6 +217,10 @@ class FusionConfig(Section):
         default_factory=lambda: list(EXPERTS), min_length=1, description="local, semantic, global, or one of a plugin"
     )
     modalities: list[Modality] = Field(default_factory=lambda: list(MODALITIES), min_length=1)
+    standardise: bool = Field(
+        True,
+        description="Audio and video features are standardised by the statistics of their dataset (egmf prepare), where it has any.",
+    )
     local_kernels: list[PositiveInt] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
     local_pooling: Literal["max", "logsumexp"] = "max"
     global_stride: PositiveInt = 4

@@ -115,7 +115,7 @@ def largest_batch(config: RunConfig, folder: Path, world: World) -> LargestBatch
     engine = build_engine(parts.model, config)
     guard = Guard(engine, world.device, gradients=dtype is not torch.float16)
     began = time.perf_counter()
-    probe(engine, parts, config, world, guard, dtype)
+    probe(engine, parts, config, world, guard)
     if world.device.type == "cuda":
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()

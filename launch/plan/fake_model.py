@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from trainer.batch import Standardisation
 from trainer.config import RunConfig
 from trainer.models.backbone.causal_lm import adapted_backbone
 from trainer.models.backbone.packed import MASKED, install
@@ -77,10 +79,16 @@ def build_fake_model(
         tokenizer: Any = SimpleNamespace(eos_token_id=0, name_or_path=backbone_config.name)
         backbone = adapted_backbone(base, tokenizer, attention, backbone_config, config.model.adapter, dtype)
         backbone.embedding_norm = 1.0
-        model = build_model(config.model.fusion, backbone, widths, answers, dtype, torch.device("meta"))
+        device, statistics = torch.device("meta"), {task: _any_statistics(of) for task, of in widths.items()}
+        model = build_model(config.model.fusion, backbone, widths, answers, dtype, device, statistics=statistics)
     _replace_meta_tensors(model)
     model.train()
     return model
+
+
+def _any_statistics(widths: Mapping[str, int]) -> dict[str, Standardisation]:
+    """Of features that are standardised; their values do not matter."""
+    return {m: Standardisation(np.zeros(n), np.ones(n), 1.0) for m, n in widths.items() if n}
 
 
 def _attention(base: PreTrainedModel, asked: str) -> str:

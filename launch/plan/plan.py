@@ -291,7 +291,7 @@ def profile_model(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) 
                     layers=few,
                     checkpointing=checkpointing,
                 )
-                sampled.append([record_pass(model, rows, dtype) for rows in lengths.largest])
+                sampled.append([record_pass(model, rows) for rows in lengths.largest])
             first, last = sampled[0], sampled[-1]
             grown = (
                 [extrapolate_layers(*pair, layers) for pair in zip(first, last, strict=True)]

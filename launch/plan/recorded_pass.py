@@ -39,12 +39,12 @@ class Pass:
     flops: int
 
 
-def record_pass(model: EGMF, rows: Rows, dtype: torch.dtype) -> Pass:
+def record_pass(model: EGMF, rows: Rows) -> Pass:
     """Pass a micro-batch through the model, forward and backward, inside :func:`~launch.plan.fake_model.fake_tensors`.
 
     No garbage is collected meanwhile: a search through the thousands of tensors of a pass took a third of its time.
     """
-    batch = zero_batch(model, rows, dtype)
+    batch = zero_batch(model, rows)
     recorder, gradient_bytes = _PassRecorder(), [0]
 
     def count_and_free(p: Tensor) -> None:

@@ -73,12 +73,12 @@ class Rows:
         }
 
 
-def zero_batch(model: EGMF, rows: Rows, dtype: torch.dtype) -> Batch | PackedBatch:
+def zero_batch(model: EGMF, rows: Rows) -> Batch | PackedBatch:
     """A batch of zeros in the layout and sizes of `rows`."""
-    return _packed(model, rows, dtype) if rows.packed else _padded(model, rows, dtype)
+    return _packed(model, rows) if rows.packed else _padded(model, rows)
 
 
-def _packed(model: EGMF, rows: Rows, dtype: torch.dtype) -> PackedBatch:
+def _packed(model: EGMF, rows: Rows) -> PackedBatch:
     """A packed batch of these sizes; what its tokens and features are does not matter."""
     B, K, A = len(rows.own), _pseudo_tokens(model), rows.answer
     end_B = torch.tensor(rows.own).cumsum(0)
@@ -96,17 +96,17 @@ def _packed(model: EGMF, rows: Rows, dtype: torch.dtype) -> PackedBatch:
         answer_id_n=_ids(B * A),
         answer_slot_n=torch.arange(B * A),
         longest_answer=A,
-        inputs=_inputs(model, rows, dtype),
+        inputs=_inputs(model, rows),
         target_B=torch.zeros(B),
         weight_B=torch.ones(B),
         answer_B=torch.zeros(B, dtype=torch.long),
     )
 
 
-def _padded(model: EGMF, rows: Rows, dtype: torch.dtype) -> Batch:
+def _padded(model: EGMF, rows: Rows) -> Batch:
     """The same of a padded batch."""
     B, L, A = len(rows.own), rows.longest, rows.answer
-    (read,) = _inputs(model, rows, dtype)
+    (read,) = _inputs(model, rows)
     return Batch(
         task=rows.task,
         ids=[""] * B,
@@ -126,13 +126,13 @@ def _padded(model: EGMF, rows: Rows, dtype: torch.dtype) -> Batch:
     )
 
 
-def _inputs(model: EGMF, rows: Rows, dtype: torch.dtype) -> list[FusionInput]:
+def _inputs(model: EGMF, rows: Rows) -> list[FusionInput]:
     encoded = {} if model.fusion is None else model.fusion.encoders.inputs[rows.task]
     widths = {str(name): width for name, width in encoded.items()}
 
     def features(name: str, samples: int, frames: int) -> Features:
         size = (samples, max(1, frames))
-        values = torch.zeros(*size, max(1, widths.get(name, 0)), dtype=dtype)
+        values = torch.zeros(*size, max(1, widths.get(name, 0)))
         return Features(values, torch.ones(size, dtype=torch.bool), torch.zeros(size))
 
     return [

@@ -82,7 +82,7 @@ def main(data: Path, out: Path, wanted: str) -> None:
             with planted(parts.model, case.plant if s == PLANTED and world.rank == world.size - 1 else None):
                 steps.append(train_step(training, order.step(s), s, NonFiniteDump()))
         engine.eval()
-        table, metrics = evaluate(engine, parts, config, "valid", world, dtype)
+        table, metrics = evaluate(engine, parts, config, "valid", world)
         state = trainable_state(parts.model, world)
         actual = {"skipped": [step.skipped for step in steps], "rates": engine.get_lr(), "weights": digest(parts.model)}
         results[case.name] = {

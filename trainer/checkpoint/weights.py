@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer.distributed.world import World
 from trainer.models.egmf import EGMF
+from trainer.models.fusion.standardise import standardise_modules
 
 WEIGHTS = "model.safetensors"
 
@@ -40,7 +41,7 @@ def trainable_state(model: EGMF, world: World) -> dict[str, Tensor]:
 
 
 def trainable_tensors(model: EGMF) -> dict[str, Tensor]:
-    """All that training changes, by name: the trainable parameters and the fusion network's buffers (the gate's usage).
+    """All that training changes, by name: the trainable parameters and the fusion network's buffers (the gate's usage, statistics of features).
 
     These are the model's own tensors, not copies: clone to keep them, gather what ZeRO-3 partitioned. Shared weights appear once.
     """
@@ -53,12 +54,25 @@ def trainable_tensors(model: EGMF) -> dict[str, Tensor]:
 def load_trainable_state(model: EGMF, state: dict[str, Tensor]) -> None:
     """Put `state` (the same on every rank) into `model`, partitioned or not; dtypes may differ, names and shapes may not.
 
+    Statistics by which features are standardised are those of `state` afterwards, and none where it has none, whatever
+    the data that the model was built for have.
+
     Raises:
         ValueError: with all names that are missing, unknown or of another shape; nothing is changed then.
     """
     with torch.no_grad(), gathered([p for p in model.parameters() if p.requires_grad]):
         own = trainable_tensors(model)
+        modules = dict(standardise_modules(model))
+        standardised = {}
+        for place, module in modules.items():
+            buffers = {f"{place}.{name}": buffer for name, buffer in module.named_buffers()}
+            standardised[place] = not buffers.keys().isdisjoint(state)
+            own = {name: tensor for name, tensor in own.items() if name not in buffers}
+            own |= buffers if standardised[place] else {}
         _check_belongs(state, own)
+        for place, module in modules.items():
+            module.use(None)
+            module.identity = not standardised[place]
         for name, tensor in own.items():
             tensor.copy_(state[name])
 

@@ -40,6 +40,9 @@ def prepare(
             metavar="NAME",
         ),
     ] = None,
+    standardise: Annotated[
+        str, typer.Option(help="features by mean and deviation (mean), median and quartiles (robust), or not (none)")
+    ] = "mean",
     force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     synthetic: Annotated[
@@ -62,10 +65,18 @@ def prepare(
 
     if drop_bad not in ("none", "train", "all"):
         raise ValueError(f"--drop-bad is 'train' or 'all', not {drop_bad!r}")
+    if standardise not in ("none", "mean", "robust"):
+        raise ValueError(f"--standardise is 'mean', 'robust' or 'none', not {standardise!r}")
     task = _defined(name, task_file)
     if zero_frames not in ("mask", "keep"):
         raise ValueError(f"--zero-frames is 'mask' or 'keep', not {zero_frames!r}")
-    options: dict[str, Any] = {"strict": strict, "drop_bad": drop_bad, "force": force, "workers": workers}
+    options: dict[str, Any] = {
+        "standardise": standardise,
+        "strict": strict,
+        "drop_bad": drop_bad,
+        "force": force,
+        "workers": workers,
+    }
     with _splits_bar() as progress:
         if synthetic or (task.name.startswith("diagnostic") and get_task(task.name) == task):
             from trainer.data.generated import diagnostic, synthetic_benchmark
@@ -73,7 +84,15 @@ def prepare(
             if source or fold_column:
                 raise ValueError(f"{task.name} is generated: it takes no --source and no --fold-column")
             generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
-            summary = generate(task.name, out, seed=seed, sizes=_sizes(size), force=force, progress=progress)
+            summary = generate(
+                task.name,
+                out,
+                seed=seed,
+                sizes=_sizes(size),
+                standardise=options["standardise"],
+                force=force,
+                progress=progress,
+            )
         elif not source:
             raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
         else:

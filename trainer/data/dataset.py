@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.batch import Sample
+from trainer.batch import Sample, Standardisation
 from trainer.data.faults import DataError
+from trainer.data.feature_statistics import Standardise, measure_frames, standardisations
 from trainer.data.folder import FORMAT, RECORD, read_record
 from trainer.data.folds import FoldChoice, assign_folds, find_fold
 from trainer.data.frames import ZeroFrames
@@ -63,6 +64,7 @@ class PreparedDataset:
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
             self.zero_frames: ZeroFrames = "mask" if self.record.get("zero_frames") == "mask" else "keep"
+            self._standardisation = standardisations(self.record.get("standardisation"), self.widths)
             self.splits: list[str] = list(self.record["splits"])
             sizes = self.record["files"]
             self._views = {split: SplitView(self, split, _map(self.path, split, sizes)) for split in self.splits}
@@ -89,6 +91,24 @@ class PreparedDataset:
             raise DataError(f"{self.path}: {error}") from error
         self._views.update({split: FoldView(self, split, whole, of_split) for split, of_split in rows.items()})
         self.splits = list(self._views)
+
+    @cached_property
+    def standardisation(self) -> dict[str, Standardisation]:
+        """Modality -> how its features are standardised; empty where they are not.
+
+        Of a dataset with folds, measured over the frames of the training samples that follow from the choice of a fold.
+        """
+        entry = self.record.get("standardisation")
+        if not self.folds or self.fold is None or entry is None:
+            return self._standardisation
+        train = self._views["train"]
+        measured = measure_frames(train.valid_frames, self.widths, cast(Standardise, entry["mode"]))
+        return standardisations(measured, self.widths)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the version that prepared the dataset knew statistics of features."""
+        return "standardisation" in self.record
 
     def __getitem__(self, split: str) -> SplitView:
         if split not in self._views:
@@ -181,6 +201,13 @@ class SplitView:
     def frames(self, name: str) -> np.ndarray:
         """Frames of "audio" or "video" of every sample."""
         return self._frames[name]
+
+    def valid_frames(self, name: str) -> Iterator[np.ndarray]:
+        """The frames [T, F] of "audio" or "video" that are not masked, sample by sample."""
+        for sample in self:
+            values_TF, mask_T = getattr(sample, f"{name}_TF"), getattr(sample, f"{name}_mask_T")
+            if values_TF is not None:
+                yield values_TF if mask_T is None else values_TF[mask_T]
 
     def longest(self, n: int) -> list[int]:
         """`n` samples (all, if fewer), the longest text, audio and video among them: padded, the largest batch of `n`."""

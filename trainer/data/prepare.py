@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -23,6 +24,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 
 from trainer.data.faults import DataError, Fault, describe, group_faults
+from trainer.data.feature_statistics import Standardise, measure
 from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
 from trainer.data.folds import cut_dialogues, fold_sizes
 from trainer.data.frames import ZeroFrames
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 DropBad = Literal["none", "train", "all"]
 Progress = Callable[[str, int, "int | None"], None]
 SHARDS = 4  # of a split for each process: smaller ones even out the work
+NUMBERS = re.compile(r"\[(\n[-+.,eE\d\s]+)\]")  # a list of numbers as JSON with indentation has it: it goes on one line
 KEEPER = ("test", "valid", "train", ALL)  # of samples with one id, that of the earlier split here stays
 
 
@@ -63,6 +66,7 @@ def prepare(
     strict: bool = False,
     drop_bad: DropBad = "none",
     zero_frames: ZeroFrames = "mask",
+    standardise: Standardise = "mean",
     workers: int = 1,
     force: bool = False,
     plugins: Sequence[str] = (),
@@ -76,10 +80,11 @@ def prepare(
         ReaderError: files that cannot be read, or do not fit together.
         DataError: faults in the data, or an `out` that is taken.
     """
-    _check_arguments(task, out, strict, drop_bad, zero_frames, workers, force)
+    _check_arguments(task, out, strict, drop_bad, zero_frames, standardise, workers, force)
     source = open_source(task, paths, plugins=plugins, fold_column=fold_column)
     return prepare_source(
-        task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, workers=workers, force=force, progress=progress,
+        task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, standardise=standardise, workers=workers,
+        force=force, progress=progress,
     )  # fmt: skip
 
 
@@ -91,6 +96,7 @@ def prepare_source(
     strict: bool = False,
     drop_bad: DropBad = "none",
     zero_frames: ZeroFrames = "mask",
+    standardise: Standardise = "mean",
     workers: int = 1,
     force: bool = False,
     progress: Progress | None = None,
@@ -103,6 +109,9 @@ def prepare_source(
     "keep". Of samples with one id those of test stay before those of valid and
     train, and earlier ones before later ones.
 
+    `standardise` measures the features of the training frames, for the encoders of a model: their mean and deviation, or
+    median and interquartile range ("robust"); see :mod:`trainer.data.feature_statistics`.
+
     `workers` processes read where the source can be read in parts; the result does not depend on their number. An `out`
     that holds the same dataset is left as it is, another prepared dataset is replaced with `force`. `progress(split,
     done, total)` is called now and then; the total may be None. Nothing remains of a preparation that fails.
@@ -110,7 +119,7 @@ def prepare_source(
     Raises:
         DataError: faults in the data, or an `out` that is taken.
     """
-    _check_arguments(task, out, strict, drop_bad, zero_frames, workers, force)
+    _check_arguments(task, out, strict, drop_bad, zero_frames, standardise, workers, force)
     if workers > 1 and source.part is None:
         log.warning("%s is read by one process: it cannot be read in parts", source.name)
         workers = 1
@@ -118,9 +127,9 @@ def prepare_source(
         with new_folder(out) as folder:
             progress = progress or (lambda split, done, total: None)
             shards = _convert(task, source, folder.path, workers, zero_frames, progress)
-            record = _validate(task, source, shards, strict, drop_bad, zero_frames)
+            record = _validate(task, source, shards, strict, drop_bad, zero_frames, standardise)
             _write(folder.path, shards, record)
-            return _put_in_place(folder, record, force)
+            return _put_in_place(folder, record, _fingerprint(record, shards, standardised=False), force)
     except BrokenProcessPool as error:
         raise DataError(
             f"a worker process was killed, perhaps for want of memory: try fewer --workers than {workers}; nothing was written"
@@ -132,9 +141,18 @@ def prepare_source(
 
 
 def _check_arguments(
-    task: Task, out: Path, strict: bool, drop_bad: DropBad, zero_frames: ZeroFrames, workers: int, force: bool
+    task: Task,
+    out: Path,
+    strict: bool,
+    drop_bad: DropBad,
+    zero_frames: ZeroFrames,
+    standardise: Standardise,
+    workers: int,
+    force: bool,
 ) -> None:
     """Everything that can be refused before the source is read."""
+    if standardise not in get_args(Standardise):
+        raise DataError(f"standardise is one of {', '.join(get_args(Standardise))}, not {standardise!r}")
     if drop_bad not in get_args(DropBad):
         raise DataError(f"drop_bad is one of {', '.join(get_args(DropBad))}, not {drop_bad!r}")
     if strict and drop_bad != "none":
@@ -154,6 +172,14 @@ def _check_arguments(
         if mode != drop_bad:
             raise DataError(
                 f"{out} was prepared with drop_bad={mode}, not {drop_bad}: choose another --out, or replace it with --force"
+            )
+        measured = (
+            there["standardisation"]["mode"] if "standardisation" in there else standardise
+        )  # absent: earlier version
+        if measured != standardise:
+            raise DataError(
+                f"{out} was prepared with standardise={measured}, not {standardise}: choose another --out, or replace it with "
+                "--force"
             )
 
 
@@ -242,6 +268,7 @@ def _validate(
     strict: bool,
     drop_bad: DropBad,
     zero_frames: ZeroFrames,
+    standardise: Standardise,
 ) -> DatasetRecord:
     """Decide what stays; the shards' files and `seen` hold just that afterwards. Returns the record, without the files."""
     widths, wrong = _widths(source, shards)
@@ -277,10 +304,12 @@ def _validate(
         record["folds"] = folds
     record["faults"] = group_faults(faults, otherwise="left out")
     record["dropped"] = {"mode": drop_bad, "n": {s: counts[s] for s in splits}, "samples": dropped}
-    record["fingerprint"] = _fingerprint(record, shards)
     record["source"] = {"name": source.name, "files": _hashes(source.files), "notes": [*source.notes, *_silent(shards)]}
     if folds and (note := cut_dialogues((row.dialogue, row.fold) for _, row in _walk(shards))):
         record["source"]["notes"].append(note)
+    training = [] if folds else [shard.path for shard in shards["train"]]  # of folds: measured when one is chosen
+    record["standardisation"] = measure(training, widths, standardise)
+    record["fingerprint"] = _fingerprint(record, shards)
     return record
 
 
@@ -368,11 +397,17 @@ def _refusal(
 # ── recording ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]]) -> str:
-    """sha256 over task, widths, rates, what was left out, and every row in order: not over places or processes."""
+def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]], standardised: bool = True) -> str:
+    """sha256 over task, widths, rates, what was left out, and every row in order: not over places or processes.
+
+    Statistics by which features are standardised, if any, are a part of it; without `standardised` they are left out, as
+    earlier versions had it.
+    """
     out = hashlib.sha256()
     dropped = [record["dropped"]["mode"], [[d["split"], d["id"]] for d in record["dropped"]["samples"]]]
     head = [record["format"], record["task"], record["widths"], record["rates"], dropped]
+    if standardised and record["standardisation"]["mode"] != "none":
+        head.append(record["standardisation"])
     out.update(json.dumps(head, sort_keys=True, ensure_ascii=True).encode())
     for split in record["splits"]:
         rows = [row.digest for shard in shards[split] for row in shard.seen if row.digest]
@@ -425,10 +460,14 @@ def _write(folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) 
         DatasetInfo(features=_features(shards)).write_to_directory(str(folder / split))
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(record["splits"])}))
     record["files"] = sizes
-    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = NUMBERS.sub(
+        lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1, ensure_ascii=False)
+    )
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
-def _put_in_place(folder: NewFolder, record: DatasetRecord, force: bool) -> Summary:
+def _put_in_place(folder: NewFolder, record: DatasetRecord, samples: str, force: bool) -> Summary:
+    """`samples`: the fingerprint that an earlier version, without statistics of features, gave the same samples."""
     from trainer.data.dataset import open_dataset  # imports torch
 
     there = read_record(folder.out)
@@ -436,6 +475,12 @@ def _put_in_place(folder: NewFolder, record: DatasetRecord, force: bool) -> Summ
         with contextlib.suppress(DataError):  # a damaged copy is replaced
             return Summary(folder.out, open_dataset(folder.out).record, unchanged=True)
     elif there is not None and not force:
+        if "standardisation" not in there and there["fingerprint"] == samples:
+            raise DataError(
+                f"{folder.out} holds another dataset: the same samples as an earlier version prepared them, without the statistics "
+                "by which features are standardised. Runs on it go on as before; choose another --out, replace it with --force "
+                "(its runs then cannot be continued), or keep it as it is with --standardise=none"
+            )
         raise DataError(
             f"{folder.out} holds another dataset of task {there['task'].get('name')} (fingerprint "
             f"{there['fingerprint'][:12]}, now {record['fingerprint'][:12]}), so it is not replaced: choose another --out, "

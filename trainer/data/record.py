@@ -76,10 +76,38 @@ class SourceRecord(TypedDict):
     notes: list[str]
 
 
+class FeatureStatistics(TypedDict, total=False):
+    """Of one modality's features over the valid frames of train; lists have one number per feature.
+
+    `constant` are the features whose deviation is rounding alone. Robust statistics have `median`, `iqr` (interquartile
+    range) of `sampled` frames, and `narrow`: features whose quartiles are equal, which mean and deviation standardise.
+    """
+
+    frames: int
+    mean: list[float]
+    deviation: list[float]
+    minimum: list[float]
+    maximum: list[float]
+    constant: list[int]
+    median: list[float]
+    iqr: list[float]
+    narrow: list[int]
+    sampled: int
+
+
+class StandardisationRecord(TypedDict):
+    """How features are standardised: `mode` is none, mean or robust; `clip` in deviations; None: no valid frame in train."""
+
+    mode: str
+    clip: float | None
+    features: dict[str, FeatureStatistics | None]
+
+
 class DatasetRecord(TypedDict, total=False):
     """The whole file. `task` is the task's definition, `files` the size in bytes of each Arrow file.
 
-    A record that was read has `format`, `fingerprint`, `task` and `splits`; nothing else of it is checked.
+    A record that was read has `format`, `fingerprint`, `task` and `splits`; nothing else of it is checked. One of an earlier
+    version has no `standardisation`.
     """
 
     format: int
@@ -94,3 +122,4 @@ class DatasetRecord(TypedDict, total=False):
     source: SourceRecord
     files: dict[str, int]
     folds: dict[str, int]  # fold -> samples, in order; where the samples have folds and the one split is "all"
+    standardisation: StandardisationRecord

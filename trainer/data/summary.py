@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.data.faults import describe
+from trainer.data.feature_summary import StandardisationSummary, standardisation_json, standardisation_lines
 from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord, LengthStatistics, SplitStatistics
 from trainer.data.rows import STREAMS, Seen
@@ -64,13 +65,14 @@ def _lengths(values: Sequence[int]) -> LengthStatistics:
     return {"mean": round(float(np.mean(values)), 2), "p50": int(p50), "p95": int(p95), "max": int(max(values))}
 
 
-def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics]:
+def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics | StandardisationSummary]:
     """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``; of a dataset with folds the one
-    split "all", with ``"folds": {fold: count}`` besides."""
+    split "all", with ``"folds": {fold: count}`` besides; and under "standardisation" the features
+    (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
     out = {split: entry.copy() for split, entry in record["splits"].items()}
     if "folds" in record:
         out[ALL]["folds"] = record["folds"]
-    return out
+    return {**out, "standardisation": standardisation_json(record)}
 
 
 def summary_table(record: DatasetRecord) -> Group:
@@ -111,7 +113,8 @@ def summary_table(record: DatasetRecord) -> Group:
         if "folds" in record
         else []
     )
-    lines = [_features(record), *folds, *(f"fault: {line}" for line in describe(record["faults"]))]
+    lines = [_features(record), *standardisation_lines(record), *folds]
+    lines += [*(f"fault: {line}" for line in describe(record["faults"]))]
     lines += [f"note: {note}" for note in record["source"].get("notes", [])]
     return Group(table, *(Text(line) for line in lines))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from trainer.batch import Standardisation
 from trainer.config import FusionConfig
 from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.egmf import EGMF
@@ -21,15 +22,19 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     ranks: Ranks | None = None,
+    statistics: Mapping[str, Mapping[str, Standardisation]] | None = None,
 ) -> EGMF:
     """The fusion network for this backbone, where the config asks for one, and both as one model.
 
     Args:
         widths: task -> features per frame of audio and video; 0: the task has none of it.
         answers: task -> number of its answers; needed where the config asks for expert heads.
+        statistics: task -> modality -> how its features are standardised; not used with `config.standardise` false.
     """
     if not config.pseudo_tokens:
         return EGMF(backbone, None, ranks)
     H = backbone.hidden_size
     fusion = Fusion(config, widths, H, H, backbone.embedding_norm, answers)
+    if config.standardise and statistics:
+        fusion.encoders.standardise(statistics)
     return EGMF(backbone, fusion.to(device=device, dtype=dtype), ranks)

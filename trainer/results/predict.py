@@ -92,9 +92,7 @@ def predict(
                 report(f"note: {note}")
             chunks = _chunks(reader, CHUNK_SAMPLES)
             write = stack.enter_context(_writing(out))
-        scorers = {
-            name: Scorer(run.forward, run.parts, run.config, name, run.world, run.dtype) for name in run.parts.tasks
-        }
+        scorers = {name: Scorer(run.forward, run.parts, run.config, name, run.world) for name in run.parts.tasks}
         while (chunk := run.world.broadcast_object(next(chunks, None))) is not None:
             answered = _answered(run, scorers, chunk)
             if run.world.is_rank_zero:

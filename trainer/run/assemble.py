@@ -113,6 +113,17 @@ def older_selecting_metrics(config: RunConfig) -> dict[str, str]:
     }
 
 
+def warn_of_raw_features(config: RunConfig, data: Mapping[str, PreparedDataset]) -> None:
+    """Say which datasets have no statistics of their features, although the config asks for standardised ones."""
+    fusion = config.model.fusion
+    for name, opened in data.items():
+        if fusion.pseudo_tokens and fusion.standardise and any(opened.widths.values()) and not opened.measured:
+            log.warning(
+                "task %s: features are not standardised, since an earlier version prepared %s: prepare it again for new runs",
+                name, opened.path,
+            )  # fmt: skip
+
+
 def assemble(
     config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False, saved: bool = False
 ) -> RunComponents:
@@ -136,7 +147,8 @@ def assemble(
         config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3, ranks=world
     )
     answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
-    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world)
+    statistics = {name: opened.standardisation for name, opened in data.items()}
+    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world, statistics)
     if model.fusion is not None and config.model.fusion.compile:
         model.fusion.compile(dynamic=True)
     collators, tries = {}, {}

@@ -32,7 +32,6 @@ def evaluate(
     config: RunConfig,
     split: str,
     world: World,
-    dtype: torch.dtype,
     advance: Callable[[int], None] = lambda n: None,
     before_batch: Callable[[], None] = lambda: None,
     change: Change = lambda task, sample: sample,
@@ -45,7 +44,7 @@ def evaluate(
     """
     mine: list[PredictionRow] = []
     for name in parts.tasks:
-        mine += _task_rows(forward, parts, config, name, split, world, dtype, advance, before_batch, change)
+        mine += _task_rows(forward, parts, config, name, split, world, advance, before_batch, change)
     everyone = world.gather(mine)
     result = None
     if everyone is not None:
@@ -107,9 +106,8 @@ class Scorer:
         config: RunConfig,
         name: str,
         world: World,
-        dtype: torch.dtype,
     ) -> None:
-        self.forward, self.parts, self.config, self.world, self.dtype = forward, parts, config, world, dtype
+        self.forward, self.parts, self.config, self.world = forward, parts, config, world
         self.task, self.collate = parts.tasks[name], parts.collators[name]
         self.trie = parts.tries[name].to(world.device)
         packed = config.data.layout == "packed" and config.eval.mode == "score"
@@ -128,7 +126,7 @@ class Scorer:
     def answer(self, samples: Sequence[Sample], micro: MicroBatch) -> list[SampleAnswer]:
         """The answer to each sample of a batch."""
         if self.config.eval.mode == "generate":
-            batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device, self.dtype)
+            batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device)
             longest = max(map(len, self.collate.answers)) + 4
             texts = generate(self.parts.model, batch, longest)
             return sample_answers(self.task, parse_answers(self.task, texts, self.config.data.answers))
@@ -137,12 +135,12 @@ class Scorer:
         return sample_answers(self.task, predictions, mean_gates(output.gate_expert_BKE, output.gate_modality_BKEM))
 
     def _output(self, samples: Sequence[Sample], micro: MicroBatch) -> Any:
-        device, dtype = self.world.device, self.dtype
+        device = self.world.device
         if not self.limits.packed:
-            batch = self.collate(samples, answers=False, weight=micro.weight).to(device, dtype)
+            batch = self.collate(samples, answers=False, weight=micro.weight).to(device)
             return self.forward(batch, self.trie)
         row = self.collate.pack(samples, micro.groups, trie=self.parts.tries[self.task.name], weight=micro.weight)
-        row = row.to(device, dtype)
+        row = row.to(device)
         if self._prefix is None:
             self._prefix = self.parts.model.prefix(row.prefix_ids_P)
         return self.forward(row, None, self._prefix)
@@ -155,13 +153,12 @@ def _task_rows(
     name: str,
     split: str,
     world: World,
-    dtype: torch.dtype,
     advance: Callable[[int], None],
     before_batch: Callable[[], None],
     change: Change,
 ) -> list[PredictionRow]:
     view, task = parts.data[name][split], parts.tasks[name]
-    scorer = Scorer(forward, parts, config, name, world, dtype)
+    scorer = Scorer(forward, parts, config, name, world)
     rows: list[PredictionRow] = []
     for micro in scorer.batches(view, view.lengths()):
         before_batch()

@@ -31,7 +31,7 @@ from trainer.distributed.versions import environment
 from trainer.distributed.watch import Watch
 from trainer.distributed.world import World, lost_connections_typed
 from trainer.files import write_json, write_text
-from trainer.run.assemble import assemble, older_selecting_metrics
+from trainer.run.assemble import assemble, older_selecting_metrics, warn_of_raw_features
 from trainer.run.calibrate import write_calibration
 from trainer.run.callbacks import (
     Callback,
@@ -94,6 +94,8 @@ def fit(
         try:
             last = checkpoints.newest(repair=True)
             parts = assemble(config, out, world, dtype_of(config), partition=True)
+            if world.is_rank_zero:
+                warn_of_raw_features(config, parts.data)
             base = parts.model.backbone.fingerprint
             identity = identify(config, data=parts.fingerprints, base=base, world_size=world.size)
             saved = None if last is None else read_state(last)
@@ -239,7 +241,7 @@ class Trainer:
 
     def _try_largest_batches(self) -> None:
         if self.config.train.probe and self.run.steps_done < self.run.steps:
-            probe(self.engine, self.parts, self.config, self.world, self.run.guard, self.run.dtype)
+            probe(self.engine, self.parts, self.config, self.world, self.run.guard)
             self._stop_if_asked()
 
     def _take_steps(self) -> None:
@@ -388,7 +390,7 @@ class Trainer:
         try:
             progress()
             return evaluate(
-                self.engine, self.parts, self.config, split, self.world, self.run.dtype,
+                self.engine, self.parts, self.config, split, self.world,
                 advance=progress, before_batch=self._stop_if_asked,
             )  # fmt: skip
         finally:

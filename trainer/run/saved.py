@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from trainer.answers.scores import SplitScores
 from trainer.checkpoint.state import read_state
@@ -33,7 +32,6 @@ class SavedRun:
     config: RunConfig
     parts: RunComponents
     world: World
-    dtype: torch.dtype
     checkpoint: Path
     forward: Callable[..., Any]
 
@@ -41,7 +39,7 @@ class SavedRun:
         self, split: str, advance: Callable[[int], None] = lambda n: None, change: Change = lambda task, sample: sample
     ) -> tuple[pd.DataFrame, SplitScores]:
         """See :func:`trainer.run.evaluate.evaluate`."""
-        return evaluate(self.forward, self.parts, self.config, split, self.world, self.dtype, advance, change=change)
+        return evaluate(self.forward, self.parts, self.config, split, self.world, advance, change=change)
 
 
 def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str | None = None) -> SavedRun:
@@ -69,9 +67,8 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
         if chosen is None:
             raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
         log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
-    dtype = dtype_of(config)
     partition = world.size > 1
-    parts = assemble(config, run, world, dtype, partition=partition, saved=True)
+    parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True)
     expected, found = read_state(chosen).base, parts.model.backbone.fingerprint
     if expected != found:
         raise CheckpointError(
@@ -84,4 +81,4 @@ def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str |
         engine = build_inference_engine(parts.model, config)
         engine.eval()  # gives nothing back, unlike a module's
         forward = engine
-    return SavedRun(config, parts, world, dtype, chosen, forward)
+    return SavedRun(config, parts, world, chosen, forward)

@@ -14,7 +14,6 @@ from trainer.checkpoint.random_state import derive_seed
 from trainer.config import RunConfig
 from trainer.data.imbalance import answer_indices
 from trainer.data.sampling import GlobalBatch, Limits, MicroBatch, Sizes, micro_batches
-from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
@@ -96,11 +95,11 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, dump: NonFi
     """
     engine, config, world, guard = training.engine, training.config, training.world, training.guard
     micros = training.micro_batches(batch)
-    dtype, total = dtype_of(config), training.weight(batch)
+    total = training.weight(batch)
     scalars = StepScalars(world)
     for place, (micro, rows) in enumerate(zip(micros, training.prefetcher.step(step, batch, micros), strict=True)):
         training.heartbeat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
-        rows = rows.to(world.device, dtype)
+        rows = rows.to(world.device)
         torch.manual_seed(derive_seed(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)

@@ -136,13 +136,13 @@ def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, packed, quantizati
     rows = Rows("one", packed, 14, (34, 25), 3, ((1, 7, 9, 6), (1, 2, 0, 4)) if packed else ((2, 7, 9, 6),))
     with fake_tensors():
         few = [
-            record_pass(build_fake_model(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows, torch.float32)
+            record_pass(build_fake_model(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows)
             for n in (*SAMPLE_LAYERS, 8)
         ]  # fmt: skip
     grown = extrapolate_layers(few[0], few[1], 8)
     assert grown == few[2]
     real = make_model(folder, expert_loss_weight=0.5, quantization=quantization, gradient_checkpointing=checkpointing)
-    recorded = record_pass(real.train(), rows, torch.float32)
+    recorded = record_pass(real.train(), rows)
     assert grown.flops == recorded.flops
     assert grown.peak == pytest.approx(recorded.peak, rel=0.03)
 
@@ -165,7 +165,7 @@ def test_counts_operations(tmp_path, packed):
     head = 2 * 896 * 151936
     with fake_tensors():
         work = {
-            ck: record_pass(build_fake_model(config, shape, {"meld": {}}, torch.bfloat16, layers=layers, checkpointing=ck), rows, torch.bfloat16)
+            ck: record_pass(build_fake_model(config, shape, {"meld": {}}, torch.bfloat16, layers=layers, checkpointing=ck), rows)
             for ck in (False, True)
         }  # fmt: skip
     assert work[False].flops == pytest.approx(4 * linear + 3.5 * 2 * attention + 4 * head, rel=0.02)

@@ -10,7 +10,8 @@ from torch import nn
 from tests.models.fusion.fusion_cases import config, streams
 from trainer.kernels.gate import gate_mix
 from trainer.models.fusion.expert import presence
-from trainer.models.fusion.gating import Context, Float32Buffers, HierarchicalGate
+from trainer.models.fusion.float32_buffers import Float32Buffers
+from trainer.models.fusion.gating import Context, HierarchicalGate
 
 ALL = ("text", "audio", "video")
 NAMES = ("local", "semantic", "global")

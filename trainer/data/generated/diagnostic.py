@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 
+from trainer.data.feature_statistics import Standardise
 from trainer.data.prepare import Progress, Summary, prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
@@ -57,6 +58,7 @@ def generate(
     *,
     seed: int = 0,
     sizes: dict[str, int] | None = None,
+    standardise: Standardise = "mean",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -72,7 +74,12 @@ def generate(
     if small:
         raise ValueError(f"too few samples to hold every kind and label: {small}; 12 at least")
     return prepare_source(
-        BUILT_IN[variant], diagnostic_source(variant, seed, sizes), out, force=force, progress=progress
+        BUILT_IN[variant],
+        diagnostic_source(variant, seed, sizes),
+        out,
+        standardise=standardise,
+        force=force,
+        progress=progress,
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.data.feature_statistics import Standardise
 from trainer.data.generated import diagnostic
 from trainer.data.prepare import Progress, Summary, prepare_source
 from trainer.data.readers.raw import RawSample, Source
@@ -55,6 +56,7 @@ def generate(
     *,
     seed: int = 0,
     sizes: dict[str, int] | None = None,
+    standardise: Standardise = "mean",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -69,7 +71,9 @@ def generate(
     small = {split: n for split, n in sizes.items() if n < 16}
     if small:
         raise ValueError(f"too few samples to hold every kind and class: {small}; 16 at least")
-    return prepare_source(BUILT_IN[name], _source(name, seed, sizes), out, force=force, progress=progress)
+    return prepare_source(
+        BUILT_IN[name], _source(name, seed, sizes), out, standardise=standardise, force=force, progress=progress
+    )
 
 
 def _source(name: str, seed: int, sizes: dict[str, int]) -> Source:

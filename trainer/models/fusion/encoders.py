@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.batch import Features
+from trainer.batch import Features, Standardisation
 from trainer.config import Modality
+from trainer.models.fusion.standardise import Standardise
 
 SHORTEST, LONGEST = 0.1, 100.0  # wavelengths of the positions, in seconds
 SECONDS_PER_TOKEN = 0.3  # nominal: about 200 words a minute; text has no clock
@@ -47,15 +48,22 @@ def sinusoidal_positions(time_BT: Tensor, width: int) -> Tensor:
 
 
 class FeatureEncoder(nn.Module):
-    """``LayerNorm(Linear(x)) + positions``, zeros under the mask; what was under it before is never read."""
+    """``LayerNorm(Linear(x)) + positions``, zeros under the mask; what was under it before is never read.
 
-    def __init__(self, features: int, width: int) -> None:
+    With `standardise` x is standardised first, where there are statistics (:class:`Standardise`), in float32 before it is
+    cast to the precision of the weights: features of 1e5 that differ by 1 are all the same in bfloat16.
+    """
+
+    def __init__(self, features: int, width: int, *, standardise: bool = False) -> None:
         super().__init__()
+        self.standardise = Standardise(features) if standardise else None
         self.project = nn.Linear(features, width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> EncodedModality:
         padding_BT1 = ~mask_BT.unsqueeze(-1)
+        if self.standardise is not None:
+            values_BTF = self.standardise(values_BTF)
         values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(padding_BT1, 0.0)
         content_BTD = self.norm(self.project(values_BTF)).masked_fill(padding_BT1, 0.0)
         position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(padding_BT1, 0.0)
@@ -85,7 +93,19 @@ class Encoders(nn.Module):
         if taken:
             raise ValueError(f"task names that the fusion network cannot use: {', '.join(taken)}; rename the tasks")
         for task, widths in self.inputs.items():
-            self.add_module(task, nn.ModuleDict({m: FeatureEncoder(n, width) for m, n in widths.items() if n}))
+            self.add_module(
+                task, nn.ModuleDict({m: FeatureEncoder(n, width, standardise=True) for m, n in widths.items() if n})
+            )
+
+    def standardise(self, statistics: Mapping[str, Mapping[str, Standardisation]]) -> None:
+        """Standardise the features of each task and modality by these statistics; those that have none stay as they are.
+
+        Raises:
+            ValueError: statistics of another number of features.
+        """
+        for task in self.inputs:
+            for modality, encoder in self.get_submodule(task).items():  # type: ignore[operator]
+                encoder.standardise.use(statistics.get(task, {}).get(modality))
 
     def forward(
         self, task: str, text_BSH: Tensor, text_mask_BS: Tensor, features: Mapping[str, Features]

@@ -15,24 +15,8 @@ from trainer.config import FusionConfig, Modality
 from trainer.kernels.gate import gate_mix
 from trainer.models.fusion.encoders import EncodedModality
 from trainer.models.fusion.expert import Streams, presence
+from trainer.models.fusion.float32_buffers import Float32Buffers
 from trainer.models.fusion.masked import masked_mean
-
-
-class Float32Buffers(nn.Module):
-    """A module whose own floating buffers stay float32 whatever its parameters are cast to.
-
-    ``module.bfloat16()`` and ``module.half()``, which DeepSpeed calls, cast every floating buffer. Moves between devices
-    are followed.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
-        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            now = getattr(self, name)
-            if now.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(now.device))
-        return self
 
 
 class Context(nn.Module):

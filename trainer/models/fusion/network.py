@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainer.batch import Features
 from trainer.config import FusionConfig
 from trainer.models.fusion.encoders import Encoders
-from trainer.models.fusion.gating import Float32Buffers, HierarchicalGate
+from trainer.models.fusion.float32_buffers import Float32Buffers
+from trainer.models.fusion.gating import HierarchicalGate
 from trainer.models.fusion.heads import ExpertHeads, expert_losses
 from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
 

@@ -33,9 +33,7 @@ class MemoryFault(ValueError):
     """A batch needs more memory than the device has."""
 
 
-def probe(
-    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, world: World, guard: Guard, dtype: torch.dtype
-) -> None:
+def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, world: World, guard: Guard) -> None:
     """Pass each task's worst-case micro-batch through a whole step that moves nothing, and score its worst-case batch.
 
     Every rank calls this. Two micro-batches are tried: the one that the longest prompts fill, and the one that the samples
@@ -52,7 +50,7 @@ def probe(
         limits = Limits.of_training(config)
         for micro in largest(collate.sizes(view), limits, train.global_batch):
             samples = [view[i] for i in micro.indices]
-            batch = collate.training(samples, micro, None).to(world.device, dtype)
+            batch = collate.training(samples, micro, None).to(world.device)
             what = f"task {name}: the largest micro-batch ({_shape(batch)})"
             with memory_explained(what, "train.micro_tokens", train.micro_tokens, batch.positions):
                 engine.set_gradient_accumulation_boundary(True)
@@ -69,7 +67,7 @@ def probe(
             guard.found()
             if parts.model.fusion is not None:
                 parts.model.fusion.gate.discard_usage()
-        _score(engine, parts, config, name, world, dtype)
+        _score(engine, parts, config, name, world)
     engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps = counters
     if faults:
         raise ValueError("\n".join(faults))
@@ -96,10 +94,8 @@ def _shape(batch: Batch | PackedBatch) -> str:
     return f"{len(batch)} samples, {batch.positions} positions, up to {audio} audio and {video} video frames"
 
 
-def _score(
-    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, world: World, dtype: torch.dtype
-) -> None:
-    view, scorer = parts.data[name]["valid"], Scorer(engine, parts, config, name, world, dtype)
+def _score(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, world: World) -> None:
+    view, scorer = parts.data[name]["valid"], Scorer(engine, parts, config, name, world)
     if not len(view) or config.eval.mode != "score":
         return
     engine.eval()
