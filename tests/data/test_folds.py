@@ -178,6 +178,22 @@ def test_what_is_refused(prepared: Path, tmp_path: Path) -> None:
         open_data(config)
 
 
+@pytest.mark.parametrize("valid", ["next", 0.25])
+def test_features_are_standardised_by_the_training_samples_of_the_fold(tmp_path: Path, valid: Any) -> None:
+    rng, rows = np.random.default_rng(0), lines()
+    for i, row in enumerate(rows):
+        np.save(tmp_path / f"{i}.npy", rng.normal(SESSIONS.index(row["fold"]), 1 + i % 3, (3 + i % 4, 5)).astype("f4"))
+        row["audio"] = f"{i}.npy"
+    prepare(MELD, [write(tmp_path / "own.jsonl", rows)], tmp_path / "meld")
+    for fold in SESSIONS:
+        dataset = open_dataset(tmp_path / "meld", choice=FoldChoice(fold, valid, 3))
+        frames_TF = np.concatenate([s.audio_TF for s in dataset["train"] if s.audio_TF is not None]).astype("f8")
+        found = dataset.standardisation["audio"]
+        np.testing.assert_allclose(found.mean_F, frames_TF.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(found.scale_F, 1 / frames_TF.std(0), rtol=1e-6)
+    assert open_dataset(tmp_path / "meld").standardisation == {}
+
+
 def test_a_dataset_without_folds_is_what_it_was(tmp_path: Path) -> None:
     """A `fold` beside a split is not used, as before folds were known; the row's digest is that of the former definition."""
     own = [{**row, "split": ("train", "valid", "test")[i % 3]} for i, row in enumerate(lines())]
