@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from trainer.grid import Grid
 from trainer.metric_table import FAMILIES, Metric
 
-Language = Literal["en", "zh"]
+Language = str  # a language tag, such as "en", "zh" or "de"; a task has a prompt in each of its own
 Kind = Literal["classification", "regression"]
+UNSPACED = ("zh", "ja", "th", "lo", "km", "my", "yue", "wuu")  # languages that write no space between words
 AnswerStyle = Literal["words", "indices"]  # of labels: as themselves, or by their number
 MOST_NUMBERS = 2001  # of a grid: each is scored for every sample, and a tree of so many has 3000 to 5000 tokens
 
@@ -68,12 +77,21 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     kind: Kind
-    language: Language = "en"
+    language: Language = Field(default="en", pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*$")
     labels: tuple[str, ...] = ()
     grid: Grid | None = None
     family: str = "emotion"  # of metrics, a key of trainer.metric_table.FAMILIES
     select: str  # the metric that chooses the checkpoint
     prompts: dict[Language, Prompt]
+    label_column: str | None = None  # of annotations and own samples, where it is not the format's own
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without a `label_column` that is not set: the fingerprints of datasets from before there was one stay."""
+        out: dict[str, object] = serialize(self)
+        if self.label_column is None:
+            del out["label_column"]
+        return out
 
     @model_validator(mode="after")
     def _whole(self) -> Task:
@@ -90,7 +108,9 @@ class Task(BaseModel):
         if self.family in FAMILIES and self.select not in self.metrics:
             faults.append(_no_metric(self.select, self.family, self.kind, self.grid))
         if self.language not in self.prompts:
-            faults.append(f"no prompt in the task's language {self.language!r}")
+            faults.append(
+                f"no prompt in the task's language {self.language!r}: write one, prompts: {{{self.language}: {{instruction: …, cue: …}}}}"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -136,7 +156,7 @@ class Task(BaseModel):
 
         The one place that says so, for training targets and scoring alike: answers are tokenised apart from the cue.
         """
-        space = " " if (language or self.language) == "en" else ""
+        space = "" if (language or self.language).split("-")[0] in UNSPACED else " "
         return tuple(space + answer for answer in self.answers(style))
 
     def answer_index(self, target: float) -> int:

@@ -33,6 +33,10 @@ def prepare(
     zero_frames: Annotated[
         str, typer.Option(help="frames of zeros inside a clip: mask (as if missing) or keep", metavar="mask|keep")
     ] = "mask",
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="of annotations and own samples: the column or key of the labels", metavar="NAME"),
+    ] = None,
     fold_column: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +72,8 @@ def prepare(
     if standardise not in ("none", "mean", "robust"):
         raise ValueError(f"--standardise is 'mean', 'robust' or 'none', not {standardise!r}")
     task = _defined(name, task_file)
+    if label_column is not None:
+        task = task.model_copy(update={"label_column": label_column})
     if zero_frames not in ("mask", "keep"):
         raise ValueError(f"--zero-frames is 'mask' or 'keep', not {zero_frames!r}")
     options: dict[str, Any] = {

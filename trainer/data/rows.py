@@ -128,6 +128,9 @@ class Checker:
         fold = raw.fold if split == ALL else None
         if split == ALL and not fold:
             fault("no fold")
+        if raw.language is not None and raw.language not in self.task.prompts:
+            known = ", ".join(self.task.prompts)
+            fault("language without a prompt in the task", f"{raw.language!r}; the task has {known}")
         if any(isinstance(s, str) and not _unicode(s) for s in (name, text, fold, *metadata)):
             fault("text that is no Unicode (a lone surrogate)")
         label, target = self._answer(raw, fault) if self.labelled else (None, math.nan)

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, ReaderError, Table
+from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, ReaderError, Table, as_label
 from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
 from trainer.tasks import Task
@@ -210,11 +210,18 @@ def _sample(
     line = Line.model_validate_json(data[start:stop].strip())
     prefix = path.stem if split in ("", ALL) else split
     name = f"{prefix}-{number:05d}" if line.id is None else str(line.id)
-    first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
-    sample = plain_sample(line, name, split, f"{path.name} line {number}", second if first is None else first)
+    sample = plain_sample(line, name, split, f"{path.name} line {number}", _label(task, line))
     if split == ALL:
         sample = replace(sample, fold=_fold(line, fold_column))
     return with_features(sample, path.parent, line)
+
+
+def _label(task: Task, line: Line) -> str | float | None:
+    """Under the key that the task names; else `label`, or `target` of a regression task, whichever is there."""
+    if task.label_column is not None:
+        return as_label(getattr(line, task.label_column, None))
+    first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
+    return second if first is None else first
 
 
 def plain_sample(line: Line, name: str, split: str, where: str, label: str | float | None = None) -> RawSample:

@@ -18,7 +18,7 @@ from trainer.encodings import first_line
 from trainer.tasks import Task
 
 COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID")
-LABEL = "Emotion"  # samples to be predicted may lack it
+LABEL = "Emotion"  # unless the task names another column; samples to be predicted may lack it
 
 
 class MeldCsvReader(Reader):
@@ -55,16 +55,21 @@ class MeldCsvReader(Reader):
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            needed = [*COLUMNS, *([LABEL] if context.labelled else [])]
+            label = context.task.label_column or LABEL
+            needed = [*COLUMNS, *([label] if context.labelled else [])]
             needed += [context.fold_column] if context.fold_column else []
             if not set(needed) <= set(header):
-                faults.append(f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}")
+                faults.append(
+                    f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}; it has {', '.join(header)}"
+                )
                 return []
             rows = [(reader.line_num, row) for row in reader if row]
         except csv.Error as error:
             faults.append(f"{path} line {reader.line_num}: is not valid CSV: {error}")
             return []
-        at = {name: header.index(name) for name in (*COLUMNS, LABEL) if name in header}
+        at = {name: header.index(name) for name in COLUMNS}
+        if label in header:
+            at["label"] = header.index(label)
         turns = [_turn(path, line, row, header, at, faults) for line, row in rows]
         if len(faults) > known:
             return []
@@ -102,7 +107,7 @@ def _sample(
         id=f"{path.stem if split in ('', ALL) else split}_dia{dialogue}_utt{utterance}",
         split=split,
         text=row[at["Utterance"]],
-        label=row[at[LABEL]].strip() if LABEL in at else None,
+        label=row[at["label"]].strip() if "label" in at else None,
         speaker=row[at["Speaker"]].strip() or None,
         dialogue=dialogue,
         turn=turns[i],

@@ -102,7 +102,8 @@ def _splits(
 
 def _names(context: ReadContext) -> dict[str, tuple[str, ...]]:
     """What a column is for -> the names that it may have."""
-    return {**_COLUMNS, "label": _NUMBERS if context.task.kind == "regression" else _WORDS}
+    named, usual = context.task.label_column, _NUMBERS if context.task.kind == "regression" else _WORDS
+    return {**_COLUMNS, "label": usual if named is None else (named,)}
 
 
 def _read_names(content: Mapping[Any, Any], context: ReadContext) -> set[str]:
@@ -126,14 +127,15 @@ def _one_split(path: Path, content: Any, context: ReadContext) -> list[Table]:
 
 
 def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) -> Table | None:
-    known, label = len(context.faults), " and label" if context.labelled else ""
+    label_key = context.task.label_column or "label"
+    known, label = len(context.faults), f" and {label_key}" if context.labelled else ""
     language = context.task.language
     for i, row in enumerate(rows):
         features = row.get("features", row) if isinstance(row, dict) else None
         if (
             not isinstance(features, dict)
             or {"text", "audio", "video"}.isdisjoint(features)
-            or (context.labelled and "label" not in row)
+            or (context.labelled and label_key not in row)
         ):
             context.faults.append(
                 f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …){label} was expected"
@@ -141,7 +143,7 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
         else:
             words = {
                 "text": features.get("text"),
-                **{name: row.get(name) for name in ("label", "id", "speaker", "dialogue")},
+                **{name: row.get(name) for name in (label_key, "id", "speaker", "dialogue")},
             }
             context.faults += [f"{path} row {i}: {fault}" for fault in _undecodable(words, language)]
 
@@ -152,7 +154,7 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
             id=as_text(row.get("id"), language) or f"{split or path.stem}-{i:05d}",
             split=split,
             text=as_text(features.get("text"), language),
-            label=as_label(row.get("label"), language),
+            label=as_label(row.get(label_key), language),
             audio=as_features(features.get("audio")),
             video=as_features(features.get("video")),
             audio_length=as_length(features.get("audio_len")),
