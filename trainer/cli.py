@@ -15,6 +15,7 @@ import typer
 
 from trainer import __version__
 from trainer.commands import (
+    baseline,
     compare,
     data,
     doctor,
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (data, training, sweep, reproduce, runs, compare, robustness, planning, doctor):
+for commands in (data, training, sweep, reproduce, runs, baseline, compare, robustness, planning, doctor):
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")
 app.add_typer(runs.config_app, name="config")

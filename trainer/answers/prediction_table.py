@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from torch import Tensor
 
-from trainer.answers.predictions import Predictions
-from trainer.batch import Sample
 from trainer.tasks import Task
+
+if TYPE_CHECKING:  # baselines write tables without loading torch
+    from torch import Tensor
+
+    from trainer.answers.predictions import Predictions
+    from trainer.batch import Sample
 
 COLUMNS = (
     "task",

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.batch import Sample, Standardisation
 from trainer.data.faults import DataError
 from trainer.data.feature_statistics import Standardise, measure_frames, standardisations
 from trainer.data.folder import FORMAT, RECORD, read_record
@@ -27,6 +26,9 @@ from trainer.data.frames import ZeroFrames
 from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord
 from trainer.tasks import Task, TaskError, define_task
+
+if TYPE_CHECKING:  # it imports torch, which whoever reads whole samples has
+    from trainer.batch import Sample, Standardisation
 
 STREAMS = ("audio", "video")
 _ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "training": "train", "testing": "test"}
@@ -159,6 +161,8 @@ class SplitView:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample `i`; its arrays are read-only views of the file."""
+        from trainer.batch import Sample
+
         i = int(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
@@ -180,6 +184,11 @@ class SplitView:
             kind=columns["kind"][j].as_py(),
             history=self._history(i),
         )
+
+    def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """ "audio" or "video" of sample `i`, [T, F] and mask [T], as a :class:`trainer.batch.Sample` has them."""
+        b = bisect.bisect_right(self._starts, i) - 1
+        return self._stream(name, i, b, i - self._starts[b])
 
     def _stream(self, name: str, i: int, b: int, j: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         frames = int(self._frames[name][i])

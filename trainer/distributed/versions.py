@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import TypedDict
 
-import torch
-
 DECIDING = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "egmf-trainer")
 RECORDED = ("egmf-trainer", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "mlflow", "numpy")
 ABSENT = "none"
@@ -51,6 +49,8 @@ def versions() -> dict[str, str]:
 
 def environment() -> Environment:
     """Versions, platform and git state, for the record."""
+    import torch
+
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in RECORDED}},
         "platform": platform.platform(),

@@ -9,8 +9,10 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.distributed.world import World
+if TYPE_CHECKING:
+    from trainer.distributed.world import World
 
 LOCK = ".lock"
 RESULTS = (

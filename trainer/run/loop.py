@@ -47,7 +47,17 @@ from trainer.run.folder import archive_previous_run, open_folder
 from trainer.run.guards.dump import NonFiniteDump, StepFacts
 from trainer.run.guards.guard import NonFiniteError
 from trainer.run.guards.probe import memory_explained, probe
-from trainer.run.record import RecordValues, Report, RunRecord, State, close_run, close_stuck_run, now, record_failure
+from trainer.run.record import (
+    RecordValues,
+    Report,
+    RunRecord,
+    State,
+    close_run,
+    close_stuck_run,
+    now,
+    read_record,
+    record_failure,
+)
 from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
 from trainer.run.step import StepResult, train_step
@@ -165,7 +175,7 @@ def _archive_stale_run(config: RunConfig, out: Path, world: World, checkpoints: 
 def _has_other_settings(config: RunConfig, out: Path) -> bool:
     """Whether the folder holds the beginnings of a run with other settings."""
     if not (out / "config.yaml").is_file():
-        return False
+        return "baseline" in (read_record(out) or {})  # a baseline's files are not this run's either
     try:
         return training_settings(saved_config(out)) != training_settings(config)
     except ValueError:  # it uses a setting that this version does not have

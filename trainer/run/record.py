@@ -31,10 +31,27 @@ class MlflowPlace(TypedDict):
     run_id: str | None
 
 
+class BaselineValues(TypedDict):
+    """What a baseline is, which no training made; the settings are None where it has none.
+
+    `setting` is C or alpha, `value` the one used, `tried` value -> selecting metric on valid where it was chosen there.
+    """
+
+    name: str
+    model: str
+    modalities: list[str]
+    ngrams: str | None
+    setting: str | None
+    value: float | None
+    tried: dict[str, float | None]
+    data: str  # path of the prepared dataset
+
+
 class RecordValues(TypedDict, total=False):
-    """What ``run.json`` holds. Of a run that did not get far, some are absent."""
+    """What ``run.json`` holds. Of a run that did not get far, some are absent; `baseline` stands in baselines only."""
 
     state: State
+    baseline: BaselineValues
     started: str  # of the last process; ISO 8601, UTC
     ended: str | None
     failure: str | None

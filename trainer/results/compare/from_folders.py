@@ -29,6 +29,13 @@ from trainer.tracking.journal import JOURNAL, SPEED, read_journal
 DEPTH = 4  # levels of folders below a given one that are searched for runs
 
 
+class BaselineFolderError(ValueError):
+    """A baseline, which comparisons do not read yet: it can be left out of one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} is a baseline, which is not compared with runs yet: leave it out")
+
+
 class UnfinishedError(ValueError):
     """A run whose `state` is not done: it can be left out of a comparison."""
 
@@ -41,10 +48,13 @@ def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | N
     """The finished run in a run folder.
 
     Raises:
+        BaselineFolderError: it is a baseline.
         UnfinishedError: its state is not ``done``.
         ValueError: it is not a run folder, is damaged, or has no predictions of a split.
     """
     record = _read_record(path / "run.json")
+    if "baseline" in record:
+        raise BaselineFolderError(path)
     state = state_of(RunFolder(path, record=record))
     if state.name != "done":
         raise UnfinishedError(path, state)
@@ -93,6 +103,8 @@ def runs_below(folder: Path, splits: Sequence[str]) -> tuple[list[ComparedRun], 
             runs.append(run_from_folder(path, splits, str(path.relative_to(folder)) if path != folder else None))
         except UnfinishedError as error:
             notes.append(f"{path} is left out: it is not finished ({error.state})")
+        except BaselineFolderError:
+            notes.append(f"{path} is left out: it is a baseline, which is not compared with runs yet")
         except (ValueError, OSError) as error:
             faults.append(str(error))
     return runs, notes, faults
