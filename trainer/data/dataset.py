@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.data.faults import DataError
-from trainer.data.feature_statistics import Standardise, measure_frames, standardisations
+from trainer.data.feature_statistics import Standardise, check_statistics, measure_frames, standardisations
 from trainer.data.folder import FORMAT, RECORD, read_record
 from trainer.data.folds import FoldChoice, assign_folds, find_fold
 from trainer.data.frames import ZeroFrames
@@ -66,7 +66,8 @@ class PreparedDataset:
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
             self.zero_frames: ZeroFrames = "mask" if self.record.get("zero_frames") == "mask" else "keep"
-            self._standardisation = standardisations(self.record.get("standardisation"), self.widths)
+            if (statistics := self.record.get("standardisation")) is not None:
+                check_statistics(statistics, self.widths)
             self.splits: list[str] = list(self.record["splits"])
             sizes = self.record["files"]
             self._views = {split: SplitView(self, split, _map(self.path, split, sizes)) for split in self.splits}
@@ -101,8 +102,8 @@ class PreparedDataset:
         Of a dataset with folds, measured over the frames of the training samples that follow from the choice of a fold.
         """
         entry = self.record.get("standardisation")
-        if not self.folds or self.fold is None or entry is None:
-            return self._standardisation
+        if self.fold is None or entry is None:
+            return standardisations(entry, self.widths)
         train = self._views["train"]
         measured = measure_frames(train.valid_frames, self.widths, cast(Standardise, entry["mode"]))
         return standardisations(measured, self.widths)

@@ -65,17 +65,32 @@ def standardisations(record: StandardisationRecord | None, widths: Mapping[str, 
     """
     from trainer.batch import Standardisation  # imports torch
 
+    clip = None if record is None else record["clip"]
+    if record is None or clip is None:
+        return {}
+    check_statistics(record, widths)
     out: dict[str, Standardisation] = {}
-    for name, stats in (record or {"features": {}})["features"].items():
-        if stats is None or record is None or record["clip"] is None:
+    for name, stats in record["features"].items():
+        if stats is not None:
+            centre_F, spread_F = centre_and_spread(stats)
+            out[name] = Standardisation(centre_F.astype(np.float32), (1.0 / spread_F).astype(np.float32), clip)
+    return out
+
+
+def check_statistics(record: StandardisationRecord, widths: Mapping[str, int]) -> None:
+    """Refuse what :func:`standardisations` cannot use.
+
+    Raises:
+        ValueError: statistics that do not fit `widths` or are not finite.
+    """
+    for name, stats in record["features"].items():
+        if stats is None:
             continue
         centre_F, spread_F = centre_and_spread(stats)
         if centre_F.shape != (widths[name],) or spread_F.shape != centre_F.shape:
             raise ValueError(f"the statistics of {name} are of {len(centre_F)} features instead of {widths[name]}")
         if not (np.isfinite(centre_F).all() and np.isfinite(spread_F).all() and (spread_F > 0).all()):
             raise ValueError(f"the statistics of {name} are not finite or have deviations of 0")
-        out[name] = Standardisation(centre_F.astype(np.float32), (1.0 / spread_F).astype(np.float32), record["clip"])
-    return out
 
 
 def centre_and_spread(stats: FeatureStatistics) -> tuple[np.ndarray, np.ndarray]:
