@@ -65,14 +65,24 @@ def _lengths(values: Sequence[int]) -> LengthStatistics:
     return {"mean": round(float(np.mean(values)), 2), "p50": int(p50), "p95": int(p95), "max": int(max(values))}
 
 
-def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics | StandardisationSummary]:
+class SplitSummary(SplitStatistics, total=False):
+    """What `egmf data show` says of a split."""
+
+    standardisation: StandardisationSummary
+
+
+def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
     """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``; of a dataset with folds the one
-    split "all", with ``"folds": {fold: count}`` besides; and under "standardisation" the features
-    (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
-    out = {split: entry.copy() for split, entry in record["splits"].items()}
+    split "all", with ``"folds": {fold: count}`` besides. The split whose frames were measured, train (or all), has under "standardisation" the
+    features (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
+    out: dict[str, SplitSummary] = {}
+    for split, entry in record["splits"].items():
+        out[split] = {}
+        out[split].update(entry)
     if "folds" in record:
         out[ALL]["folds"] = record["folds"]
-    return {**out, "standardisation": standardisation_json(record)}
+    out["train" if "train" in out else ALL]["standardisation"] = standardisation_json(record)
+    return out
 
 
 def summary_table(record: DatasetRecord) -> Group:
