@@ -7,7 +7,7 @@ metrics of these benchmarks cut by; `target` beside it has mean, standard deviat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Group
@@ -75,10 +75,7 @@ def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
     """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``; of a dataset with folds the one
     split "all", with ``"folds": {fold: count}`` besides. The split whose frames were measured, train (or all), has under "standardisation" the
     features (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
-    out: dict[str, SplitSummary] = {}
-    for split, entry in record["splits"].items():
-        out[split] = {}
-        out[split].update(entry)
+    out = {split: cast(SplitSummary, dict(entry)) for split, entry in record["splits"].items()}
     if "folds" in record:
         out[ALL]["folds"] = record["folds"]
     out["train" if "train" in out else ALL]["standardisation"] = standardisation_json(record)
