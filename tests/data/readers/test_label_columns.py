@@ -86,7 +86,7 @@ def test_pickles_and_own_samples_have_a_column_of_labels_too(tmp_path: Path) -> 
     np.testing.assert_array_equal(open_dataset(tmp_path / "out")["train"].targets(), [0.5, -0.5])
     lines = [{"text": "a", "label": 1, "label_T": 0.25, "split": split} for split in SPLITS]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    prepare(task, [tmp_path / "own.jsonl"], tmp_path / "out2")
+    assert prepare(task, [tmp_path / "own.jsonl"], tmp_path / "out2").record["source"]["notes"] == []
     np.testing.assert_array_equal(open_dataset(tmp_path / "out2")["test"].targets(), [0.25])
 
 

@@ -88,9 +88,9 @@ class JsonlReader(Reader):
             faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
             return []
         index = _Index(path, context.split_of(path), context.fold_column)
-        number = 0
+        number, end = 0, b"\n" if data.find(b"\n") >= 0 else b"\r"  # a file of the classic Mac OS has CR alone
         while start < len(data):
-            stop = data.find(b"\n", start) + 1 or len(data)
+            stop = data.find(end, start) + 1 or len(data)
             number += 1
             if raw := data[start:stop].strip():
                 index.add(_Place(number, start, stop), raw, context)
@@ -138,6 +138,7 @@ class _Index:
             split = ALL
             self.folds = self.folds or fold is not None
             unused = [key for key in unused if key != (self.fold_column or FOLD)]
+        unused = [key for key in unused if key != context.task.label_column]
         if split is None:
             context.faults.append(f"{where}: {_no_split(line)}")
         else:
