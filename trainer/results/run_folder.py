@@ -51,6 +51,11 @@ class RunFolder:
         return self.path.absolute().name
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether `egmf baseline` made it, and no training."""
+        return "baseline" in self.record
+
+    @property
     def chosen_step(self) -> int | None:
         """The step of the chosen checkpoint."""
         found = re.fullmatch(r"step-(\d+)", self.checkpoint or "")
@@ -100,10 +105,11 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
         why = "no such folder" if not path.exists() else "it has neither config.yaml nor run.json"
         raise ValueError(f"{path} is not a run folder ({why}): egmf train makes one, egmf runs lists them")
     run = RunFolder(path)
-    run.config = _config(run)
     run.record = _read_json(run, "run.json", "the run's state and environment", RecordValues) or {}
+    if not run.is_baseline:  # which has neither config nor steps
+        run.config = _config(run)
+        run.journal = _journal(run)
     run.results, run.checkpoint = _results(run)
-    run.journal = _journal(run)
     run.data = _datasets(run)
     run.tasks = _tasks(run)
     run.robustness = _robustness(run)
@@ -149,7 +155,7 @@ def _results(run: RunFolder) -> tuple[dict[str, dict[str, TaskScores]], str | No
     chosen = run.path / "checkpoints" / "best"
     if checkpoint is None and chosen.is_file():
         checkpoint = chosen.read_text(encoding="utf-8", errors="replace").strip()
-    if checkpoint is None:
+    if checkpoint is None and not run.is_baseline:
         run.notes.append("validation has chosen no checkpoint yet")
     results = {
         split: {task: cast(TaskScores, values) for task, values in tasks.items() if isinstance(values, dict)}
@@ -192,11 +198,11 @@ def _journal(run: RunFolder) -> dict[str, Series]:
 def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
     """Records of the run's datasets, those that still exist unchanged."""
     fingerprints = run.record.get("data")
-    if run.config is None or not isinstance(fingerprints, Mapping):
+    if not isinstance(fingerprints, Mapping) or (run.config is None and not run.is_baseline):
         return {}
     found = {}
     for name, fingerprint in fingerprints.items():
-        path = dataset_path(run.config, name)
+        path = dataset_path(run.config, name) if run.config else Path(run.record["baseline"]["data"])
         record = read_record(path)
         if record is None:
             run.notes.append(f"the dataset {path} no longer exists: the texts of {name} cannot be shown")

@@ -17,11 +17,13 @@ MARKS = ("train/skipped", "train/spike")  # metrics that mark a step rather than
 def facts(run: RunFolder) -> list[tuple[str, str]]:
     """What a run is, in a few lines."""
     started, ended = parse_time(run.record.get("started")), parse_time(run.record.get("ended"))
-    lines = [
-        ("state", str(state_of(run))),
-        ("task", ", ".join(run.tasks) or "unknown"),
-        ("step", steps_text(run.step, run.steps)),
-        ("checkpoint", run.checkpoint or "none chosen yet"),
+    lines = [("state", str(state_of(run))), ("task", ", ".join(run.tasks) or "unknown")]
+    if run.is_baseline:
+        made = run.record["baseline"]
+        lines.append(("baseline", f"{made['model']} of {', '.join(made['modalities']) or 'nothing'}, no EGMF run"))
+    else:
+        lines += [("step", steps_text(run.step, run.steps)), ("checkpoint", run.checkpoint or "none chosen yet")]
+    lines += [
         ("started", _utc(started) if started else "unknown"),
     ]
     if ended and started:
