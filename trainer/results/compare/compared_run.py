@@ -65,7 +65,10 @@ class Answers:
 
 @dataclass
 class ComparedRun:
-    """A finished run. `group` is the name of its group, where the caller decides that; otherwise configs do."""
+    """A finished run. `group` is the name of its group, where the caller decides that; otherwise configs do.
+
+    Of a baseline `baseline` is its name; it has no config, and its `seed` of 0 says nothing.
+    """
 
     name: str
     where: str
@@ -81,6 +84,12 @@ class ComparedRun:
     experiment: str | None = None
     group: str | None = None
     fold: FoldRecord | None = None  # of a run on a dataset with folds
+    baseline: str | None = None
+
+
+def same_samples(a: Answers, b: Answers) -> bool:
+    """Whether both are answers to the same samples, with the same labels."""
+    return np.array_equal(a.ids_N, b.ids_N) and np.array_equal(a.truth_N, b.truth_N)
 
 
 def with_defaults(config: Mapping[str, str]) -> dict[str, str]:
