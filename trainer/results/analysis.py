@@ -19,7 +19,7 @@ from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.folds import fold_choice
 from trainer.data.summary import SIGNS
-from trainer.results.run_folder import SPLITS, RunFolder, dataset_path
+from trainer.results.run_folder import SPLITS, RunFolder, path_of_data
 from trainer.results.task_results import Example, GateGroup, Gates, Robustness, TaskResults
 from trainer.run.expert_load import load_balance, warning
 from trainer.tasks import Task
@@ -252,10 +252,11 @@ def _example(task: Task, row: Mapping[Any, Any], gates: Gates | None) -> Example
 
 def _add_texts(run: RunFolder, task: Task, split: str, examples: Sequence[Example]) -> None:
     """Add texts from the prepared dataset, if it is the one that the run was trained on."""
-    if task.name not in run.data or run.config is None:
+    path = path_of_data(run, task.name)
+    if task.name not in run.data or path is None:
         return
     try:
-        view = open_dataset(dataset_path(run.config, task.name), choice=fold_choice(run.config))[split]
+        view = open_dataset(path, choice=None if run.config is None else fold_choice(run.config))[split]
     except DataError as error:
         run.notes.append(f"the texts of {task.name} cannot be shown: {error}")
         return

@@ -19,7 +19,7 @@ from trainer.data.folder import read_record
 from trainer.data.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
 from trainer.results.records import RobustnessRecord, number_or_none
-from trainer.run.record import RecordValues
+from trainer.run.record import BaselineValues, RecordValues, baseline_of
 from trainer.tasks import Task, TaskError, define_task, get_task, select_by
 from trainer.tracking.journal import JOURNAL, read_journal
 
@@ -51,9 +51,14 @@ class RunFolder:
         return self.path.absolute().name
 
     @property
+    def baseline(self) -> BaselineValues | None:
+        """What `egmf baseline` wrote, which made the folder; None of a run."""
+        return baseline_of(self.record)
+
+    @property
     def is_baseline(self) -> bool:
         """Whether `egmf baseline` made it, and no training."""
-        return "baseline" in self.record
+        return self.baseline is not None
 
     @property
     def chosen_step(self) -> int | None:
@@ -122,9 +127,11 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "run.json").is_file()
 
 
-def dataset_path(config: RunConfig, task: str) -> Path:
-    """Where the prepared dataset of a task was when the run started."""
-    return Path(config.data.path.replace("{task}", task))
+def path_of_data(run: RunFolder, task: str) -> Path | None:
+    """Where the prepared dataset of a task was when the run started, or the baseline was made; None where nothing says it."""
+    if run.config is not None:
+        return Path(run.config.data.path.replace("{task}", task))
+    return None if run.baseline is None else Path(run.baseline["data"])
 
 
 def _config(run: RunFolder) -> RunConfig | None:
@@ -198,11 +205,13 @@ def _journal(run: RunFolder) -> dict[str, Series]:
 def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
     """Records of the run's datasets, those that still exist unchanged."""
     fingerprints = run.record.get("data")
-    if not isinstance(fingerprints, Mapping) or (run.config is None and not run.is_baseline):
+    if not isinstance(fingerprints, Mapping):
         return {}
     found = {}
     for name, fingerprint in fingerprints.items():
-        path = dataset_path(run.config, name) if run.config else Path(run.record["baseline"]["data"])
+        path = path_of_data(run, name)
+        if path is None:
+            continue
         record = read_record(path)
         if record is None:
             run.notes.append(f"the dataset {path} no longer exists: the texts of {name} cannot be shown")
