@@ -170,7 +170,7 @@ class SplitView:
         i %= len(self)
         b = bisect.bisect_right(self._starts, i) - 1
         j, columns = i - self._starts[b], self._columns[b]
-        audio, video = (self._stream(name, i, b, j) for name in STREAMS)
+        audio, video = (self.stream(name, i) for name in STREAMS)
         return Sample(
             id=columns["id"][j].as_py(),
             text=columns["text"][j].as_py(),
@@ -188,13 +188,11 @@ class SplitView:
 
     def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """ "audio" or "video" of sample `i`, [T, F] and mask [T], as a :class:`trainer.batch.Sample` has them."""
-        b = bisect.bisect_right(self._starts, i) - 1
-        return self._stream(name, i, b, i - self._starts[b])
-
-    def _stream(self, name: str, i: int, b: int, j: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         frames = int(self._frames[name][i])
         if not frames:
             return None, None
+        b = bisect.bisect_right(self._starts, i) - 1
+        j = i - self._starts[b]
         values, offsets = self._values[name][b]
         values_TF = values[offsets[j] : offsets[j + 1]].reshape(frames, self.widths[name])
         mask = self._columns[b][f"{name}_mask"][j]
@@ -214,8 +212,8 @@ class SplitView:
 
     def valid_frames(self, name: str) -> Iterator[np.ndarray]:
         """The frames [T, F] of "audio" or "video" that are not masked, sample by sample."""
-        for sample in self:
-            values_TF, mask_T = getattr(sample, f"{name}_TF"), getattr(sample, f"{name}_mask_T")
+        for i in range(len(self)):
+            values_TF, mask_T = self.stream(name, i)
             if values_TF is not None:
                 yield values_TF if mask_T is None else values_TF[mask_T]
 
@@ -306,6 +304,9 @@ class FoldView(SplitView):
             raise IndexError(f"sample {i} of {len(self)}")
         i %= len(self)
         return replace(self._whole[int(self._rows[i])], history=self._history(i))
+
+    def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        return self._whole.stream(name, int(self._rows[i]))
 
     def texts(self) -> Iterator[str]:
         return iter(self._list("text"))
