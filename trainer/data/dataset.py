@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -183,6 +183,7 @@ class SplitView:
             dialogue=columns["dialogue"][j].as_py(),
             turn=columns["turn"][j].as_py(),
             kind=columns["kind"][j].as_py(),
+            share_C=self._share(columns, j),
             history=self._history(i),
         )
 
@@ -197,6 +198,21 @@ class SplitView:
         values_TF = values[offsets[j] : offsets[j + 1]].reshape(frames, self.widths[name])
         mask = self._columns[b][f"{name}_mask"][j]
         return values_TF, mask.values.to_numpy(zero_copy_only=False) if mask.is_valid else None
+
+    @staticmethod
+    def _share(columns: Mapping[str, pa.Array], j: int) -> np.ndarray | None:
+        if (
+            "shares" not in columns or not columns["shares"][j].is_valid
+        ):  # datasets of earlier versions have no such column
+            return None
+        return np.asarray(columns["shares"][j].values.to_numpy(zero_copy_only=False))
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether annotators disagree on some sample, whose target is then shares of the labels."""
+        return any(
+            "shares" in columns and columns["shares"].null_count < len(columns["shares"]) for columns in self._columns
+        )
 
     @cached_property
     def ids(self) -> list[str]:
@@ -307,6 +323,10 @@ class FoldView(SplitView):
 
     def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         return self._whole.stream(name, int(self._rows[i]))
+
+    @cached_property
+    def shared(self) -> bool:
+        return self._whole.shared and any(share is not None for share in self._list("shares"))
 
     def texts(self) -> Iterator[str]:
         return iter(self._list("text"))

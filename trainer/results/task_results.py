@@ -26,7 +26,9 @@ class Example:
     prediction: str | float | None
     answer: str | None
     valid: bool
-    error: float  # 1 - p(truth), |prediction - truth|, or 0 and 1 where there are no probabilities; inf when invalid
+    # 1 - p(truth), |prediction - truth|, the mean of 1 - p(truth) over labels where samples have several; 0 and 1 for p where there
+    # are no probabilities; inf when invalid
+    error: float
     probabilities: list[tuple[str, float]]
     expert: dict[str, float]
     modality: dict[str, float]

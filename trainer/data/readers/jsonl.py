@@ -33,8 +33,10 @@ from trainer.tasks import Task
 
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
 
+_BRANCHES = ("str", "int", "float", "dict[str,any]", "list[any]")  # of a union, in the places that pydantic names
 FOLD = "fold"  # the key of a sample's fold, unless the user names another
 Word = str | int | None
+Label = str | int | float | dict[str, Any] | list[Any] | None
 Length = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None
 
 
@@ -44,8 +46,8 @@ class Line(BaseModel):
     model_config = ConfigDict(extra="allow")
     id: Word = None
     text: str | None = None
-    label: str | int | float | None = None
-    target: str | int | float | None = None
+    label: Label = None
+    target: Label = None
     audio: str | None = None
     video: str | None = None
     audio_length: Length = None
@@ -174,7 +176,7 @@ def parse_line(raw: bytes, where: str, faults: list[str], form: type[AnyLine]) -
     except ValidationError as error:
         seen: dict[str, str] = {}
         for fault in error.errors(include_url=False):
-            at = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int", "float"))
+            at = ".".join(str(part) for part in fault["loc"] if part not in _BRANCHES)
             seen.setdefault(at, fault["msg"])
         faults += [f"{where}: {f'{at}: ' if at else ''}{message}" for at, message in seen.items()]
     return None
@@ -217,7 +219,7 @@ def _sample(
     return with_features(sample, path.parent, line)
 
 
-def _label(task: Task, line: Line) -> str | float | None:
+def _label(task: Task, line: Line) -> Label:
     """Under the key that the task names; else `label`, or `target` of a regression task, whichever is there."""
     if task.label_column is not None:
         return as_label(getattr(line, task.label_column, None))
@@ -225,7 +227,7 @@ def _label(task: Task, line: Line) -> str | float | None:
     return second if first is None else first
 
 
-def plain_sample(line: Line, name: str, split: str, where: str, label: str | float | None = None) -> RawSample:
+def plain_sample(line: Line, name: str, split: str, where: str, label: Label = None) -> RawSample:
     """The sample `name` of a line, without its features."""
     return RawSample(
         id=name,

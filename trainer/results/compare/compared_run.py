@@ -183,5 +183,8 @@ def _numbers(task: Task, cells: pa.ChunkedArray) -> np.ndarray:
             return np.full(len(cells), np.nan)
         indices = compute.index_in(cells, value_set=pa.array(task.labels, cells.type)).combine_chunks()
         return np.asarray(compute.fill_null(indices.cast(pa.float64()), np.nan))
+    if task.kind == "multilabel":
+        sets = [None if cell is None else task.parse_word(str(cell)) for cell in cells.to_pylist()]
+        return np.array([np.nan if value is None else value for value in sets])
     numbers: np.ndarray = pd.to_numeric(pd.Series(cells.to_pylist(), dtype=object), errors="coerce").to_numpy(float)
     return numbers

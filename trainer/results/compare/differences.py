@@ -15,7 +15,8 @@ from scipy import stats
 
 from trainer.answers.metrics import metric_of
 from trainer.distributed.messages import LISTED, group_by_value, join_truncated
-from trainer.metric_table import WeightedMetric, accuracy
+from trainer.metric_formulas import accuracy
+from trainer.metric_table import WeightedMetric
 from trainer.results.compare.compared_run import Answers
 from trainer.results.compare.folds import fold_values, folds_of, tested_per_trained
 from trainer.results.compare.groups import Group
