@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,11 @@ def toy_source(name: str, sizes: dict[str, int], seed: int = 0, huge: tuple[str,
             video = rng.normal(0, 1.0, (images, WIDTHS["video"])) if i % 7 else None
             if f"{split}-{i:04d}" in huge:
                 audio = np.full((frames, WIDTHS["audio"]), 3e38)
-            label = task.labels[k] if task.kind == "classification" else task.grid.values[k]  # type: ignore[union-attr]
+            label: Any = task.grid.values[k] if task.grid is not None else task.labels[k % len(task.labels)]
+            if task.kind == "multilabel":
+                label = [name for j, name in enumerate(task.labels) if (k + i) >> j & 1]
+            elif "shares" in task.name and i % 3:
+                label = {task.labels[k]: 2, task.labels[(k + 1) % len(task.labels)]: 1}
             yield RawSample(
                 id=f"{split}-{i:04d}",
                 split=split,
@@ -68,8 +73,11 @@ def prepare_toy(
     seed: int = 0,
     huge: tuple[str, ...] = (),
 ) -> Path:
-    """A prepared toy dataset in `folder`/`name`."""
-    out = folder / name
+    """A prepared toy dataset in `folder`/`name`; of a task that a YAML file defines under the task's name.
+
+    A task called "shares" has annotators that disagree on two samples of three.
+    """
+    out = folder / get_task(name).name
     sizes = {"train": train, "valid": valid, "test": test}
     prepare_source(get_task(name), toy_source(name, sizes, seed, huge), out)
     return out

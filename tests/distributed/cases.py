@@ -52,6 +52,11 @@ BF16 = ("train.precision=bf16",)
 CHECKPOINTED = ("model.backbone.gradient_checkpointing=true",)
 ON_HOST = ("deepspeed.zero_optimization.offload_param.device=cpu",)
 TWO = ("task=[meld,simsv2]",)
+LABEL_TASKS = {  # several labels a sample, and shares of annotators
+    "sets": "{name: sets, kind: multilabel, labels: [joy, anger, sad, fear]}",
+    "shares": "{name: shares, kind: classification, labels: [joy, anger, sad, fear]}",
+}
+LABELS = ("task=[{data}/sets.yaml,{data}/shares.yaml]",)
 
 CASES = (
     *(Case(f"zero{z}", (), (f"train.zero={z}",)) for z in range(4)),
@@ -63,6 +68,8 @@ CASES = (
     Case("zero3-full", ("model.adapter.kind=full",), ("train.zero=3",)),
     Case("zero2-two-tasks", TWO, ("train.zero=2",)),
     Case("zero3-two-tasks-checkpointing", (*TWO, *NF4), ("train.zero=3", "model.backbone.gradient_checkpointing=true")),
+    Case("zero2-labels", LABELS, ("train.zero=2",)),
+    Case("zero3-labels-checkpointing", (*LABELS, *NF4, "train.label_smoothing=0.1"), ("train.zero=3", *CHECKPOINTED)),
     Case("zero2-full", ("model.adapter.kind=full",), ("train.zero=2",)),
     Case("zero3-no-fusion", ("model.fusion.pseudo_tokens=0",), ("train.zero=3",)),
     Case(
@@ -111,9 +118,15 @@ SETS = {
 
 
 def config_of(case: Case, data: Path, *, engine: bool) -> RunConfig:
+    overrides = [override.replace("{data}", str(data)) for override in case.overrides]
     return load_config(
-        TINY, ["task=meld", f"data.path={data}/{{task}}", *COMMON, *case.overrides, *(case.engine if engine else ())]
+        TINY, ["task=meld", f"data.path={data}/{{task}}", *COMMON, *overrides, *(case.engine if engine else ())]
     )
+
+
+def backbone_of(config: RunConfig, out: Path) -> Path:
+    """The folder in which runs of the config's tasks keep their offline backbone."""
+    return out / "-".join(Path(task).stem for task in config.tasks)
 
 
 def state_at(step: int, best: str | None = None, identity: RunIdentity | None = None) -> CheckpointState:

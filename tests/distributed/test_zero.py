@@ -14,7 +14,18 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tests.distributed.cases import CASES, OBJECTIVES, PLANTED, QUICK, STEPS, SUPPORTED, Case, config_of
+from tests.distributed.cases import (
+    CASES,
+    LABEL_TASKS,
+    OBJECTIVES,
+    PLANTED,
+    QUICK,
+    STEPS,
+    SUPPORTED,
+    Case,
+    backbone_of,
+    config_of,
+)
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.checkpoint.weights import trainable_tensors
@@ -36,6 +47,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     for name in ("meld", "simsv2"):
         prepare_toy(name, folder)
+    for name, definition in LABEL_TASKS.items():
+        (folder / f"{name}.yaml").write_text(definition)
+        prepare_toy(str(folder / f"{name}.yaml"), folder)
     return folder
 
 
@@ -72,7 +86,7 @@ def plain_training(case: Case, data: Path, backbones: Path) -> dict[str, Any]:
     """The same run in plain PyTorch: one process, sample by sample, torch's own AdamW, clipping and schedule."""
     config = config_of(case, data, engine=False)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    parts: RunComponents = assemble(config, backbones / "-".join(config.tasks), ALONE, dtype)
+    parts: RunComponents = assemble(config, backbone_of(config, backbones), ALONE, dtype)
     model = parts.model.train()
     rates = config.train.lr
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +151,10 @@ def _probabilities(parts: RunComponents, dtype: torch.dtype) -> dict[str, list[f
         for sample in opened["valid"]:
             batch = parts.collators[name]([sample], answers=False).to("cpu", dtype)
             score = model(batch, parts.tries[name]).logprob_BC[0].double()
-            out[sample.id + name] = torch.softmax(score, 0).tolist()
+            if parts.tasks[name].kind == "multilabel":  # of each label's two answers
+                out[sample.id + name] = torch.softmax(score.unflatten(0, (-1, 2)), 1)[:, 0].tolist()
+            else:
+                out[sample.id + name] = torch.softmax(score, 0).tolist()
     return out
 
 

@@ -52,7 +52,7 @@ def digest(model: torch.nn.Module) -> str:
 
 
 def main(data: Path, out: Path, wanted: str) -> None:
-    from tests.distributed.cases import PLANTED, SETS, STEPS, config_of
+    from tests.distributed.cases import PLANTED, SETS, STEPS, backbone_of, config_of
     from trainer.checkpoint.weights import trainable_state
     from trainer.data.imbalance import training_sampler
     from trainer.distributed.deepspeed_config import dtype_of
@@ -71,7 +71,7 @@ def main(data: Path, out: Path, wanted: str) -> None:
     for case in SETS[wanted]:
         config = config_of(case, data, engine=True)
         dtype = dtype_of(config)
-        parts = assemble(config, out / "-".join(config.tasks), world, dtype, partition=True)
+        parts = assemble(config, backbone_of(config, out), world, dtype, partition=True)
         engine = build_engine(parts.model, config)
         schedule = Schedule(engine, config.train, STEPS)
         training = StepContext(engine, parts, config, world, Guard(engine, world.device, gradients=True), StopRequest())

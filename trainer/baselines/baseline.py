@@ -22,7 +22,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 
 from trainer.answers.metrics import compute
-from trainer.answers.prediction_table import PredictionRow, SampleAnswer, predictions_table, write_predictions
+from trainer.answers.prediction_table import (
+    PredictionRow,
+    SampleAnswer,
+    label_shares,
+    predictions_table,
+    write_predictions,
+)
 from trainer.answers.scores import SplitScores, TaskScores, metric_value
 from trainer.baselines.features import Ngrams, StreamFeatures, TextFeatures, default_ngrams, statistics
 from trainer.config import MODALITIES, Modality
@@ -281,13 +287,15 @@ def _answers(task: Task, model: Any, features: Features) -> tuple[np.ndarray, np
 
 
 def _score(task: Task, view: SplitView, value_N: np.ndarray, p_NC: np.ndarray | None) -> TaskScores:
-    return compute(task, view.targets(), value_N, p_NC)
+    target_N = view.targets()
+    return compute(task, target_N, value_N, p_NC, label_shares(task, target_N, view.shares()))
 
 
 def _rows(task: Task, view: SplitView, value_N: np.ndarray, p_NC: np.ndarray | None) -> Iterator[PredictionRow]:
     kinds = view.kinds() or [None] * len(view)
-    for i, (name, kind, target) in enumerate(zip(view.ids, kinds, view.targets().tolist(), strict=True)):
+    rows = zip(view.ids, kinds, view.targets().tolist(), view.shares(), strict=True)
+    for i, (name, kind, target, shares) in enumerate(rows):
         value = float(value_N[i])
         prediction = task.word(value)
         answer = SampleAnswer(value, prediction, True, str(prediction), None if p_NC is None else p_NC[i].tolist())
-        yield PredictionRow(task.name, name, task.word(target), kind, target, answer)
+        yield PredictionRow(task.name, name, task.word(target), kind, target, answer, shares)

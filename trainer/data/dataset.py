@@ -207,6 +207,10 @@ class SplitView:
             return None
         return np.asarray(columns["shares"][j].values.to_numpy(zero_copy_only=False))
 
+    def shares(self) -> list[list[float] | None]:
+        """The shares of annotators that gave each label, of each sample; None where all gave one."""
+        return self._list("shares") if self.shared else [None] * len(self)
+
     @cached_property
     def shared(self) -> bool:
         """Whether annotators disagree on some sample, whose target is then shares of the labels."""

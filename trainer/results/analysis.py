@@ -51,7 +51,7 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
     out.split, rows = next(iter(tables.items()))
     out.rows = rows
     out.constant, value = _constant(run, task, rows)
-    out.constant_scores = compute(task, rows["target"].to_numpy(), np.full(len(rows), value))
+    out.constant_scores = compute(task, rows["target"].to_numpy(), np.full(len(rows), value), None, _shares(task, rows))
     scored = {split: found for split, table in tables.items() if (found := _scored(table)) is not None}
     if (displayed := scored.get(out.split)) is not None and task.kind != "multilabel":
         if task.kind == "classification":
@@ -133,11 +133,15 @@ def _score(task: Task, rows: pd.DataFrame) -> TaskScores:
     if "probabilities" in rows and not rows.loc[rows["valid"], "probabilities"].isna().any():
         width = task.probabilities
         p_NC = np.array([[np.nan] * width if p is None else p for p in rows["probabilities"]], dtype=float)
-    shares = label_shares(task, target_N, rows["shares"]) if "shares" in rows else None
     try:
-        return compute(task, target_N, value_N, p_NC, shares)
+        return compute(task, target_N, value_N, p_NC, _shares(task, rows))
     except MetricError:
         return compute(task, target_N, value_N)
+
+
+def _shares(task: Task, rows: pd.DataFrame) -> np.ndarray | None:
+    """`[N, C]`: the shares of annotators that gave each label; None where the data has none."""
+    return label_shares(task, rows["target"].to_numpy(), rows["shares"]) if "shares" in rows else None
 
 
 def _constant(run: RunFolder, task: Task, rows: pd.DataFrame) -> tuple[str, float]:
