@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from transformers import (
 from trainer.config import BackboneConfig
 from trainer.models.backbone import quantization
 from trainer.models.backbone.fingerprint import Measured
+from trainer.models.backbone.model_files import folder_faults, tokenizer_faults
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
 from trainer.models.backbone.sharded import Partitioner, StreamingLoad
 from trainer.models.ranks import Ranks, SingleProcess
@@ -42,6 +44,7 @@ CONVERT = (  # shown to users; transformers reads pickles with weights_only
 )
 NO_CUDA_EXTENSION = "the installed flash_attn lacks its CUDA extension (it was built without CUDA)"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
 
 class BackboneError(ValueError):
@@ -71,12 +74,10 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
     source = _source(config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(_explain(config, source, "tokenizer", error)) from error
-    try:
         end = end_token(tokenizer)
-    except ValueError as error:
-        raise BackboneError(str(error)) from error
+    except UNREADABLE as error:
+        faults = _faults_of(source, tokenizer=True)
+        raise BackboneError(_listed(config, faults) or _explain(config, source, "tokenizer", error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = end
     return tokenizer
@@ -117,6 +118,8 @@ def load_model(
             files or of another shape, already quantised, or weights that NF4 cannot hold.
     """
     source = _source(config, folder)
+    ranks = ranks or SingleProcess()
+    _check_files(config, source, ranks)
     shape = load_shape(config, folder)
     four_bit = None
     if config.quantization == "nf4":
@@ -134,7 +137,7 @@ def load_model(
     elif device.type != "cpu":
         options["device_map"] = {"": device}
     try:
-        model, info = _from_pretrained(config, source, device, options, ranks or SingleProcess())
+        model, info = _from_pretrained(config, source, device, options, ranks)
     except BackboneError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -144,6 +147,32 @@ def load_model(
     if four_bit is not None:
         quantization.settle(model, config.name)
     return Loaded(model, measured)
+
+
+def _check_files(config: BackboneConfig, source: str, ranks: Ranks) -> None:
+    """Refuse a folder whose files cannot make a model, before any weight is read; under `read: rank0` rank 0 alone looks."""
+    each = config.read == "each"
+    faults = _faults_of(source) if each or ranks.is_rank_zero else []
+    if not each:
+        faults = ranks.broadcast_object(faults)
+    if faults:
+        raise BackboneError(_listed(config, faults))
+
+
+def _faults_of(source: str, tokenizer: bool = False) -> list[str]:
+    """What is wrong with a folder's files; of a folder that was fetched without weights, with the others."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return []
+    faults = folder_faults(folder, weights=next(folder.glob("*.safetensors"), None) is not None)
+    return faults + (tokenizer_faults(folder) if tokenizer else [])
+
+
+def _listed(config: BackboneConfig, faults: list[str]) -> str:
+    """All faults in one message, "" for none."""
+    if len(faults) < 2:
+        return "".join(f"{config.name}: {fault}" for fault in faults)
+    return f"{config.name} has {len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults)
 
 
 def _from_pretrained(
@@ -190,8 +219,9 @@ def load_shape(config: BackboneConfig, folder: Path | None = None) -> Pretrained
     source = _source(config, folder)
     try:
         shape = copy.deepcopy(AutoConfig.from_pretrained(source, **_common(config)))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(_explain(config, source, "configuration", error)) from error
+    except UNREADABLE as error:
+        faults = _faults_of(source)
+        raise BackboneError(_listed(config, faults) or _explain(config, source, "configuration", error)) from error
     made = getattr(shape, "quantization_config", None)
     if made is not None:
         method = made.get("quant_method") if isinstance(made, dict) else getattr(made, "quant_method", made)
