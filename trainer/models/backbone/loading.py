@@ -74,10 +74,13 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
     source = _source(config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
-        end = end_token(tokenizer)
     except UNREADABLE as error:
         faults = _faults_of(source, tokenizer=True)
         raise BackboneError(_listed(config, faults) or _explain(config, source, "tokenizer", error)) from error
+    try:
+        end = end_token(tokenizer)
+    except ValueError as error:  # transformers makes an empty tokenizer of some folders without one
+        raise BackboneError(_listed(config, _faults_of(source, tokenizer=True)) or str(error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = end
     return tokenizer
@@ -152,19 +155,19 @@ def load_model(
 def _check_files(config: BackboneConfig, source: str, ranks: Ranks) -> None:
     """Refuse a folder whose files cannot make a model, before any weight is read; under `read: rank0` rank 0 alone looks."""
     each = config.read == "each"
-    faults = _faults_of(source) if each or ranks.is_rank_zero else []
+    faults = _faults_of(source, weights=True) if each or ranks.is_rank_zero else []
     if not each:
         faults = ranks.broadcast_object(faults)
     if faults:
         raise BackboneError(_listed(config, faults))
 
 
-def _faults_of(source: str, tokenizer: bool = False) -> list[str]:
-    """What is wrong with a folder's files; of a folder that was fetched without weights, with the others."""
+def _faults_of(source: str, *, weights: bool = False, tokenizer: bool = False) -> list[str]:
+    """What is wrong with a folder's files; with its `weights` also where it has none: it may have been fetched so."""
     folder = Path(source)
     if not folder.is_dir():
         return []
-    faults = folder_faults(folder, weights=next(folder.glob("*.safetensors"), None) is not None)
+    faults = folder_faults(folder, weights=weights or next(folder.glob("*.safetensors"), None) is not None)
     return faults + (tokenizer_faults(folder) if tokenizer else [])
 
 

@@ -88,14 +88,12 @@ def weight_files(folder: Path) -> WeightFiles:
         return found
     table, faults = _json_object(folder / index)
     weight_map = table.get("weight_map")
-    if not faults and (
-        not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values())
-    ):
-        faults = [f"{index} has no weight_map (tensor name -> file): {AGAIN}"]
     if faults:
         found.faults += faults
-        return found
-    _open_shards(folder, index, weight_map, found)
+    elif isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+        _open_shards(folder, index, weight_map, found)
+    else:
+        found.faults.append(f"{index} has no weight_map (tensor name -> file): {AGAIN}")
     return found
 
 
