@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.models.tiny_models import save_family
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone.causal_lm import build_backbone
+from trainer.models.backbone.fingerprint import BLOCK, is_finite, measure
 from trainer.models.backbone.loading import BackboneError, load_model, load_shape, load_tokenizer
 from trainer.models.backbone.model_files import folder_faults, tokenizer_faults, weight_files
 from trainer.models.ranks import SingleProcess
@@ -271,3 +273,78 @@ def test_under_read_rank0_every_rank_refuses_what_rank_0_found(folder):
     config = BackboneConfig(name=str(folder), read="rank0")
     with pytest.raises(BackboneError, match="a shard is missing"):
         load_model(config, torch.float32, torch.device("cpu"), None, ranks=SecondRank(["a shard is missing"]))
+
+
+MODES = [("none", "each"), ("nf4", "each"), ("none", "rank0"), ("nf4", "rank0")]
+
+
+def edit_tensors(folder: Path, changes: dict[str, Callable[[torch.Tensor], object]]) -> dict[str, str]:
+    """Change tensors where they are stored; returns the file of each."""
+    files = {}
+    for path in shards(folder):
+        state = load_file(path)
+        for name in changes.keys() & state.keys():
+            changes[name](state[name])
+            files[name] = path.name
+        save_file(state, path, metadata={"format": "pt"})
+    return files
+
+
+@pytest.mark.parametrize(("quantization", "read"), MODES)
+def test_nan_and_infinity_are_named_with_tensor_and_file(folder, quantization, read):
+    up, norm, table = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"
+    changes = {
+        up: lambda w: w[5, :3].fill_(float("nan")),
+        norm: lambda w: w[:1].fill_(float("inf")),
+        table: lambda w: (w[319, 7:8].fill_(float("-inf")), w[318, :2].fill_(float("nan"))),
+    }
+    files = edit_tensors(folder, changes)
+    message = refusal(folder, quantization, read)
+    assert f"{up} in {files[up]} has 3 nan among 8,192 values" in message
+    assert f"{norm} in {files[norm]} has 1 infinite among 64 values" in message
+    assert f"{table} in {files[table]} has 2 nan and 1 infinite among 20,480 values" in message
+    assert "another checkpoint" in message
+
+
+@pytest.mark.parametrize(("quantization", "read"), MODES)
+def test_missing_weights_other_sizes_and_nan_come_at_once(folder, quantization, read):
+    norm = "model.norm.weight"
+    edit_tensors(folder, {norm: lambda w: w[:1].fill_(float("nan"))})
+    edit_json(folder / "config.json", lambda config: config.update(intermediate_size=256, num_hidden_layers=3))
+    message = refusal(folder, quantization, read)
+    assert message.startswith("FOLDER has 3 faults:\n")
+    assert "9 weights are not in its files" in message
+    assert (
+        "6 weights have other sizes: model.layers.0.mlp.down_proj.weight is (64, 128) in the files, (64, 256) in the model"
+        in message
+    )
+    assert f"{norm} in " in message
+
+
+@pytest.mark.parametrize("read", ["each", "rank0"])
+def test_values_beyond_float16_say_which_precision_has_them(folder, read):
+    edit_tensors(folder, {"model.layers.0.mlp.up_proj.weight": lambda w: w[0, :2].fill_(1e6)})
+    config = BackboneConfig(name=str(folder), read=read)
+    assert load_model(config, torch.bfloat16, torch.device("cpu"), None).measured
+    with pytest.raises(BackboneError, match=r"has 2 infinite among .* beyond 65504: try train\.precision=bf16 or fp32"):
+        load_model(config, torch.float16, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_finite_is_what_isfinite_says_wherever_the_value_stands(dtype):
+    values = torch.full((2, BLOCK + 3), torch.finfo(dtype).max, dtype=dtype)  # their sum is infinite, they are not
+    assert is_finite(values)
+    weight = torch.nn.Parameter(values)
+    plain = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert measure(weight).finite
+    assert measure(weight).parts[0][-1] == plain
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for at in ((0, 0), (0, BLOCK - 1), (0, BLOCK), (1, BLOCK + 2)):
+            broken = torch.nn.Parameter(values.clone().fill_(1))
+            broken.data[at] = bad
+            assert not is_finite(broken.data)
+            assert not measure(broken).finite
+    assert is_finite(torch.empty(0))
+    assert is_finite(torch.tensor([3], dtype=torch.uint8))
+    both = torch.tensor([float("inf"), float("-inf")], dtype=dtype)  # which cancel to nan
+    assert not is_finite(both)

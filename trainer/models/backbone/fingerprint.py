@@ -1,4 +1,4 @@
-"""What is measured of a frozen weight while it is whole: a hash of what is stored, and the length of embeddings.
+"""What is measured of a frozen weight while it is whole: a hash of what is stored, whether it is finite, and the length of embeddings.
 
 Under ZeRO-3 no rank holds whole weights after loading, so the loader measures each one as it passes.
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+BLOCK = 1 << 18  # elements that are hashed and checked together, while a core's cache has them
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -19,6 +21,7 @@ class Measured:
 
     parts: tuple[tuple[str, str, tuple[int, ...], str], ...]
     row_norm_V: Tensor | None = None  # L2 norms of an embedding's rows, float32
+    finite: bool = True  # no nan and no infinity in what is stored
 
 
 def measure(parameter: nn.Parameter, *, rows: bool = False) -> Measured:
@@ -27,8 +30,9 @@ def measure(parameter: nn.Parameter, *, rows: bool = False) -> Measured:
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         stored += [(f".{key}", value) for key, value in sorted(state.as_dict(packed=True).items())]
-    parts = tuple((name, str(t.dtype), tuple(t.shape), _digest(t)) for name, t in stored)
-    return Measured(parts, row_norms(parameter.data) if rows else None)
+    digests = [_digest(tensor) for _, tensor in stored]
+    parts = tuple((name, str(t.dtype), tuple(t.shape), d) for (name, t), (d, _) in zip(stored, digests, strict=True))
+    return Measured(parts, row_norms(parameter.data) if rows else None, all(finite for _, finite in digests))
 
 
 def fingerprint(weights: Iterable[tuple[str, Measured]]) -> str:
@@ -45,6 +49,24 @@ def row_norms(weight_VH: Tensor) -> Tensor:
     return torch.cat([block.float().norm(dim=1) for block in weight_VH.detach().split(8192)])
 
 
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+def is_finite(values: Tensor) -> bool:
+    """Whether floating values have neither nan nor infinity. Their sum shows it; the values are looked at one by one only
+    where that is not finite, since a sum of finite values can overflow."""
+    if not values.is_floating_point() or values.dtype.itemsize == 1:
+        return True
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+
+
+def count_non_finite(values: Tensor) -> str:
+    """`2 nan and 1 infinite among 4,096 values`."""
+    counts = {"nan": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
+    return f"{' and '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)} among {values.numel():,} values"
+
+
+def _digest(tensor: Tensor) -> tuple[str, bool]:
+    """sha256 of a tensor's bytes, and whether it is finite, in one pass."""
+    total, finite = hashlib.sha256(), True
+    for block in tensor.detach().contiguous().cpu().reshape(-1).split(BLOCK):
+        total.update(block.view(torch.uint8).numpy().data)
+        finite = finite and is_finite(block)
+    return total.hexdigest(), finite

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from transformers import (
 from trainer.config import BackboneConfig
 from trainer.models.backbone import quantization
 from trainer.models.backbone.fingerprint import Measured
-from trainer.models.backbone.model_files import folder_faults, tokenizer_faults
+from trainer.models.backbone.model_files import WeightFiles, folder_faults, tokenizer_faults, weight_files
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
 from trainer.models.backbone.sharded import Partitioner, StreamingLoad
 from trainer.models.ranks import Ranks, SingleProcess
@@ -134,6 +134,7 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": attention,
         "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # all of them are in the report, and refused
     }
     if four_bit is not None or zero3 is not None or config.read == "rank0":
         options["quantization_config"] = stream
@@ -145,8 +146,12 @@ def load_model(
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_explain(config, source, "weights", error)) from error
-    _check_complete(config.name, shape.model_type, info, stream.faults)
-    measured = stream.finish(model)
+    faults = _incomplete(shape.model_type, info, stream)
+    measured = {} if faults else stream.finish(model)
+    faults += _not_finite(source, model, stream)
+    if faults:
+        raise BackboneError(_listed(config, faults))
+    _warn_of_unused(config.name, shape.model_type, info["unexpected_keys"])
     if four_bit is not None:
         quantization.settle(model, config.name)
     return Loaded(model, measured)
@@ -193,22 +198,50 @@ def _from_pretrained(
     return load(source, output_loading_info=True, **options, **common)
 
 
-def _check_complete(name: str, kind: str, info: dict[str, Any], faults: list[str]) -> None:
-    """Refuse weights that are missing or of another shape; warn of those that are not used."""
+def _incomplete(kind: str, info: dict[str, Any], stream: StreamingLoad) -> list[str]:
+    """Weights that are missing or of another shape, from transformers' report and from what was streamed."""
+    faults = []
     if info["missing_keys"]:
-        raise BackboneError(
-            f"{name}: {len(info['missing_keys'])} weights are not in its files and would be random: "
+        faults.append(
+            f"{len(info['missing_keys'])} weights are not in its files and would be random: "
             f"{_some(info['missing_keys'])}. The files do not belong to this architecture ({kind})"
         )
-    if faults:
-        raise BackboneError(f"{name}: {'; '.join(faults[:4])}. The files do not belong to its config.json")
-    if info["unexpected_keys"]:
+    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]} | stream.shapes
+    if shapes:
+        listed = _some(
+            f"{name} is {found} in the files, {wanted} in the model" for name, (found, wanted) in shapes.items()
+        )
+        faults.append(
+            f"{len(shapes)} weights have other sizes: {listed}. The files do not belong to its config.json: copy or fetch "
+            "both from one source, of one version"
+        )
+    return faults
+
+
+def _not_finite(source: str, model: PreTrainedModel, stream: StreamingLoad) -> list[str]:
+    """Weights with nan or infinity, with their files."""
+    found = stream.not_finite_in(model)
+    if not found:
+        return []
+    folder = Path(source)
+    files = weight_files(folder) if folder.is_dir() else WeightFiles()
+    listed = "; ".join(f"{name}{files.where(name)} has {what}" for name, what in sorted(found.items())[:4])
+    more = f"; so have {len(found) - 4} more weights" if len(found) > 4 else ""
+    half = (
+        "float16 has no values beyond 65504: try train.precision=bf16 or fp32; else "
+        if stream.dtype == torch.float16
+        else ""
+    )
+    return [
+        f"weights that are not finite: {listed}{more}. {half}copy or fetch the files again, and if they stay so, use another "
+        "checkpoint of the model: this one is broken"
+    ]
+
+
+def _warn_of_unused(name: str, kind: str, keys: Collection[str]) -> None:
+    if keys:
         log.warning(
-            "%s: %d tensors in its files are no part of a %s and are left out: %s",
-            name,
-            len(info["unexpected_keys"]),
-            kind,
-            _some(info["unexpected_keys"]),
+            "%s: %d tensors in its files are no part of a %s and are left out: %s", name, len(keys), kind, _some(keys)
         )
 
 
