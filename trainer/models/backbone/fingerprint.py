@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-BLOCK = 1 << 18  # elements that are hashed and checked together, while a core's cache has them
+BLOCK = 1 << 19  # elements that are hashed and checked together, while a core's cache has them
+INFINITY = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,26 @@ def row_norms(weight_VH: Tensor) -> Tensor:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether floating values have neither nan nor infinity. Their sum shows it; the values are looked at one by one only
-    where that is not finite, since a sum of finite values can overflow."""
-    if not values.is_floating_point() or values.dtype.itemsize == 1:
+    """Whether floating values have neither nan nor infinity; of 8 bits and less, and of integers, always true."""
+    if values.dtype not in INFINITY:
         return True
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+    if values.device.type != "cpu":
+        return bool(values.isfinite().all())
+    return all(map(_finite_bits, values.detach().contiguous().reshape(-1).split(BLOCK)))
+
+
+def _finite_bits(block: Tensor) -> bool:
+    """:func:`is_finite` of a flat block on the CPU, from its bits (IEEE 754), several times as fast as by `isfinite`.
+
+    All exponent bits are set in nan and infinity alone. As integers with a sign, positive ones are therefore at least infinity's
+    bits, and everything else is below; as integers without, the same is true of negative ones and the bits of -infinity.
+    """
+    infinity, size = INFINITY.get(block.dtype), block.dtype.itemsize
+    if infinity is None or not block.numel():
+        return True
+    bits = block.view(torch.uint8).numpy()
+    below = bits.view(f"i{size}").max() < infinity
+    return bool(below and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1))
 
 
 def count_non_finite(values: Tensor) -> str:
@@ -68,5 +84,5 @@ def _digest(tensor: Tensor) -> tuple[str, bool]:
     total, finite = hashlib.sha256(), True
     for block in tensor.detach().contiguous().cpu().reshape(-1).split(BLOCK):
         total.update(block.view(torch.uint8).numpy().data)
-        finite = finite and is_finite(block)
+        finite = finite and _finite_bits(block)
     return total.hexdigest(), finite
