@@ -22,6 +22,7 @@ from trainer.models.backbone.causal_lm import build_backbone
 from trainer.models.backbone.fingerprint import BLOCK, is_finite, measure
 from trainer.models.backbone.loading import BackboneError, load_model, load_shape, load_tokenizer
 from trainer.models.backbone.model_files import folder_faults, tokenizer_faults, weight_files
+from trainer.models.backbone.rank0_reader import safetensors_files
 from trainer.models.ranks import SingleProcess
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
@@ -348,3 +349,18 @@ def test_finite_is_what_isfinite_says_wherever_the_value_stands(dtype):
     assert is_finite(torch.tensor([3], dtype=torch.uint8))
     both = torch.tensor([float("inf"), float("-inf")], dtype=dtype)  # which cancel to nan
     assert not is_finite(both)
+
+
+def test_a_single_file_counts_before_an_index_whoever_reads(folder):
+    assert safetensors_files(str(folder)) == shards(folder)
+    state = {name: tensor * 2 for path in shards(folder) for name, tensor in load_file(path).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.state_dict()["model.norm.weight"], state["model.norm.weight"])
+    assert safetensors_files(str(folder)) == [folder / "model.safetensors"]
+    assert set(weight_files(folder).file_of.values()) == {"model.safetensors"}
+    for path in folder.glob("model*.safetensors"):
+        path.unlink()
+    (folder / INDEX).unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors or model\.safetensors\.index\.json"):
+        safetensors_files(str(folder))
