@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 
 from launch.doctor.findings import Findings
 from trainer.config import BackboneConfig, RunConfig, load_config
@@ -83,8 +81,8 @@ def _check_model(findings: Findings, resolved: ResolvedConfig, scratch: Path) ->
             findings.add(PART, "model", "skipped", "the offline backbone's tokenizer is made from the data")
             return False
         build_tiny(backbone.tiny, tiny_texts(resolved.config, resolved.tasks, resolved.data), folder)
+    tokenizer = load_tokenizer(backbone, folder)  # its error has all faults of a folder
     shape = load_shape(backbone, folder)
-    tokenizer = load_tokenizer(backbone, folder)
     rows = getattr(shape.get_text_config(), "vocab_size", None)
     found = f"{backbone.name} ({shape.model_type}), {rows} embeddings, {len(tokenizer)} tokens"
     if rows is not None and len(tokenizer) > rows:
@@ -116,7 +114,7 @@ def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:
         bytes_, faults = _weights_in(path)
         found = f"{bytes_ / GB:.2f} GB in {path}"
         if faults:
-            findings.add(PART, "weights", "fault", "; ".join(faults[:4]), "copy or fetch the model again")
+            findings.add(PART, "weights", "fault", "; ".join(faults), "copy or fetch the model again")
             return False
         findings.add(PART, "weights", "ok", found, bytes=bytes_)
         return True
@@ -149,18 +147,10 @@ def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
 
 
 def _weights_in(folder: Path) -> tuple[int, list[str]]:
-    """Bytes of a model folder's safetensors files, and what is wrong with them; their headers are read."""
-    names, faults, total = [WEIGHTS], list[str](), 0
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError) as error:
-            return 0, [f"{INDEX} cannot be read: {error}"]
-    for name in names:
-        try:
-            with safe_open(folder / name, "pt"):
-                total += (folder / name).stat().st_size
-        except (OSError, SafetensorError) as error:
-            faults.append(f"{name}: {error}")
-    return total, faults
+    """Bytes of a model folder's safetensors files, and what is wrong with the folder; headers are read."""
+    from trainer.models.backbone.model_files import folder_faults, weight_files
+
+    found, faults = weight_files(folder), folder_faults(folder)
+    if not found.file_of and not faults:
+        faults = [f"neither {WEIGHTS} nor {INDEX} is there"]
+    return found.size, faults

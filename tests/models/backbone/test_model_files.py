@@ -364,3 +364,11 @@ def test_a_single_file_counts_before_an_index_whoever_reads(folder):
     (folder / INDEX).unlink()
     with pytest.raises(OSError, match=r"no file named model\.safetensors or model\.safetensors\.index\.json"):
         safetensors_files(str(folder))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "glm"])
+def test_a_folder_without_a_tokenizer_is_refused_where_transformers_makes_an_empty_one(tmp_path, family):
+    folder = save_family(family, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert "no tokenizer: none of tokenizer.json" in refusal(folder)

@@ -33,7 +33,7 @@ from trainer.models.backbone.model_files import WeightFiles, folder_faults, toke
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
 from trainer.models.backbone.sharded import Partitioner, StreamingLoad
 from trainer.models.ranks import Ranks, SingleProcess
-from trainer.text import end_token
+from trainer.text import encode, end_token
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,11 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
         raise BackboneError(_listed(config, faults) or _explain(config, source, "tokenizer", error)) from error
     try:
         end = end_token(tokenizer)
-    except ValueError as error:  # transformers makes an empty tokenizer of some folders without one
+    except ValueError as error:
         raise BackboneError(_listed(config, _faults_of(source, tokenizer=True)) or str(error)) from error
+    if not encode(tokenizer, "a word 字"):  # transformers makes an empty one of some folders without any
+        faults = _faults_of(source, tokenizer=True) or ["its tokenizer makes no tokens of words: fetch its files again"]
+        raise BackboneError(_listed(config, faults))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = end
     return tokenizer

@@ -66,6 +66,12 @@ def tokenizer_faults(folder: Path) -> list[str]:
     return faults
 
 
+def faults_of_present_files(folder: Path) -> list[str]:
+    """What is wrong with the files that are there: weights and tokenizer may have been left out, to plan with."""
+    faults = folder_faults(folder, weights=next(folder.glob("*.safetensors"), None) is not None)
+    return faults + (tokenizer_faults(folder) if any((folder / name).exists() for name in VOCABULARIES) else [])
+
+
 def weight_files(folder: Path) -> WeightFiles:
     """Open every safetensors file that transformers would read, and compare them with the index.
 
