@@ -372,3 +372,9 @@ def test_a_folder_without_a_tokenizer_is_refused_where_transformers_makes_an_emp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     assert "no tokenizer: none of tokenizer.json" in refusal(folder)
+
+
+def test_a_folder_with_an_adapter_alone_is_called_one(folder):
+    stray_adapter(folder)
+    (folder / "config.json").unlink()
+    assert refusal(folder).startswith("FOLDER has an adapter (adapter_config.json) and no model: merge it")

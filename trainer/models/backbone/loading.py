@@ -236,7 +236,7 @@ def _not_finite(source: str, model: PreTrainedModel, stream: StreamingLoad) -> l
         else ""
     )
     return [
-        f"weights that are not finite: {listed}{more}. {half}copy or fetch the files again, and if they stay so, use another "
+        f"weights that are not finite: {listed}{more}: {half}copy or fetch the files again, and if they stay so, use another "
         "checkpoint of the model: this one is broken"
     ]
 
@@ -329,6 +329,11 @@ def _source(config: BackboneConfig, folder: Path | None) -> str:
     path = Path(config.name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise BackboneError(
+                    f"{config.name} has an adapter (adapter_config.json) and no model: merge it into its base (peft's "
+                    "merge_and_unload) and name the result"
+                )
             raise BackboneError(f"{config.name} is a folder without config.json: no Hugging Face model")
         return str(path)
     if path.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1 or os.sep != "/":
