@@ -240,7 +240,7 @@ def test_a_plugin_is_asked_before_the_package_for_a_suffix_of_both(tsv: Path) ->
     header = "Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\n"
     (tsv / "train_sent_emo.csv").write_text(header + "Hi,Ann,joy,0,0\n")
     readers = known_readers((str(tsv / "own_csv.py"),))
-    assert [reader.name for reader in readers] == ["JSON lines", "MELD CSV", "pickle", "TSV"]
+    assert [reader.name for reader in readers] == ["JSON lines", "MELD CSV", "MMSA CSV", "pickle", "TSV"]
     assert [str(reader_of(tsv / f"{stem}.csv", readers)) for stem in ("clips", "train_sent_emo")] == [
         "TSV (.csv)",
         "MELD CSV (.csv)",

@@ -12,6 +12,7 @@ from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     f1_score,
+    jaccard_score,
     mean_absolute_error,
     r2_score,
     recall_score,
@@ -19,9 +20,11 @@ from sklearn.metrics import (
 )
 
 from tests.distributed.processes import ROOT
+from trainer import metric_formulas as formulas
 from trainer import metric_table as table
 from trainer.answers.metrics_page import render
-from trainer.metric_table import FAMILIES, INVALID
+from trainer.metric_formulas import INVALID
+from trainer.metric_table import FAMILIES
 
 
 def classes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +39,36 @@ def numbers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     samples = int(rng.integers(2, 400))
     truth = np.round(rng.uniform(-3, 3, samples), int(rng.integers(1, 4)))
     return truth + rng.choice([0.0, 10.0]), truth * rng.normal() + rng.normal(0, rng.choice([1e-6, 0.5, 3.0]), samples)
+
+
+def sets(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Sets of up to 52 labels as numbers, empty ones among them, and invalid predictions."""
+    samples, count = int(rng.integers(2, 200)), int(rng.choice([2, 6, 28, 52]))
+    truth_NC = rng.random((samples, count)) < rng.random(count)
+    guess_NC = np.where(rng.random((samples, count)) < 0.7, truth_NC, rng.random((samples, count)) < 0.3)
+    truth, guess = (
+        np.array([sum(2**i for i in np.flatnonzero(row).tolist()) for row in x], float) for x in (truth_NC, guess_NC)
+    )
+    return truth, np.where(rng.random(samples) < 0.1, INVALID, guess)
+
+
+def members(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Indicator matrix of the labels that occur in `of`, and a last column for invalid predictions."""
+    there = [i for i in range(52) if any(int(v) >> i & 1 for v in of.tolist() if v != INVALID)]
+    return np.array(
+        [[*(v != INVALID and int(v) >> i & 1 for i in there), v == INVALID] for v in values.tolist()], dtype=int
+    )
+
+
+def of_sets(score, columns: slice = slice(None), **how):
+    def reference(truth: np.ndarray, guess: np.ndarray) -> float:
+        both = np.concatenate([truth, guess])
+        truth_NC, guess_NC = (members(values, both)[:, columns] for values in (truth, guess))
+        if truth_NC.shape[1] == 1:  # which scikit-learn takes for two classes
+            return score(truth_NC[:, 0], guess_NC[:, 0])
+        return score(truth_NC, guess_NC, **how)
+
+    return reference
 
 
 def f1(average: str):
@@ -54,29 +87,36 @@ def concordance(truth: np.ndarray, guess: np.ndarray) -> float:
 
 
 REFERENCES = {
-    table.accuracy: (classes, accuracy_score),
-    table.weighted_f1: (classes, f1("weighted")),
-    table.macro_f1: (classes, f1("macro")),
-    table.macro_recall: (classes, balanced_accuracy_score),
-    table.mean_absolute_error: (numbers, mean_absolute_error),
-    table.root_mean_squared_error: (numbers, root_mean_squared_error),
-    table.pearson: (numbers, lambda t, p: pearsonr(t, p).statistic),
-    table.r2: (numbers, lambda t, p: r2_score(t, p, force_finite=False)),
+    formulas.accuracy: (classes, accuracy_score),
+    formulas.weighted_f1: (classes, f1("weighted")),
+    formulas.macro_f1: (classes, f1("macro")),
+    formulas.macro_recall: (classes, balanced_accuracy_score),
+    formulas.mean_absolute_error: (numbers, mean_absolute_error),
+    formulas.root_mean_squared_error: (numbers, root_mean_squared_error),
+    formulas.pearson: (numbers, lambda t, p: pearsonr(t, p).statistic),
+    formulas.micro_f1_of_sets: (sets, of_sets(f1_score, average="micro")),
+    formulas.macro_f1_of_sets: (sets, of_sets(f1_score, slice(-1), average="macro")),
+    formulas.weighted_f1_of_sets: (sets, of_sets(f1_score, slice(-1), average="weighted")),
+    formulas.jaccard: (sets, of_sets(jaccard_score, average="samples", zero_division=1)),
+    formulas.set_accuracy: (sets, of_sets(accuracy_score)),
+    formulas.r2: (numbers, lambda t, p: r2_score(t, p, force_finite=False)),
 }
 
 
 def test_every_formula_has_a_reference() -> None:
     used = {metric.formula for family in FAMILIES.values() for metric in family.metrics}
-    assert used == {*REFERENCES, table.concordance}
+    assert used == {*REFERENCES, formulas.concordance}
 
 
 @pytest.mark.parametrize("formula", REFERENCES, ids=lambda formula: formula.__name__)
-def test_a_formula_is_the_librarys_bit_for_bit_and_of_weights_the_samples_repeated(formula: table.Formula) -> None:
+def test_a_formula_is_the_librarys_bit_for_bit_and_of_weights_the_samples_repeated(formula: formulas.Formula) -> None:
     draw, reference = REFERENCES[formula]
     for seed in range(200):
         rng = np.random.default_rng(seed)
         truth, guess = draw(rng)
-        metric = table.Metric("key", "name", "", formula, "", classes=table.label if draw is classes else None)
+        metric = table.Metric(
+            "key", "name", "", formula, "", classes=table.label if draw is classes else None, sets=draw is sets
+        )
         of = metric.of(*(np.where(x == INVALID, np.nan, x).astype(float) for x in (truth, guess)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

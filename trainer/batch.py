@@ -37,6 +37,9 @@ class Sample:
     dialogue: str | None = None
     turn: int | None = None
     kind: str | None = None
+    share_C: np.ndarray | None = (
+        None  # of annotators that gave each label, float32, sum 1; `target` is the label of most
+    )
     history: list[tuple[str, str]] = field(default_factory=list)  # (speaker, text), oldest first
 
 
@@ -104,6 +107,7 @@ class Batch:
     trie: AnswerTrie | None = None  # of a training batch whose loss needs the probabilities of all answers
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
     answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
+    share_BC: Tensor | None = None  # of the trie's answers in the target; then there are no answer tokens
 
     def __len__(self) -> int:
         return int(self.input_ids_BL.shape[0])
@@ -156,6 +160,7 @@ class PackedBatch:
     choices: Choices | None = None  # of the n answer tokens
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
     answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
+    share_BC: Tensor | None = None  # of the trie's answers in the target; then there are no answer tokens
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -196,6 +201,9 @@ class AnswerTrie:
     Node n holds `token_N[n]`, at depth `depth_N[n]` (0: follows the cue), under `parent_N[n]` (-1: the cue). Answer c is
     the path to node `leaf_C[c]`, followed by the token `end`. `ancestors_NN[n, m]`: node n sees node m (itself included).
     `value_C` are the numbers that the answers mean; None where they are labels.
+
+    `given_N` marks the nodes that are not answers but what is asked, as "joy:" is in "joy: yes" and "joy: no" of a multi-label
+    task: answers are conditional on them, and they cost nothing. None: there are none.
     """
 
     token_N: Tensor
@@ -206,6 +214,7 @@ class AnswerTrie:
     end: int
     answers: list[str]
     value_C: Tensor | None = None
+    given_N: Tensor | None = None
 
     def to(self, device: torch.device | str) -> AnswerTrie:
         return _to(self, device)

@@ -13,35 +13,36 @@ Sources: MOSEI and MOSI: thuiar/MMSA, `src/MMSA/utils/metricsTop.py`. SIMS v2: t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-INVALID = -100  # the class of an invalid prediction: no truth has it
+from trainer.metric_formulas import (
+    INVALID,
+    Formula,
+    Terms,
+    accuracy,
+    concordance,
+    jaccard,
+    macro_f1,
+    macro_f1_of_sets,
+    macro_recall,
+    mean_absolute_error,
+    micro_f1_of_sets,
+    pearson,
+    r2,
+    root_mean_squared_error,
+    set_accuracy,
+    weighted_f1,
+    weighted_f1_of_sets,
+)
+
 LARGEST = float(np.finfo(np.float32).max)  # what is beyond it is inf to published code
-_FLAT = 1e-12  # share of the variance over all samples below which a resample's values are constant
 
 Rule = Callable[[np.ndarray], np.ndarray]  # float32 numbers to classes, or to whether a sample counts
-
-
-@dataclass(frozen=True)
-class Terms:
-    """A metric as a function of sums over samples.
-
-    `columns`: K arrays [M], booleans where they are counted. `value`: the metric from their K sums, each an array of one
-    shape, () or [B]; nan where undefined. `whole`: the metric where every sample counts once, of formulas for which a
-    library's result differs from `value` by rounding.
-    """
-
-    columns: Sequence[np.ndarray]
-    value: Callable[..., np.ndarray]
-    whole: Callable[[], float] | None = None
-
-
-Formula = Callable[[np.ndarray, np.ndarray], Terms]  # truth [M], prediction [M]: classes, or float64 numbers
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Metric:
         on_request: a comparison of all metrics leaves it out unless it is named or selects. The correction counts every test, so
             a metric that joins a family would otherwise change the p-values of the others.
         spans: it is defined on the scales −s … s of these s; empty: on any.
+        sets: its numbers are sets of labels (:mod:`trainer.label_sets`); an invalid prediction is a set of its own.
     """
 
     key: str
@@ -115,6 +117,7 @@ class Metric:
     signed: bool = False
     on_request: bool = False
     spans: tuple[float, ...] = ()
+    sets: bool = False
 
     def of(self, truth_N: np.ndarray, guess_N: np.ndarray) -> WeightedMetric:
         """The metric of predictions.
@@ -130,6 +133,9 @@ class Metric:
         counted_N = np.ones(len(truth_N), dtype=bool)
         if self.subset is not None:
             counted_N = self.subset(truth_N.astype(np.float32))
+        if self.sets:
+            guess_N = np.where(valid_N, guess_N, INVALID)
+            return WeightedMetric(self.formula(truth_N[counted_N], guess_N[counted_N]), counted_N)
         if self.classes is None:
             counted_N = counted_N & valid_N
             return WeightedMetric(self.formula(truth_N[counted_N], guess_N[counted_N]), counted_N)
@@ -144,136 +150,6 @@ def undefined_metric(samples: int) -> WeightedMetric:
     none = np.zeros(0, dtype=bool)
     terms = Terms([none, none], lambda count, hits: np.full(np.shape(count), np.nan))
     return WeightedMetric(terms, np.zeros(samples, dtype=bool))
-
-
-# ---- formulas
-
-
-def accuracy(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """Σ [t = p] / M."""
-    return Terms([_each(truth), truth == guess], lambda count, hits: hits / count)
-
-
-def weighted_f1(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """Σ_c (true_c / M) · F1_c; scikit-learn's `average="weighted"`."""
-    return _f1(truth, guess, weigh=lambda true_C, predicted_C: true_C)
-
-
-def macro_f1(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """The mean of F1_c over the classes that occur in truth or prediction; scikit-learn's `average="macro"`."""
-    return _f1(truth, guess, weigh=lambda true_C, predicted_C: (true_C + predicted_C > 0).astype(float))
-
-
-def _f1(truth: np.ndarray, guess: np.ndarray, weigh: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Terms:
-    """The weighted mean of F1_c = 2 hits_c / (true_c + predicted_c). INVALID is predicted, but averaged in nowhere."""
-    classes = np.setdiff1d(np.union1d(truth, guess), [INVALID])
-    true_CM, predicted_CM = (values == classes[:, None] for values in (truth, guess))
-
-    def value(*sums: np.ndarray) -> np.ndarray:
-        true_C, predicted_C, hits_C = np.split(np.stack(sums, axis=-1), 3, axis=-1)
-        f1_C = np.where(true_C + predicted_C > 0, 2 * hits_C / (true_C + predicted_C), 0.0)
-        weight_C = weigh(true_C, predicted_C)
-        return np.asarray((f1_C * weight_C).sum(-1) / weight_C.sum(-1))
-
-    if not len(classes):
-        return _undefined(truth)
-    return Terms([*true_CM, *predicted_CM, *(true_CM & predicted_CM)], value)
-
-
-def macro_recall(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """The mean of hits_c / true_c over the classes that occur in the truth; scikit-learn's `balanced_accuracy_score`."""
-    classes = np.unique(truth)
-    true_CM = truth == classes[:, None]
-
-    def value(*sums: np.ndarray) -> np.ndarray:
-        true_C, hits_C = np.split(np.stack(sums, axis=-1), 2, axis=-1)
-        recall_C = np.where(true_C > 0, hits_C / true_C, 0.0)
-        return np.asarray(recall_C.sum(-1) / (true_C > 0).sum(-1))
-
-    if not len(classes):
-        return _undefined(truth)
-    return Terms([*true_CM, *(true_CM & (guess == truth))], value)
-
-
-def mean_absolute_error(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """Σ |t − p| / M."""
-    return Terms([_each(truth), np.abs(truth - guess)], lambda count, error: error / count)
-
-
-def root_mean_squared_error(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """√(Σ (t − p)² / M)."""
-    return Terms([_each(truth), (truth - guess) ** 2], lambda count, error: np.sqrt(error / count))
-
-
-def pearson(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """Pearson's r; undefined where truth or prediction is constant in float32, or fewer than two samples count."""
-    if _constant(truth) or _constant(guess):
-        return _undefined(truth)
-    t_M, p_M = ((values - values.mean()) / values.std() for values in (truth, guess))
-
-    def value(count: np.ndarray, *sums: np.ndarray) -> np.ndarray:
-        t, p, tt, pp, tp = (total / count for total in sums)
-        spread = _if_varied(tt - t**2) * _if_varied(pp - p**2)
-        return np.asarray(np.clip((tp - t * p) / np.sqrt(spread), -1, 1))
-
-    def whole() -> float:
-        from scipy.stats import pearsonr  # slow to import, and this file is imported by all that knows tasks
-
-        return float(pearsonr(truth, guess).statistic)
-
-    return Terms([_each(truth), t_M, p_M, t_M**2, p_M**2, t_M * p_M], value, whole)
-
-
-def concordance(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """Lin's CCC = 2 cov(t, p) / (var t + var p + (mean t − mean p)²), moments divided by M.
-
-    Undefined where the truth is constant in float32; 0 where the prediction alone is. Source: Lin 1989, Biometrics 45(1).
-    """
-    if _constant(truth):
-        return _undefined(truth)
-    t, p = truth - truth.mean(), guess - truth.mean()  # the same shift, which leaves CCC as it is
-    variance = (t**2).mean()
-
-    def value(count: np.ndarray, *sums: np.ndarray) -> np.ndarray:
-        t, p, tt, pp, tp = (total / count for total in sums)
-        spread = tt - t**2
-        shared = 2 * (tp - t * p) / (spread + (pp - p**2) + (t - p) ** 2)
-        return np.where(spread > _FLAT * variance, shared, np.nan)
-
-    return Terms([_each(truth), t, p, t**2, p**2, t * p], value)
-
-
-def r2(truth: np.ndarray, guess: np.ndarray) -> Terms:
-    """1 − Σ (t − p)² / Σ (t − mean t)²; undefined where the truth is constant in float32."""
-    if _constant(truth):
-        return _undefined(truth)
-    t = truth - truth.mean()  # the resample's own mean is near
-    variance = (t**2).mean()
-
-    def value(count: np.ndarray, t: np.ndarray, tt: np.ndarray, residual: np.ndarray) -> np.ndarray:
-        spread = tt - t**2 / count
-        return np.asarray(1 - residual / np.where(spread > _FLAT * variance * count, spread, np.nan))
-
-    return Terms([_each(truth), t, t**2, (truth - guess) ** 2], value)
-
-
-def _each(values: np.ndarray) -> np.ndarray:
-    """A column whose sum is the number of samples."""
-    return np.ones(len(values), dtype=bool)
-
-
-def _undefined(values: np.ndarray) -> Terms:
-    return Terms([_each(values)], lambda count: np.full(np.shape(count), np.nan))
-
-
-def _constant(values: np.ndarray) -> bool:
-    """Whether all values are one in float32; so are none and a single one."""
-    return len(np.unique(values.astype(np.float32))) < 2
-
-
-def _if_varied(variance: np.ndarray) -> np.ndarray:
-    """Variances of values whose variance over all samples is 1; nan where they are constant."""
-    return np.where(variance > _FLAT, variance, np.nan)
 
 
 # ---- rules: float32 numbers to classes, or to whether a sample counts
@@ -318,6 +194,8 @@ BALANCED = "scikit-learn's `balanced_accuracy_score`; UAR is the measure of the 
 MMSA = "`src/MMSA/utils/metricsTop.py` of thuiar/MMSA (regression of MOSI and MOSEI), which prints four decimals"
 SIMS_V2 = "`utils/metricsTop.py` of thuiar/ch-sims-v2"
 SCIKIT = "scikit-learn and scipy"
+SETS = "scikit-learn, of indicator matrices; GoEmotions (Demszky et al. 2020) reports macro F1"
+SEMEVAL = 'SemEval-2018 Task 1 E-c (Mohammad et al. 2018); scikit-learn\'s `jaccard_score(average="samples", zero_division=1)`'
 LIN = "Lin 1989, Biometrics 45(1), 255–268, moments divided by n"
 
 
@@ -328,7 +206,7 @@ class Family:
     `select` chooses the checkpoint where a task does not say otherwise. Truth and prediction are clipped to ± `clip` first.
     """
 
-    kind: Literal["classification", "regression"]
+    kind: Literal["classification", "regression", "multilabel"]
     select: str
     metrics: tuple[Metric, ...]
     clip: float | None = None
@@ -475,4 +353,38 @@ REGRESSION = Family(
     ),
 )  # fmt: skip
 
-FAMILIES = {"emotion": EMOTION, "mosei": MOSEI, "sims": SIMS, "regression": REGRESSION}
+MULTILABEL = Family(
+    kind="multilabel",
+    select="macro_f1",
+    metrics=(
+        Metric(
+            "micro_f1", "micro-averaged F1", "2 · hits / (labels in the truth + labels predicted), over all samples and labels",
+            micro_f1_of_sets, SETS, sets=True,
+        ),
+        Metric(
+            "macro_f1", "macro F1", "mean of F1_c over the labels that occur in truth or prediction", macro_f1_of_sets, SETS,
+            sets=True,
+        ),
+        Metric(
+            "wf1", "weighted F1", "Σ_c n_c · F1_c / Σ_c n_c, n_c the samples that have label c", weighted_f1_of_sets, SETS,
+            sets=True,
+        ),
+        Metric(
+            "jaccard", "Jaccard index, multi-label accuracy",
+            "mean over samples of the share of labels in both truth and prediction among those in either; 1 where both are empty",
+            jaccard, SEMEVAL, sets=True,
+        ),
+        Metric(
+            "exact", "exact match, subset accuracy", "share of samples whose set of labels is predicted as it is", set_accuracy,
+            SETS, sets=True, aliases=("subset_acc",),
+        ),
+    ),
+)  # fmt: skip
+
+FAMILIES = {
+    "emotion": EMOTION,
+    "mosei": MOSEI,
+    "sims": SIMS,
+    "regression": REGRESSION,
+    "multilabel": MULTILABEL,
+}

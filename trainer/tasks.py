@@ -24,12 +24,15 @@ from pydantic import (
 )
 
 from trainer.grid import Grid
+from trainer.label_sets import MOST_LABELS, NONE, SEPARATORS, parse_set, set_text
 from trainer.metric_table import FAMILIES, Metric
 
 Language = str  # a language tag, such as "en", "zh" or "de"; a task has a prompt in each of its own
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "multilabel"]
 UNSPACED = ("zh", "ja", "th", "lo", "km", "my", "yue", "wuu")  # languages that write no space between words
 AnswerStyle = Literal["words", "indices"]  # of labels: as themselves, or by their number
+APPLIES = {"zh": ("是", "否")}  # how a multi-label task says that a label applies and that it does not
+APPLIES_ELSE = ("yes", "no")
 MOST_NUMBERS = 2001  # of a grid: each is scored for every sample, and a tree of so many has 3000 to 5000 tokens
 
 
@@ -98,11 +101,13 @@ class Task(BaseModel):
         fitting = _families(self.kind)
         families = "metrics family " + " or ".join(map(repr, fitting))
         faults = []
-        if self.kind == "classification":
+        if self.kind != "regression":
             if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(map(str.strip, self.labels)):
-                faults.append(f"classification needs at least two different labels, not {list(self.labels)}")
+                faults.append(f"{self.kind} needs at least two different labels, not {list(self.labels)}")
             if self.grid is not None or self.family not in fitting:
-                faults.append(f"classification has labels and the {families}, and no grid")
+                faults.append(f"{self.kind} has labels and the {families}, and no grid")
+            if self.kind == "multilabel":
+                faults += self._unfit_for_sets()
         elif self.grid is None or self.labels or self.family not in fitting:
             faults.append(f"regression needs a grid and a {families}, and no labels")
         if self.family in FAMILIES and self.select not in self.metrics:
@@ -114,6 +119,34 @@ class Task(BaseModel):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _unfit_for_sets(self) -> list[str]:
+        """Why sets of these labels cannot be written or held."""
+        faults = []
+        if len(self.labels) > MOST_LABELS:
+            faults.append(f"multilabel has at most {MOST_LABELS} labels, not {len(self.labels)}")
+        if split := [label for label in self.labels if SEPARATORS.search(label)]:
+            faults.append(
+                f"a label of a multilabel task may not hold a comma, semicolon or bar: {', '.join(map(repr, split))}"
+            )
+        if NONE in self.labels:
+            faults.append(f"{NONE!r} stands for samples without any label: leave it out of labels")
+        return faults
+
+    def word(self, value: float) -> str | float:
+        """A target or prediction as people write it: the label's word, the labels of a set, or the number itself."""
+        if self.kind == "multilabel":
+            return set_text(self.labels, value)
+        return self.labels[int(value)] if self.kind == "classification" else float(value)
+
+    def parse_word(self, text: str) -> float | None:
+        """The target or prediction of labels as :meth:`word` writes them; None where they are none of the task's.
+
+        For tasks with labels; letter for letter.
+        """
+        if self.kind == "multilabel":
+            return parse_set(self.labels, text)
+        return float(self.labels.index(text)) if text in self.labels else None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -145,11 +178,26 @@ class Task(BaseModel):
             return self.labels
         return tuple(map(self.grid.text, self.grid.values))
 
-    def answers(self, style: AnswerStyle = "words") -> tuple[str, ...]:
-        """Every answer the model may give, in label or number order; numbers are always words."""
-        if style == "indices" and self.kind == "classification":
-            return tuple(str(i) for i in range(len(self.labels)))
-        return self.answers_words
+    def answers(self, style: AnswerStyle = "words", language: Language | None = None) -> tuple[str, ...]:
+        """Every answer the model may give, in label or number order; numbers are always words.
+
+        A multi-label task has two for each label, that it applies and that it does not: "joy: yes", "joy: no".
+        """
+        if style == "indices" and self.grid is None:
+            words = tuple(str(i) for i in range(len(self.labels)))
+        else:
+            words = self.answers_words
+        if self.kind != "multilabel":
+            return words
+        tag = (language or self.language).split("-")[0]
+        return tuple(
+            f"{word}{'：' if tag == 'zh' else ': '}{says}" for word in words for says in APPLIES.get(tag, APPLIES_ELSE)
+        )
+
+    @property
+    def probabilities(self) -> int:
+        """How many probabilities a prediction has: one for each answer, of a multi-label task one for each label."""
+        return len(self.labels) if self.kind == "multilabel" else len(self.answers())
 
     def answer_texts(self, style: AnswerStyle = "words", language: Language | None = None) -> tuple[str, ...]:
         """:meth:`answers` as they follow the cue: behind a space where the prompt's language writes one.
@@ -157,10 +205,14 @@ class Task(BaseModel):
         The one place that says so, for training targets and scoring alike: answers are tokenised apart from the cue.
         """
         space = "" if (language or self.language).split("-")[0] in UNSPACED else " "
-        return tuple(space + answer for answer in self.answers(style))
+        return tuple(space + answer for answer in self.answers(style, language))
 
     def answer_index(self, target: float) -> int:
-        """The index in :meth:`answers` of a target: the label's own index, or the nearest number of the grid."""
+        """The index in :meth:`answers` of a target: the label's own index, or the nearest number of the grid.
+
+        A sample of a multi-label task has an answer for every label, and no single one.
+        """
+        assert self.kind != "multilabel"
         return int(target) if self.grid is None else self.grid.index(target)
 
     def instruction(self, style: AnswerStyle = "words", language: Language | None = None) -> str:
@@ -193,6 +245,16 @@ def _emotion_prompts(unit_en: str, unit_zh: str) -> dict[Language, Prompt]:
             instruction=f"根据{unit_zh}的文字、声音和表情判断说话人的情绪，从以下选项中选择一个回答：{{answers}}。",
             cue="情绪：",
         ),
+    }
+
+
+def _multilabel_prompts() -> dict[Language, Prompt]:
+    return {
+        "en": Prompt(
+            instruction="Say of each emotion whether the speaker shows it in words, voice or face: {answers}.",
+            cue="Emotions:",
+        ),
+        "zh": Prompt(instruction="根据文字、声音和表情判断说话人是否表现出以下每种情绪：{answers}。", cue="情绪："),
     }
 
 
@@ -363,7 +425,7 @@ def select_by(tasks: Mapping[str, Task], select: str | Mapping[str, str]) -> dic
 def define_task(raw: Any, where: str = "task", *, saved: bool = False) -> Task:
     """A task from a plain mapping, such as a YAML file's or a dataset record's.
 
-    `family` of metrics defaults to `emotion` for classification; for regression to `mosei` where the grid has numbers on both
+    `family` of metrics defaults to `emotion` for classification, to `multilabel` for several labels a sample; for regression to `mosei` where the grid has numbers on both
     sides of 0, and to `regression` elsewhere. `select` defaults to the family's usual metric, `prompts` to the general ones.
 
     Args:
@@ -381,8 +443,11 @@ def define_task(raw: Any, where: str = "task", *, saved: bool = False) -> Task:
         raw.setdefault("select", family.select)
         raw["select"] = family.names.get(str(raw["select"]), raw["select"])
     raw.setdefault("select", "")
-    regression = raw.get("kind") == "regression"
-    raw.setdefault("prompts", _sentiment_prompts() if regression else _emotion_prompts("utterance", "这句话"))
+    if raw.get("kind") == "multilabel":
+        prompts = _multilabel_prompts()
+    else:
+        prompts = _sentiment_prompts() if raw.get("kind") == "regression" else _emotion_prompts("utterance", "这句话")
+    raw.setdefault("prompts", prompts)
     try:
         task = Task.model_validate(raw)
         faults = [] if saved else [f"  {fault}" for fault in _unfit(task)]
@@ -398,7 +463,7 @@ def define_task(raw: Any, where: str = "task", *, saved: bool = False) -> Task:
 
 def _default_family(raw: Mapping[str, Any], *, saved: bool) -> str:
     if raw.get("kind") != "regression":
-        return "emotion"
+        return "multilabel" if raw.get("kind") == "multilabel" else "emotion"
     try:
         grid = Grid.model_validate(raw.get("grid"))
     except ValidationError:  # is reported with the other faults

@@ -206,7 +206,7 @@ def _needs(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | N
     collate = Collator(
         task, tokenizer, config.data, widths=data.widths, rates=data.rates, pseudo_tokens=fusion.pseudo_tokens,
         modalities=fusion.modalities, seed=config.train.seed,
-        objective=make_objective(config, task, trie, data["train"].targets()),
+        objective=make_objective(config, task, trie, data["train"]),
     )  # fmt: skip
     if collate.objective.trie_in_batch is not None:
         notes.append(_riding(task, len(trie.token_N)))
@@ -240,6 +240,8 @@ def _assumed(
     answer = 1 + max(answers)
     most, history, modalities = config.data.max_text_tokens, config.data.history, config.model.fusion.modalities
     carried = answer - 1
+    if task.kind == "multilabel":
+        carried = sum(answers)
     if config.train.regression_loss and task.kind == "regression":
         carried = sum(answers)
         notes.append(_riding(task, carried, "at most "))

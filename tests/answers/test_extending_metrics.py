@@ -55,10 +55,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chapter = (ROOT / "docs/extending.md").read_text(encoding="utf-8").split("## A metric\n")[1].split("\n## ")[0]
     formula, entry = re.findall(r"```(?:python)?\n(.*?)```", chapter, re.S)
     table = folder / "trainer/metric_table.py"
-    before, rules, after = table.read_text(encoding="utf-8").partition("# ---- rules")
-    start = after.index("EMOTION = Family(")
-    end = after.index("    ),\n)", start)
-    table.write_text(f"{before}{formula}\n\n{rules}{after[:end]}{entry}{after[end:]}", encoding="utf-8")
+    with (folder / "trainer/metric_formulas.py").open("a", encoding="utf-8") as formulas:
+        formulas.write(f"\n\n{formula}")
+    text = table.read_text(encoding="utf-8").replace("    accuracy,\n", "    accuracy,\n    cohen_kappa,\n", 1)
+    end = text.index("    ),\n)", text.index("EMOTION = Family("))
+    table.write_text(f"{text[:end]}{entry}{text[end:]}", encoding="utf-8")
     (folder / "mine.yaml").write_text(TASK)
     python(folder, "-c", PREPARE)
     return folder

@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 
-from tests.distributed.processes import ROOT, environment
+from tests.distributed.processes import ROOT, egmf, environment
 from tests.toy import prepare_toy
 from trainer.baselines.baseline import BaselineError, check_data, fit_baseline, specs, write_baseline
 from trainer.baselines.features import statistics
@@ -129,8 +129,20 @@ def test_a_run_is_never_overwritten_and_a_baseline_only_by_force(meld: Path, tmp
         write_baseline(constant, data.fingerprint, tmp_path / "b")
     write_baseline(constant, data.fingerprint, tmp_path / "b", force=True)
     runs, notes, faults = runs_below(tmp_path / "b", ["test"])
-    assert (runs, faults) == ([], [])
-    assert "is a baseline" in notes[0]
+    assert ([run.baseline for run in runs], notes, faults) == (["constant"], [], [])
+
+
+def test_a_baseline_is_shown_as_one(meld: Path, tmp_path: Path) -> None:
+    data = open_dataset(meld)
+    write_baseline(fit_baseline(data, specs(data, ["text"])[0]), data.fingerprint, tmp_path / "runs" / "b")
+    shown = egmf("show", str(tmp_path / "runs" / "b"))
+    assert shown.returncode == 0, shown.stderr
+    assert "LogisticRegression of text, no EGMF run" in shown.stdout
+    assert "note" not in shown.stdout
+    assert "0 of" not in shown.stdout
+    lines = json.loads(egmf("runs", str(tmp_path / "runs"), "--json").stdout)["runs"]
+    assert [(line["name"], line["baseline"], line["step"]) for line in lines] == [("b", True, None)]
+    assert "baseline" in egmf("runs", str(tmp_path / "runs")).stdout
 
 
 def test_the_command_imports_no_torch(meld: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from trainer.tasks import get_task
 
 MELD, SIMS = get_task("meld"), get_task("simsv2")
 RNG = np.random.default_rng(0)
+SPLIT_KEYS = {"Train": "train", "validation": "valid", "test": "test"}  # as written, and what it means
 
 
 def read(task: Any, *paths: Path) -> tuple[Source, dict[str, list[RawSample]]]:
@@ -147,6 +148,17 @@ def test_own_samples_in_other_encodings(tmp_path: Path, encoding: str) -> None:
         ("a", "今天我真的很高兴", "高兴"),
         ("b", "今天我真的很高兴", "高兴"),
     ]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_lines_may_end_as_any_system_has_them(tmp_path: Path, end: str) -> None:
+    lines = [
+        {"id": f"{split}{i}", "text": "a", "label": "joy", "split": split} for split in SPLIT_KEYS for i in range(3)
+    ]
+    (tmp_path / "own.jsonl").write_bytes(end.join(map(json.dumps, lines)).encode())
+    source = open_source(MELD, [tmp_path / "own.jsonl"])
+    found = {split: [sample.id for sample in source.samples(split)] for split in source.splits}
+    assert found == {SPLIT_KEYS[s]: [f"{s}0", f"{s}1", f"{s}2"] for s in SPLIT_KEYS}
 
 
 def test_a_list_of_samples_is_named_as_such(tmp_path: Path) -> None:

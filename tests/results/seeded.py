@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from trainer.answers.metrics import compute
 from trainer.answers.prediction_table import COLUMNS, write_predictions
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.tasks import get_task
@@ -73,6 +74,45 @@ def make_seeded(
     lines = [{"step": s, "time": float(s), "metrics": {SPEED: 100.0 + s}} for s in (1, 2, 3)]
     (out / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return out
+
+
+def make_baseline(
+    out: Path,
+    name: str = "text",
+    quality: float = 0.5,
+    *,
+    task: str = "meld",
+    samples: int = 200,
+    splits: Sequence[str] = ("test", "valid"),
+    fingerprint: str = "f" * 64,
+    **record: Any,
+) -> Path:
+    """A folder as `egmf baseline` writes it, on the samples of :func:`make_seeded`; `record` goes into run.json."""
+    out.mkdir(parents=True)
+    scores: dict[str, Any] = {}
+    for place, split in enumerate(splits):
+        table = predictions(task, quality, 50 + 100 * place, samples)
+        write_predictions(table, out / "predictions" / f"{split}.parquet")
+        numbers = [_numbers(task, table[column]) for column in ("label", "prediction")]
+        scores[split] = {task: compute(get_task(task), *numbers)}
+    (out / "metrics.json").write_text(json.dumps(scores))
+    modalities = [] if name == "constant" else name.split("-")[0].split("+")
+    about = {
+        "name": name, "model": "LogisticRegression", "modalities": modalities, "ngrams": "words" if "text" in modalities else None,
+        "setting": "C", "value": 1.0, "tried": {}, "data": "data/gone",
+    }  # fmt: skip
+    whole = {
+        "state": "done", "baseline": about, "started": DAY.format(0), "ended": DAY.format(1), "failure": None, "world": 1,
+        "device": "cpu x 1 threads", "tasks": [task], "data": {task: fingerprint}, "git": {"commit": "4567def"},
+    }  # fmt: skip
+    (out / "run.json").write_text(json.dumps({**whole, **record}))
+    return out
+
+
+def _numbers(name: str, cells: pd.Series) -> np.ndarray:
+    """Label indices, or the numbers themselves."""
+    task = get_task(name)
+    return np.array([task.labels.index(cell) if task.labels else cell for cell in cells], float)
 
 
 def make_two(folder: Path, seeds: Sequence[int] = (1, 2, 3), **more: Any) -> Path:

@@ -74,8 +74,11 @@ def calibrate(task: Task, splits: Mapping[str, Scored]) -> Calibration | None:
     """Fit the temperature on the validation split and measure what it does on every split.
 
     Predictions stay as they are: a label is the most probable one at any temperature, and a number is the expectation at
-    temperature 1. None where validation has no predictions with probabilities: no other split is used instead.
+    temperature 1. None where validation has no predictions with probabilities: no other split is used instead. None too for
+    tasks whose samples have several labels.
     """
+    if task.kind == "multilabel":
+        return None
     valid_splits = {split: scored.valid() for split, scored in splits.items()}
     if FITTED_ON not in valid_splits or not len(valid_splits[FITTED_ON].target_N):
         return None

@@ -14,14 +14,18 @@ from itertools import pairwise
 from typing import cast
 
 import numpy as np
+from scipy.special import rel_entr
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
-from trainer.answers.scores import ReliabilityBin, TaskScores
-from trainer.metric_table import FAMILIES, INVALID, LARGEST, WeightedMetric, undefined_metric
+from trainer.answers.scores import ClassScores, ReliabilityBin, TaskScores
+from trainer.label_sets import decode_sets
+from trainer.metric_formulas import INVALID
+from trainer.metric_table import FAMILIES, LARGEST, WeightedMetric, undefined_metric
 from trainer.tasks import Task
 
 BINS = 15
 _SHOWN = 3
+_SMALLEST = 1e-300  # probability; 0 has no logarithm
 
 Values = Sequence[float] | Sequence[float | None] | np.ndarray
 
@@ -30,16 +34,25 @@ class MetricError(ValueError):
     """Truth, predictions or probabilities that do not belong together or to the task; the message lists every fault."""
 
 
-def compute(task: Task, targets: Values, predictions: Values, probabilities: np.ndarray | None = None) -> TaskScores:
+def compute(
+    task: Task,
+    targets: Values,
+    predictions: Values,
+    probabilities: np.ndarray | None = None,
+    shares: np.ndarray | None = None,
+) -> TaskScores:
     """All metrics of a task as plain numbers, None, lists and dictionaries (JSON-safe).
 
-    Keys: ``n``, ``invalid_rate``, the task's ``metrics``; for classification ``per_class`` and ``confusion``; with
-    probabilities ``nll``, and for classification ``ece``, ``ece_adaptive`` and ``brier``.
+    Keys: ``n``, ``invalid_rate``, the task's ``metrics``; for classification ``per_class`` and ``confusion``, for several labels a
+    sample ``per_class``; with probabilities ``nll``, and where there are labels ``brier``, for classification ``ece`` and
+    ``ece_adaptive``; with shares ``expected_acc``, and with both ``kl``.
 
     Args:
-        targets: [N] label indices, or the unrounded truth.
-        predictions: [N] label indices or numbers; None, nan and inf are invalid.
-        probabilities: [N, C] over the task's answers; rows of invalid predictions are not read.
+        targets: [N] label indices, the unrounded truth, or sets of labels (:mod:`trainer.label_sets`).
+        predictions: [N] label indices, numbers or sets; None, nan and inf are invalid.
+        probabilities: [N, C] over the task's answers, or that each label of a multi-label task applies; rows of invalid predictions
+            are not read.
+        shares: [N, C] of annotators that gave each label; None where no sample has them.
 
     Raises:
         MetricError: see there.
@@ -55,7 +68,13 @@ def compute(task: Task, targets: Values, predictions: Values, probabilities: np.
         truth_N = truth_N.astype(int)
         guess_N = np.where(valid_N, guess_N, INVALID).astype(int)
         out |= _by_class(task, truth_N, guess_N)
-    if p_NC is not None:
+        if shares is not None:
+            out |= _of_shares(np.asarray(shares, dtype=np.float64), guess_N, p_NC, valid_N)
+    if task.kind == "multilabel":
+        out |= _by_label(task, truth_N, guess_N)
+    if p_NC is not None and task.kind == "multilabel":
+        out |= _label_calibration(task, truth_N[valid_N], p_NC[valid_N])
+    elif p_NC is not None:
         out |= _calibration(task, truth_N[valid_N], guess_N[valid_N], p_NC[valid_N])
     return out
 
@@ -122,20 +141,62 @@ def _by_class(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> TaskScore
     columns = precision_recall_fscore_support(truth_N, guess_N, labels=classes, zero_division=np.nan)
     matrix = confusion_matrix(truth_N, guess_N, labels=[*classes, INVALID])
     return {
-        "per_class": {
-            label: {
-                "precision": _defined(columns[0][c]),
-                "recall": _defined(columns[1][c]),
-                "f1": _defined(columns[2][c]),
-                "support": int(columns[3][c]),
-            }
-            for c, label in enumerate(task.labels)
-        },
+        "per_class": _class_scores(task, *columns),
         "confusion": {
             "labels": list(task.labels),
             "matrix": matrix[:-1, :-1].tolist(),
             "invalid": matrix[:-1, -1].tolist(),
         },
+    }
+
+
+def _of_shares(share_NC: np.ndarray, guess_N: np.ndarray, p_NC: np.ndarray | None, valid_N: np.ndarray) -> TaskScores:
+    """Scores against the shares q of annotators.
+
+    - expected_acc: mean of q of the predicted label, the accuracy expected of an annotator drawn at random; 0 where invalid.
+    - kl: mean of KL(q ‖ p) = Σ_c q_c log(q_c / p_c) over valid predictions.
+    """
+    if not len(share_NC):
+        return {"expected_acc": None, **({} if p_NC is None else {"kl": None})}
+    rows_N = np.arange(len(share_NC))
+    hit_N = np.where(valid_N, share_NC[rows_N, np.where(valid_N, guess_N, 0)], 0.0)
+    out: TaskScores = {"expected_acc": float(hit_N.mean())}
+    if p_NC is not None:
+        p_NC = np.clip(p_NC[valid_N] / p_NC[valid_N].sum(axis=1, keepdims=True), _SMALLEST, 1)
+        out["kl"] = _defined(float(rel_entr(share_NC[valid_N], p_NC).sum(axis=1).mean())) if len(p_NC) else None
+    return out
+
+
+def _by_label(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> TaskScores:
+    """Precision, recall, F1 and support of each label; an invalid prediction has none."""
+    if len(truth_N) == 0:
+        return {}
+    member_NL, guess_NL = (decode_sets(values_N, len(task.labels)) for values_N in (truth_N, guess_N))
+    return {
+        "per_class": _class_scores(task, *precision_recall_fscore_support(member_NL, guess_NL, zero_division=np.nan))
+    }
+
+
+def _label_calibration(task: Task, truth_N: np.ndarray, p_NL: np.ndarray) -> TaskScores:
+    """Means over samples and labels: of the binary cross-entropy, and of the squared error of the probability."""
+    if not len(truth_N):
+        return {"nll": None, "brier": None}
+    member_NL = decode_sets(truth_N, len(task.labels))
+    p_true_NL = np.clip(np.where(member_NL, p_NL, 1 - p_NL), _SMALLEST, 1)
+    return {"nll": float(-np.log(p_true_NL).mean()), "brier": float(((p_NL - member_NL) ** 2).mean())}
+
+
+def _class_scores(
+    task: Task, precision_C: np.ndarray, recall_C: np.ndarray, f1_C: np.ndarray, support_C: np.ndarray
+) -> dict[str, ClassScores]:
+    return {
+        label: {
+            "precision": _defined(precision_C[c]),
+            "recall": _defined(recall_C[c]),
+            "f1": _defined(f1_C[c]),
+            "support": int(support_C[c]),
+        }
+        for c, label in enumerate(task.labels)
     }
 
 
@@ -176,10 +237,18 @@ def _check(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, valid_N: np.nda
             bad = there_N & ~np.isin(values_N, np.arange(count))
             if bad.any():
                 faults.append(f"{name} that is not a label index 0 … {count - 1}: {_first(values_N, bad)}")
+    if task.kind == "multilabel":
+        for name, values_N, there_N in (("truth", truth_N, np.isfinite(truth_N)), ("prediction", guess_N, valid_N)):
+            bad = there_N & ~((values_N >= 0) & (values_N < 2.0 ** len(task.labels)) & (values_N == np.floor(values_N)))
+            if bad.any():
+                faults.append(f"{name} that is not a set of labels: {_first(values_N, bad)}")
     if p_NC is not None:
-        shape = (len(truth_N), len(task.answers()))
+        shape = (len(truth_N), task.probabilities)
         if p_NC.shape != shape:
             faults.append(f"probabilities of shape {p_NC.shape}, not {shape}")
+        elif task.kind == "multilabel":
+            if (bad := valid_N & ~((p_NC >= 0) & (p_NC <= 1)).all(axis=1)).any():
+                faults.append(f"probabilities outside 0 … 1: {_first(p_NC, bad)}")
         else:
             good = (p_NC >= 0).all(axis=1) & (np.abs(p_NC.sum(axis=1) - 1) < 1e-3)
             if (valid_N & ~good).any():

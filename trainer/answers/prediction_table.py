@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from trainer.tasks import Task
@@ -31,6 +32,7 @@ COLUMNS = (
     "gate_expert",
     "gate_modality",
     "kind",
+    "shares",
 )
 """Columns of the file, in order; the table of :func:`predictions_table` has `target` and `value` behind them."""
 
@@ -42,7 +44,8 @@ class SampleAnswer:
     """What the model answered to one sample.
 
     `value` is the label's index or the number, nan where the answer is invalid; `prediction` is the label's word or the
-    number, None where invalid; `answer` is the text behind it. Probabilities [C] are None for generated or invalid answers,
+    number, None where invalid (of a multi-label task the set's number, and its labels); `answer` is the text behind it.
+    Probabilities [C], of the task's answers or of its labels, are None for generated or invalid answers,
     gate weights [E] and [E, M] without a fusion network and for generated answers.
     """
 
@@ -57,7 +60,10 @@ class SampleAnswer:
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """A sample with its truth, `label` as a word or number and `target` as an index or number, and the answer to it."""
+    """A sample with its truth, `label` as a word or number and `target` as an index or number, and the answer to it.
+
+    `shares` of annotators that gave each label are None where all gave one.
+    """
 
     task: str
     id: str
@@ -65,18 +71,19 @@ class PredictionRow:
     kind: str | None
     target: float
     answer: SampleAnswer
+    shares: list[float] | None = None
 
     @classmethod
     def of(cls, task: Task, sample: Sample, answer: SampleAnswer) -> PredictionRow:
-        label = task.labels[int(sample.target)] if task.kind == "classification" else float(sample.target)
-        return cls(task.name, sample.id, label, sample.kind, sample.target, answer)
+        shares = None if sample.share_C is None else sample.share_C.tolist()
+        return cls(task.name, sample.id, task.word(sample.target), sample.kind, sample.target, answer, shares)
 
 
 def sample_answers(task: Task, predictions: Predictions, gates: Sequence[Gates] | None = None) -> list[SampleAnswer]:
     """The answers to a batch, one a sample."""
     answers = []
     for b, (value, valid) in enumerate(zip(predictions.value_B, predictions.valid_B, strict=True)):
-        prediction = None if not valid else task.labels[int(value)] if task.kind == "classification" else float(value)
+        prediction = task.word(value) if valid else None
         probability_BC = predictions.probability_BC
         probabilities = probability_BC[b].tolist() if probability_BC is not None and valid else None
         expert, modality = (None, None) if gates is None else gates[b]
@@ -92,6 +99,18 @@ def mean_gates(expert_BKE: Tensor | None, modality_BKEM: Tensor | None) -> list[
         return None
     expert_BE, modality_BEM = (weight.float().mean(1).cpu().tolist() for weight in (expert_BKE, modality_BKEM))
     return list(zip(expert_BE, modality_BEM, strict=True))
+
+
+def label_shares(task: Task, target_N: np.ndarray, shares: Sequence[object]) -> np.ndarray | None:
+    """`[N, C]`: the shares of annotators that gave each label, 1 for a label that all gave; None where no row has any."""
+    given = [np.asarray(share, dtype=float) if isinstance(share, (list, np.ndarray)) else None for share in shares]
+    if task.kind != "classification" or all(share is None for share in given):
+        return None
+    share_NC: np.ndarray = np.eye(len(task.labels))[target_N.astype(int)]
+    for i, share in enumerate(given):
+        if share is not None:
+            share_NC[i] = share
+    return share_NC
 
 
 def predictions_table(rows: Iterable[PredictionRow]) -> pd.DataFrame:

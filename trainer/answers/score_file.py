@@ -209,7 +209,7 @@ def _truth(task: Task, label: Any) -> float | None:
 def _prediction(task: Task, cell: Any) -> float | None:
     text = _text(cell)
     if task.grid is None:
-        return float(task.labels.index(text)) if text in task.labels else None
+        return task.parse_word(text)
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 

@@ -34,6 +34,8 @@ class TaskScores(TypedDict, total=False):
     ece: float | None
     ece_adaptive: float | None
     brier: float | None
+    expected_acc: float | None
+    kl: float | None
 
 
 class ReliabilityBin(TypedDict):

@@ -24,7 +24,15 @@ def task_trie(task: Task, tokenizer: PreTrainedTokenizerBase, style: AnswerStyle
     trie = build_trie(task.answer_texts(style, language), lambda text: encode(tokenizer, text), end_token(tokenizer))
     if task.grid is not None:
         trie.value_C = torch.tensor(task.grid.values)
+    if task.kind == "multilabel":
+        trie.given_N = _given(trie)
     return trie
+
+
+def _given(trie: AnswerTrie) -> torch.Tensor:
+    """`[N]`: the nodes above both answers of a label, which stand one behind the other."""
+    path_CN = trie.ancestors_NN[trie.leaf_C]
+    return (path_CN[0::2] & path_CN[1::2]).any(0)
 
 
 def build_trie(answers: Sequence[str], encode: Callable[[str], list[int]], end: int) -> AnswerTrie:

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multiclass import OneVsRestClassifier
 
 from trainer.answers.metrics import compute
 from trainer.answers.prediction_table import PredictionRow, SampleAnswer, predictions_table, write_predictions
@@ -28,6 +29,7 @@ from trainer.config import MODALITIES, Modality
 from trainer.data.dataset import PreparedDataset, SplitView
 from trainer.distributed.versions import git_state
 from trainer.files import write_json
+from trainer.label_sets import decode_sets, encode_sets
 from trainer.run.folder import RESULTS, hold
 from trainer.run.record import RECORD, BaselineValues, RecordValues, now, read_record
 from trainer.tasks import Task
@@ -106,8 +108,9 @@ def specs(
 def fit_baseline(data: PreparedDataset, spec: Spec) -> Baseline:
     """Fit on train, choose on valid where `spec` says so, and score valid and test.
 
-    Classification: multinomial logistic regression (L2, C = 1). Regression: ridge (alpha = 1). The constant answer is the
-    majority class with the training shares as probabilities, or the training mean. Source: scikit-learn.
+    Classification: multinomial logistic regression (L2, C = 1), or one of two classes for each label where a sample has several.
+    Regression: ridge (alpha = 1). The constant answer is the majority class with the training shares as probabilities, the labels
+    of at least half of the samples, or the training mean. Source: scikit-learn.
 
     Raises:
         BaselineError: the data do not allow it; every reason in one message.
@@ -116,14 +119,15 @@ def fit_baseline(data: PreparedDataset, spec: Spec) -> Baseline:
     check_data(data, [spec])
     features = _features(data, spec)
     target_N = data["train"].targets()
-    setting = "C" if task.kind == "classification" else "alpha"
+    setting = "alpha" if task.kind == "regression" else "C"
+    target = decode_sets(target_N, len(task.labels)) if task.kind == "multilabel" else target_N
     grid: Sequence[float] = (C if setting == "C" else ALPHA,)
     if spec.tune and spec.modalities:
         grid = C_GRID if setting == "C" else ALPHA_GRID
     tried: dict[str, float | None] = {}
     best: tuple[float, float, Any] | None = None
     for value in grid:
-        model = _model(task, spec, value).fit(features["train"], target_N)
+        model = _model(task, spec, value).fit(features["train"], target)
         found = _score(task, data["valid"], *_answers(task, model, features["valid"]))
         score = metric_value(found, task.select)
         tried[f"{value:g}"] = score
@@ -162,7 +166,7 @@ def check_data(data: PreparedDataset, wanted: Sequence[Spec]) -> None:
         if len(train) < MINIMUM:
             faults.append(f"train has {len(train)} samples, and a baseline needs at least {MINIMUM}: add samples")
         if len(np.unique(target_N)) == 1:
-            what = "one class" if data.task.kind == "classification" else "one number"
+            what = {"classification": "one class", "multilabel": "one set of labels"}.get(data.task.kind, "one number")
             faults.append(f"all samples of train have {what}, so that nothing can be learnt: --modalities {CONSTANT}")
         there = _present(train)
         absent = [name for name in MODALITIES if any(name in spec.modalities for spec in wanted) and name not in there]
@@ -255,15 +259,22 @@ def _joined(blocks: Sequence[Features], samples: int) -> Features:
 
 
 def _model(task: Task, spec: Spec, value: float) -> Any:
+    if task.kind == "multilabel":
+        one = LogisticRegression(C=value, max_iter=_STEPS) if spec.modalities else DummyClassifier(strategy="prior")
+        return OneVsRestClassifier(one)
     if task.kind == "classification":
         return LogisticRegression(C=value, max_iter=_STEPS) if spec.modalities else DummyClassifier(strategy="prior")
     return Ridge(alpha=value) if spec.modalities else DummyRegressor()
 
 
 def _answers(task: Task, model: Any, features: Features) -> tuple[np.ndarray, np.ndarray | None]:
-    """[N] label indices, and [N, C] probabilities (0 for a class that train lacks); or numbers, without probabilities."""
+    """[N] label indices, and [N, C] probabilities (0 for a class that train lacks); sets of labels, and [N, C] that each label
+    applies; or numbers, without probabilities."""
     if task.kind == "regression":
         return np.asarray(model.predict(features), dtype=np.float64), None
+    if task.kind == "multilabel":
+        p_NC = np.asarray(model.predict_proba(features), dtype=np.float64)
+        return encode_sets(p_NC >= 0.5), p_NC
     p_NC = np.zeros((features.shape[0], len(task.labels)))
     p_NC[:, model.classes_.astype(int)] = model.predict_proba(features)
     return p_NC.argmax(axis=1).astype(np.float64), p_NC
@@ -277,7 +288,6 @@ def _rows(task: Task, view: SplitView, value_N: np.ndarray, p_NC: np.ndarray | N
     kinds = view.kinds() or [None] * len(view)
     for i, (name, kind, target) in enumerate(zip(view.ids, kinds, view.targets().tolist(), strict=True)):
         value = float(value_N[i])
-        words = task.kind == "classification"
-        prediction = task.labels[int(value)] if words else value
+        prediction = task.word(value)
         answer = SampleAnswer(value, prediction, True, str(prediction), None if p_NC is None else p_NC[i].tolist())
-        yield PredictionRow(task.name, name, task.labels[int(target)] if words else target, kind, target, answer)
+        yield PredictionRow(task.name, name, task.word(target), kind, target, answer)

@@ -21,7 +21,10 @@ app = typer.Typer()
 def compare(
     what: Annotated[
         list[str],
-        typer.Argument(help="run folders, folders of runs, MLflow run ids, experiment names", metavar="WHAT..."),
+        typer.Argument(
+            help="folders of runs or baselines, folders that contain some, MLflow run ids, experiment names",
+            metavar="WHAT...",
+        ),
     ],
     metric: Annotated[
         list[str] | None,

@@ -43,8 +43,8 @@ class _Encoded:
 
     texts: list[list[int]]  # the samples' own texts, for the fusion network
     contexts: list[list[int]]  # from the first place of a pseudo token to the cue's end
-    chosen: list[int]  # index of every sample's answer; empty where samples are scored
-    answers: list[list[int]]  # with the end token; of no tokens where samples are scored
+    chosen: list[int]  # index of every sample's answer; empty where samples are scored, or have shares of answers
+    answers: list[list[int]]  # with the end token; of no tokens where `chosen` is empty
     dropped: list[set[str]]  # modalities that modality dropout removes
     objective: Objective
 
@@ -57,7 +57,7 @@ class _Encoded:
 
     def answer_places(self, cues: Sequence[int]) -> list[int]:
         """Where in a packed row each answer token is predicted, with samples whose contexts end at `cues`."""
-        if self.objective.trie_in_batch is not None:  # an answer's tokens are then those of the trie
+        if self.chosen and self.objective.trie_in_batch is not None:  # an answer's tokens are then those of the trie
             places = [self.objective.places[c] for c in self.chosen]
         else:
             places = [list(range(len(answer))) for answer in self.answers]
@@ -133,6 +133,7 @@ class Collator:
             trie=objective.trie_in_batch,
             error_weight=objective.error_weight,
             answer_B=torch.tensor(encoded.chosen) if encoded.chosen else None,
+            share_BC=objective.shares(self.task, samples),
         )
 
     def pack(
@@ -176,6 +177,7 @@ class Collator:
             choices=objective.choices(encoded.chosen),
             error_weight=objective.error_weight,
             answer_B=torch.tensor(encoded.chosen) if encoded.chosen else None,
+            share_BC=objective.shares(self.task, samples),
         )
 
     def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:
@@ -214,12 +216,13 @@ class Collator:
     def _encode(self, samples: Sequence[Sample], answers: bool, epoch: int | None) -> _Encoded:
         texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
         places = [self.end] * self.pseudo_tokens
-        chosen = [self.task.answer_index(sample.target) for sample in samples] if answers else []
+        one = answers and not self.objective.shared  # the target is one answer, whose tokens are predicted
+        chosen = [self.task.answer_index(sample.target) for sample in samples] if one else []
         return _Encoded(
             texts,
             [places + self._history(s) + text + self.suffix for s, text in zip(samples, texts, strict=True)],
             chosen,
-            [self.answers[c] for c in chosen] if answers else [[] for _ in samples],
+            [self.answers[c] for c in chosen] if one else [[] for _ in samples],
             [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)],
             self.objective if answers else Objective(),  # what is scored may have no truth
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -170,7 +170,7 @@ class SplitView:
         i %= len(self)
         b = bisect.bisect_right(self._starts, i) - 1
         j, columns = i - self._starts[b], self._columns[b]
-        audio, video = (self._stream(name, i, b, j) for name in STREAMS)
+        audio, video = (self.stream(name, i) for name in STREAMS)
         return Sample(
             id=columns["id"][j].as_py(),
             text=columns["text"][j].as_py(),
@@ -183,22 +183,36 @@ class SplitView:
             dialogue=columns["dialogue"][j].as_py(),
             turn=columns["turn"][j].as_py(),
             kind=columns["kind"][j].as_py(),
+            share_C=self._share(columns, j),
             history=self._history(i),
         )
 
     def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """ "audio" or "video" of sample `i`, [T, F] and mask [T], as a :class:`trainer.batch.Sample` has them."""
-        b = bisect.bisect_right(self._starts, i) - 1
-        return self._stream(name, i, b, i - self._starts[b])
-
-    def _stream(self, name: str, i: int, b: int, j: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         frames = int(self._frames[name][i])
         if not frames:
             return None, None
+        b = bisect.bisect_right(self._starts, i) - 1
+        j = i - self._starts[b]
         values, offsets = self._values[name][b]
         values_TF = values[offsets[j] : offsets[j + 1]].reshape(frames, self.widths[name])
         mask = self._columns[b][f"{name}_mask"][j]
         return values_TF, mask.values.to_numpy(zero_copy_only=False) if mask.is_valid else None
+
+    @staticmethod
+    def _share(columns: Mapping[str, pa.Array], j: int) -> np.ndarray | None:
+        if (
+            "shares" not in columns or not columns["shares"][j].is_valid
+        ):  # datasets of earlier versions have no such column
+            return None
+        return np.asarray(columns["shares"][j].values.to_numpy(zero_copy_only=False))
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether annotators disagree on some sample, whose target is then shares of the labels."""
+        return any(
+            "shares" in columns and columns["shares"].null_count < len(columns["shares"]) for columns in self._columns
+        )
 
     @cached_property
     def ids(self) -> list[str]:
@@ -214,8 +228,8 @@ class SplitView:
 
     def valid_frames(self, name: str) -> Iterator[np.ndarray]:
         """The frames [T, F] of "audio" or "video" that are not masked, sample by sample."""
-        for sample in self:
-            values_TF, mask_T = getattr(sample, f"{name}_TF"), getattr(sample, f"{name}_mask_T")
+        for i in range(len(self)):
+            values_TF, mask_T = self.stream(name, i)
             if values_TF is not None:
                 yield values_TF if mask_T is None else values_TF[mask_T]
 
@@ -306,6 +320,13 @@ class FoldView(SplitView):
             raise IndexError(f"sample {i} of {len(self)}")
         i %= len(self)
         return replace(self._whole[int(self._rows[i])], history=self._history(i))
+
+    def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        return self._whole.stream(name, int(self._rows[i]))
+
+    @cached_property
+    def shared(self) -> bool:
+        return self._whole.shared and any(share is not None for share in self._list("shares"))
 
     def texts(self) -> Iterator[str]:
         return iter(self._list("text"))

@@ -6,7 +6,7 @@ Shapes: B samples, C answers of a task, W choices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import AnswerTrie, Choices, Sample
+from trainer.label_sets import decode_sets
 from trainer.tasks import Task
 
 
@@ -25,23 +26,47 @@ class Objective:
         weight_C: weight of a sample by its answer; None: 1.
         smoothing: share of every target that is spread evenly over the tokens which continue some answer there.
         error_weight: of the expected absolute error over the number grid.
-        trie: the task's answers, for the two above.
+        trie: the task's answers, for all but the weights.
+        shared: samples have a share of every answer as their target: annotators disagree, or a sample has several labels.
     """
 
     weight_C: np.ndarray | None = None
     smoothing: float = 0.0
     error_weight: float = 0.0
     trie: AnswerTrie | None = None
+    shared: bool = False
 
     @property
     def trie_in_batch(self) -> AnswerTrie | None:
         """The tree whose nodes every training sample carries: the loss needs the probabilities of all answers."""
-        return self.trie if self.error_weight else None
+        return self.trie if self.error_weight or self.shared else None
+
+    def shares(self, task: Task, samples: Sequence[Sample]) -> Tensor | None:
+        """`[B, C]`, float32: the share of every answer in the target of each sample; None where a target is one answer.
+
+        Smoothed by s, a label's share q becomes (1 - s) q + s / C; of a multi-label task, where each label has two answers, C is 2.
+        """
+        if not self.shared:
+            return None
+        count = len(task.answers())
+        share_BC = np.zeros((len(samples), count), dtype=np.float32)
+        for share_C, sample in zip(share_BC, samples, strict=True):
+            if task.kind == "multilabel":
+                member_C = decode_sets(np.array([sample.target]), count // 2)[0]
+                share_C[0::2], share_C[1::2] = member_C, ~member_C
+            elif sample.share_C is None:
+                share_C[task.answer_index(sample.target)] = 1.0
+            else:
+                share_C[:] = sample.share_C
+        even = 0.5 if task.kind == "multilabel" else 1 / count
+        return torch.from_numpy((1 - self.smoothing) * share_BC + np.float32(self.smoothing * even))
 
     def weights(self, task: Task, samples: Sequence[Sample], weight: float) -> Tensor:
-        """`[B]`: `weight` times what the samples weigh."""
+        """`[B]`: `weight` times what the samples weigh; where annotators disagree, the mean of their labels' weights."""
         if self.weight_C is None:
             return torch.full((len(samples),), weight)
+        if (share_BC := replace(self, smoothing=0.0).shares(task, samples)) is not None:
+            return share_BC @ torch.from_numpy(self.weight_C) * weight
         weight_B = self.weight_C[[task.answer_index(sample.target) for sample in samples]]
         return torch.from_numpy(weight_B) * weight
 
@@ -65,7 +90,7 @@ class Objective:
 
     def choices(self, answers: Sequence[int], longest: int | None = None) -> Choices | None:
         """What could stand at every token of these answers, one behind another; with `longest`, padded to so many each."""
-        if not self.smoothing:
+        if not self.smoothing or self.shared:
             return None
         rows: list[list[int]] = []
         for answer in answers:

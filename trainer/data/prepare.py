@@ -128,7 +128,7 @@ def prepare_source(
             progress = progress or (lambda split, done, total: None)
             shards = _convert(task, source, folder.path, workers, zero_frames, progress)
             record = _validate(task, source, shards, strict, drop_bad, zero_frames, standardise)
-            _write(folder.path, shards, record)
+            _write(task, folder.path, shards, record)
             return _put_in_place(folder, record, _fingerprint(record, shards, standardised=False), force)
     except BrokenProcessPool as error:
         raise DataError(
@@ -191,7 +191,7 @@ def _splits_of(names: Container[str]) -> tuple[str, ...]:
     return (ALL,) if ALL in names else SPLITS
 
 
-def _features(splits: Container[str]) -> Any:
+def _features(task: Task, splits: Container[str]) -> Any:
     from datasets import Features, List, Value  # slow to import, and worker processes need it not
 
     columns: dict[str, Any] = {"id": Value("string"), "text": Value("string"), "label": Value("string")}
@@ -204,18 +204,20 @@ def _features(splits: Container[str]) -> Any:
     columns |= {"kind": Value("string"), "language": Value("string")}
     if ALL in splits:
         columns["fold"] = Value("string")
+    if task.kind == "classification":
+        columns["shares"] = List(Value("float32"))
     return Features(columns)
 
 
-def _schema(splits: Container[str]) -> pa.Schema:
-    return _features(splits).arrow_schema
+def _schema(task: Task, splits: Container[str]) -> pa.Schema:
+    return _features(task, splits).arrow_schema
 
 
 def _convert(
     task: Task, source: Source, folder: Path, workers: int, zero_frames: ZeroFrames, progress: Progress
 ) -> dict[str, list[Shard]]:
     splits = [split for split in _splits_of(source.splits) if split in source.splits]
-    schema = _schema(splits)
+    schema = _schema(task, splits)
     for split in splits:
         (folder / split).mkdir()
     if workers == 1:
@@ -240,7 +242,7 @@ def _convert_many(
     progress: Progress,
     splits: list[str],
 ) -> dict[str, list[Shard]]:
-    read, schema, count = source.part, _schema(splits), workers * SHARDS
+    read, schema, count = source.part, _schema(task, splits), workers * SHARDS
     assert read is not None
     places = {}
     done: dict[str, int] = Counter()
@@ -291,7 +293,7 @@ def _validate(
     refused = (strict and faults) or [f for f in faults if not f.repair and (f.split not in left or f.split in empty)]
     if refused:
         raise DataError(_refusal(task, source, faults, strict, drop_bad, left))
-    _take_out(shards, bad)
+    _take_out(task, shards, bad)
     record: DatasetRecord = {"format": FORMAT, "task": task.model_dump(mode="json"), "fingerprint": ""}
     record |= {"widths": widths, "rates": {name: source.rates.get(name) for name in STREAMS}}
     counts = Counter(entry["split"] for entry in dropped)
@@ -358,13 +360,13 @@ def _duplicates(shards: dict[str, list[Shard]]) -> dict[Key, Fault]:
     return twice
 
 
-def _take_out(shards: dict[str, list[Shard]], bad: set[Key]) -> None:
+def _take_out(task: Task, shards: dict[str, list[Shard]], bad: set[Key]) -> None:
     """Leave in the files and in `seen` what stays."""
     for split in shards:
         for k, shard in enumerate(shards[split]):
             wanted = [(split, k, i) not in bad for i, row in enumerate(shard.seen) if row.digest]
             if not all(wanted):
-                keep(shard, wanted, _schema(shards))
+                keep(shard, wanted, _schema(task, shards))
             shard.seen = [row for i, row in enumerate(shard.seen) if row.digest and (split, k, i) not in bad]
 
 
@@ -433,7 +435,7 @@ def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return out
 
 
-def _write(folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) -> None:
+def _write(task: Task, folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) -> None:
     """Complete the folder to what `DatasetDict.save_to_disk` would have written, and add the record."""
     from datasets import DatasetInfo
 
@@ -457,7 +459,7 @@ def _write(folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) 
             "_split": split,
         }
         (folder / split / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-        DatasetInfo(features=_features(shards)).write_to_directory(str(folder / split))
+        DatasetInfo(features=_features(task, shards)).write_to_directory(str(folder / split))
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(record["splits"])}))
     record["files"] = sizes
     text = NUMBERS.sub(

@@ -24,7 +24,7 @@ class LengthStatistics(TypedDict):
 
 
 class SplitStatistics(TypedDict, total=False):
-    """One split; `labels` is label (or sign, for regression) -> samples, by modality are `missing` samples,
+    """One split; `labels` is label (or sign, for regression) -> samples (those that have the label, of a multi-label task), by modality are `missing` samples,
     `masked_frames`, and `padding` frames that were cut where the source claims no lengths."""
 
     n: int
@@ -37,6 +37,8 @@ class SplitStatistics(TypedDict, total=False):
     masked_frames: dict[str, int]
     padding: dict[str, int]
     dropped: int
+    without_label: int  # of a multi-label task: samples to which no label applies
+    shared: int  # samples on whose label annotators disagree; absent where there are none
     folds: dict[str, int]  # only in what ``egmf data show --json`` prints
 
 

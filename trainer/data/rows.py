@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ import pyarrow as pa
 
 from trainer.data.faults import Fault
 from trainer.data.frames import FeatureSequence, ZeroFrames, clip_features
+from trainer.data.labels import label_set, label_shares
 from trainer.data.readers.raw import ALL, RawSample
+from trainer.label_sets import encode_set
 from trainer.tasks import Task
 
 STREAMS = ("audio", "video")
@@ -52,11 +54,13 @@ class Row:
     streams: dict[str, FeatureSequence | None]
     metadata: Metadata
     fold: str | None = None  # of a cross-validation; then the sample belongs to no split
+    share_C: list[float] | None = None  # of the annotators that gave each label
 
     def digest(self) -> bytes:
         """sha256 over the row's content, the same on every machine."""
-        head = [self.id, self.text, float(self.target).hex(), self.label, *self.metadata]
+        head: list[Any] = [self.id, self.text, float(self.target).hex(), self.label, *self.metadata]
         head += [] if self.fold is None else [self.fold]
+        head += [] if self.share_C is None else [[share.hex() for share in self.share_C]]
         out = hashlib.sha256(json.dumps(head, ensure_ascii=True).encode())
         for name in STREAMS:
             stream = self.streams[name]
@@ -84,6 +88,7 @@ class Seen(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     fold: str | None = None
     dialogue: str | None = None
+    shared: bool = False  # whether annotators disagree
 
 
 @dataclass
@@ -133,7 +138,7 @@ class Checker:
             fault("language without a prompt in the task", f"{raw.language!r}; the task has {known}")
         if any(isinstance(s, str) and not _unicode(s) for s in (name, text, fold, *metadata)):
             fault("text that is no Unicode (a lone surrogate)")
-        label, target = self._answer(raw, fault) if self.labelled else (None, math.nan)
+        label, target, share_C = self._answer(raw, fault) if self.labelled else (None, math.nan, None)
         streams = {
             "audio": clip_features("audio", raw.audio, raw.audio_length, fault, self.zero_frames),
             "video": clip_features("video", raw.video, raw.video_length, fault, self.zero_frames),
@@ -142,16 +147,35 @@ class Checker:
             fault("no text, audio or video")
         if not all(f.repair for f in faults):
             return None, faults
-        return Row(name, text, target, label, streams, metadata, fold), faults
+        return Row(name, text, target, label, streams, metadata, fold, share_C), faults
 
-    def _answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float]:
-        return self._classify(raw.label, fault) if self.task.grid is None else (None, self._rate(raw, fault))
+    def _answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float, list[float] | None]:
+        """The label as a word, the target, and the shares of all labels where annotators disagree."""
+        if self.task.grid is not None:
+            return None, self._rate(raw, fault), None
+        if self.task.kind == "multilabel":
+            members = label_set(raw.label, self.task.labels, self._classify, fault)
+            target = math.nan if members is None else encode_set(members)
+            return None if members is None else str(self.task.word(target)), target, None
+        if isinstance(raw.label, (Mapping, list, tuple)):
+            share_C = label_shares(raw.label, self.task.labels, self._classify, fault)
+            if share_C is None:
+                return None, math.nan, None
+            index = max(range(len(share_C)), key=lambda i: (share_C[i], -i))
+            return self.task.labels[index], float(index), share_C if share_C[index] < 1 else None
+        index_or_none = self._classify(raw.label, fault)
+        return (
+            (None, math.nan, None)
+            if index_or_none is None
+            else (self.task.labels[index_or_none], float(index_or_none), None)
+        )
 
-    def _classify(self, label: Any, fault: Callable[..., None]) -> tuple[str | None, float]:
+    def _classify(self, label: Any, fault: Callable[..., None]) -> int | None:
+        """The index of a label."""
         word = "" if label is None or (isinstance(label, float) and math.isnan(label)) else str(label).strip()
         if not word:
             fault("no label")
-            return None, math.nan
+            return None
         index = self._index.get(word)
         if index is None:
             alike = self._folded.get(word.casefold(), [])
@@ -161,15 +185,15 @@ class Checker:
                 if word.isdecimal() and not any(map(str.isdecimal, self.task.labels)):
                     hint = f" (a number, but labels are words: write {self.task.labels[0]!r} or another, or have the task list {word!r})"
                 fault("unknown label", f"{_printable(word)!r}{hint}")
-                return None, math.nan
+                return None
             index = alike[0]
             fault("label in another case", f"{word!r}", f"read as {self.task.labels[index]!r}")
-        return self.task.labels[index], float(index)
+        return index
 
     def _rate(self, raw: RawSample, fault: Callable[..., None]) -> float:
         grid = self.task.grid
         assert grid is not None
-        if raw.label is None or raw.label == "":
+        if raw.label is None or (isinstance(raw.label, str) and not raw.label):
             fault("no label")
             return math.nan
         value = _number(raw.label)
@@ -295,6 +319,7 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
         name: [getattr(row.metadata, name) for row in rows] for name in Metadata._fields
     }
     columns.update({name: [getattr(row, name) for row in rows] for name in ("id", "text", "label", "target", "fold")})
+    columns["shares"] = [row.share_C for row in rows]
     for name in STREAMS:
         streams = [row.streams[name] for row in rows]
         columns[name] = _lists([None if s is None else s.values_TF.reshape(-1) for s in streams], pa.float32())
@@ -332,6 +357,7 @@ def _seen(row: Row, where: str) -> Seen:
         (_padding(audio), _padding(video)),
         row.fold,
         row.metadata.dialogue,
+        row.share_C is not None,
     )
 
 

@@ -7,7 +7,7 @@ metrics of these benchmarks cut by; `target` beside it has mean, standard deviat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Group
@@ -19,6 +19,7 @@ from trainer.data.feature_summary import StandardisationSummary, standardisation
 from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord, LengthStatistics, SplitStatistics
 from trainer.data.rows import STREAMS, Seen
+from trainer.label_sets import decode_sets
 from trainer.tasks import Task
 
 SIGNS = ("negative", "zero", "positive")
@@ -28,7 +29,11 @@ def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> SplitStati
     """The record's entry of one split."""
     targets = np.array([row.target for row in rows], dtype=np.float64)
     if task.grid is None:
-        labels = {label: int((targets == i).sum()) for i, label in enumerate(task.labels)}
+        if task.kind == "multilabel":
+            counts = decode_sets(targets, len(task.labels)).sum(0)
+        else:
+            counts = [(targets == i).sum() for i in range(len(task.labels))]
+        labels = {label: int(count) for label, count in zip(task.labels, counts, strict=True)}
     else:
         labels = {name: int((np.sign(targets) == sign).sum()) for name, sign in zip(SIGNS, (-1, 0, 1), strict=True)}
     out: SplitStatistics = {"n": len(rows), "labels": labels}
@@ -39,6 +44,10 @@ def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> SplitStati
             "min": _float(targets.min()) if len(rows) else None,
             "max": _float(targets.max()) if len(rows) else None,
         }
+    if task.kind == "multilabel":
+        out["without_label"] = int((targets == 0).sum())
+    if shared := sum(row.shared for row in rows):
+        out["shared"] = shared
     out["text_characters"] = _lengths([row.characters for row in rows])
     out["audio_frames"], out["video_frames"] = (
         _lengths([row.frames[i] for row in rows if row.frames[i]]) for i in range(len(STREAMS))
@@ -65,14 +74,21 @@ def _lengths(values: Sequence[int]) -> LengthStatistics:
     return {"mean": round(float(np.mean(values)), 2), "p50": int(p50), "p95": int(p95), "max": int(max(values))}
 
 
-def summary_json(record: DatasetRecord) -> dict[str, SplitStatistics | StandardisationSummary]:
+class SplitSummary(SplitStatistics, total=False):
+    """What `egmf data show` says of a split."""
+
+    standardisation: StandardisationSummary
+
+
+def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
     """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``; of a dataset with folds the one
-    split "all", with ``"folds": {fold: count}`` besides; and under "standardisation" the features
-    (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
-    out = {split: entry.copy() for split, entry in record["splits"].items()}
+    split "all", with ``"folds": {fold: count}`` besides. The split whose frames were measured, train (or all), has under "standardisation" the
+    features (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
+    out = {split: cast(SplitSummary, dict(entry)) for split, entry in record["splits"].items()}
     if "folds" in record:
         out[ALL]["folds"] = record["folds"]
-    return {**out, "standardisation": standardisation_json(record)}
+    out["train" if "train" in out else ALL]["standardisation"] = standardisation_json(record)
+    return out
 
 
 def summary_table(record: DatasetRecord) -> Group:
@@ -90,6 +106,11 @@ def summary_table(record: DatasetRecord) -> Group:
     first = next(iter(splits.values()))
     for label in first["labels"]:
         add(label, "labels", label, section=label == list(first["labels"])[-1] and "target" not in first)
+    for name, key in (("none of them", "without_label"), ("annotators disagree", "shared")):
+        if any(key in entry for entry in splits.values()):
+            table.add_row(
+                name, *(str(cast(dict[str, int], entry).get(key, 0)) for entry in splits.values()), end_section=True
+            )
     for key in first.get("target", {}):
         add(f"target {key}", "target", key, section=key == "max")
     for key in ("mean", "p50", "p95", "max"):

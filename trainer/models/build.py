@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -23,6 +23,7 @@ def build_model(
     device: torch.device,
     ranks: Ranks | None = None,
     statistics: Mapping[str, Mapping[str, Standardisation]] | None = None,
+    paired: Collection[str] = (),
 ) -> EGMF:
     """The fusion network for this backbone, where the config asks for one, and both as one model.
 
@@ -30,11 +31,12 @@ def build_model(
         widths: task -> features per frame of audio and video; 0: the task has none of it.
         answers: task -> number of its answers; needed where the config asks for expert heads.
         statistics: task -> modality -> how its features are standardised; not used with `config.standardise` false.
+        paired: the multi-label tasks, whose answers come in pairs.
     """
     if not config.pseudo_tokens:
         return EGMF(backbone, None, ranks)
     H = backbone.hidden_size
-    fusion = Fusion(config, widths, H, H, backbone.embedding_norm, answers)
+    fusion = Fusion(config, widths, H, H, backbone.embedding_norm, answers, paired)
     if config.standardise and statistics:
         fusion.encoders.standardise(statistics)
     return EGMF(backbone, fusion.to(device=device, dtype=dtype), ranks)

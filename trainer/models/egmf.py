@@ -18,7 +18,7 @@ from trainer.models.backbone.packed import PrefixCache
 from trainer.models.fusion.groups import fuse_groups
 from trainer.models.fusion.network import Fusion, FusionOutput
 from trainer.models.layouts import Layout, PackedLayout, PaddedLayout
-from trainer.models.losses import expected_error, token_nll
+from trainer.models.losses import distribution_nll, expected_error, token_nll
 from trainer.models.ranks import Ranks, SingleProcess
 from trainer.models.trie_scores import answer_logprobs
 from trainer.text import end_token
@@ -28,7 +28,7 @@ class LossOutput(NamedTuple):
     """Per-sample losses, unweighted, float32.
 
     `loss_B` = -sum log p of the answer's tokens, end token included (smoothed, and with an expected error, where the batch asks
-    for it); `auxiliary_B` are the fusion network's own terms, already times their weights: the gate's balance, the experts'
+    for it), or the cross-entropy with the shares of all answers; `auxiliary_B` are the fusion network's own terms, already times their weights: the gate's balance, the experts'
     answers, the gate's trust in them. `unused_param_zero` is 0 and belongs in the sum, so that every parameter has a gradient.
     """
 
@@ -78,7 +78,7 @@ class EGMF(nn.Module):
         loss_B = self._loss(layout, hidden)
         if fused is None or self.fusion is None:
             return LossOutput(loss_B, torch.zeros_like(loss_B), loss_B.new_zeros(()), *gates)
-        auxiliary_B = self.fusion.auxiliary_loss(fused, batch.answer_B)
+        auxiliary_B = self.fusion.auxiliary_loss(fused, batch.answer_B, batch.share_BC)
         if self.training:
             self.fusion.gate.accumulate(fused.gate_expert_BKE.detach(), batch.weight_B)
         return LossOutput(loss_B, auxiliary_B, fused.unused_param_zero.float(), *gates)
@@ -105,7 +105,9 @@ class EGMF(nn.Module):
             self.train(was_training)
 
     def _loss(self, layout: Layout, hidden: Tensor) -> Tensor:
-        """The loss `[B]` of the batch's own answers; no logits but those of their tokens are made."""
+        """The loss `[B]` of the batch's own answers; no logits but those of their tokens, or of the trie's, are made."""
+        if layout.trie is not None and layout.batch.share_BC is not None:
+            return distribution_nll(self._scores(layout, hidden), layout.batch.share_BC)
         at_answers = layout.at_answers(hidden)
         if not at_answers.numel():
             raise ValueError(

@@ -72,7 +72,7 @@ class PackedLayout(Layout):
 
     def __init__(self, batch: PackedBatch, prefix: PrefixCache | None = None) -> None:
         self.batch, self.prefix, self.trie = batch, prefix, batch.packing.trie
-        self.scored = self.trie is not None and not batch.longest_answer
+        self.scored = self.trie is not None and not batch.longest_answer and batch.share_BC is None
 
     @property
     def token_ids(self) -> Tensor:

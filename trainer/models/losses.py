@@ -27,6 +27,15 @@ def token_nll(logits_nV: Tensor, id_n: Tensor, choices: Choices | None) -> Tenso
     return (1 - choices.share) * nll_n + choices.share * even_n
 
 
+def distribution_nll(logprob_BC: Tensor, share_BC: Tensor) -> Tensor:
+    """``Σ_c q_c · -log p_c`` of every sample, q the shares of its answers; with q one answer's the loss of that answer.
+
+    With q of annotators it is least where p = q, and exceeds the entropy of q by KL(q ‖ p). With the answers of a multi-label
+    task, log p conditional on the label, it is the sum of the labels' binary cross-entropies.
+    """
+    return -(share_BC.to(logprob_BC) * logprob_BC).sum(1)
+
+
 def expected_error(logprob_BC: Tensor, value_C: Tensor, target_B: Tensor) -> Tensor:
     """``Σ_c p_c |v_c - t|`` of every sample, p = softmax over the grid's numbers v, t the unrounded truth."""
     probability_BC = logprob_BC.softmax(1)

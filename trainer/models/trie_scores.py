@@ -18,7 +18,10 @@ MAX_LOGITS = 2**25  # entries of [B x P, V] in memory at a time
 
 
 def answer_logprobs(backbone: Backbone, hidden_BPH: Tensor, trie: AnswerTrie, ranks: Ranks) -> Tensor:
-    """log p `[B, C]` of every answer with its end token, float32, not normalised over the answers."""
+    """log p `[B, C]` of every answer with its end token, float32, not normalised over the answers.
+
+    Where a trie has tokens that are given, p is conditional on them.
+    """
     B, P, _ = hidden_BPH.shape
     next_m = torch.cat([trie.token_N, trie.token_N.new_tensor([trie.end])])
 
@@ -36,6 +39,8 @@ def answer_logprobs(backbone: Backbone, hidden_BPH: Tensor, trie: AnswerTrie, ra
     logprob_BPm = torch.cat(rows).unflatten(0, (B, P))
     from_N = trie.parent_N + 1  # the place that predicts a node
     node_BN = logprob_BPm[:, from_N, torch.arange(P - 1, device=from_N.device)]
+    if trie.given_N is not None:
+        node_BN = node_BN.masked_fill(trie.given_N, 0.0)
     end_BP = logprob_BPm[..., -1]
     total_BP = torch.zeros_like(end_BP)
     for depth in range(int(trie.depth_N.max()) + 1):

@@ -13,13 +13,15 @@ import pandas as pd
 
 from trainer.answers.calibration import Scored, calibrate
 from trainer.answers.metrics import MetricError, compute, reliability
+from trainer.answers.prediction_table import label_shares
 from trainer.answers.scores import TaskScores
 from trainer.config import MODALITIES
 from trainer.data.dataset import open_dataset
 from trainer.data.faults import DataError
 from trainer.data.folds import fold_choice
 from trainer.data.summary import SIGNS
-from trainer.results.run_folder import SPLITS, RunFolder, dataset_path
+from trainer.label_sets import NONE, decode_sets, encode_set
+from trainer.results.run_folder import SPLITS, RunFolder, path_of_data
 from trainer.results.task_results import Example, GateGroup, Gates, Robustness, TaskResults
 from trainer.run.expert_load import load_balance, warning
 from trainer.tasks import Task
@@ -51,7 +53,7 @@ def _task_results(run: RunFolder, task: Task) -> TaskResults:
     out.constant, value = _constant(run, task, rows)
     out.constant_scores = compute(task, rows["target"].to_numpy(), np.full(len(rows), value))
     scored = {split: found for split, table in tables.items() if (found := _scored(table)) is not None}
-    if (displayed := scored.get(out.split)) is not None:
+    if (displayed := scored.get(out.split)) is not None and task.kind != "multilabel":
         if task.kind == "classification":
             out.reliability = reliability(displayed.target_N, displayed.value_N, displayed.p_NC)
         else:
@@ -106,7 +108,11 @@ def _rows(run: RunFolder, task: Task, split: str) -> pd.DataFrame | None:
 def _number(task: Task, cell: str | float | None) -> float:
     if cell is None or (isinstance(cell, float) and np.isnan(cell)):
         return float("nan")
-    return float(task.labels.index(str(cell))) if task.kind == "classification" else float(cell)
+    if task.kind == "regression":
+        return float(cell)
+    if (value := task.parse_word(str(cell))) is None:
+        raise ValueError(f"{cell!r} is no label of it")
+    return value
 
 
 def _stack(rows: pd.DataFrame) -> np.ndarray:
@@ -125,10 +131,11 @@ def _score(task: Task, rows: pd.DataFrame) -> TaskScores:
     """The metrics of the rows; without those of probabilities where they do not fit the task."""
     target_N, value_N, p_NC = rows["target"].to_numpy(), rows["value"].to_numpy(), None
     if "probabilities" in rows and not rows.loc[rows["valid"], "probabilities"].isna().any():
-        width = len(task.answers())
+        width = task.probabilities
         p_NC = np.array([[np.nan] * width if p is None else p for p in rows["probabilities"]], dtype=float)
+    shares = label_shares(task, target_N, rows["shares"]) if "shares" in rows else None
     try:
-        return compute(task, target_N, value_N, p_NC)
+        return compute(task, target_N, value_N, p_NC, shares)
     except MetricError:
         return compute(task, target_N, value_N)
 
@@ -137,6 +144,12 @@ def _constant(run: RunFolder, task: Task, rows: pd.DataFrame) -> tuple[str, floa
     """The constant answer that a model must beat, and its value: from the training data, else from the split itself."""
     train = run.data[task.name]["splits"].get("train") if task.name in run.data else None
     source = "of train" if train else "of this split"
+    if task.kind == "multilabel":
+        member_NL = decode_sets(rows["target"].to_numpy(float), len(task.labels))
+        having = train["labels"] if train else dict(zip(task.labels, member_NL.sum(0).tolist(), strict=True))
+        n = train["n"] if train else len(rows)
+        value = encode_set(i for i, label in enumerate(task.labels) if 2 * having.get(label, 0) >= n)
+        return f"labels of at least half of the samples {source}: {task.word(value)}", value
     if task.kind == "classification":
         counts = [train["labels"].get(label, 0) for label in task.labels] if train else None
         if counts is None:
@@ -168,6 +181,9 @@ def _gates(run: RunFolder, task: Task, rows: pd.DataFrame) -> Gates | None:
     target_N = rows["target"].to_numpy()
     if task.kind == "classification":
         classes = [(label, target_N == i) for i, label in enumerate(task.labels)]
+    elif task.kind == "multilabel":
+        classes = list(zip(task.labels, decode_sets(target_N, len(task.labels)).T, strict=True))
+        classes.append((NONE, target_N == 0))
     else:
         classes = [(name, np.sign(target_N) == sign) for name, sign in zip(SIGNS, (-1, 0, 1), strict=True)]
     out.groups["class"] = [group(name, chosen) for name, chosen in classes if chosen.any()]
@@ -220,13 +236,16 @@ def _example(task: Task, row: Mapping[Any, Any], gates: Gates | None) -> Example
         error = float("inf")
     elif task.kind == "regression":
         error = abs(row["value"] - row["target"])
+    elif task.kind == "multilabel":
+        member_L, guess_L = decode_sets(np.array([row["target"], row["value"]]), len(task.labels))
+        error = float(np.abs(member_L - (guess_L if p_C is None else p_C)).mean())
     elif p_C is not None:
         error = 1.0 - float(p_C[int(row["target"])])
     else:
         error = float(row["value"] != row["target"])
     most_probable: list[tuple[str, float]] = []
     if p_C is not None:
-        answers = task.answers()
+        answers = task.labels if task.kind == "multilabel" else task.answers()
         most_probable = [(answers[i], float(p_C[i])) for i in np.argsort(-p_C, kind="stable")[:ANSWERS]]
     expert: dict[str, float] = {}
     modality: dict[str, float] = {}
@@ -238,8 +257,8 @@ def _example(task: Task, row: Mapping[Any, Any], gates: Gates | None) -> Example
     kind = row.get("kind")
     return Example(
         id=str(row["id"]),
-        label=row["label"] if task.kind == "classification" else float(row["target"]),
-        prediction=None if not valid else row["prediction"] if task.kind == "classification" else float(row["value"]),
+        label=row["label"] if task.kind != "regression" else float(row["target"]),
+        prediction=None if not valid else row["prediction"] if task.kind != "regression" else float(row["value"]),
         answer=row["answer"] if isinstance(row["answer"], str) else None,
         valid=valid,
         error=error,
@@ -252,10 +271,11 @@ def _example(task: Task, row: Mapping[Any, Any], gates: Gates | None) -> Example
 
 def _add_texts(run: RunFolder, task: Task, split: str, examples: Sequence[Example]) -> None:
     """Add texts from the prepared dataset, if it is the one that the run was trained on."""
-    if task.name not in run.data or run.config is None:
+    path = path_of_data(run, task.name)
+    if task.name not in run.data or path is None:
         return
     try:
-        view = open_dataset(dataset_path(run.config, task.name), choice=fold_choice(run.config))[split]
+        view = open_dataset(path, choice=None if run.config is None else fold_choice(run.config))[split]
     except DataError as error:
         run.notes.append(f"the texts of {task.name} cannot be shown: {error}")
         return

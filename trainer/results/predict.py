@@ -185,7 +185,8 @@ def _line(run: SavedRun, checked: CheckedSample, answer: SampleAnswer, options: 
     line: Row = {"id": checked.sample.id, "task": checked.task}
     line |= {"prediction": answer.prediction, "valid": answer.valid, "answer": answer.answer}
     if options.probabilities:
-        words, given = run.parts.tasks[checked.task].answers(), answer.probabilities
+        task, given = run.parts.tasks[checked.task], answer.probabilities
+        words = task.labels if task.kind == "multilabel" else task.answers()
         line["probabilities"] = None if given is None else dict(zip(words, given, strict=True))
     if options.gates:
         fusion = run.parts.model.fusion

@@ -19,7 +19,7 @@ from trainer.data.folder import read_record
 from trainer.data.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
 from trainer.results.records import RobustnessRecord, number_or_none
-from trainer.run.record import RecordValues
+from trainer.run.record import BaselineValues, RecordValues, baseline_of
 from trainer.tasks import Task, TaskError, define_task, get_task, select_by
 from trainer.tracking.journal import JOURNAL, read_journal
 
@@ -49,6 +49,16 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.absolute().name
+
+    @property
+    def baseline(self) -> BaselineValues | None:
+        """What `egmf baseline` wrote, which made the folder; None of a run."""
+        return baseline_of(self.record)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether `egmf baseline` made it, and no training."""
+        return self.baseline is not None
 
     @property
     def chosen_step(self) -> int | None:
@@ -100,10 +110,11 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
         why = "no such folder" if not path.exists() else "it has neither config.yaml nor run.json"
         raise ValueError(f"{path} is not a run folder ({why}): egmf train makes one, egmf runs lists them")
     run = RunFolder(path)
-    run.config = _config(run)
     run.record = _read_json(run, "run.json", "the run's state and environment", RecordValues) or {}
+    if not run.is_baseline:  # which has neither config nor steps
+        run.config = _config(run)
+        run.journal = _journal(run)
     run.results, run.checkpoint = _results(run)
-    run.journal = _journal(run)
     run.data = _datasets(run)
     run.tasks = _tasks(run)
     run.robustness = _robustness(run)
@@ -116,9 +127,11 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "run.json").is_file()
 
 
-def dataset_path(config: RunConfig, task: str) -> Path:
-    """Where the prepared dataset of a task was when the run started."""
-    return Path(config.data.path.replace("{task}", task))
+def path_of_data(run: RunFolder, task: str) -> Path | None:
+    """Where the prepared dataset of a task was when the run started, or the baseline was made; None where nothing says it."""
+    if run.config is not None:
+        return Path(run.config.data.path.replace("{task}", task))
+    return None if run.baseline is None else Path(run.baseline["data"])
 
 
 def _config(run: RunFolder) -> RunConfig | None:
@@ -149,7 +162,7 @@ def _results(run: RunFolder) -> tuple[dict[str, dict[str, TaskScores]], str | No
     chosen = run.path / "checkpoints" / "best"
     if checkpoint is None and chosen.is_file():
         checkpoint = chosen.read_text(encoding="utf-8", errors="replace").strip()
-    if checkpoint is None:
+    if checkpoint is None and not run.is_baseline:
         run.notes.append("validation has chosen no checkpoint yet")
     results = {
         split: {task: cast(TaskScores, values) for task, values in tasks.items() if isinstance(values, dict)}
@@ -192,11 +205,13 @@ def _journal(run: RunFolder) -> dict[str, Series]:
 def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
     """Records of the run's datasets, those that still exist unchanged."""
     fingerprints = run.record.get("data")
-    if run.config is None or not isinstance(fingerprints, Mapping):
+    if not isinstance(fingerprints, Mapping):
         return {}
     found = {}
     for name, fingerprint in fingerprints.items():
-        path = dataset_path(run.config, name)
+        path = path_of_data(run, name)
+        if path is None:
+            continue
         record = read_record(path)
         if record is None:
             run.notes.append(f"the dataset {path} no longer exists: the texts of {name} cannot be shown")

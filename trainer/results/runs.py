@@ -48,6 +48,7 @@ class RunLine:
     value: float | None
     started: str | None
     seconds: float | None
+    baseline: bool = False  # made by `egmf baseline`, by no training
 
 
 def list_runs(folder: Path) -> list[RunLine]:
@@ -79,6 +80,7 @@ def run_line(run: RunFolder) -> RunLine:
         value=selected.value,
         started=run.record.get("started"),
         seconds=None if seen is None else max(0.0, (_now() - seen).total_seconds()),
+        baseline=run.is_baseline,
     )
 
 
@@ -174,7 +176,7 @@ def runs_table(lines: list[RunLine]) -> Table:
             Text(printable(line.name)),
             state,
             Text(", ".join(line.tasks)),
-            steps_text(line.step, line.steps),
+            "baseline" if line.baseline else steps_text(line.step, line.steps),
             line.metric or "",
             "-" if line.value is None else f"{line.value:.4f}",
             "-" if line.seconds is None else f"{age(line.seconds)} ago",

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from trainer.results import tables
 from trainer.results.analysis import analyse
+from trainer.results.baselines_beside import add_baselines
 from trainer.results.printable import Table, printable, rich_table
 from trainer.results.run_folder import RunFolder, read_run
 from trainer.results.runs import STYLES, state_of
@@ -28,7 +29,9 @@ def show_run(path: Path) -> Group:
         ValueError: `path` is not a run folder.
     """
     run = read_run(path)
-    return Group(*_parts(run, analyse(run)))
+    results = analyse(run)
+    add_baselines(run, results)
+    return Group(*_parts(run, results))
 
 
 def run_json(path: Path) -> dict[str, object]:
@@ -39,6 +42,7 @@ def run_json(path: Path) -> dict[str, object]:
     """
     run = read_run(path)
     results = analyse(run)
+    add_baselines(run, results)
     state = state_of(run)
     config = None if run.config is None else run.config.model_dump(mode="json")
     whole: dict[str, object] = {
@@ -46,6 +50,7 @@ def run_json(path: Path) -> dict[str, object]:
         "path": str(run.path),
         "state": state.name,
         "why": state.why,
+        "baseline": run.baseline,
         "step": run.step,
         "steps": run.steps,
         "checkpoint": run.checkpoint,
@@ -65,6 +70,7 @@ def _task_json(results: TaskResults) -> dict[str, object]:
         "scores": results.scores,
         "split": results.split,
         "constant": {"answer": results.constant, "scores": results.constant_scores},
+        "baselines": results.baselines,
         "reliability": results.reliability,
         "coverage": results.coverage,
         "calibration": results.calibration,

@@ -17,11 +17,12 @@ MARKS = ("train/skipped", "train/spike")  # metrics that mark a step rather than
 def facts(run: RunFolder) -> list[tuple[str, str]]:
     """What a run is, in a few lines."""
     started, ended = parse_time(run.record.get("started")), parse_time(run.record.get("ended"))
-    lines = [
-        ("state", str(state_of(run))),
-        ("task", ", ".join(run.tasks) or "unknown"),
-        ("step", steps_text(run.step, run.steps)),
-        ("checkpoint", run.checkpoint or "none chosen yet"),
+    lines = [("state", str(state_of(run))), ("task", ", ".join(run.tasks) or "unknown")]
+    if (made := run.baseline) is not None:
+        lines.append(("baseline", f"{made['model']} of {', '.join(made['modalities']) or 'nothing'}, no EGMF run"))
+    else:
+        lines += [("step", steps_text(run.step, run.steps)), ("checkpoint", run.checkpoint or "none chosen yet")]
+    lines += [
         ("started", _utc(started) if started else "unknown"),
     ]
     if ended and started:
@@ -32,7 +33,7 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def scores(results: TaskResults) -> Table | None:
-    """Every metric on every split, the constant answer's beside them."""
+    """Every metric on every split, the constant answer's and those of baselines beside them."""
     splits = [split for split in SPLITS if split in results.scores]
     if not splits:
         return None
@@ -44,13 +45,23 @@ def scores(results: TaskResults) -> Table | None:
         if value is None or isinstance(value, (int, float))
     )
     heads = [f"constant answer, {results.split}"] if constant else []
+    beside = [constant] if constant else []
+    split = results.split or splits[0]  # before there are predictions, the split of the final scores
+    for baseline in results.baselines:
+        if split in baseline.scores:
+            heads.append(f"baseline {baseline.name}, {split}")
+            beside.append(baseline.scores[split])
     table = Table(f"Scores of {results.task.name}", ["metric", *splits, *heads])
     for name in names:
-        columns = [results.scores[split] for split in splits] + ([constant] if constant else [])
+        columns = [results.scores[split] for split in splits] + beside
         cells = [format_metric(values.get(name)) if name in values else "" for values in columns]
         table.rows.append([f"{name} (selects)" if name == results.task.select else name, *cells])
-    if results.constant:
-        table.note = f"The constant answer is the {results.constant}."
+    notes = [f"The constant answer is the {results.constant}."] if results.constant else []
+    if folders := [baseline.folder for baseline in results.baselines if split in baseline.scores]:
+        notes.append(
+            f"Baselines of the same data lie beside the run: {', '.join(folders)}; egmf compare tests the differences."
+        )
+    table.note = " ".join(notes)
     return table
 
 

@@ -26,7 +26,9 @@ class Example:
     prediction: str | float | None
     answer: str | None
     valid: bool
-    error: float  # 1 - p(truth), |prediction - truth|, or 0 and 1 where there are no probabilities; inf when invalid
+    # 1 - p(truth), |prediction - truth|, the mean of 1 - p(truth) over labels where samples have several; 0 and 1 for p where there
+    # are no probabilities; inf when invalid
+    error: float
     probabilities: list[tuple[str, float]]
     expert: dict[str, float]
     modality: dict[str, float]
@@ -63,6 +65,15 @@ class Robustness:
     run: str | None
 
 
+@dataclass(frozen=True)
+class BaselineScores:
+    """A baseline of the task's data: its name, its folder's name, and its metrics by split."""
+
+    name: str
+    folder: str
+    scores: dict[str, TaskScores]
+
+
 @dataclass
 class TaskResults:
     """One task of a run. What is computed from predictions is None where there are none."""
@@ -73,6 +84,7 @@ class TaskResults:
     rows: pd.DataFrame | None = None
     constant: str | None = None  # what the constant answer is
     constant_scores: TaskScores | None = None
+    baselines: list[BaselineScores] = field(default_factory=list)  # those that lie beside the run
     reliability: list[ReliabilityBin] | None = None
     coverage: list[tuple[float, float]] | None = None
     gates: Gates | None = None

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from trainer.answers.trie import task_trie
 from trainer.batch import AnswerTrie
 from trainer.config import FusionConfig, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
-from trainer.data.dataset import PreparedDataset, open_dataset
+from trainer.data.dataset import PreparedDataset, SplitView, open_dataset
 from trainer.data.folds import FoldRecord, fold_choice
 from trainer.data.imbalance import answer_indices, class_weights
 from trainer.data.objective import Objective
@@ -93,7 +92,8 @@ def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task
     if len({tuple(opened.folds) for opened in data.values()}) > 1:
         listed = "; ".join(f"{name}: {', '.join(opened.folds) or 'none'}" for name, opened in data.items())
         faults.append(f"the datasets of one run must have the same folds: {listed}")
-    if config.train.regression_loss and tasks and all(task.kind == "classification" for task in tasks.values()):
+    faults += _one_class_settings(config, tasks)
+    if config.train.regression_loss and tasks and all(task.kind != "regression" for task in tasks.values()):
         faults.append(
             f"train.regression_loss={config.train.regression_loss:g} is for tasks that answer with numbers, and none of "
             f"{', '.join(tasks)} does: set it to 0"
@@ -101,6 +101,19 @@ def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task
     if faults:
         raise ValueError("\n".join(faults))
     return select_by(tasks, config.eval.select), data
+
+
+def _one_class_settings(config: RunConfig, tasks: Mapping[str, Task]) -> list[str]:
+    """Settings that need one answer a sample, of a run with tasks whose samples have several labels."""
+    several = [name for name, task in tasks.items() if task.kind == "multilabel"]
+    settings = []
+    if several and config.train.class_weights != "none":
+        settings.append(f"train.class_weights={config.train.class_weights} (set it to none)")
+    if several and config.data.sampling != "natural":
+        settings.append(f"data.sampling={config.data.sampling} (set it to natural)")
+    if several and config.eval.mode == "generate":
+        settings.append("eval.mode=generate (set it to score, which asks for every label)")
+    return [f"{setting} is for one answer a sample; {', '.join(several)} has several labels" for setting in settings]
 
 
 def older_selecting_metrics(config: RunConfig) -> dict[str, str]:
@@ -148,7 +161,8 @@ def assemble(
     )
     answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
     statistics = {name: opened.standardisation for name, opened in data.items()}
-    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world, statistics)
+    paired = [name for name, task in tasks.items() if task.kind == "multilabel"]
+    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world, statistics, paired)
     if model.fusion is not None and config.model.fusion.compile:
         model.fusion.compile(dynamic=True)
     collators, tries = {}, {}
@@ -163,7 +177,7 @@ def assemble(
             pseudo_tokens=config.model.fusion.pseudo_tokens,
             modalities=config.model.fusion.modalities,
             seed=config.train.seed,
-            objective=make_objective(config, task, tries[name], data[name]["train"].targets()),
+            objective=make_objective(config, task, tries[name], data[name]["train"]),
         )
     return RunComponents(tasks, data, collators, tries, model)
 
@@ -176,15 +190,16 @@ def _check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]],
         resolve_kernel(config.gate.kernel, world.device.type, config.width, len(experts) * len(modalities))
 
 
-def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, target_N: np.ndarray) -> Objective:
-    """The training loss of `task`, whose training samples have these targets."""
+def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, samples: SplitView) -> Objective:
+    """The training loss of `task` with these training samples."""
     train = config.train
     weight_C = None
     if train.class_weights != "none":
-        class_N = answer_indices(task, target_N)
+        class_N = answer_indices(task, samples.targets())
         weight_C = class_weights(class_N, len(trie.answers), train.class_weights, train.class_weight_beta)
     error_weight = train.regression_loss if task.kind == "regression" else 0.0
-    return Objective(weight_C, train.label_smoothing, error_weight, trie)
+    shared = task.kind == "multilabel" or samples.shared
+    return Objective(weight_C, train.label_smoothing, error_weight, trie, shared)
 
 
 def tiny_texts(config: RunConfig, tasks: dict[str, Task], data: dict[str, PreparedDataset]) -> list[str]:

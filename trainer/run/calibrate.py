@@ -49,6 +49,8 @@ def write_calibration(
     )
     tracker.artifact(out / CALIBRATION)
     for name, calibration in calibrations.items():
+        if parts.tasks[name].kind == "multilabel":
+            continue  # one temperature is for one answer a sample
         if calibration is None:
             log.warning(
                 "no temperature for %s: no validation predictions with probabilities (eval.splits, eval.mode)", name

@@ -10,7 +10,14 @@ import pandas as pd
 import torch
 
 from trainer.answers.metrics import compute, scalars
-from trainer.answers.prediction_table import PredictionRow, SampleAnswer, mean_gates, predictions_table, sample_answers
+from trainer.answers.prediction_table import (
+    PredictionRow,
+    SampleAnswer,
+    label_shares,
+    mean_gates,
+    predictions_table,
+    sample_answers,
+)
 from trainer.answers.predictions import parse_answers, predict
 from trainer.answers.scores import SplitScores, TaskScores, metric_value
 from trainer.batch import Sample
@@ -60,9 +67,11 @@ def score_table(parts: RunComponents, rows: pd.DataFrame, name: str) -> TaskScor
     valid = rows["valid"].to_numpy(dtype=bool)
     probabilities = None
     if len(rows) and not rows.loc[valid, "probabilities"].isna().any():
-        width = len(parts.tries[name].answers)
+        width = parts.tasks[name].probabilities
         probabilities = np.array([p if p is not None else [np.nan] * width for p in rows["probabilities"]])
-    return compute(parts.tasks[name], rows["target"].to_numpy(float), rows["value"].to_numpy(float), probabilities)
+    task, target_N = parts.tasks[name], rows["target"].to_numpy(float)
+    shares = label_shares(task, target_N, rows["shares"])
+    return compute(task, target_N, rows["value"].to_numpy(float), probabilities, shares)
 
 
 def selecting_metrics(parts: RunComponents) -> dict[str, str]:

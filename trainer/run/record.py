@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
@@ -73,6 +73,14 @@ class RecordValues(TypedDict, total=False):
     base: str  # hash of the frozen backbone
     world: int
     zero: int
+
+
+def baseline_of(record: RecordValues) -> BaselineValues | None:
+    """What a record says of its baseline; None where it is of a run, or is damaged."""
+    value: object = record.get("baseline")
+    if not isinstance(value, Mapping) or not set(BaselineValues.__required_keys__) <= set(value):
+        return None
+    return cast(BaselineValues, value)
 
 
 class RunRecord:

@@ -378,7 +378,7 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     assert "JSON lines and pickle do not go together" in faults_of(MELD, tmp_path)
     assert "is none of .jsonl, .csv, .pkl, .pickle" in faults_of(MELD, Path(__file__))
     (tmp_path / "empty").mkdir()
-    known = "JSON lines (.jsonl), MELD CSV (.csv) or pickle (.pkl, .pickle)"
+    known = "JSON lines (.jsonl), MELD CSV (.csv), MMSA CSV (.csv) or pickle (.pkl, .pickle)"
     assert f"holds no file of a known format: {known}" in faults_of(MELD, tmp_path / "empty")
     assert f"nothing to read: give {known}" in faults_of(MELD)
     (tmp_path / "empty" / "train.jsonl").touch()

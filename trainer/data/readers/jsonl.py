@@ -33,8 +33,10 @@ from trainer.tasks import Task
 
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
 
+_BRANCHES = ("str", "int", "float", "dict[str,any]", "list[any]")  # of a union, in the places that pydantic names
 FOLD = "fold"  # the key of a sample's fold, unless the user names another
 Word = str | int | None
+Label = str | int | float | dict[str, Any] | list[Any] | None
 Length = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None
 
 
@@ -44,8 +46,8 @@ class Line(BaseModel):
     model_config = ConfigDict(extra="allow")
     id: Word = None
     text: str | None = None
-    label: str | int | float | None = None
-    target: str | int | float | None = None
+    label: Label = None
+    target: Label = None
     audio: str | None = None
     video: str | None = None
     audio_length: Length = None
@@ -88,9 +90,9 @@ class JsonlReader(Reader):
             faults.append(f"{path}: is one JSON list; one sample a line was expected (JSON lines)")
             return []
         index = _Index(path, context.split_of(path), context.fold_column)
-        number = 0
+        number, end = 0, b"\n" if data.find(b"\n") >= 0 else b"\r"  # a file of the classic Mac OS has CR alone
         while start < len(data):
-            stop = data.find(b"\n", start) + 1 or len(data)
+            stop = data.find(end, start) + 1 or len(data)
             number += 1
             if raw := data[start:stop].strip():
                 index.add(_Place(number, start, stop), raw, context)
@@ -138,6 +140,7 @@ class _Index:
             split = ALL
             self.folds = self.folds or fold is not None
             unused = [key for key in unused if key != (self.fold_column or FOLD)]
+        unused = [key for key in unused if key != context.task.label_column]
         if split is None:
             context.faults.append(f"{where}: {_no_split(line)}")
         else:
@@ -173,7 +176,7 @@ def parse_line(raw: bytes, where: str, faults: list[str], form: type[AnyLine]) -
     except ValidationError as error:
         seen: dict[str, str] = {}
         for fault in error.errors(include_url=False):
-            at = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int", "float"))
+            at = ".".join(str(part) for part in fault["loc"] if part not in _BRANCHES)
             seen.setdefault(at, fault["msg"])
         faults += [f"{where}: {f'{at}: ' if at else ''}{message}" for at, message in seen.items()]
     return None
@@ -216,7 +219,7 @@ def _sample(
     return with_features(sample, path.parent, line)
 
 
-def _label(task: Task, line: Line) -> str | float | None:
+def _label(task: Task, line: Line) -> Label:
     """Under the key that the task names; else `label`, or `target` of a regression task, whichever is there."""
     if task.label_column is not None:
         return as_label(getattr(line, task.label_column, None))
@@ -224,7 +227,7 @@ def _label(task: Task, line: Line) -> str | float | None:
     return second if first is None else first
 
 
-def plain_sample(line: Line, name: str, split: str, where: str, label: str | float | None = None) -> RawSample:
+def plain_sample(line: Line, name: str, split: str, where: str, label: Label = None) -> RawSample:
     """The sample `name` of a line, without its features."""
     return RawSample(
         id=name,

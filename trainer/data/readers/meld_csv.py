@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, Table
-from trainer.data.readers.registry import ReadContext, Reader, decoded, prefer
-from trainer.encodings import first_line
+from trainer.data.readers.registry import ReadContext, Reader, decoded, has_columns, prefer
 from trainer.tasks import Task
 
 COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID")
@@ -32,9 +31,7 @@ class MeldCsvReader(Reader):
 
     def recognise(self, path: Path) -> bool:
         """Whether the header has MELD's columns."""
-        with path.open("rb") as file:
-            head = first_line(file.read(1 << 16))
-        return set(COLUMNS) <= {name.strip().strip('"') for name in head.split(",")}
+        return has_columns(path, COLUMNS)
 
     def choose(self, task: Task, files: list[Path]) -> list[Path]:
         """Those with MELD's own names, else all."""

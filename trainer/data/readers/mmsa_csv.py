@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table
-from trainer.data.readers.registry import ReadContext, Reader, decoded
-from trainer.encodings import first_line
+from trainer.data.readers.registry import ReadContext, Reader, decoded, has_columns
 
 COLUMNS = ("video_id", "clip_id", "text")
 SPLIT = "mode"
@@ -31,9 +30,7 @@ class MmsaCsvReader(Reader):
 
     def recognise(self, path: Path) -> bool:
         """Whether the header has MMSA's columns."""
-        with path.open("rb") as file:
-            head = first_line(file.read(1 << 16))
-        return set(COLUMNS) <= {name.strip().strip('"') for name in head.split(",")}
+        return has_columns(path, COLUMNS)
 
     def read(self, path: Path, context: ReadContext) -> list[Table]:
         known, text = len(context.faults), decoded(path, path.read_bytes(), context)

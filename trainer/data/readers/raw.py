@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class ReaderError(ValueError):
 class RawSample:
     """One sample as published, before any check.
 
-    `label` is the label's word (classification) or a number (regression), whatever the file says. Features are `[T, d]` of
+    `label` is the label's word (classification) or a number (regression), whatever the file says; several labels are a list
+    of words, shares of labels a mapping from word to number, or a list of numbers in the task's order. Features are `[T, d]` of
     any real dtype and may be padded at the end, hold nan and inf, or have a wrong shape; None is a missing modality.
     `*_length` is the true length the file claims, None where it claims nothing. `fold` is the part of a cross-validation
     to which the sample belongs; its split is then :data:`ALL`. `where` names file and row.
@@ -41,7 +42,7 @@ class RawSample:
     id: str
     split: str
     text: str | None
-    label: str | float | None
+    label: str | float | Mapping[str, Any] | Sequence[Any] | None
     audio: np.ndarray | None = None
     video: np.ndarray | None = None
     audio_length: int | None = None
@@ -110,8 +111,15 @@ def as_text(value: Any, language: str = "en") -> str | None:
     return value if isinstance(value, str) else None
 
 
-def as_label(value: Any, language: str = "en") -> str | float | None:
-    """A label's word or number; raises as :func:`as_text`."""
+def as_label(value: Any, language: str = "en") -> str | float | dict[str, Any] | list[Any] | None:
+    """A label's word or number, or several (see :class:`RawSample`); raises as :func:`as_text`."""
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.size > 1:
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(as_text(key, language)): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        found = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        return [as_label(one, language) for one in found]
     value = _plain(value)
     if isinstance(value, (bool, bytes)):
         return as_text(value, language) if isinstance(value, bytes) else str(value)

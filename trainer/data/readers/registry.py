@@ -10,14 +10,14 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from trainer.data.readers.raw import Table, split_of
-from trainer.encodings import MIXED, EncodingError, decode_file
+from trainer.encodings import MIXED, EncodingError, decode_file, first_line
 from trainer.plugins import PluginError, installed_plugins, load_plugin, subclasses_in
 from trainer.tasks import Task
 
@@ -59,6 +59,13 @@ def decoded(path: Path, raw: bytes, context: ReadContext) -> str | None:
     elif encoding != "utf-8":
         context.notes.append(f"{path.name}: read as {encoding.upper()}")
     return text
+
+
+def has_columns(path: Path, columns: Iterable[str]) -> bool:
+    """Whether the header of a CSV file, in any encoding, has the columns."""
+    with path.open("rb") as file:
+        head = first_line(file.read(1 << 16))
+    return set(columns) <= {name.strip().strip('"') for name in head.split(",")}
 
 
 class Reader(ABC):

@@ -107,7 +107,9 @@ def _gather(paths: Sequence[Path], readers: Sequence[Reader], context: ReadConte
         elif not path.exists():
             context.faults.append(f"{path}: does not exist")
         elif (reader := reader_of(path, readers)) is None:
-            context.faults.append(f"{path}: is none of {', '.join(s for r in readers for s in r.suffixes)}")
+            context.faults.append(
+                f"{path}: is none of {', '.join(dict.fromkeys(s for r in readers for s in r.suffixes))}"
+            )
         else:
             chosen = [(path, reader)]
         for file, reader in chosen:

@@ -6,7 +6,7 @@ Shapes: B samples, K slots, E experts, M modalities, D width, C answers of the t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,25 @@ class ExpertHeads(nn.Module):
 
     Args:
         answers: task -> how many answers it has.
+        paired: the multi-label tasks, whose answers come in pairs: a label applies, or does not.
     """
 
-    def __init__(self, experts: Sequence[str], slots: int, width: int, answers: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        experts: Sequence[str],
+        slots: int,
+        width: int,
+        answers: Mapping[str, int],
+        paired: Collection[str] = (),
+    ) -> None:
         super().__init__()
+        self.paired = frozenset(paired)
         ends = list(itertools.accumulate(answers.values()))
         self.place = {task: (end - count, end) for (task, count), end in zip(answers.items(), ends, strict=True)}
         self.linear = nn.ModuleDict({name: from_zero(nn.Linear(slots * width, ends[-1])) for name in experts})
 
     def forward(self, values: Sequence[Tensor], modality_BKEM: Tensor, valid_BEM: Tensor, task: str) -> Tensor:
-        """Log-probabilities [B, E, C], float32. `values` are E M tensors [B, K, D], those of the first expert first."""
+        """Log-probabilities [B, E, C], float32, of all answers or within each pair. `values` are E M tensors [B, K, D], those of the first expert first."""
         start, end = self.place[task]
         modalities = valid_BEM.shape[2]
         logits = []
@@ -41,10 +50,15 @@ class ExpertHeads(nn.Module):
             weight_BMK1 = modality_BKEM[:, :, e].transpose(1, 2).unsqueeze(-1)
             vector_BKD = (weight_BMK1.to(value_BMKD.dtype) * value_BMKD).sum(1)
             logits.append(layer(vector_BKD.flatten(1))[:, start:end].float())
-        return torch.stack(logits, 1).log_softmax(-1)
+        logits_BEC = torch.stack(logits, 1)
+        if task in self.paired:
+            return logits_BEC.unflatten(-1, (-1, 2)).log_softmax(-1).flatten(-2)
+        return logits_BEC.log_softmax(-1)
 
 
-def expert_losses(logprob_BEC: Tensor, answer_B: Tensor, expert_BKE: Tensor, valid_BE: Tensor) -> tuple[Tensor, Tensor]:
+def expert_losses(
+    logprob_BEC: Tensor, answer_B: Tensor | None, expert_BKE: Tensor, valid_BE: Tensor, share_BC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Of each sample [B], 0 where no expert is valid, with q_e the probability that expert e gives the answer and p_e the
     mean of its gate weight over the slots:
 
@@ -52,8 +66,14 @@ def expert_losses(logprob_BEC: Tensor, answer_B: Tensor, expert_BKE: Tensor, val
     - the gate's loss, -log sum_e p_e q_e with q without gradient: that of a mixture of experts (Jacobs, Jordan, Nowlan,
       Hinton 1991). Its gradient moves p_e to the expert's share p_e q_e / sum p q of the answer, and is 0 as long as all
       experts know equally much.
+
+    Where a target is shares of all answers, log q_e is the mean of the experts' log-probabilities by these shares.
     """
-    logq_BE = logprob_BEC.gather(2, answer_B[:, None, None].expand(-1, logprob_BEC.shape[1], 1))[..., 0]
+    if share_BC is not None:
+        logq_BE = (share_BC[:, None].to(logprob_BEC) * logprob_BEC).sum(-1)
+    else:
+        assert answer_B is not None
+        logq_BE = logprob_BEC.gather(2, answer_B[:, None, None].expand(-1, logprob_BEC.shape[1], 1))[..., 0]
     valid_B = valid_BE.any(1)
     count_B = valid_BE.sum(1).clamp(min=1)
     experts_B = -logq_BE.masked_fill(~valid_BE, 0.0).sum(1) / count_B

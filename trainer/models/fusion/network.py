@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ class Fusion(nn.Module):
         text_width: H of the embeddings that come in. output_width: H of the pseudo tokens.
         output_norm: mean length of the backbone's input embeddings.
         answers: task -> how many answers it has, for the expert heads; needed where `config.expert_loss_weight` is not 0.
+        paired: the tasks whose answers come in pairs, as those of a multi-label task do.
 
     A modality that the config removes, or that no task has, is built nowhere, and neither is an ablated expert.
 
@@ -85,6 +86,7 @@ class Fusion(nn.Module):
         output_width: int,
         output_norm: float,
         answers: Mapping[str, int] | None = None,
+        paired: Collection[str] = (),
     ) -> None:
         super().__init__()
         if config.pseudo_tokens < 1:
@@ -110,7 +112,7 @@ class Fusion(nn.Module):
                     "expert_loss_weight asks for expert heads, which need the number of answers of every task"
                 )
             answers = {task: answers[task] for task in inputs}
-            self.heads = ExpertHeads(self.experts_built, config.pseudo_tokens, config.width, answers)
+            self.heads = ExpertHeads(self.experts_built, config.pseudo_tokens, config.width, answers, paired)
         self.pseudo = PseudoProjection(config.width, output_width, output_norm)
 
     def forward(
@@ -128,11 +130,12 @@ class Fusion(nn.Module):
         valid_BE = valid_BEM.any(-1)
         return FusionOutput(pseudo_BKH, gated.expert_BKE, gated.modality_BKEM, unused_param_zero, valid_BE, logprob_BEC)
 
-    def auxiliary_loss(self, out: FusionOutput, answer_B: Tensor | None) -> Tensor:
+    def auxiliary_loss(self, out: FusionOutput, answer_B: Tensor | None, share_BC: Tensor | None = None) -> Tensor:
         """The gate's balance term and the loss of the expert heads `[B]`, each times its weight in the config."""
         loss_B = self.gate.config.balance_weight * self.gate.balance_loss(out.gate_expert_BKE).float()
         if out.expert_logprob_BEC is None:
             return loss_B
-        assert answer_B is not None
-        experts_B, gate_B = expert_losses(out.expert_logprob_BEC, answer_B, out.gate_expert_BKE, out.expert_valid_BE)
+        experts_B, gate_B = expert_losses(
+            out.expert_logprob_BEC, answer_B, out.gate_expert_BKE, out.expert_valid_BE, share_BC
+        )
         return loss_B + self.config.expert_loss_weight * (experts_B + gate_B)

@@ -65,7 +65,10 @@ class Answers:
 
 @dataclass
 class ComparedRun:
-    """A finished run. `group` is the name of its group, where the caller decides that; otherwise configs do."""
+    """A finished run. `group` is the name of its group, where the caller decides that; otherwise configs do.
+
+    Of a baseline `baseline` is its name; it has no config, and its `seed` of 0 says nothing.
+    """
 
     name: str
     where: str
@@ -81,6 +84,12 @@ class ComparedRun:
     experiment: str | None = None
     group: str | None = None
     fold: FoldRecord | None = None  # of a run on a dataset with folds
+    baseline: str | None = None
+
+
+def same_samples(a: Answers, b: Answers) -> bool:
+    """Whether both are answers to the same samples, with the same labels."""
+    return np.array_equal(a.ids_N, b.ids_N) and np.array_equal(a.truth_N, b.truth_N)
 
 
 def with_defaults(config: Mapping[str, str]) -> dict[str, str]:
@@ -174,5 +183,8 @@ def _numbers(task: Task, cells: pa.ChunkedArray) -> np.ndarray:
             return np.full(len(cells), np.nan)
         indices = compute.index_in(cells, value_set=pa.array(task.labels, cells.type)).combine_chunks()
         return np.asarray(compute.fill_null(indices.cast(pa.float64()), np.nan))
+    if task.kind == "multilabel":
+        sets = [None if cell is None else task.parse_word(str(cell)) for cell in cells.to_pylist()]
+        return np.array([np.nan if value is None else value for value in sets])
     numbers: np.ndarray = pd.to_numeric(pd.Series(cells.to_pylist(), dtype=object), errors="coerce").to_numpy(float)
     return numbers

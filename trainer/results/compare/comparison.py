@@ -21,7 +21,8 @@ import numpy as np
 
 from trainer.answers.metrics import metric_of
 from trainer.distributed.messages import group_by_value, join_truncated
-from trainer.results.compare.compared_run import Answers, ComparedRun
+from trainer.results.compare.baselines import trained_runs, with_fitting_baselines
+from trainer.results.compare.compared_run import Answers, ComparedRun, same_samples
 from trainer.results.compare.differences import add_differences, chosen_samples, correct_p_values
 from trainer.results.compare.folds import (
     folds_of,
@@ -55,14 +56,17 @@ def compare(
     resamples: int = 2000,
     force: bool = False,
 ) -> Comparison:
-    """Compare finished runs on the predictions of a split.
+    """Compare finished runs, and baselines, on the predictions of a split.
+
+    Baselines of the runs' data and task are groups of their own beside the runs'; others are left out, with a note.
 
     Args:
         metrics: those whose differences are tested; by default each task's selecting metric; "all" for
             every metric but those that are tested on request only (:class:`trainer.metric_table.Metric`).
         task: compare on this task only; by default on all, and then all runs must have the same tasks.
         group_by: settings, or sections of them, by which the runs are grouped; by default all that can affect results.
-        baseline: the group with which all others are compared; by default all pairs, up to ten groups.
+        baseline: the group with which all others are compared; by default all pairs, up to ten groups of runs, and
+            each of these with each baseline.
         kinds: also compare on the samples of each kind of the data.
         sort_by: a metric *on validation* by which the groups are sorted, best first; needs predictions on validation.
         correction: method that corrects the p-values of all tests of this comparison.
@@ -77,10 +81,12 @@ def compare(
         raise ValueError("there are no finished runs to compare")
     if not 0 < level < 1 or resamples < 100:
         raise ValueError(f"level={level} must lie between 0 and 1, and resamples={resamples} be at least 100")
-    tasks = _common_tasks(runs, task, force=force)
-    _check_data(runs, tasks, force=force)
-    tested = {name: _tested_metrics(one, metrics, runs) for name, one in tasks.items()}
+    trained = trained_runs(runs)
+    tasks = _common_tasks(trained, task, force=force)
+    _check_data(trained, tasks, force=force)
+    tested = {name: _tested_metrics(one, metrics, trained) for name, one in tasks.items()}
     _check_metrics(tasks, metrics)
+    runs, left_out = with_fitting_baselines(runs, tasks, split)
     groups, notes = group_runs(runs, group_by)
     out = Comparison(
         split,
@@ -92,11 +98,13 @@ def compare(
         {},
         groups,
     )
-    out.notes += notes
+    out.notes += left_out + notes
     out.less_is_better = sorted(
         {m for one in tasks.values() for m in one.metrics if not one.metric(m).greater_is_better}
     )
-    out.differing = {key: {g.name: g.settings[key] for g in groups} for key in (groups[0].settings if groups else {})}
+    with_settings = [group for group in groups if group.baseline is None]
+    settings = with_settings[0].settings if with_settings else {}
+    out.differing = {key: {g.name: g.settings[key] for g in with_settings} for key in settings}
     if sort_by is not None:
         _sort(out, tasks, sort_by)
     pairs = _pairs(out, baseline)
@@ -177,7 +185,7 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
     if len(tasks) > 1 or metric not in task.metrics:
         raise ValueError(f"--sort-by takes a metric of one task (--task): {', '.join(task.metrics)}; not {metric}")
     for group in out.groups:
-        by_seed = [[run.answers["valid"][task.name] for run in group.runs if run.seed == seed] for seed in group.seeds]
+        by_seed = [[run.answers["valid"][task.name] for run in folds] for folds in group.runs_by_seed()]
         values_S = np.array(
             [np.mean([metric_of(task, metric, one.truth_N, one.guess_N).value() for one in folds]) for folds in by_seed]
         )
@@ -194,35 +202,49 @@ def _sort(out: Comparison, tasks: dict[str, Task], sort_by: str) -> None:
 
 def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
     """(group, the group it is compared with)."""
-    names = [group.name for group in out.groups]
     if baseline is not None:
-        matching = [g for g in out.groups if g.name == baseline]
-        matching = matching or [g for g in out.groups if baseline in g.name]
-        matching = matching or [g for g in out.groups if any(run.name.startswith(baseline) for run in g.runs)]
-        if len(matching) != 1:
-            raise ValueError(
-                f"--baseline {baseline!r} matches {len(matching)} groups: give a group's name, a part of it, or how its runs' "
-                f"names begin; there are: {'; '.join(names)}"
-            )
-        out.baseline = matching[0].name
-        return [(group, matching[0]) for group in out.groups if group is not matching[0]]
-    if len(names) > ALL_PAIRS:
-        out.notes.append(
-            f"no differences are tested: {len(names)} groups make too many pairs; choose one with --baseline"
-        )
+        reference = _named(out.groups, baseline)
+        out.baseline = reference.name
+        return [(group, reference) for group in out.groups if group is not reference]
+    trained = [group for group in out.groups if group.baseline is None]
+    baselines = [group for group in out.groups if group.baseline is not None]
+    if (count := len(trained or baselines)) > ALL_PAIRS:
+        out.notes.append(f"no differences are tested: {count} groups make too many pairs; choose one with --baseline")
         return []
-    return [(b, a) for a, b in itertools.combinations(out.groups, 2)]
+    pairs = [(b, a) for a, b in itertools.combinations(trained or baselines, 2)]
+    return pairs + [(group, one) for one in baselines for group in trained]
+
+
+def _named(groups: Sequence[Group], name: str) -> Group:
+    """The group of a name; else the one that `name` is a part of, or the beginning of its runs' names, baselines last.
+
+    Raises:
+        ValueError: none or several.
+    """
+    matching = [g for g in groups if g.name == name]
+    matching = matching or [g for g in groups if g.baseline is not None and name in (g.baseline, g.runs[0].name)]
+    for baselines in (False, True):
+        some = [g for g in groups if (g.baseline is not None) == baselines]
+        matching = matching or [g for g in some if name in g.name]
+        matching = matching or [g for g in some if any(run.name.startswith(name) for run in g.runs)]
+    if len(matching) != 1:
+        raise ValueError(
+            f"--baseline {name!r} matches {len(matching)} groups: give a group's name, a part of it, or how its runs' "
+            f"names begin; there are: {'; '.join(g.name for g in groups)}"
+        )
+    return matching[0]
 
 
 def _caveats(out: Comparison) -> list[str]:
     notes = []
-    runs = [run for group in out.groups for run in group.runs]
+    trained = [group for group in out.groups if group.baseline is None]
+    runs = [run for group in trained for run in group.runs]
     commits = {run.commit for run in runs}
     if len(commits) > 1:
         notes.append(
             f"the runs were made by different versions of the code: {join_truncated(sorted(str(c)[:12] for c in commits))}"
         )
-    single = [group.name for group in out.groups if len(group.seeds) == 1]
+    single = [group.name for group in trained if len(group.seeds) == 1]
     if single:
         notes.append(f"one seed only, which says nothing about other seeds: {join_truncated(single)}")
     return notes
@@ -240,7 +262,7 @@ def _compare_task(
     answers = {id(run): run.answers[out.split][task.name] for run in runs}
     shared = _on_common_folds(out, answers)
     first = shared[id(runs[0])]
-    different = [r.where for r in runs if not _same_samples(first, shared[id(r)])]
+    different = [r.where for r in runs if not same_samples(first, shared[id(r)])]
     if different and not force:
         raise ValueError(
             f"{task.name}, {out.split}: these runs predicted other samples, or samples with other labels, than "
@@ -266,10 +288,6 @@ def _on_common_folds(out: Comparison, answers: dict[int, Answers]) -> dict[int, 
     if note not in out.notes:
         out.notes.append(note)
     return {key: only_folds(one, common) for key, one in answers.items()}
-
-
-def _same_samples(a: Answers, b: Answers) -> bool:
-    return np.array_equal(a.ids_N, b.ids_N) and np.array_equal(a.truth_N, b.truth_N)
 
 
 def _add_scores(out: Comparison, task: Task, answers: dict[int, Answers]) -> None:

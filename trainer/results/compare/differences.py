@@ -15,7 +15,8 @@ from scipy import stats
 
 from trainer.answers.metrics import metric_of
 from trainer.distributed.messages import LISTED, group_by_value, join_truncated
-from trainer.metric_table import WeightedMetric, accuracy
+from trainer.metric_formulas import accuracy
+from trainer.metric_table import WeightedMetric
 from trainer.results.compare.compared_run import Answers
 from trainer.results.compare.folds import fold_values, folds_of, tested_per_trained
 from trainer.results.compare.groups import Group
@@ -75,7 +76,7 @@ def add_differences(
         value = {key: one.value(chosen_N) for key, one in of.items()}
         resampled = _Resampled(metric, kind, chosen_N, answers, of, value, _on_resamples(of, chosen_N, counts_BN))
         out.differences += [_difference(out, task, group, base, resampled) for group, base in pairs]
-    disjoint = [f"{g.name} and {b.name}" for g, b in pairs if not set(g.seeds) & set(b.seeds)]
+    disjoint = [f"{g.name} and {b.name}" for g, b in pairs if not _paired(g, b)[1]]
     if disjoint:
         out.notes.append(f"{task.name}: no differences, since no seed is common to {join_truncated(disjoint)}")
 
@@ -89,17 +90,31 @@ def _on_resamples(
     return {key: one.weighted(counts_BM, chosen_N) for key, one in of.items()}
 
 
+def _paired(group: Group, base: Group) -> tuple[list[int], list[tuple[int, int]]]:
+    """The seeds that both groups have, and the ids of their runs.
+
+    A baseline, which has no seed, is paired with every seed of the other group; two of them make one pair without a seed.
+    """
+    ids, base_ids = ([id(run) for run in one.per_seed] for one in (group, base))
+    if group.baseline is not None or base.baseline is not None:
+        count = max(len(ids), len(base_ids))
+        ids = ids * count if group.baseline is not None and base.baseline is None else ids
+        base_ids = base_ids * count if base.baseline is not None and group.baseline is None else base_ids
+        return group.seeds or base.seeds, list(zip(ids, base_ids, strict=True))
+    seeds = sorted(set(group.seeds) & set(base.seeds))
+    by_seed, base_by_seed = (dict(zip(one.seeds, keys, strict=True)) for one, keys in ((group, ids), (base, base_ids)))
+    return seeds, [(by_seed[seed], base_by_seed[seed]) for seed in seeds]
+
+
 def _difference(out: Comparison, task: Task, group: Group, base: Group, resampled: _Resampled) -> Difference:
     """`group` minus `base`, paired by the seeds that both have."""
-    seeds = sorted(set(group.seeds) & set(base.seeds))
-    by_seed, base_by_seed = ({run.seed: id(run) for run in one.per_seed} for one in (group, base))
-    pairs = [(by_seed[seed], base_by_seed[seed]) for seed in seeds]
+    seeds, pairs = _paired(group, base)
     n = int(resampled.chosen_N.sum())
     estimated, p_bootstrap, p_mcnemar, values_F, over = Estimate(None), None, None, np.empty(0), None
     folds = folds_of(resampled.answers[pairs[0][0]]) if pairs else []
-    if seeds:
+    if pairs:
         differences_S = np.array([resampled.value[a] - resampled.value[b] for a, b in pairs])
-        resampled_B = sum(resampled.resampled_B[a] - resampled.resampled_B[b] for a, b in pairs) / len(seeds)
+        resampled_B = sum(resampled.resampled_B[a] - resampled.resampled_B[b] for a, b in pairs) / len(pairs)
         estimated = estimate(differences_S, np.asarray(resampled_B), n, out.level)
         p_bootstrap = estimated.p
         if task.metric(resampled.metric).formula is accuracy:
@@ -166,7 +181,9 @@ def number_of_tests(out: Comparison) -> int:
 
 def _with_power(d: Difference, level: float, tests: int) -> Difference:
     """The difference with the smallest p that its seeds can give by sign flips, and the seeds that would tell it."""
-    if d.p is None or d.value is None or d.se_samples is None:
+    if (
+        d.p is None or d.value is None or d.se_samples is None or not d.seeds
+    ):  # between two baselines there are no seeds
         return d
     alpha, count = (1 - level) / tests, len(d.seeds)
     needed = seeds_needed(

@@ -20,20 +20,21 @@ from trainer.results.compare.compared_run import (
     tasks_of,
     with_defaults,
 )
-from trainer.results.run_folder import RunFolder, is_run
+from trainer.results.run_folder import PREDICTIONS, RunFolder, is_run
 from trainer.results.runs import State, parse_time, state_of
-from trainer.run.record import RecordValues
+from trainer.run.record import RECORD, RecordValues, baseline_of
 from trainer.schema import dotted
 from trainer.tracking.journal import JOURNAL, SPEED, read_journal
 
 DEPTH = 4  # levels of folders below a given one that are searched for runs
 
 
-class BaselineFolderError(ValueError):
-    """A baseline, which comparisons do not read yet: it can be left out of one."""
+class BaselineSplitError(ValueError):
+    """A baseline without predictions of a split: it can be left out of a comparison. `why` says which."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} is a baseline, which is not compared with runs yet: leave it out")
+    def __init__(self, path: Path, missing: Sequence[str]) -> None:
+        self.why = f"it is a baseline and has no predictions of {', '.join(missing)}"
+        super().__init__(f"{path} cannot be compared: {self.why}")
 
 
 class UnfinishedError(ValueError):
@@ -45,22 +46,22 @@ class UnfinishedError(ValueError):
 
 
 def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | None = None) -> ComparedRun:
-    """The finished run in a run folder.
+    """The finished run in a run folder, or the baseline in that of a baseline.
 
     Raises:
-        BaselineFolderError: it is a baseline.
+        BaselineSplitError: it is a baseline, which predicts no training samples.
         UnfinishedError: its state is not ``done``.
         ValueError: it is not a run folder, is damaged, or has no predictions of a split.
     """
-    record = _read_record(path / "run.json")
-    if "baseline" in record:
-        raise BaselineFolderError(path)
+    record = _read_record(path / RECORD)
     state = state_of(RunFolder(path, record=record))
     if state.name != "done":
         raise UnfinishedError(path, state)
+    if "baseline" in record:
+        return _baseline_from_folder(path, record, tuple(splits), name)
     config = _read_config(path / "config.yaml")
-    fingerprints = {name: str(value) for name, value in (record.get("data") or {}).items()}
-    started, ended = parse_time(record.get("started")), parse_time(record.get("ended"))
+    fingerprints = _fingerprints(record)
+    started = parse_time(record.get("started"))
     journal = read_journal(path / JOURNAL) if (path / JOURNAL).is_file() else {}
     tasks = tasks_of(config, fingerprints)
     speeds = [speed for _, speed in journal.get(SPEED, [])]
@@ -75,12 +76,7 @@ def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | N
         fingerprints=fingerprints,
         answers=read_splits(prediction_files(path, splits, str(path)), tasks),
         started=started.timestamp() if started else 0.0,
-        cost=Cost(
-            seconds=(ended - started).total_seconds() if started and ended else None,
-            world=record.get("world"),
-            device=record.get("device"),
-            samples_per_second=statistics.median(speeds) if speeds else None,
-        ),
+        cost=_cost(record, statistics.median(speeds) if speeds else None),
         commit=(record.get("git") or {}).get("commit"),
         mlflow=(tracked["uri"], run_id) if tracked and run_id else None,
         experiment=config.get("track.experiment"),
@@ -88,8 +84,42 @@ def run_from_folder(path: Path, splits: Iterable[str] = ("test",), name: str | N
     )
 
 
+def _baseline_from_folder(path: Path, record: RecordValues, splits: tuple[str, ...], name: str | None) -> ComparedRun:
+    """The baseline in a folder that `egmf baseline` wrote; errors as of :func:`run_from_folder`."""
+    baseline, fingerprints = baseline_of(record), _fingerprints(record)
+    if baseline is None or not fingerprints:
+        raise ValueError(f"{path / RECORD} is damaged: egmf baseline --force writes the baseline anew")
+    if missing := [split for split in splits if not (path / PREDICTIONS / f"{split}.parquet").is_file()]:
+        raise BaselineSplitError(path, missing)
+    tasks = tasks_of({"task": json.dumps(list(fingerprints)), "data.path": baseline["data"]}, fingerprints)
+    started = parse_time(record.get("started"))
+    return ComparedRun(
+        name=name or path.resolve().name,
+        where=str(path),
+        seed=0,
+        tasks=tasks,
+        config={},
+        fingerprints=fingerprints,
+        answers=read_splits(prediction_files(path, splits, str(path)), tasks),
+        started=started.timestamp() if started else 0.0,
+        cost=_cost(record, None),
+        commit=(record.get("git") or {}).get("commit"),
+        baseline=baseline["name"],
+    )
+
+
+def _fingerprints(record: RecordValues) -> dict[str, str]:
+    return {name: str(value) for name, value in (record.get("data") or {}).items()}
+
+
+def _cost(record: RecordValues, samples_per_second: float | None) -> Cost:
+    started, ended = parse_time(record.get("started")), parse_time(record.get("ended"))
+    seconds = (ended - started).total_seconds() if started and ended else None
+    return Cost(seconds, record.get("world"), record.get("device"), samples_per_second)
+
+
 def runs_below(folder: Path, splits: Sequence[str]) -> tuple[list[ComparedRun], list[str], list[str]]:
-    """The finished runs in `folder` (which may be one itself), notes on those left out, and faults of those unreadable.
+    """The finished runs and the baselines in `folder` (which may be one itself), notes on those left out, and faults of those unreadable.
 
     Raises:
         ValueError: there is no run in it.
@@ -103,8 +133,8 @@ def runs_below(folder: Path, splits: Sequence[str]) -> tuple[list[ComparedRun], 
             runs.append(run_from_folder(path, splits, str(path.relative_to(folder)) if path != folder else None))
         except UnfinishedError as error:
             notes.append(f"{path} is left out: it is not finished ({error.state})")
-        except BaselineFolderError:
-            notes.append(f"{path} is left out: it is a baseline, which is not compared with runs yet")
+        except BaselineSplitError as error:
+            notes.append(f"{path} is left out: {error.why}")
         except (ValueError, OSError) as error:
             faults.append(str(error))
     return runs, notes, faults

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from trainer.checkpoint.identity import effect_of
@@ -25,16 +25,22 @@ class Group:
     """Runs that are the same but for their seed and fold; `settings` are those that differ between the groups.
 
     `per_seed` holds one run for each seed: the runs themselves, or the runs of all folds as one (:func:`pool_folds`).
+    A baseline is a group of its own, without settings and seeds, whose `per_seed` is that one; `baseline` is its name.
     """
 
     name: str
     settings: dict[str, str | None]
     runs: list[ComparedRun]
     per_seed: list[ComparedRun] = field(default_factory=list)
+    baseline: str | None = None
 
     @property
     def seeds(self) -> list[int]:
-        return [run.seed for run in self.per_seed]
+        return [] if self.baseline is not None else [run.seed for run in self.per_seed]
+
+    def runs_by_seed(self) -> list[list[ComparedRun]]:
+        """The runs of each seed, which are several where there are folds."""
+        return [[run for run in self.runs if run.seed == one.seed] for one in self.per_seed]
 
     @property
     def devices(self) -> list[str]:
@@ -57,13 +63,15 @@ class Group:
 
 
 def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[list[Group], list[str]]:
-    """Groups in the order of their first run, and notes: what else differs inside a group, and which runs are left out.
+    """Groups in the order of their first run, baselines last, and notes: what else differs inside a group, and which runs are left out.
 
     Runs are grouped by :attr:`ComparedRun.group` if all have one, else by the settings `by`, else by all that vary.
 
     Raises:
         ValueError: a setting that no run has, with the nearest name; a group with two configs for one seed, or folds that do not fit together.
     """
+    baselines = [run for run in runs if run.baseline is not None]
+    runs = [run for run in runs if run.baseline is None]
     known = list(dict.fromkeys(key for run in runs for key in run.config))
     varying = [key for key in known if _varies(key, runs) and not _irrelevant(key)]
     keys = _matching_settings(by, known) if by else varying
@@ -98,7 +106,24 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
         )
     if unfit:
         raise ValueError("\n  ".join(["the runs of folds do not fit together", *unfit]))
-    return groups, notes
+    of_baselines, dropped = _baseline_groups(baselines, {group.name for group in groups})
+    return groups + of_baselines, notes + dropped
+
+
+def _baseline_groups(baselines: Sequence[ComparedRun], taken: Collection[str]) -> tuple[list[Group], list[str]]:
+    """A group for each baseline, and notes; of several with one name the newest counts. `taken` are names of other groups."""
+    newest: dict[str, ComparedRun] = {}
+    notes = []
+    for run in baselines:
+        name = run.group or f"baseline {run.baseline}"
+        if name in taken:
+            name = f"{name} ({run.where})"
+        other = newest.get(name)
+        if other is not None:
+            older, run = sorted((other, run), key=lambda one: one.started)
+            notes.append(f"there is {name} twice: {older.where} is left out for the newer {run.where}")
+        newest[name] = run
+    return [Group(name, {}, [run], [run], run.baseline) for name, run in newest.items()], notes
 
 
 def _varies(key: str, runs: Sequence[ComparedRun]) -> bool:

@@ -62,7 +62,7 @@ def group_scores(comparison: Comparison, task: str) -> Table:
         ["group", "seeds", *([] if alike else ["samples"]), *sorts, *heads, *(["invalid"] if invalid else [])],
     )
     for group in comparison.groups:
-        row = [group.name, str(len(group.seeds)), *([] if alike else [str(sizes[group.name])])]
+        row = [group.name, str(len(group.seeds) or MISSING), *([] if alike else [str(sizes[group.name])])]
         row += [mean_sd(comparison.validation[group.name])] if valid else []
         for metric, interval in _columns(metrics, tested):
             score = by_place[group.name, metric]
@@ -72,6 +72,7 @@ def group_scores(comparison: Comparison, task: str) -> Table:
         f"Mean ± sample standard deviation over seeds; intervals are those of the mean over seeds (Student's t), on this {comparison.split} "
         f"split as it is. {MISSING}: undefined, or unknown with one seed."
         + (" Of a cross-validation: the predictions of all folds together, each sample once." if folds else "")
+        + (" A baseline is fitted once, without a seed." if comparison.baselines else "")
     )
     return table
 
@@ -154,11 +155,12 @@ def differences(comparison: Comparison) -> Table | None:
             d.metric,
             *([d.kind] if kinds else []),
         ]
-        row += [str(len(d.seeds)), signed(d.value), span(d.low, d.high, sign=True), p_value(d.p)]
+        seeds = MISSING if {d.group, d.baseline} <= comparison.baselines else str(len(d.seeds))
+        row += [seeds, signed(d.value), span(d.low, d.high, sign=True), p_value(d.p)]
         table.rows.append([*row, p_value(d.p_corrected), verdict(d), seeds_cell(d)])
     less = [name for name in comparison.less_is_better if any(d.metric == name for d in comparison.differences)]
     table.note = (
-        "Paired by seed and sample. Intervals and p: bootstrap over samples together with the variance over seeds; p of an accuracy: the "
+        f"Paired by seed and sample{_baseline_note(comparison)}. Intervals and p: bootstrap over samples together with the variance over seeds; p of an accuracy: the "
         f"larger of that and McNemar's exact test{_fold_note(comparison)}. p corrected: {CORRECTIONS[comparison.correction]}; significant: it is at most {1 - comparison.level:.2g}. "
         f"Seeds for {POWER:.0%}: how many would make a difference of the observed size, with the observed deviation over seeds, significant in {POWER:.0%} "
         f"of comparisons, at {1 - comparison.level:.2g}{f' / {number_of_tests(comparison)}' if number_of_tests(comparison) > 1 else ''}; or what it needs instead, since more seeds alone would not do."
@@ -167,23 +169,26 @@ def differences(comparison: Comparison) -> Table | None:
     return table
 
 
+def _baseline_note(comparison: Comparison) -> str:
+    return "; a baseline by sample, with every seed of the other group" if comparison.baselines else ""
+
+
 def _fold_note(comparison: Comparison) -> str:
     folded = any(d.p_folds is not None for d in comparison.differences)
     return "; of a cross-validation, the larger of these and the corrected t test over folds" if folded else ""
 
 
 def settings(comparison: Comparison) -> Table | None:
-    """The settings that differ between the groups."""
+    """The settings that differ between the groups of runs."""
     if not comparison.differing:
         return None
-    table = Table("Settings that differ", ["setting", *(group.name for group in comparison.groups)], words=True)
-    if len(comparison.groups) > len(comparison.differing):
+    names = [group.name for group in comparison.groups if group.baseline is None]
+    table = Table("Settings that differ", ["setting", *names], words=True)
+    if len(names) > len(comparison.differing):
         table.columns = ["group", *comparison.differing]
-        table.rows = [
-            [g.name, *(_setting(v[g.name]) for v in comparison.differing.values())] for g in comparison.groups
-        ]
+        table.rows = [[name, *(_setting(v[name]) for v in comparison.differing.values())] for name in names]
     else:
-        table.rows = [[k, *(_setting(v[g.name]) for g in comparison.groups)] for k, v in comparison.differing.items()]
+        table.rows = [[k, *(_setting(v[name]) for name in names)] for k, v in comparison.differing.items()]
     return table
 
 
@@ -196,7 +201,7 @@ def costs(comparison: Comparison) -> Table:
             one, all_runs = f"{amount:.3g} {unit}", f"{amount * len(group.runs):.3g} {unit}"
         if (samples_per_second := group.speed()) is not None:
             speed = f"{samples_per_second:.1f}"
-        seeds, devices = ", ".join(map(str, group.seeds)), ", ".join(group.devices) or MISSING
+        seeds, devices = ", ".join(map(str, group.seeds)) or MISSING, ", ".join(group.devices) or MISSING
         table.rows.append([group.name, seeds, one, all_runs, speed, devices])
     table.note = (
         "From a run's start to its end, evaluation included (in run folders: of its last part, where it was continued); on CPUs multiplied by "
@@ -242,7 +247,7 @@ def _group_json(comparison: Comparison, group: Group) -> dict[str, object]:
         {
             "name": run.name,
             "where": run.where,
-            "seed": run.seed,
+            "seed": None if run.baseline is not None else run.seed,
             "fold": fold_name(run),
             "commit": run.commit,
             "fingerprints": run.fingerprints,
@@ -252,6 +257,7 @@ def _group_json(comparison: Comparison, group: Group) -> dict[str, object]:
     ]
     return {
         "name": group.name,
+        "baseline": group.baseline,
         "settings": group.settings,
         "seeds": group.seeds,
         "invalid_rate": {task: comparison.invalid_rate[task, group.name] for task in comparison.tasks},
@@ -326,6 +332,9 @@ def _columns(metrics: list[str], tested: list[str]) -> list[tuple[str, bool]]:
 
 
 def mean_sd(score: Score | FoldScores) -> str:
+    """Mean ± standard deviation; of a baseline, which has no seeds, its one value."""
+    if isinstance(score, Score) and not score.seeds:
+        return number(score.mean)
     return MISSING if score.mean is None else f"{number(score.mean)} ± {number(score.sd)}"
 
 

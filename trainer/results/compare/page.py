@@ -32,12 +32,14 @@ class Section:
 
 def page(comparison: Comparison) -> str:
     """The page as HTML."""
-    runs = sum(len(group.runs) for group in comparison.groups)
+    runs = sum(len(group.runs) for group in comparison.groups if group.baseline is None)
+    baselines = len(comparison.baselines)
     tests = sum(d.p is not None for d in comparison.differences)
     facts = [
         ("split", comparison.split),
         ("groups", str(len(comparison.groups))),
         ("runs", str(runs)),
+        *([("baselines of scikit-learn", str(baselines))] if baselines else []),
         ("baseline", comparison.baseline or "each with each"),
         ("intervals", f"{comparison.level:.0%}"),
         (

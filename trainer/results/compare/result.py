@@ -16,6 +16,8 @@ EVERY = "all"  # the kind that stands for all samples
 class Score:
     """A metric of a group on the samples of a kind: the value of each seed, their mean, standard deviation and t interval.
 
+    A baseline has one value and no seeds.
+
     Of a cross-validation the value of a seed is that of the predictions of all folds together, and `folds` has the metric
     fold by fold.
     """
@@ -36,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """`group` minus `baseline`, paired by seed and sample.
+    """`group` minus `baseline`, paired by seed and sample; a baseline of scikit-learn by sample with every seed of the other.
 
     `p` is that of the bootstrap over samples and seeds; for an accuracy the larger of it and McNemar's, which is
     conditional on the trained models; of a cross-validation the largest of these and `p_folds`, that of the spread over folds,
@@ -91,6 +93,11 @@ class Comparison:
     baseline: str | None = None
     less_is_better: list[str] = field(default_factory=list)  # metrics
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def baselines(self) -> set[str]:
+        """The names of the groups that are baselines of scikit-learn."""
+        return {group.name for group in self.groups if group.baseline is not None}
 
     def score(self, task: str, group: str, metric: str, kind: str = EVERY) -> Score:
         """The score of these names.

@@ -37,7 +37,7 @@ def task_pictures(results: TaskResults, several: bool) -> list[Picture]:
     made: list[Picture | None] = []
     if results.task.kind == "classification":
         made += [confusion(results, end, share=False), confusion(results, end, share=True), reliability(results, end)]
-    else:
+    elif results.task.kind == "regression":
         made += [scatter(results, end), residuals(results, end), coverage(results, end)]
     made += [*gate_pictures(results, end), robustness(results, end)]
     return [p for p in made if p]

@@ -15,6 +15,7 @@ import yaml
 from trainer.files import write_text
 from trainer.results import tables
 from trainer.results.analysis import analyse
+from trainer.results.baselines_beside import add_baselines
 from trainer.results.printable import Table, format_metric
 from trainer.results.report.drawing import Picture
 from trainer.results.report.pages import render_page
@@ -60,6 +61,7 @@ def write_report(run: Path) -> list[Path]:
     """
     folder = read_run(run)
     results = analyse(folder)
+    add_baselines(folder, results)
     general = run_pictures(folder)
     sections = [_section(r, several=len(results) > 1) for r in results]
     pictures = [*general, *(picture for section in sections for picture in section.pictures)]

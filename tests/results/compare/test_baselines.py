@@ -1,0 +1,222 @@
+"""Baselines beside runs in a comparison: groups of their own, paired with every seed, left out where they do not fit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import f1_score
+
+from tests.distributed.processes import egmf
+from tests.results.compare.test_comparison import FULL, LESS, truth_and_guess
+from tests.results.seeded import make_baseline, make_folds, make_seeded, make_two
+from trainer.results.compare.comparison import compare
+from trainer.results.compare.output import as_csv, as_json, as_tex, costs, differences, group_scores, settings
+from trainer.results.compare.page import page
+from trainer.results.compare.result import Comparison
+from trainer.results.compare.sources import find_runs
+
+TEXT, AUDIO = "baseline text", "baseline audio"
+SEEDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two groups of runs and two baselines in one folder."""
+    runs = make_two(tmp_path_factory.mktemp("runs"), SEEDS)
+    make_baseline(runs / "baseline-meld-text", "text", 0.5)
+    make_baseline(runs / "baseline-meld-audio", "audio", 0.4)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Comparison:
+    return comparison([folder])
+
+
+def comparison(paths: list[Path], **more: object) -> Comparison:
+    found = find_runs([str(path) for path in paths], ["test"])
+    compared = compare(found.runs, resamples=300, **more)  # type: ignore[arg-type]
+    compared.notes[:0] = found.notes
+    return compared
+
+
+def f1(path: Path) -> float:
+    return float(f1_score(*truth_and_guess(path), average="weighted"))
+
+
+def test_a_baseline_is_a_group_of_its_own_with_one_value(folder: Path, found: Comparison) -> None:
+    assert [g.name for g in found.groups] == [FULL, LESS, AUDIO, TEXT]
+    assert [g.seeds for g in found.groups] == [[1, 2, 3], [1, 2, 3], [], []]
+    score = found.score("meld", TEXT, "wf1")
+    assert score.values == [pytest.approx(f1(folder / "baseline-meld-text"))]
+    assert (score.seeds, score.mean, score.sd, score.low) == ([], score.values[0], None, None)
+    assert list(found.differing["model.fusion.experts"]) == [FULL, LESS]
+    assert found.baseline is None
+    assert not [note for note in found.notes if "one seed" in note or "versions of the code" in note]
+
+
+def test_a_difference_is_paired_with_every_seed(folder: Path, found: Comparison) -> None:
+    pairs = [(d.group, d.baseline) for d in found.differences]
+    assert pairs == [(LESS, FULL), (FULL, AUDIO), (LESS, AUDIO), (FULL, TEXT), (LESS, TEXT)]
+    (row,) = [d for d in found.differences if (d.group, d.baseline) == (FULL, TEXT)]
+    change_S = np.array([f1(folder / f"full-s{s}") for s in SEEDS]) - f1(folder / "baseline-meld-text")
+    assert row.seeds == [1, 2, 3]
+    assert row.value == pytest.approx(change_S.mean())
+    assert row.se_seeds == pytest.approx(stats.sem(change_S))
+    rng, drawn = np.random.default_rng(5), []
+    of_runs, of_text = (
+        [truth_and_guess(folder / f"full-s{s}") for s in SEEDS],
+        truth_and_guess(folder / "baseline-meld-text"),
+    )
+    for _ in range(300):  # the same samples for the runs and the baseline
+        ids = rng.integers(200, size=200)
+        scores = [f1_score(t[ids], g[ids], average="weighted", zero_division=0) for t, g in [*of_runs, of_text]]
+        drawn.append(np.mean(scores[:-1]) - scores[-1])
+    assert row.se_samples == pytest.approx(np.std(drawn), rel=0.2)
+    assert row.p_smallest == 0.25
+
+
+def test_mcnemar_with_one_seed_is_the_exact_binomial_test(folder: Path) -> None:
+    one = comparison([folder / "full-s1", folder / "baseline-meld-text"], metrics=["acc"])
+    (row,) = one.differences
+    right, other = (t == g for t, g in map(truth_and_guess, (folder / "full-s1", folder / "baseline-meld-text")))
+    gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
+    assert row.p_mcnemar == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+    assert row.value == pytest.approx((gained - lost) / 200)
+    assert [note for note in one.notes if note.startswith("one seed only")] == [
+        f"one seed only, which says nothing about other seeds: {one.groups[0].name}"
+    ]
+
+
+def test_the_others_are_compared_with_a_baseline_only_where_it_is_named(folder: Path) -> None:
+    for name in (TEXT, "text", "baseline-meld-text"):
+        named = comparison([folder], baseline=name)
+        assert [(d.group, d.baseline) for d in named.differences] == [(FULL, TEXT), (LESS, TEXT), (AUDIO, TEXT)]
+        between = named.differences[-1]
+        assert between.value == pytest.approx(f1(folder / "baseline-meld-audio") - f1(folder / "baseline-meld-text"))
+        assert (between.seeds, between.se_seeds, between.p_smallest, between.seeds_limit) == ([], None, None, None)
+        assert between.p is not None
+    assert comparison([folder], baseline="full").baseline == FULL
+    with pytest.raises(ValueError, match=r"matches 2 groups.*baseline audio; baseline text"):
+        comparison([folder], baseline="baseline")
+
+
+def test_baselines_add_no_pairs_of_their_own_and_do_not_count_as_too_many_groups(tmp_path: Path) -> None:
+    for i in range(2):
+        make_seeded(tmp_path / f"r{i}", 0, 0.7, [f"train.steps={i + 1}"], splits=["test"], samples=40)
+    for i in range(10):
+        make_baseline(tmp_path / f"b{i}", f"text-{i}", splits=["test"], samples=40)
+    found = comparison([tmp_path])
+    assert len(found.groups) == 12
+    assert len(found.differences) == 1 + 2 * 10
+    alone = comparison([tmp_path / "b0", tmp_path / "b1"])
+    assert [(d.group, d.baseline, d.seeds) for d in alone.differences] == [("baseline text-1", "baseline text-0", [])]
+    assert not [note for note in alone.notes if "seed" in note]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"fingerprint": "e" * 64},
+            r"is a baseline of other data than the runs' \(fingerprint e{16}\): egmf baseline \S+ makes theirs",
+        ),
+        ({"task": "cherma"}, "is a baseline of cherma, and the runs are of meld"),
+        ({"samples": 150}, "predicted other samples of test"),
+        ({"splits": ["valid"]}, "is a baseline and has no predictions of test"),
+        ({"state": "failed", "failure": "no room"}, "is not finished"),
+    ],
+)
+def test_a_baseline_that_does_not_fit_is_named_and_left_out(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    make_seeded(tmp_path / "a", 1)
+    make_baseline(tmp_path / "odd", **changes)  # type: ignore[arg-type]
+    make_baseline(tmp_path / "good", "audio")
+    found = comparison([tmp_path])
+    assert [g.baseline for g in found.groups] == [None, "audio"]
+    (note,) = [note for note in found.notes if "odd" in note]
+    assert re.search(rf"odd is left out: it {words}", note)
+
+
+def test_of_several_tasks_the_baselines_of_one_are_compared_on_it_alone(tmp_path: Path) -> None:
+    make_seeded(tmp_path / "a", 1, tasks=("meld", "simsv2"))
+    make_baseline(tmp_path / "words")
+    found = comparison([tmp_path])
+    assert [g.baseline for g in found.groups] == [None]
+    assert any("words is left out" in note and "--task meld compares on that alone" in note for note in found.notes)
+    assert [g.baseline for g in comparison([tmp_path], task="meld").groups] == [None, "text"]
+
+
+def test_runs_over_folds_have_no_baseline(tmp_path: Path) -> None:
+    make_folds(tmp_path, "a", 0.7, names=("x", "y", "z"))
+    make_baseline(tmp_path / "words")
+    found = comparison([tmp_path])
+    assert [g.baseline for g in found.groups] == [None]
+    assert any("words is left out: a baseline has no folds" in note for note in found.notes)
+
+
+def test_of_one_baseline_twice_the_newer_counts(folder: Path, tmp_path: Path) -> None:
+    again = make_baseline(tmp_path / "again", "text", 0.9, started="2026-02-01T00:00:00+00:00")
+    found = comparison([folder, again])
+    assert [g.name for g in found.groups].count(TEXT) == 1
+    assert found.groups[-1].runs[0].name == "baseline-meld-text"
+    assert any(f"there is {TEXT} twice" in note and "again is left out" in note for note in found.notes)
+
+
+def test_a_damaged_baseline_is_a_fault(tmp_path: Path) -> None:
+    make_baseline(tmp_path / "b", baseline={"name": "text"})
+    with pytest.raises(ValueError, match=r"run\.json is damaged: egmf baseline --force"):
+        comparison([tmp_path])
+
+
+def test_groups_with_baselines_are_sorted_by_validation(folder: Path) -> None:
+    found = find_runs([str(folder)], ["test", "valid"])
+    compared = compare(found.runs, sort_by="acc", resamples=100)
+    means = [compared.validation[g.name].mean for g in compared.groups]
+    assert means == sorted(means, reverse=True)  # type: ignore[type-var]
+    assert len(compared.validation[TEXT].values) == 1
+
+
+def test_every_output_shows_a_baseline_without_seed_or_deviation(folder: Path, found: Comparison) -> None:
+    value = f"{found.score('meld', TEXT, 'wf1').mean:.4f}"
+    table = group_scores(found, "meld")
+    row = dict(zip(table.columns, table.rows[-1], strict=True))
+    assert (row["group"], row["seeds"], row["wf1"], row["wf1, 95% interval"]) == (TEXT, "—", value, "—")
+    assert "A baseline is fitted once" in table.note
+    shown = settings(found)
+    assert shown is not None
+    assert TEXT not in str((shown.columns, shown.rows))
+    assert costs(found).rows[-1] == [TEXT, "—", "1 core-hours", "1 core-hours", "—", "cpu x 1 threads"]
+    rows = differences(found)
+    assert rows is not None
+    assert "with every seed of the other group" in rows.note
+    written = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert [group["baseline"] for group in written["groups"]] == [None, None, "audio", "text"]
+    assert [run["seed"] for run in written["groups"][3]["runs"]] == [None]
+    lines = [
+        line for line in csv.DictReader(io.StringIO(as_csv(found))) if line["group"] == TEXT and line["metric"] == "wf1"
+    ]
+    assert [(line["what"], line["seeds"], line["sd"]) for line in lines] == [("score", "", "")]
+    assert f"{value} & --" in as_tex(found)
+    assert f"{value} $\\pm$" not in as_tex(found)
+    html = page(found)
+    assert f"<td>{value}</td>" in html
+    assert "<dt>baselines of scikit-learn</dt><dd>2</dd>" in html
+    assert "<dt>runs</dt><dd>6</dd>" in html
+
+
+def test_the_command_compares_a_folder_of_runs_and_baselines(folder: Path, tmp_path: Path) -> None:
+    done = egmf("compare", str(folder), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert TEXT in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"compare.{kind}" for kind in ("csv", "json", "tex", "html")
+    }
