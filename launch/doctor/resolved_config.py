@@ -111,7 +111,7 @@ def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any)
 def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:
     path = Path(backbone.name).expanduser()
     if path.is_dir():
-        bytes_, faults = _weights_in(path)
+        bytes_, faults = _weights_in(backbone, path)
         found = f"{bytes_ / GB:.2f} GB in {path}"
         if faults:
             findings.add(PART, "weights", "fault", "; ".join(faults), "copy or fetch the model again")
@@ -126,7 +126,7 @@ def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
     for name in (INDEX, WEIGHTS):
         cached = try_to_load_from_cache(backbone.name, name, revision=revision)
         if isinstance(cached, str):
-            bytes_, faults = _weights_in(Path(cached).parent)
+            bytes_, faults = _weights_in(backbone, Path(cached).parent)
             if not faults:
                 findings.add(PART, "weights", "ok", f"{bytes_ / GB:.2f} GB in the local cache", bytes=bytes_)
                 return True
@@ -146,11 +146,12 @@ def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
     return False
 
 
-def _weights_in(folder: Path) -> tuple[int, list[str]]:
+def _weights_in(backbone: BackboneConfig, folder: Path) -> tuple[int, list[str]]:
     """Bytes of a model folder's safetensors files, and what is wrong with the folder; headers are read."""
-    from trainer.models.backbone.model_files import folder_faults, weight_files
+    from trainer.models.backbone.loading import faults_before_reading
+    from trainer.models.backbone.model_files import weight_files
 
-    found, faults = weight_files(folder), folder_faults(folder)
+    found, faults = weight_files(folder), faults_before_reading(backbone, folder)
     if not found.file_of and not faults:
         faults = [f"neither {WEIGHTS} nor {INDEX} is there"]
     return found.size, faults

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from tests.models.tiny_models import save_family
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone.causal_lm import build_backbone
 from trainer.models.backbone.fingerprint import BLOCK, is_finite, measure
-from trainer.models.backbone.loading import BackboneError, load_model, load_shape, load_tokenizer
+from trainer.models.backbone.loading import BackboneError, faults_before_reading, load_model, load_shape, load_tokenizer
 from trainer.models.backbone.model_files import folder_faults, tokenizer_faults, weight_files
 from trainer.models.backbone.rank0_reader import safetensors_files
 from trainer.models.ranks import SingleProcess
@@ -307,19 +308,78 @@ def test_nan_and_infinity_are_named_with_tensor_and_file(folder, quantization, r
     assert "another checkpoint" in message
 
 
-@pytest.mark.parametrize(("quantization", "read"), MODES)
-def test_missing_weights_other_sizes_and_nan_come_at_once(folder, quantization, read):
-    norm = "model.norm.weight"
-    edit_tensors(folder, {norm: lambda w: w[:1].fill_(float("nan"))})
+def other_config(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(intermediate_size=256, num_hidden_layers=3))
+
+
+SIZES = (
+    "6 weights have other sizes: model.layers.0.mlp.down_proj.weight is (64, 128) in the files, (64, 256) in the model"
+)
+
+
+@pytest.mark.parametrize(("quantization", "read"), MODES)
+def test_missing_weights_and_other_sizes_come_at_once_from_headers(folder, quantization, read, monkeypatch):
+    other_config(folder)
+    monkeypatch.setattr("trainer.models.backbone.loading._from_pretrained", lambda *_: pytest.fail("reads weights"))
+    message = refusal(folder, quantization, read)
+    assert message.startswith("FOLDER has 2 faults:\n")
+    assert "9 weights are not in its files and would be random: model.layers.2.input_layernorm.weight, " in message
+    assert SIZES in message
+
+
+@pytest.mark.parametrize(("quantization", "read"), MODES)
+def test_what_headers_do_not_tell_comes_at_once_when_weights_are_read(folder, quantization, read, monkeypatch):
+    """As of a model that is fetched from the hub: only its tensors tell."""
+    edit_tensors(folder, {"model.norm.weight": lambda w: w[:1].fill_(float("nan"))})
+    other_config(folder)
+    monkeypatch.setattr("trainer.models.backbone.loading.faults_of_shapes", lambda *_, **__: [])
     message = refusal(folder, quantization, read)
     assert message.startswith("FOLDER has 3 faults:\n")
     assert "9 weights are not in its files" in message
-    assert (
-        "6 weights have other sizes: model.layers.0.mlp.down_proj.weight is (64, 128) in the files, (64, 256) in the model"
-        in message
+    assert SIZES in message
+    assert "model.norm.weight in " in message
+
+
+def test_sizes_come_with_damaged_files_and_what_these_lack_is_told_once(folder):
+    expected = missing(folder)
+    other_config(folder)
+    message = refusal(folder)
+    assert message.startswith("FOLDER has 2 faults:\n")
+    assert expected in message
+    assert "weights have other sizes: model.layers." in message
+    assert "not in its files" not in message
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_joined_into_one_weight_are_compared_with_each_other(tmp_path, family):
+    sizes = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    folder = save_family(family, tmp_path / "model", **(sizes if family == "qwen3_moe" else {"num_local_experts": 4}))
+    config = BackboneConfig(name=str(folder))
+    assert faults_before_reading(config, folder) == []
+    state = load_file(folder / "model.safetensors")
+    names = sorted(name for name in state if ".layers.1." in name and ".experts.2." in name)
+    assert len(names) == 3  # transformers writes them apart, as the published files have them
+    save_file({**state, names[0]: torch.zeros(3, 5)}, folder / "model.safetensors", metadata={"format": "pt"})
+    (fault,) = faults_before_reading(config, folder)
+    assert fault.startswith(
+        f"1 weights of experts have other sizes than those beside them: {names[0]} is (3, 5), others are ("
     )
-    assert f"{norm} in " in message
+    state.pop(names[0])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (fault,) = faults_before_reading(config, folder)
+    assert (
+        fault
+        == f"1 weights of experts are not in its files, where other experts have them: {names[0]}: copy or fetch it again"
+    )
+
+
+def test_looking_at_headers_says_nothing_and_leaves_what_transformers_says_as_it_is(folder, capfd, caplog):
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    other_config(folder)
+    assert len(faults_before_reading(BackboneConfig(name=str(folder)), folder)) == 2
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("read", ["each", "rank0"])

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from transformers import (
 from trainer.config import BackboneConfig
 from trainer.models.backbone import quantization
 from trainer.models.backbone.fingerprint import Measured
-from trainer.models.backbone.model_files import WeightFiles, folder_faults, tokenizer_faults, weight_files
+from trainer.models.backbone.header_check import family_of, faults_of_shapes, incomplete, some
+from trainer.models.backbone.model_files import (
+    WeightFiles,
+    folder_faults,
+    has_vocabulary,
+    has_weights,
+    tokenizer_faults,
+    weight_files,
+)
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
 from trainer.models.backbone.sharded import Partitioner, StreamingLoad
 from trainer.models.ranks import Ranks, SingleProcess
@@ -149,7 +157,7 @@ def load_model(
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_explain(config, source, "weights", error)) from error
-    faults = _incomplete(shape.model_type, info, stream)
+    faults = incomplete(shape.model_type, info, stream.shapes)
     measured = {} if faults else stream.finish(model)
     faults += _not_finite(source, model, stream)
     if faults:
@@ -163,19 +171,47 @@ def load_model(
 def _check_files(config: BackboneConfig, source: str, ranks: Ranks) -> None:
     """Refuse a folder whose files cannot make a model, before any weight is read; under `read: rank0` rank 0 alone looks."""
     each = config.read == "each"
-    faults = _faults_of(source, weights=True) if each or ranks.is_rank_zero else []
+    faults = faults_before_reading(config, source) if each or ranks.is_rank_zero else []
     if not each:
         faults = ranks.broadcast_object(faults)
     if faults:
         raise BackboneError(_listed(config, faults))
 
 
-def _faults_of(source: str, *, weights: bool = False, tokenizer: bool = False) -> list[str]:
-    """What is wrong with a folder's files; with its `weights` also where it has none: it may have been fetched so."""
+def faults_before_reading(config: BackboneConfig, source: str | Path) -> list[str]:
+    """Everything about a folder's model that JSON and headers tell: its files, missing weights, other sizes."""
     folder = Path(source)
     if not folder.is_dir():
         return []
-    faults = folder_faults(folder, weights=weights or next(folder.glob("*.safetensors"), None) is not None)
+    found = weight_files(folder)
+    faults = folder_faults(folder, found)
+    if not found.shape_of:
+        return faults
+    try:
+        shape = AutoConfig.from_pretrained(folder, **_common(config))
+    except UNREADABLE:
+        return faults  # among them; else load_shape explains it
+    if getattr(shape, "quantization_config", None) is not None:
+        return faults  # its tensors are not the model's; load_shape refuses it
+    trusted = config.trust_remote_code
+    return faults + faults_of_shapes(shape, found.shape_of, whole=not found.faults, trust_remote_code=trusted)
+
+
+def faults_of_present_files(config: BackboneConfig) -> list[str]:
+    """What a run would refuse in a model's folder; weights and tokenizer may have been left out, to plan with."""
+    folder = Path(config.name).expanduser()
+    if not folder.is_dir():
+        return []
+    faults = faults_before_reading(config, folder) if has_weights(folder) else folder_faults(folder)
+    return faults + (tokenizer_faults(folder) if has_vocabulary(folder) else [])
+
+
+def _faults_of(source: str, *, tokenizer: bool = False) -> list[str]:
+    """What is wrong with a folder's files, its weights among them where it has any."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return []
+    faults = folder_faults(folder, weight_files(folder) if has_weights(folder) else None)
     return faults + (tokenizer_faults(folder) if tokenizer else [])
 
 
@@ -193,32 +229,10 @@ def _from_pretrained(
     common = _common(config)
     load: Any = AutoModelForCausalLM.from_pretrained  # with loading info: a pair, which its type does not say
     if config.read == "rank0" and ranks.size > 1:
-        trusted = common.pop("trust_remote_code")
-        with torch.device("meta"):
-            family = type(AutoModelForCausalLM.from_config(copy.deepcopy(options["config"]), trust_remote_code=trusted))
+        family: Any = family_of(options["config"], common.pop("trust_remote_code"))
         options["state_dict"] = broadcast_tensors(lambda: safetensors_files(source, **common), device, ranks)
         return family.from_pretrained(None, output_loading_info=True, **options)
     return load(source, output_loading_info=True, **options, **common)
-
-
-def _incomplete(kind: str, info: dict[str, Any], stream: StreamingLoad) -> list[str]:
-    """Weights that are missing or of another shape, from transformers' report and from what was streamed."""
-    faults = []
-    if info["missing_keys"]:
-        faults.append(
-            f"{len(info['missing_keys'])} weights are not in its files and would be random: "
-            f"{_some(info['missing_keys'])}. The files do not belong to this architecture ({kind})"
-        )
-    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]} | stream.shapes
-    if shapes:
-        listed = _some(
-            f"{name} is {found} in the files, {wanted} in the model" for name, (found, wanted) in shapes.items()
-        )
-        faults.append(
-            f"{len(shapes)} weights have other sizes: {listed}. The files do not belong to its config.json: copy or fetch "
-            "both from one source, of one version"
-        )
-    return faults
 
 
 def _not_finite(source: str, model: PreTrainedModel, stream: StreamingLoad) -> list[str]:
@@ -244,13 +258,8 @@ def _not_finite(source: str, model: PreTrainedModel, stream: StreamingLoad) -> l
 def _warn_of_unused(name: str, kind: str, keys: Collection[str]) -> None:
     if keys:
         log.warning(
-            "%s: %d tensors in its files are no part of a %s and are left out: %s", name, len(keys), kind, _some(keys)
+            "%s: %d tensors in its files are no part of a %s and are left out: %s", name, len(keys), kind, some(keys)
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
 
 
 def load_shape(config: BackboneConfig, folder: Path | None = None) -> PretrainedConfig:

@@ -25,10 +25,11 @@ AGAIN = "copy or fetch it again"
 
 @dataclass
 class WeightFiles:
-    """The safetensors files of a folder: their bytes, the file of every tensor, and what is wrong, in sentences."""
+    """The safetensors files of a folder: their bytes, the file and the shape of every tensor, and what is wrong, in sentences."""
 
     size: int = 0
     file_of: dict[str, str] = field(default_factory=dict)
+    shape_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def where(self, name: str) -> str:
@@ -39,8 +40,8 @@ class WeightFiles:
         return f" in {found}" if found else ""
 
 
-def folder_faults(folder: Path, *, weights: bool = True) -> list[str]:
-    """Everything that is wrong with config.json, with adapters beside the model and, if asked, with its weight files."""
+def folder_faults(folder: Path, weights: WeightFiles | None = None) -> list[str]:
+    """Everything that is wrong with config.json, with adapters beside the model and, if given, with its weight files."""
     _, faults = _json_object(folder / CONFIG_NAME)
     if (folder / ADAPTER_CONFIG_NAME).exists():
         faults.append(
@@ -48,7 +49,7 @@ def folder_faults(folder: Path, *, weights: bool = True) -> list[str]:
             "adapter_model.* out of the folder to use the model alone; to use the adapter, merge it into the model first "
             "(peft's merge_and_unload) and name the result"
         )
-    return faults + (weight_files(folder).faults if weights else [])
+    return faults + ([] if weights is None else weights.faults)
 
 
 def tokenizer_faults(folder: Path) -> list[str]:
@@ -66,10 +67,13 @@ def tokenizer_faults(folder: Path) -> list[str]:
     return faults
 
 
-def faults_of_present_files(folder: Path) -> list[str]:
-    """What is wrong with the files that are there: weights and tokenizer may have been left out, to plan with."""
-    faults = folder_faults(folder, weights=next(folder.glob("*.safetensors"), None) is not None)
-    return faults + (tokenizer_faults(folder) if any((folder / name).exists() for name in VOCABULARIES) else [])
+def has_weights(folder: Path) -> bool:
+    """Whether there is any safetensors file: a folder may have been fetched without, to plan with."""
+    return next(folder.glob("*.safetensors"), None) is not None
+
+
+def has_vocabulary(folder: Path) -> bool:
+    return any((folder / name).exists() for name in VOCABULARIES)
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -128,16 +132,16 @@ def _open(folder: Path, name: str, found: WeightFiles, places: str = "") -> bool
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         found.faults += _content(path) or [f"{name} {_cut_short(path) or f'is damaged ({error})'}: {AGAIN}"]
         return False
     found.size += path.stat().st_size
     twice: dict[str, list[str]] = {}
-    for key in keys:
+    for key, shape in shapes.items():
         if key in found.file_of:
             twice.setdefault(found.file_of[key], []).append(key)
-        found.file_of[key] = name
+        found.file_of[key], found.shape_of[key] = name, shape
     for other, tensors in twice.items():
         found.faults.append(
             f"{_some(tensors)} {'is' if len(tensors) == 1 else 'are'} both in {other} and in {name}, and which counts is "
