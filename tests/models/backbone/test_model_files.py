@@ -373,6 +373,73 @@ def test_experts_that_are_joined_into_one_weight_are_compared_with_each_other(tm
     )
 
 
+def whole(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The folder with one weight file, changed."""
+    state = {name: tensor for path in shards(folder) for name, tensor in load_file(path).items()}
+    for path in (*shards(folder), folder / INDEX):
+        path.unlink()
+    changed = change(state)
+    save_file(changed if isinstance(changed, dict) else state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_layers_that_config_json_does_not_count_are_not_left_out(folder):
+    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=1))
+    expected = "FOLDER: config.json has 1 layers, and its files 1 more, which would be left out: model.layers.1. "
+    assert refusal(folder).startswith(expected)
+    whole(folder, lambda state: state.update({"model.layers.1.eh_proj.weight": torch.zeros(64, 64)}))
+    assert faults_before_reading(BackboneConfig(name=str(folder)), folder) == []  # a layer for more tokens at once
+
+
+@pytest.mark.parametrize(
+    ("prefix", "by"), [("base_model.model.", "peft"), ("module.", "Distributed"), ("_orig_mod.", "torch")]
+)
+def test_names_of_a_wrapper_are_called_so(folder, prefix, by):
+    whole(folder, lambda state: {prefix + name: tensor for name, tensor in state.items()})
+    assert refusal(folder).startswith(
+        f"FOLDER: the names of its tensors begin with {prefix}: it was saved inside of {by}"
+    )
+
+
+def test_integers_are_no_weights_and_8_bits_are_where_no_scales_are_beside_them(folder):
+    up, down = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state[up], state[down] = state[up].to(torch.int8), state[down].to(torch.float8_e4m3fn)
+
+    whole(folder, change)
+    assert refusal(folder).startswith(
+        f"FOLDER: 1 weights are stored as I8, with no quantization_config that says how: {up}. "
+    )
+    state = load_file(folder / "model.safetensors")
+    state |= {up: state[up].float(), down + "_scale_inv": torch.ones(1)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"1 weights are stored as F8_E4M3, with no quantization_config that says how: {down}. " in refusal(folder)
+    state.pop(down + "_scale_inv")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert faults_before_reading(BackboneConfig(name=str(folder)), folder) == []
+
+
+def test_a_link_to_nothing_is_called_one(folder):
+    whole(folder, lambda state: None)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/0a")
+    assert refusal(folder) == "FOLDER: model.safetensors is a link to ../blobs/0a, which is not there. Copy or fetch it"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"rms_norm_eps": "x"}, "the configuration of FOLDER could not be read: Validation error for field 'rms_norm_eps'"),
+        ("config.json", {"hidden_act": "nope"}, "the weights of FOLDER could not be read: 'nope' is missing from its files, or is named in them"),
+        ("tokenizer.json", None, "the tokenizer of FOLDER could not be read: 'added_tokens' is missing from its files"),
+    ],
+)  # fmt: skip
+def test_wrong_values_of_json_files_are_said_to_be_in_them(folder, file, changes, message):
+    edit_json(folder / file, lambda value: value.clear() if changes is None else value.update(changes))
+    assert refusal(folder).startswith(message)
+
+
 def test_looking_at_headers_says_nothing_and_leaves_what_transformers_says_as_it_is(folder, capfd, caplog):
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     other_config(folder)

@@ -22,6 +22,8 @@ from trainer.models.backbone.model_files import AGAIN
 
 log = logging.getLogger(__name__)
 
+WRAPPERS = {"base_model.model.": "peft", "module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+LAYER = re.compile(r"(?P<before>\D*\.)(?P<layer>\d+)\.(?P<leaf>.*)")
 EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>.*)")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -57,7 +59,9 @@ def faults_of_shapes(shape: PretrainedConfig, stored: Shapes, *, whole: bool, tr
             log.info("sizes of weights are compared as they are read: headers do not tell (%s)", error)
         return faults
     faults = incomplete(shape.model_type, info if whole else {**info, "missing_keys": ()})
-    return (_uneven_experts(stored) if whole and faults else []) or faults
+    if faults:
+        return _wrapped(stored) or (_uneven_experts(stored) if whole else []) or faults
+    return _layers_left_out(stored, getattr(shape.get_text_config(), "num_hidden_layers", 0))
 
 
 def incomplete(kind: str, info: Mapping[str, Any], others: Mapping[str, tuple[Any, Any]] | None = None) -> list[str]:
@@ -86,6 +90,37 @@ def some(names: Any) -> str:
     """The first four, in alphabetical order."""
     names = sorted(names)
     return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+
+
+def _wrapped(stored: Shapes) -> list[str]:
+    """Names that a wrapper has put something in front of."""
+    return [
+        f"the names of its tensors begin with {prefix}: it was saved inside of {by}. Save the model itself"
+        + (" (merge_and_unload() gives it)" if by == "peft" else "")
+        for prefix, by in WRAPPERS.items()
+        if stored and all(name.startswith(prefix) for name in stored)
+    ]
+
+
+def _layers_left_out(stored: Shapes, layers: int) -> list[str]:
+    """Layers behind the last that config.json counts and of the same tensors as one before it: not those that only help to predict
+    more tokens at once, which have more tensors and are left out rightly."""
+    leaves: dict[str, dict[int, set[str]]] = {}
+    for name in stored:
+        found = LAYER.fullmatch(name)
+        if found:
+            leaves.setdefault(found["before"], {}).setdefault(int(found["layer"]), set()).add(found["leaf"])
+    faults = []
+    for before, leaves_of in leaves.items():
+        usual = {frozenset(names) for layer, names in leaves_of.items() if layer < layers}
+        more = sorted(layer for layer, names in leaves_of.items() if layer >= layers and frozenset(names) in usual)
+        if more and len(leaves_of) > layers:
+            listed = some(f"{before}{layer}" for layer in more)
+            faults.append(
+                f"config.json has {layers} layers, and its files {len(more)} more, which would be left out: {listed}. The files do not "
+                "belong to its config.json: copy or fetch both from one source, of one version"
+            )
+    return faults
 
 
 def _uneven_experts(stored: Shapes) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -35,6 +36,7 @@ from trainer.models.backbone.model_files import (
     folder_faults,
     has_vocabulary,
     has_weights,
+    quantised_weights,
     tokenizer_faults,
     weight_files,
 )
@@ -84,7 +86,10 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
         tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
     except UNREADABLE as error:
         faults = _faults_of(source, tokenizer=True)
-        raise BackboneError(_listed(config, faults) or _explain(config, source, "tokenizer", error)) from error
+        what = (
+            "configuration" if isinstance(error, StrictDataclassError) else "tokenizer"
+        )  # which reads config.json too
+        raise BackboneError(_listed(config, faults) or _explain(config, source, what, error)) from error
     try:
         end = end_token(tokenizer)
     except ValueError as error:
@@ -193,6 +198,7 @@ def faults_before_reading(config: BackboneConfig, source: str | Path) -> list[st
         return faults  # among them; else load_shape explains it
     if getattr(shape, "quantization_config", None) is not None:
         return faults  # its tensors are not the model's; load_shape refuses it
+    faults += quantised_weights(found)
     trusted = config.trust_remote_code
     return faults + faults_of_shapes(shape, found.shape_of, whole=not found.faults, trust_remote_code=trusted)
 
@@ -378,8 +384,13 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             f"{config.name}{at} has no safetensors weights, and others (pickles) are not read: name a model that has them, "
             f"or convert them where you trust them: {CONVERT.format(source=source)}"
         )
-    if "Unrecognized configuration class" in text or "Unrecognized model" in text or isinstance(error, KeyError):
+    if "Unrecognized configuration class" in text or "Unrecognized model" in text:
         return f"{config.name} is not a causal language model that transformers knows: {text.splitlines()[0]}"
+    if isinstance(error, KeyError):
+        return (
+            f"the {what} of {config.name}{at} could not be read: {text} is missing from its files, or is named in them and unknown to "
+            f"transformers {transformers.__version__}"
+        )
     if hub and constants.HF_HUB_OFFLINE:
         return (
             f"the {what} of {config.name}{at} is not in the local cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is "

@@ -7,6 +7,7 @@ behind the header), then the tensors. Source: https://github.com/huggingface/saf
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,18 @@ KINDS = (".safetensors", ".json", ".model", ".txt")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")  # fmt: skip
 AGAIN = "copy or fetch it again"
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 
 
 @dataclass
 class WeightFiles:
-    """The safetensors files of a folder: their bytes, the file and the shape of every tensor, and what is wrong, in sentences."""
+    """The safetensors files of a folder: their bytes; the file, the shape and the stored type (safetensors' name) of every tensor; and
+    what is wrong, in sentences."""
 
     size: int = 0
     file_of: dict[str, str] = field(default_factory=dict)
     shape_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    type_of: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def where(self, name: str) -> str:
@@ -85,7 +89,7 @@ def weight_files(folder: Path) -> WeightFiles:
     named = _json_object(folder / CONFIG_NAME)[0].get("transformers_weights")
     single = named if isinstance(named, str) else SAFE_WEIGHTS_NAME
     index = single if single.endswith(".index.json") else SAFE_WEIGHTS_INDEX_NAME
-    if single != index and (folder / single).exists():
+    if single != index and os.path.lexists(folder / single):
         _open(folder, single, found)
         return found
     if not (folder / index).exists():
@@ -105,6 +109,20 @@ def weight_files(folder: Path) -> WeightFiles:
     else:
         found.faults.append(f"{index} has no weight_map (tensor name -> file): {AGAIN}")
     return found
+
+
+def quantised_weights(found: WeightFiles) -> list[str]:
+    """Weights that are stored as integers, or in 8 bits with scales beside them: read as numbers they are others than were meant."""
+    scaled = {name.rpartition("_scale")[0] for name in found.type_of if "weight_scale" in name}
+    odd: dict[str, list[str]] = {}
+    for name, kind in found.type_of.items():
+        if name.endswith(".weight") and kind not in FLOATS and (not kind.startswith("F8") or name in scaled):
+            odd.setdefault(kind, []).append(name)
+    return [
+        f"{len(names)} weights are stored as {kind}, with no quantization_config that says how: {_some(names)}. Name the unquantised "
+        "model, and set model.backbone.quantization=nf4 for 4 bits"
+        for kind, names in odd.items()
+    ]
 
 
 def _open_shards(folder: Path, index: str, weight_map: Mapping[str, str], found: WeightFiles) -> None:
@@ -128,20 +146,22 @@ def _open(folder: Path, name: str, found: WeightFiles, places: str = "") -> bool
     """Add the tensors of one file; false, with a fault, where it cannot be read."""
     path = folder / name
     if not path.exists():
-        found.faults.append(f"{name} is missing{places}. Copy or fetch it")
+        link = f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "is missing"
+        found.faults.append(f"{name} {link}{places}. Copy or fetch it")
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            headers = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            forms = {key: (tuple(header.get_shape()), str(header.get_dtype())) for key, header in headers.items()}
     except (OSError, SafetensorError) as error:
         found.faults += _content(path) or [f"{name} {_cut_short(path) or f'is damaged ({error})'}: {AGAIN}"]
         return False
     found.size += path.stat().st_size
     twice: dict[str, list[str]] = {}
-    for key, shape in shapes.items():
+    for key, (shape, kind) in forms.items():
         if key in found.file_of:
             twice.setdefault(found.file_of[key], []).append(key)
-        found.file_of[key], found.shape_of[key] = name, shape
+        found.file_of[key], found.shape_of[key], found.type_of[key] = name, shape, kind
     for other, tensors in twice.items():
         found.faults.append(
             f"{_some(tensors)} {'is' if len(tensors) == 1 else 'are'} both in {other} and in {name}, and which counts is "
