@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 
 from launch.doctor.findings import Findings
 from trainer.config import BackboneConfig, RunConfig, load_config
@@ -83,8 +81,8 @@ def _check_model(findings: Findings, resolved: ResolvedConfig, scratch: Path) ->
             findings.add(PART, "model", "skipped", "the offline backbone's tokenizer is made from the data")
             return False
         build_tiny(backbone.tiny, tiny_texts(resolved.config, resolved.tasks, resolved.data), folder)
+    tokenizer = load_tokenizer(backbone, folder)  # its error has all faults of a folder
     shape = load_shape(backbone, folder)
-    tokenizer = load_tokenizer(backbone, folder)
     rows = getattr(shape.get_text_config(), "vocab_size", None)
     found = f"{backbone.name} ({shape.model_type}), {rows} embeddings, {len(tokenizer)} tokens"
     if rows is not None and len(tokenizer) > rows:
@@ -113,10 +111,10 @@ def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any)
 def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:
     path = Path(backbone.name).expanduser()
     if path.is_dir():
-        bytes_, faults = _weights_in(path)
+        bytes_, faults = _weights_in(backbone, path)
         found = f"{bytes_ / GB:.2f} GB in {path}"
         if faults:
-            findings.add(PART, "weights", "fault", "; ".join(faults[:4]), "copy or fetch the model again")
+            findings.add(PART, "weights", "fault", "; ".join(faults), "copy or fetch the model again")
             return False
         findings.add(PART, "weights", "ok", found, bytes=bytes_)
         return True
@@ -128,7 +126,7 @@ def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
     for name in (INDEX, WEIGHTS):
         cached = try_to_load_from_cache(backbone.name, name, revision=revision)
         if isinstance(cached, str):
-            bytes_, faults = _weights_in(Path(cached).parent)
+            bytes_, faults = _weights_in(backbone, Path(cached).parent)
             if not faults:
                 findings.add(PART, "weights", "ok", f"{bytes_ / GB:.2f} GB in the local cache", bytes=bytes_)
                 return True
@@ -148,19 +146,12 @@ def _check_hub(findings: Findings, backbone: BackboneConfig) -> bool:
     return False
 
 
-def _weights_in(folder: Path) -> tuple[int, list[str]]:
-    """Bytes of a model folder's safetensors files, and what is wrong with them; their headers are read."""
-    names, faults, total = [WEIGHTS], list[str](), 0
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError) as error:
-            return 0, [f"{INDEX} cannot be read: {error}"]
-    for name in names:
-        try:
-            with safe_open(folder / name, "pt"):
-                total += (folder / name).stat().st_size
-        except (OSError, SafetensorError) as error:
-            faults.append(f"{name}: {error}")
-    return total, faults
+def _weights_in(backbone: BackboneConfig, folder: Path) -> tuple[int, list[str]]:
+    """Bytes of a model folder's safetensors files, and what is wrong with the folder; headers are read."""
+    from trainer.models.backbone.loading import faults_before_reading
+    from trainer.models.backbone.model_files import weight_files
+
+    found, faults = weight_files(folder), faults_before_reading(backbone, folder)
+    if not found.file_of and not faults:
+        faults = [f"neither {WEIGHTS} nor {INDEX} is there"]
+    return found.size, faults

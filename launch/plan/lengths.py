@@ -26,7 +26,7 @@ from trainer.data.folder import read_record
 from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
-from trainer.models.backbone.loading import BackboneError, load_tokenizer
+from trainer.models.backbone.loading import BackboneError, faults_of_present_files, load_tokenizer
 from trainer.run.assemble import make_objective
 from trainer.run.guards.probe import largest
 from trainer.tasks import Task, get_task
@@ -185,10 +185,10 @@ def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, 
 
 def _tokenizer(config: RunConfig, notes: list[str]) -> PreTrainedTokenizerBase | None:
     if config.model.backbone.name != "tiny":
+        faults = faults_of_present_files(config.model.backbone)
+        notes.extend(f"a run would refuse {config.model.backbone.name}: {fault}" for fault in faults)
         with contextlib.suppress(BackboneError):
-            tokenizer = load_tokenizer(config.model.backbone)
-            if encode(tokenizer, "a word"):  # from a folder without one, transformers makes one that knows nothing
-                return tokenizer
+            return load_tokenizer(config.model.backbone)
     per = ", ".join(f"{n:g} in {language}" for language, n in CHARACTERS_PER_TOKEN.items())
     notes.append(f"no tokenizer here: characters per token taken as {per}")
     return None

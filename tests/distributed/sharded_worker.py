@@ -102,6 +102,10 @@ def faults(models: Path, world: World) -> dict[str, str]:
         "others have none": build("qwen2", "bare", read="rank0"),
         "first has none": build("bare", "qwen2", read="rank0"),
         "first is damaged": build("cut", "qwen2", read="rank0"),
+        "each finds nan": build("nan", "nan"),
+        "first finds nan": build("nan", "nan", read="rank0"),
+        "each finds other sizes": build("sizes", "sizes"),
+        "first finds other sizes": build("sizes", "sizes", read="rank0"),
     }
 
 

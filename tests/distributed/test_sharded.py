@@ -72,11 +72,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, stored in variants.items():
         shutil.copytree(root / "tied", root / name)
         save_file(stored, root / name / "model.safetensors", metadata={"format": "pt"})
-    for name in ("changed", "bare", "cut"):
+    for name in ("changed", "bare", "cut", "nan", "sizes"):
         shutil.copytree(root / "qwen2", root / name)
     state = load_file(root / "qwen2" / "model.safetensors")
     state["model.layers.1.mlp.up_proj.weight"][3, 5] += 1.0
     save_file(state, root / "changed" / "model.safetensors", metadata={"format": "pt"})
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(state, root / "nan" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((root / "sizes" / "config.json").read_text())
+    (root / "sizes" / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
     (root / "bare" / "model.safetensors").unlink()
     whole = (root / "cut" / "model.safetensors").read_bytes()
     (root / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -140,7 +144,18 @@ def test_ranks_that_find_other_files_are_refused(two: Any) -> None:
     assert "rank 1 read other weights than rank 0" in result["others differ"]
     assert len(result["others have none"]) == 64  # a hash: rank 0 read for all
     assert "no safetensors weights" in result["first has none"]
-    assert "are damaged" in result["first is damaged"]
+    assert "model.safetensors is cut short" in result["first is damaged"]
+
+
+def test_ranks_that_keep_their_parts_refuse_nan_and_other_sizes(two: Any) -> None:
+    result = two[0][0]["faults"]
+    for reader in ("each", "first"):
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert f"{name} in model.safetensors has 1 nan among 8,192 values" in result[f"{reader} finds nan"]
+        assert (
+            "6 weights have other sizes: model.layers.0.mlp.down_proj.weight is (64, 128) in the files"
+            in (result[f"{reader} finds other sizes"])
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -98,12 +98,27 @@ def test_damaged_models_are_found(work: Path, tmp_path: Path) -> None:
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[a-z]+"}, "content": "x"}
     blind.write_text(json.dumps(tokenizer))
     result = {}
-    for name in ("cut", "gone", "small", "blind"):
+    (damaged(work, tmp_path / "adapter") / "adapter_config.json").write_text("{}")
+    (damaged(work, tmp_path / "bare") / "model.safetensors").unlink()
+    several = damaged(work, tmp_path / "several")
+    (several / "config.json").write_text("{")
+    (several / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>")
+    (several / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for name in ("cut", "gone", "small", "blind", "adapter", "bare", "several"):
         found, checks = examined(work, tmp_path, f"model.backbone.name={tmp_path}/{name}")
         result[name] = {check.name: check.found for check in checks.values() if check.state == "fault"}
         assert name == "blind" or (found is not None and not found.complete)
     assert "model.safetensors" in result["cut"]["weights"]
-    assert "model-2.safetensors" in result["gone"]["weights"]
+    assert "model-2.safetensors is missing" in result["gone"]["weights"]
+    assert "adapter_config.json lies beside a full model" in result["adapter"]["weights"]
+    assert "neither model.safetensors nor" in result["bare"]["weights"]
+    for part in (
+        "has 3 faults",
+        "config.json is no JSON",
+        "model.safetensors is an HTML page",
+        "tokenizer.json is a Git",
+    ):
+        assert part in result["several"]["model"]
     assert "more tokens than the model" in result["small"]["model"]
     assert "joy" in result["blind"]["answers of meld"]
 

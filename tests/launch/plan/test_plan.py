@@ -337,6 +337,23 @@ def test_faults_in_words(tmp_path):
         make_plan(config_of(train__offload="cpu", train__zero=0), 1, 1, 0, Throughput())
 
 
+def test_says_which_files_of_a_folder_a_run_would_refuse(tmp_path: Path) -> None:
+    folder = save_family("qwen2", tmp_path / "model")
+    config = config_of(model__backbone__name=str(folder))
+    assert not [note for note in run_lengths(config, 1).assumptions if "refuse" in note]
+    (folder / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{")
+    notes = [note for note in run_lengths(config, 1).assumptions if note.startswith(f"a run would refuse {folder}: ")]
+    assert len(notes) == 3
+    for part in ("model.safetensors is an HTML page", "adapter_config.json lies beside", "tokenizer.json is no JSON"):
+        assert sum(part in note for note in notes) == 1
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").unlink()
+    (folder / "tokenizer.json").unlink()  # nor does a folder without weights and tokenizer hinder a plan
+    assert not [note for note in run_lengths(config, 1).assumptions if "refuse" in note]
+
+
 def test_shows_what_does_not_fit(tmp_path):
     config = config_of(model__backbone__name=str(qwen("0.5B", tmp_path)), data__path=str(tmp_path / "none"))
     lines = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
-from trainer.data.file_kinds import misnamed
 from trainer.data.readers.joined import join
 from trainer.data.readers.raw import ALL, SPLITS, RawSample, ReaderError, Source, Table
 from trainer.data.readers.registry import ReadContext, Reader, in_folder, known_readers, reader_of
+from trainer.file_kinds import misnamed
 from trainer.tasks import Task
 
 Found = dict[str, dict[str, list[Table]]]  # split -> reader's name -> tables

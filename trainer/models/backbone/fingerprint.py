@@ -1,4 +1,4 @@
-"""What is measured of a frozen weight while it is whole: a hash of what is stored, and the length of embeddings.
+"""What is measured of a frozen weight while it is whole: a hash of what is stored, whether it is finite, and the length of embeddings.
 
 Under ZeRO-3 no rank holds whole weights after loading, so the loader measures each one as it passes.
 """
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+BLOCK = 1 << 19  # elements that are hashed and checked together, while a core's cache has them
+INFINITY = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -19,6 +22,7 @@ class Measured:
 
     parts: tuple[tuple[str, str, tuple[int, ...], str], ...]
     row_norm_V: Tensor | None = None  # L2 norms of an embedding's rows, float32
+    finite: bool = True  # no nan and no infinity in what is stored
 
 
 def measure(parameter: nn.Parameter, *, rows: bool = False) -> Measured:
@@ -27,8 +31,9 @@ def measure(parameter: nn.Parameter, *, rows: bool = False) -> Measured:
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         stored += [(f".{key}", value) for key, value in sorted(state.as_dict(packed=True).items())]
-    parts = tuple((name, str(t.dtype), tuple(t.shape), _digest(t)) for name, t in stored)
-    return Measured(parts, row_norms(parameter.data) if rows else None)
+    digests = [_digest(tensor) for _, tensor in stored]
+    parts = tuple((name, str(t.dtype), tuple(t.shape), d) for (name, t), (d, _) in zip(stored, digests, strict=True))
+    return Measured(parts, row_norms(parameter.data) if rows else None, all(finite for _, finite in digests))
 
 
 def fingerprint(weights: Iterable[tuple[str, Measured]]) -> str:
@@ -45,6 +50,39 @@ def row_norms(weight_VH: Tensor) -> Tensor:
     return torch.cat([block.float().norm(dim=1) for block in weight_VH.detach().split(8192)])
 
 
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+def is_finite(values: Tensor) -> bool:
+    """Whether floating values have neither nan nor infinity; of 8 bits and less, and of integers, always true."""
+    if values.dtype not in INFINITY:
+        return True
+    if values.device.type != "cpu":
+        return bool(values.isfinite().all())
+    return all(map(_finite_bits, values.detach().contiguous().reshape(-1).split(BLOCK)))
+
+
+def _finite_bits(block: Tensor) -> bool:
+    """:func:`is_finite` of a flat block on the CPU, from its bits (IEEE 754), several times as fast as by `isfinite`.
+
+    All exponent bits are set in nan and infinity alone. As integers with a sign, positive ones are therefore at least infinity's
+    bits, and everything else is below; as integers without, the same is true of negative ones and the bits of -infinity.
+    """
+    infinity, size = INFINITY.get(block.dtype), block.dtype.itemsize
+    if infinity is None or not block.numel():
+        return True
+    bits = block.view(torch.uint8).numpy()
+    below = bits.view(f"i{size}").max() < infinity
+    return bool(below and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1))
+
+
+def count_non_finite(values: Tensor) -> str:
+    """`2 nan and 1 infinite among 4,096 values`."""
+    counts = {"nan": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
+    return f"{' and '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)} among {values.numel():,} values"
+
+
+def _digest(tensor: Tensor) -> tuple[str, bool]:
+    """sha256 of a tensor's bytes, and whether it is finite, in one pass."""
+    total, finite = hashlib.sha256(), True
+    for block in tensor.detach().contiguous().cpu().reshape(-1).split(BLOCK):
+        total.update(block.view(torch.uint8).numpy().data)
+        finite = finite and _finite_bits(block)
+    return total.hexdigest(), finite

@@ -8,13 +8,15 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,10 +30,20 @@ from transformers import (
 from trainer.config import BackboneConfig
 from trainer.models.backbone import quantization
 from trainer.models.backbone.fingerprint import Measured
+from trainer.models.backbone.header_check import family_of, faults_of_shapes, incomplete, some
+from trainer.models.backbone.model_files import (
+    WeightFiles,
+    folder_faults,
+    has_vocabulary,
+    has_weights,
+    quantised_weights,
+    tokenizer_faults,
+    weight_files,
+)
 from trainer.models.backbone.rank0_reader import broadcast_tensors, safetensors_files
 from trainer.models.backbone.sharded import Partitioner, StreamingLoad
 from trainer.models.ranks import Ranks, SingleProcess
-from trainer.text import end_token
+from trainer.text import encode, end_token
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +54,7 @@ CONVERT = (  # shown to users; transformers reads pickles with weights_only
 )
 NO_CUDA_EXTENSION = "the installed flash_attn lacks its CUDA extension (it was built without CUDA)"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
 
 class BackboneError(ValueError):
@@ -71,12 +84,19 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
     source = _source(config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(_explain(config, source, "tokenizer", error)) from error
+    except UNREADABLE as error:
+        faults = _faults_of(source, tokenizer=True)
+        what = (
+            "configuration" if isinstance(error, StrictDataclassError) else "tokenizer"
+        )  # which reads config.json too
+        raise BackboneError(_listed(config, faults) or _explain(config, source, what, error)) from error
     try:
         end = end_token(tokenizer)
     except ValueError as error:
-        raise BackboneError(str(error)) from error
+        raise BackboneError(_listed(config, _faults_of(source, tokenizer=True)) or str(error)) from error
+    if not encode(tokenizer, "a word 字"):  # transformers makes an empty one of some folders without any
+        faults = _faults_of(source, tokenizer=True) or ["its tokenizer makes no tokens of words: fetch its files again"]
+        raise BackboneError(_listed(config, faults))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = end
     return tokenizer
@@ -117,6 +137,8 @@ def load_model(
             files or of another shape, already quantised, or weights that NF4 cannot hold.
     """
     source = _source(config, folder)
+    ranks = ranks or SingleProcess()
+    _check_files(config, source, ranks)
     shape = load_shape(config, folder)
     four_bit = None
     if config.quantization == "nf4":
@@ -128,22 +150,82 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": attention,
         "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # all of them are in the report, and refused
     }
     if four_bit is not None or zero3 is not None or config.read == "rank0":
         options["quantization_config"] = stream
     elif device.type != "cpu":
         options["device_map"] = {"": device}
     try:
-        model, info = _from_pretrained(config, source, device, options, ranks or SingleProcess())
+        model, info = _from_pretrained(config, source, device, options, ranks)
     except BackboneError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_explain(config, source, "weights", error)) from error
-    _check_complete(config.name, shape.model_type, info, stream.faults)
-    measured = stream.finish(model)
+    faults = incomplete(shape.model_type, info, stream.shapes)
+    measured = {} if faults else stream.finish(model)
+    faults += _not_finite(source, model, stream)
+    if faults:
+        raise BackboneError(_listed(config, faults))
+    _warn_of_unused(config.name, shape.model_type, info["unexpected_keys"])
     if four_bit is not None:
         quantization.settle(model, config.name)
     return Loaded(model, measured)
+
+
+def _check_files(config: BackboneConfig, source: str, ranks: Ranks) -> None:
+    """Refuse a folder whose files cannot make a model, before any weight is read; under `read: rank0` rank 0 alone looks."""
+    each = config.read == "each"
+    faults = faults_before_reading(config, source) if each or ranks.is_rank_zero else []
+    if not each:
+        faults = ranks.broadcast_object(faults)
+    if faults:
+        raise BackboneError(_listed(config, faults))
+
+
+def faults_before_reading(config: BackboneConfig, source: str | Path) -> list[str]:
+    """Everything about a folder's model that JSON and headers tell: its files, missing weights, other sizes."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return []
+    found = weight_files(folder)
+    faults = folder_faults(folder, found)
+    if not found.shape_of:
+        return faults
+    try:
+        shape = AutoConfig.from_pretrained(folder, **_common(config))
+    except UNREADABLE:
+        return faults  # among them; else load_shape explains it
+    if getattr(shape, "quantization_config", None) is not None:
+        return faults  # its tensors are not the model's; load_shape refuses it
+    faults += quantised_weights(found)
+    trusted = config.trust_remote_code
+    return faults + faults_of_shapes(shape, found.shape_of, whole=not found.faults, trust_remote_code=trusted)
+
+
+def faults_of_present_files(config: BackboneConfig) -> list[str]:
+    """What a run would refuse in a model's folder; weights and tokenizer may have been left out, to plan with."""
+    folder = Path(config.name).expanduser()
+    if not folder.is_dir():
+        return []
+    faults = faults_before_reading(config, folder) if has_weights(folder) else folder_faults(folder)
+    return faults + (tokenizer_faults(folder) if has_vocabulary(folder) else [])
+
+
+def _faults_of(source: str, *, tokenizer: bool = False) -> list[str]:
+    """What is wrong with a folder's files, its weights among them where it has any."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return []
+    faults = folder_faults(folder, weight_files(folder) if has_weights(folder) else None)
+    return faults + (tokenizer_faults(folder) if tokenizer else [])
+
+
+def _listed(config: BackboneConfig, faults: list[str]) -> str:
+    """All faults in one message, "" for none."""
+    if len(faults) < 2:
+        return "".join(f"{config.name}: {fault}" for fault in faults)
+    return f"{config.name} has {len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults)
 
 
 def _from_pretrained(
@@ -153,36 +235,37 @@ def _from_pretrained(
     common = _common(config)
     load: Any = AutoModelForCausalLM.from_pretrained  # with loading info: a pair, which its type does not say
     if config.read == "rank0" and ranks.size > 1:
-        trusted = common.pop("trust_remote_code")
-        with torch.device("meta"):
-            family = type(AutoModelForCausalLM.from_config(copy.deepcopy(options["config"]), trust_remote_code=trusted))
+        family: Any = family_of(options["config"], common.pop("trust_remote_code"))
         options["state_dict"] = broadcast_tensors(lambda: safetensors_files(source, **common), device, ranks)
         return family.from_pretrained(None, output_loading_info=True, **options)
     return load(source, output_loading_info=True, **options, **common)
 
 
-def _check_complete(name: str, kind: str, info: dict[str, Any], faults: list[str]) -> None:
-    """Refuse weights that are missing or of another shape; warn of those that are not used."""
-    if info["missing_keys"]:
-        raise BackboneError(
-            f"{name}: {len(info['missing_keys'])} weights are not in its files and would be random: "
-            f"{_some(info['missing_keys'])}. The files do not belong to this architecture ({kind})"
-        )
-    if faults:
-        raise BackboneError(f"{name}: {'; '.join(faults[:4])}. The files do not belong to its config.json")
-    if info["unexpected_keys"]:
+def _not_finite(source: str, model: PreTrainedModel, stream: StreamingLoad) -> list[str]:
+    """Weights with nan or infinity, with their files."""
+    found = stream.not_finite_in(model)
+    if not found:
+        return []
+    folder = Path(source)
+    files = weight_files(folder) if folder.is_dir() else WeightFiles()
+    listed = "; ".join(f"{name}{files.where(name)} has {what}" for name, what in sorted(found.items())[:4])
+    more = f"; so have {len(found) - 4} more weights" if len(found) > 4 else ""
+    half = (
+        "float16 has no values beyond 65504: try train.precision=bf16 or fp32; else "
+        if stream.dtype == torch.float16
+        else ""
+    )
+    return [
+        f"weights that are not finite: {listed}{more}: {half}copy or fetch the files again, and if they stay so, use another "
+        "checkpoint of the model: this one is broken"
+    ]
+
+
+def _warn_of_unused(name: str, kind: str, keys: Collection[str]) -> None:
+    if keys:
         log.warning(
-            "%s: %d tensors in its files are no part of a %s and are left out: %s",
-            name,
-            len(info["unexpected_keys"]),
-            kind,
-            _some(info["unexpected_keys"]),
+            "%s: %d tensors in its files are no part of a %s and are left out: %s", name, len(keys), kind, some(keys)
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
 
 
 def load_shape(config: BackboneConfig, folder: Path | None = None) -> PretrainedConfig:
@@ -190,8 +273,9 @@ def load_shape(config: BackboneConfig, folder: Path | None = None) -> Pretrained
     source = _source(config, folder)
     try:
         shape = copy.deepcopy(AutoConfig.from_pretrained(source, **_common(config)))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(_explain(config, source, "configuration", error)) from error
+    except UNREADABLE as error:
+        faults = _faults_of(source)
+        raise BackboneError(_listed(config, faults) or _explain(config, source, "configuration", error)) from error
     made = getattr(shape, "quantization_config", None)
     if made is not None:
         method = made.get("quant_method") if isinstance(made, dict) else getattr(made, "quant_method", made)
@@ -260,6 +344,11 @@ def _source(config: BackboneConfig, folder: Path | None) -> str:
     path = Path(config.name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise BackboneError(
+                    f"{config.name} has an adapter (adapter_config.json) and no model: merge it into its base (peft's "
+                    "merge_and_unload) and name the result"
+                )
             raise BackboneError(f"{config.name} is a folder without config.json: no Hugging Face model")
         return str(path)
     if path.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1 or os.sep != "/":
@@ -295,8 +384,13 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             f"{config.name}{at} has no safetensors weights, and others (pickles) are not read: name a model that has them, "
             f"or convert them where you trust them: {CONVERT.format(source=source)}"
         )
-    if "Unrecognized configuration class" in text or "Unrecognized model" in text or isinstance(error, KeyError):
+    if "Unrecognized configuration class" in text or "Unrecognized model" in text:
         return f"{config.name} is not a causal language model that transformers knows: {text.splitlines()[0]}"
+    if isinstance(error, KeyError):
+        return (
+            f"the {what} of {config.name}{at} could not be read: {text} is missing from its files, or is named in them and unknown to "
+            f"transformers {transformers.__version__}"
+        )
     if hub and constants.HF_HUB_OFFLINE:
         return (
             f"the {what} of {config.name}{at} is not in the local cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is "

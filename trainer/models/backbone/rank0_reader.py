@@ -64,16 +64,18 @@ def broadcast_tensors(find: Callable[[], list[Path]], device: torch.device, rank
 def safetensors_files(source: str, **where: Any) -> list[Path]:
     """The safetensors files of a model: a folder, or a hub name, from which they are fetched.
 
+    A single file counts before an index, as in transformers.
+
     Raises:
         OSError: there are none, or they cannot be fetched.
     """
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
-    names = [SAFE_WEIGHTS_NAME]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    found = [
-        cached_file(source, name, _raise_exceptions_for_missing_entries=index is not None, **where) for name in names
-    ]
-    if found == [None]:
+    single, index = (
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if single is not None:
+        return [Path(single)]
+    if index is None:
         raise OSError(f"no file named {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {source}")
-    return [Path(str(path)) for path in found]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(str(cached_file(source, name, **where))) for name in names]

@@ -27,7 +27,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from trainer.models.backbone.fingerprint import Measured, measure
+from trainer.models.backbone.fingerprint import Measured, count_non_finite, is_finite, measure
 from trainer.models.backbone.linear4bit import FrozenLinear4bit
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class Partitioner:
 class StreamingLoad(QuantizationConfigMixin):
     """What happens to every weight while it loads, given to `from_pretrained` as its `quantization_config`.
 
-    Attributes: `faults`, weights whose shape is not the model's.
+    Attributes: `shapes`, by name, a weight's shape in the files and the model's where they differ; `not_finite`, by name, how many
+    values of a weight are nan or infinite.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class StreamingLoad(QuantizationConfigMixin):
     ) -> None:
         self.quant_method: Any = METHOD
         self.four_bit, self.partition, self.dtype, self.device = four_bit, partition, dtype, device
-        self.faults: list[str] = []
+        self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.not_finite: dict[str, str] = {}
+        self.finished = False
         if METHOD not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(METHOD)(StreamQuantizer)
 
@@ -80,14 +83,16 @@ class StreamingLoad(QuantizationConfigMixin):
         module, leaf = _owner(model, name)
         old = module.get_parameter(leaf)
         if value.shape != old.shape:
-            self.faults.append(f"{name} is {tuple(value.shape)} in the files, {tuple(old.shape)} in the model")
+            self.shapes[name] = tuple(value.shape), tuple(old.shape)
         if isinstance(module, Linear4bit) and leaf == "weight":
             options = {key: option for key, option in vars(old).items() if not key.startswith("_")}
+            self._check_finite(name, value, is_finite(value))
             packed: Any = Params4bit(value, **{**options, "requires_grad": False})
             parameter: Any = packed.to(self.device)  # quantises
         else:
             parameter = nn.Parameter(value.to(self.device), requires_grad=value.is_floating_point())
         parameter.measured = measure(parameter, rows=isinstance(module, nn.Embedding) or name in _tied_names(model))
+        self._check_finite(name, parameter.data, parameter.measured.finite)
         if self.partition is not None:
             self.partition(parameter)
             parameter = self._same_as_tied(model, name, parameter)
@@ -96,12 +101,18 @@ class StreamingLoad(QuantizationConfigMixin):
         return parameter
 
     def finish(self, model: PreTrainedModel) -> dict[str, Measured]:
-        """Treat what did not come to :meth:`take`; returns what was measured of every parameter, tied ones once."""
+        """Treat what did not come to :meth:`take`; returns what was measured of every parameter, tied ones once.
+
+        What is not finite is added to `not_finite`.
+        """
 
         def settle(entry: tuple[str, nn.Parameter]) -> Measured:
             name, parameter = entry
-            measured = vars(parameter).pop("measured", None)
-            return measured or measure(parameter, rows=isinstance(_owner(model, name)[0], nn.Embedding))
+            measured: Measured | None = vars(parameter).pop("measured", None)
+            if measured is None:
+                measured = measure(parameter, rows=isinstance(_owner(model, name)[0], nn.Embedding))
+                self._check_finite(name, parameter.data, measured.finite)
+            return measured
 
         parameters = dict(model.named_parameters())
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -109,7 +120,20 @@ class StreamingLoad(QuantizationConfigMixin):
         if self.partition is not None:
             for parameter in parameters.values():
                 self.partition(parameter)
+        self.finished = True
         return found
+
+    def _check_finite(self, name: str, values: Tensor, finite: bool) -> None:
+        if not finite:
+            self.not_finite[name] = count_non_finite(values)
+
+    def not_finite_in(self, model: PreTrainedModel) -> dict[str, str]:
+        """`not_finite`, of a model that is refused before :meth:`finish` too."""
+        if not self.finished:
+            for name, parameter in model.named_parameters():
+                if "measured" not in vars(parameter) and not (parameter.is_meta or is_partitioned(parameter)):
+                    self._check_finite(name, parameter.data, is_finite(parameter.data))
+        return self.not_finite
 
     def _same_as_tied(self, model: PreTrainedModel, name: str, parameter: Any) -> nn.Parameter:
         """The tied weight that was read before, where this one equals it. transformers would compare the two itself, but

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 _HEAD = 4096
@@ -25,13 +26,13 @@ _FORMATS = (
 )
 
 
-def misnamed(path: Path) -> str | None:
-    """What the file is where no format of ours is like it, with what to do; None where it may be what its name says.
+def misnamed(path: Path, suffixes: Collection[str] = _SUFFIXES) -> str | None:
+    """What the file is where no format with these suffixes is like it, with what to do; None where it may be what its name says.
 
     Raises:
         OSError: it cannot be read.
     """
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in suffixes:
         return None
     if not stat.S_ISREG(os.stat(path).st_mode):
         return "is not a regular file: copy what it gives into one"

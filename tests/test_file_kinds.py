@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.file_kinds import misnamed
 from trainer.data.readers.raw import ReaderError
 from trainer.data.readers.source import open_source
+from trainer.file_kinds import misnamed
 from trainer.tasks import get_task
 
 PICKLED = pickle.dumps([{"features": {"text": "a"}, "label": "joy"}])
