@@ -61,8 +61,9 @@ class DataConfig(Section):
         description="Prepared dataset (egmf prepare); '{task}' is replaced by the task's name.",
         json_schema_extra=EXECUTION,
     )
-    prompt_language: Literal["auto", "en", "zh"] = Field(
-        "auto", description="Language of the prompts; auto: the task's own."
+    prompt_language: str = Field(
+        "auto",
+        description="Language of the prompts, such as en or zh, in which every task must have one; auto: the task's own.",
     )
     answers: Literal["words", "indices"] = Field(
         "words", description="words: the model answers with label words; indices: with label numbers."

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +57,7 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     bases = node.pop("extends", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
     parents = [read_layers(locate(base, here.parent), (*chain, here)) for base in bases]
-    return cast(DictConfig, OmegaConf.merge(*parents, node))
+    return cast(DictConfig, _merged([*parents, node], str(path)))
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -80,7 +81,35 @@ def merge(base: Layer, over: Layer, where: str) -> dict[str, Any]:
     Raises:
         ConfigError: the layers do not fit, or a reference in them leads nowhere; `where` begins the message.
     """
+    merged = _merged([base, over], where)
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(base, over), resolve=True))
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _merged(layers: Sequence[Layer], where: str) -> Any:
+    """The layers one over another; OmegaConf refuses a list over a section, or a section over a list, without saying where."""
+    for under, over in itertools.pairwise(layers):
+        if clashes := list(_clashes(under, over)):
+            raise ConfigError(
+                "\n  ".join([f"{where}: {len(clashes)} fault{'s' if len(clashes) > 1 else ''}", *clashes])
+            )
+    try:
+        return OmegaConf.merge(*layers)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _clashes(under: Any, over: Any, key: str = "") -> Iterator[str]:
+    """Where one of two layers has a section and the other a list."""
+    plain = OmegaConf.to_container
+    under, over = (plain(layer) if isinstance(layer, DictConfig) else layer for layer in (under, over))
+    if isinstance(under, Mapping) and isinstance(over, list):
+        yield f"{key}: must be a section with keys such as {', '.join(map(str, list(under)[:3]))}, not a list"
+    elif isinstance(under, list) and isinstance(over, Mapping):
+        yield f"{key}: must be a list, not a section"
+    elif isinstance(under, Mapping) and isinstance(over, Mapping):
+        for name in over:
+            if name in under:
+                yield from _clashes(under[name], over[name], f"{key}.{name}" if key else str(name))

@@ -29,7 +29,7 @@ from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes,
 from trainer.models.backbone.loading import BackboneError, faults_of_present_files, load_tokenizer
 from trainer.run.assemble import make_objective
 from trainer.run.guards.probe import largest
-from trainer.tasks import Task, get_task
+from trainer.tasks import UNSPACED, Task, get_task
 from trainer.text import encode, start_tokens
 
 CHARACTERS_PER_TOKEN = {"en": 4.0, "zh": 1.5}  # where there is no tokenizer
@@ -228,7 +228,7 @@ def _assumed(
     language = prompt_language(task, config.data)
 
     def tokens(text: str) -> int:
-        per = CHARACTERS_PER_TOKEN[language]
+        per = CHARACTERS_PER_TOKEN["zh" if language.split("-")[0] in UNSPACED else "en"]
         return math.ceil(len(text) / per) if tokenizer is None else len(encode(tokenizer, text))
 
     before, after = prompt_texts(task, config.data)

@@ -30,7 +30,7 @@ def launch_local(
     from launch.start.local import launch, single_node_ranks, train_command
 
     loaded = read_config(config, overrides)
-    folder = out or default_out(config, loaded.train.seed)
+    folder = out or default_out(config, loaded.train.seed, loaded.data.fold)
     line = train_command(config, overrides or [], folder, force=force, debug=debug)
     if dry_run:
         typer.echo(f"{procs} processes of: {shlex.join(line)}")
@@ -63,7 +63,7 @@ def launch_hosts(
     from launch.start.local import train_command
 
     loaded = read_config(config, overrides)
-    folder = out or default_out(config, loaded.train.seed)
+    folder = out or default_out(config, loaded.train.seed, loaded.data.fold)
     line = train_command(config, overrides or [], folder, force=force, debug=debug)
     plan = LaunchPlan(read_hostfile(hostfile), tuple(line), folder, master_addr, master_port)
     if no_ssh:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="values that replace the config's, such as train.zero=3", metavar="[KEY=VALUE]..."),
 ]
-Out = Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-s<seed>", metavar="RUN")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="run folder; default runs/<config>-s<seed>, with data.fold runs/<config>-<fold>-s<seed>", metavar="RUN"
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="print one JSON object on stdout, all else on stderr", callback=_reserve_for_json),
@@ -77,9 +83,10 @@ Debug = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, and stop")]
 
 
-def default_out(config: Path, seed: int) -> Path:
-    """The run folder of a config where none is given."""
-    return Path("runs") / f"{config.stem}-s{seed}"
+def default_out(config: Path, seed: int, fold: str | None = None) -> Path:
+    """The run folder of a config where none is given; of a dataset with folds every fold has its own."""
+    part = "" if fold is None else "-" + re.sub(r"[^\w.-]+", "-", fold)
+    return Path("runs") / f"{config.stem}{part}-s{seed}"
 
 
 def read_config(config: Path, overrides: list[str] | None) -> RunConfig:

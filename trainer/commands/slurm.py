@@ -116,7 +116,7 @@ def launch_slurm(
 
     loaded = read_config(config, overrides)
     if array_seeds is None:
-        layout = one_run(loaded, out or default_out(config, loaded.train.seed))
+        layout = one_run(loaded, out or default_out(config, loaded.train.seed, loaded.data.fold))
     else:
         seeds = parse_seeds(array_seeds, overrides or [], "--array-seeds", allow_repeats=True)
         layout = over_seeds(loaded, out or Path("runs") / config.stem, seeds)

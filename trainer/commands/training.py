@@ -43,7 +43,7 @@ def train(
     from trainer.distributed.signals import StopRequest
 
     loaded = read_config(config, overrides)
-    folder = out or default_out(config, loaded.train.seed)
+    folder = out or default_out(config, loaded.train.seed, loaded.data.fold)
     stop = StopRequest(loaded.train.stop_signals)
 
     def work(world: World) -> int:

@@ -34,7 +34,18 @@ def prompt_texts(task: Task, config: DataConfig) -> tuple[str, str]:
 
 
 def prompt_language(task: Task, config: DataConfig) -> Language:
-    return task.language if config.prompt_language == "auto" else config.prompt_language
+    """The language of a task's prompts.
+
+    Raises:
+        ValueError: the task has no prompt in the language that the config names.
+    """
+    language = task.language if config.prompt_language == "auto" else config.prompt_language
+    if language not in task.prompts:
+        raise ValueError(
+            f"data.prompt_language={language}: task {task.name} has no prompt in it, but in {', '.join(task.prompts)}; write one "
+            "into the task's YAML file, or take auto"
+        )
+    return language
 
 
 @dataclass(frozen=True)

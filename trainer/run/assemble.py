@@ -70,6 +70,7 @@ def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task
     for requested in config.tasks:
         try:
             task = get_task(requested, saved=saved)
+            prompt_language(task, config.data)
             path = config.data.path.replace("{task}", task.name)
             opened = open_dataset(path, history=config.data.history, choice=fold_choice(config))
         except ValueError as error:
