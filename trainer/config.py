@@ -408,7 +408,8 @@ class EvalConfig(Section):
 class TrackConfig(Section):
     mlflow: bool = True
     uri: str | None = Field(
-        None, description="MLflow server or store; default: the SQLite file mlflow.db beside the run folder."
+        None,
+        description="MLflow server or store; default: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db beside the run folder.",
     )
     experiment: str = "egmf"
     run_name: str | None = None

@@ -18,7 +18,7 @@ from tests.distributed.processes import ROOT, egmf, environment, free_port, star
 from tests.tracking.mlflow_server import MlflowServer, Proxy, assert_same_as_journal, histories
 from trainer.config import RunConfig, check_config, dump_config, flatten
 from trainer.tracking.journal import read_journal
-from trainer.tracking.outbox import sync
+from trainer.tracking.outbox import source_of_uri, sync, tracking_uri
 from trainer.tracking.tracker import Tracker
 
 TOOK = "takes records again"
@@ -364,6 +364,57 @@ def test_what_the_server_never_takes_does_not_hold_up_the_rest(
     assert len(output(caplog)) == 2
     assert "MLflow does not get the metric so?bad" in output(caplog)[0]
     assert "gone.txt: it is not there" in output(caplog)[1]
+
+
+def test_a_run_deleted_on_the_server_is_restored_or_another_gets_everything(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A deleted run refuses everything until it is restored; nothing is lost meanwhile."""
+    out, chosen = tmp_path / "run", config()
+    tracker = started(chosen, out)
+    tell(tracker, 1, 3)
+    tracker.finish("stopped")
+    run_id = str(tracker.run_id)
+    client = mlflow.MlflowClient(tracker.uri)
+    client.delete_run(run_id)
+    again = Tracker(config(flush_seconds=5), out, enabled=True, run_id=run_id)
+    tell(again, 4, 6)
+    again.finish("done")
+    (told,) = [line for line in output(caplog) if REFUSED in line]
+    assert f"the run {run_id} was deleted there" in told
+    assert f"--run-id {run_id}" in told
+    assert f"egmf track sync --new-run {out}" in told
+    assert sync(out).left > 0
+    client.restore_run(run_id)
+    assert sync(out).left == 0
+    assert_same_as_journal(tracker.uri, run_id, out)
+
+    client.delete_run(run_id)
+    done = egmf("track", "sync", "--new-run", str(out))
+    assert done.returncode == 0, done.stderr
+    fresh = sync(out)
+    assert fresh.run_id not in (None, run_id)
+    assert fresh.sent == 0
+    assert_same_as_journal(fresh.uri, fresh.run_id, out)
+
+
+def test_the_config_goes_before_the_variable_and_both_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "one"
+    beside = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    for variable, named, taken, source in (
+        (None, None, beside, "default"),
+        ("http://from-the-variable", None, "http://from-the-variable", "MLFLOW_TRACKING_URI"),
+        ("http://from-the-variable", "http://named", "http://named", "track.uri"),
+        ("", None, beside, "default"),
+    ):
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+        track = config(uri=named).track
+        assert tracking_uri(track, run) == taken
+        assert source_of_uri(track).startswith(source)
 
 
 def test_a_new_store_gets_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

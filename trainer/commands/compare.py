@@ -12,6 +12,7 @@ from trainer.commands.options import Json
 from trainer.commands.output import print_json, say, wide
 
 if TYPE_CHECKING:
+    from trainer.results.compare.files import Store
     from trainer.results.compare.result import Comparison
 
 app = typer.Typer()
@@ -51,17 +52,30 @@ def compare(
     level: Annotated[float, typer.Option(help="confidence level of intervals")] = 0.95,
     resamples: Annotated[int, typer.Option(help="bootstrap resamples, for intervals and p-values")] = 2000,
     uri: Annotated[
-        str | None, typer.Option(help="MLflow store: sqlite:///FILE or http://HOST; default: beside the folders")
+        str | None,
+        typer.Option(
+            help="MLflow store of runs and experiments that are named: sqlite:///FILE or http://HOST; default: "
+            "MLFLOW_TRACKING_URI, else mlflow.db beside the folders"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="write compare.csv, .json, .tex and .html there", metavar="DIR")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="compare even if data or tasks differ")] = False,
-    log: Annotated[bool, typer.Option("--log/--no-log", help="log the files to MLflow, beside the runs")] = True,
+    log: Annotated[bool, typer.Option("--log/--no-log", help="log the files to your own MLflow store")] = True,
+    log_to: Annotated[
+        str | None,
+        typer.Option(
+            help="the store to log to; default: --uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the folders; never one "
+            "that runs name",
+            metavar="URI",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs: mean and deviation over seeds and folds, intervals, paired tests, cost, and settings that differ."""
     from trainer.results.compare.comparison import compare as compare_runs
+    from trainer.results.compare.files import store_for
     from trainer.results.compare.output import as_json as comparison_json
     from trainer.results.compare.output import terminal
     from trainer.results.compare.sources import find_runs
@@ -83,6 +97,7 @@ def compare(
         resamples=resamples,
         force=force,
     )
+    store = store_for(comparison, log_to or uri, [Path(word) for word in what if Path(word).is_dir()]) if log else None
     for note in comparison.notes:
         if note.startswith("WARNING: "):
             say(note)
@@ -91,14 +106,13 @@ def compare(
         print_json(comparison_json(comparison))
     else:
         wide().print(terminal(comparison))
-    _keep(comparison, out, log=log)
+    _keep(comparison, out, store)
 
 
-def _keep(comparison: Comparison, out: Path | None, *, log: bool) -> None:
+def _keep(comparison: Comparison, out: Path | None, store: Store | None) -> None:
     """Write the files and log them. A failure to log is only a warning, since the comparison itself is done."""
-    from trainer.results.compare.files import NAME, log_comparison, store_of, write_comparison
+    from trainer.results.compare.files import NAME, log_comparison, write_comparison
 
-    store = store_of(comparison) if log else None
     with tempfile.TemporaryDirectory(prefix="egmf-compare-") as scratch:
         if out is not None or store is not None:
             files = write_comparison(comparison, out or Path(scratch))
@@ -106,7 +120,7 @@ def _keep(comparison: Comparison, out: Path | None, *, log: bool) -> None:
             say(f"written: {', '.join(path.name for path in files)} in {out}")
         if store is not None:
             try:
-                run_id = log_comparison(comparison, files, *store)
-                say(f"logged to MLflow at {store[0]}: run {run_id} ({NAME}) of the experiment {store[1]}")
+                run_id = log_comparison(comparison, files, store)
+                say(f"logged to MLflow at {store.uri}: run {run_id} ({NAME}) of the experiment {store.experiment}")
             except ValueError as error:
                 say(f"warning: {error}; --no-log turns logging off")

@@ -76,6 +76,14 @@ Plugins = Annotated[
         help="a module, or .py file, with readers of further formats (repeated); it runs: only code you trust",
     ),
 ]
+TrustCode = Annotated[
+    str | None,
+    typer.Option(
+        "--trust-code",
+        help="hash of the Python code that the run would bring, which you have read and trust",
+        metavar="HASH",
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", help="show the libraries' own messages and full tracebacks", callback=_show_tracebacks),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.commands.options import Debug, Json, Overrides
+from trainer.commands.options import Debug, Json, Overrides, TrustCode
 from trainer.commands.output import print_json, progress_bar, say, wide
 from trainer.commands.ranks import run_as_rank
 
@@ -39,6 +39,7 @@ def robustness(
     reference: Annotated[
         Path | None, typer.Option(help="a finished run to compare with, such as a text-only one", metavar="RUN")
     ] = None,
+    trust_code: TrustCode = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -64,7 +65,7 @@ def robustness(
         set_up_logging(None, world.rank, debug=debug)
         options = Options(split, chances, _words(modes), _words(modalities or ""), seed)  # type: ignore[arg-type]
         check_options(options)
-        opened = open_run(run, world, overrides or [])
+        opened = open_run(run, world, overrides or [], agreed=trust_code)
         with progress_bar(visible=world.is_rank_zero) as bar:
             task = bar.add_task(split, total=None)
             result, table = measure(opened, options, reference, lambda n: bar.advance(task, n * world.size))

@@ -53,7 +53,13 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN
 @track_app.command("sync")
 def track_sync(
     runs: Annotated[list[Path], typer.Argument(help="run folders", metavar="RUN...")],
-    uri: Annotated[str | None, typer.Option(help="another MLflow server or store than the config's track.uri")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="MLflow server or store; default: the config's track.uri, else MLFLOW_TRACKING_URI"),
+    ] = None,
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="send all records to another MLflow run: theirs was deleted on the server")
+    ] = False,
 ) -> int:
     """Send MLflow what it missed of runs: while it was down, after their process was killed, or with track.mlflow=false."""
     from trainer.logs import set_up_logging
@@ -63,7 +69,7 @@ def track_sync(
     code = 0
     for run in runs:
         try:
-            result = sync(run, uri)
+            result = sync(run, uri, new_run=new_run)
         except ValueError as error:
             say(f"error: {error}")
             code = 1

@@ -18,6 +18,7 @@ from trainer.commands.options import (
     Out,
     Overrides,
     Plugins,
+    TrustCode,
     default_out,
     read_config,
     reserve_stdout,
@@ -69,6 +70,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     data: Annotated[str | None, typer.Option(help="another prepared dataset of the same task")] = None,
     predictions: Annotated[Path | None, typer.Option(help="write the predictions to this parquet file")] = None,
+    trust_code: TrustCode = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -83,7 +85,7 @@ def evaluate(
         from trainer.run.saved import open_run
 
         set_up_logging(None, world.rank, debug=debug)
-        opened = open_run(run, world, overrides or [], data)
+        opened = open_run(run, world, overrides or [], data, trust_code)
         total = sum(len(d[split]) for d in opened.parts.data.values())
         with progress_bar(visible=world.is_rank_zero) as bar:
             task = bar.add_task(split, total=total)
@@ -132,6 +134,7 @@ def predict(
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
     plugin: Plugins = None,
+    trust_code: TrustCode = None,
     debug: Debug = False,
 ) -> int:
     """Answer samples without labels with a run's best checkpoint.
@@ -159,7 +162,7 @@ def predict(
 
         console = Console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
-        opened = open_run(run, world, chosen)
+        opened = open_run(run, world, chosen, agreed=trust_code)
         with progress_bar(visible=world.is_rank_zero, console=console) as bar:
             row = bar.add_task("samples", total=None)
             tally = predict(
@@ -181,6 +184,7 @@ def predict(
 def replay(
     folder: Annotated[Path, typer.Argument(help="nonfinite/step-… in a run folder", metavar="FOLDER")],
     overrides: Overrides = None,
+    trust_code: TrustCode = None,
     debug: Debug = False,
 ) -> int:
     """Repeat a step whose loss or gradient was not finite, and name the first module whose output is not finite."""
@@ -193,7 +197,7 @@ def replay(
 
         set_up_logging(None, world.rank, debug=debug)
         table = Table("micro-batch", "non-finite samples", "first non-finite module", "non-finite gradients")
-        for micro in repeat(folder, world, overrides or []):
+        for micro in repeat(folder, world, overrides or [], trust_code):
             bad = [name for name, loss in micro.losses.items() if not math.isfinite(loss)]
             gradients = [*micro.gradients[:3], *(["…"] if len(micro.gradients) > 3 else [])]
             table.add_row(

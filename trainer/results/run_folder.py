@@ -27,6 +27,7 @@ Series = list[tuple[int, float]]  # (step, value)
 Record = TypeVar("Record")
 
 PREDICTIONS = "predictions"
+_RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow
 SPLITS = ("test", "valid", "train")  # in order of preference: the first that a run has predictions of is shown
 
 
@@ -121,6 +122,18 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
     if predictions:
         run.predictions = _predictions(run)
     return run
+
+
+def is_artifact_store(folder: Path) -> bool:
+    """Whether a folder holds what MLflow runs have logged: copies of runs, which are no runs themselves.
+
+    It is one of MLflow's by name, the artifacts of one run (``<32 hexadecimal digits>/artifacts``), or an experiment's folder of them.
+    """
+    if folder.name in ("mlartifacts", "mlruns") or (
+        folder.name == "artifacts" and _RUN_ID.fullmatch(folder.parent.name)
+    ):
+        return True
+    return bool(_RUN_ID.fullmatch(folder.name)) and (folder / "artifacts").is_dir()
 
 
 def is_run(path: Path) -> bool:

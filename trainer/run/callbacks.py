@@ -14,6 +14,7 @@ from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
 from trainer.run.step import StepResult
 from trainer.tracking.journal import SPEED
+from trainer.tracking.outbox import source_of_uri
 from trainer.tracking.progress import Progress
 from trainer.tracking.tracker import Tracker
 
@@ -171,7 +172,7 @@ def _log_sizes(run: Run, start: int) -> None:
         start + 1,
         run.steps,
         run.config.train.global_batch,
-        tracker.uri if tracker.enabled else "off",
+        f"{tracker.uri} ({source_of_uri(run.config.track)})" if tracker.enabled else "off",
     )
 
 

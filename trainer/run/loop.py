@@ -64,6 +64,7 @@ from trainer.run.step import StepResult, train_step
 from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.tracking.progress import Progress
 from trainer.tracking.tracker import Tracker
+from trainer.trust import remember
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +103,8 @@ def fit(
         state: State = "failed"
         tracker: Tracker | None = None
         try:
+            if world.is_rank_zero:
+                remember(config)
             last = checkpoints.newest(repair=True)
             parts = assemble(config, out, world, dtype_of(config), partition=True)
             if world.is_rank_zero:

@@ -21,6 +21,7 @@ from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents, assemble
 from trainer.run.engine import build_inference_engine
 from trainer.run.evaluate import Change, evaluate
+from trainer.trust import check_trust
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,20 @@ class SavedRun:
         return evaluate(self.forward, self.parts, self.config, split, self.world, advance, change=change)
 
 
-def open_run(run: Path, world: World, overrides: Sequence[str] = (), data: str | None = None) -> SavedRun:
+def open_run(
+    run: Path, world: World, overrides: Sequence[str] = (), data: str | None = None, agreed: str | None = None
+) -> SavedRun:
     """Rebuild a run's model and load the checkpoint that validation chose (the newest, with a warning, if none was).
 
+    Args:
+        agreed: the hash of Python code that the run would bring along, see :func:`trainer.trust.check_trust`.
+
     Raises:
+        UntrustedCodeError: the run would run code that its user has not agreed to.
         ValueError: no run, no checkpoint, another frozen base, data that do not fit, or another choice of folds.
     """
     config = saved_config(run, overrides, data)
+    check_trust(run, config, agreed)
     trained = fold_choice(saved_config(run))
     if trained is not None and data is None and fold_choice(config) != trained:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -50,11 +51,22 @@ class MlflowRun:
         self._refused_names: set[str] = set()
 
     def exists(self, run_id: str) -> bool:
-        """Whether the server knows `run_id`, which is used from now on if so."""
+        """Whether the server knows `run_id`, which is used from now on if so.
+
+        Raises:
+            ValueError: it was deleted there; MLflow keeps it until its garbage is collected.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
-            self.run_id = self.client.get_run(run_id).info.run_id
+            info = self.client.get_run(run_id).info
+            if info.lifecycle_stage != "active":
+                raise ValueError(
+                    f"the run {run_id} was deleted there: restore it (MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow runs restore "
+                    f"--run-id {run_id}), or, when the training has ended, send all records to another run (egmf track sync --new-run "
+                    f"{shlex.quote(str(self.folder))})"
+                )
+            self.run_id = info.run_id
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise

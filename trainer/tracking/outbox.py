@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import threading
 import time
 import uuid
@@ -90,6 +91,16 @@ class Outbox:
     def unsent(self) -> int:
         """Records of the journal that are not known to be on the server."""
         return sum(record is not None for _, record in entries(self.journal, self._progress.sent))
+
+    def forget_run(self) -> None:
+        """Send everything anew, to an MLflow run that is made for it.
+
+        Raises:
+            OutboxBusy: another process is sending.
+        """
+        self._acquire()
+        self._note(key=uuid.uuid4().hex, run_id=None, sent=0)
+        self._remote, self._found, self._compared_until = None, False, 0
 
     def send(self, given_up: threading.Event | None = None) -> None:
         """Send all that the journal holds by now, or until `given_up` is set, which is checked between requests.
@@ -262,8 +273,9 @@ class Synced:
     trouble: str | None
 
 
-def sync(run: Path, uri: str | None = None) -> Synced:
-    """Send what MLflow does not have of the run folder `run`, to the store of its config or to `uri`.
+def sync(run: Path, uri: str | None = None, *, new_run: bool = False) -> Synced:
+    """Send what MLflow does not have of the run folder `run`, to `uri` or where :func:`tracking_uri` says; with `new_run` all of it, to
+    another MLflow run, which is the run's own from then on.
 
     Raises:
         ValueError: no run folder, no journal, or the run is sending by itself.
@@ -277,6 +289,9 @@ def sync(run: Path, uri: str | None = None) -> Synced:
         for pause in (*PATIENCE, None):
             before = outbox.sent
             try:
+                if new_run:
+                    outbox.forget_run()
+                    new_run = False
                 outbox.send()
             except OutboxBusy as error:
                 raise ValueError(f"{run} is running and sends its records itself: {error}") from error
@@ -294,8 +309,15 @@ def sync(run: Path, uri: str | None = None) -> Synced:
 
 
 def tracking_uri(track: TrackConfig, run: Path) -> str:
-    """Where the records go: ``track.uri``, or an SQLite file beside the run folder."""
-    return track.uri or f"sqlite:///{run.resolve().parent / 'mlflow.db'}"
+    """Where the records go: ``track.uri``, else ``MLFLOW_TRACKING_URI``, else an SQLite file beside the run folder."""
+    return track.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve().parent / 'mlflow.db'}"
+
+
+def source_of_uri(track: TrackConfig) -> str:
+    """What :func:`tracking_uri` follows, for people."""
+    if track.uri:
+        return "track.uri"
+    return "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "default: beside the run folder"
 
 
 def _read_progress(path: Path) -> SendProgress | None:
@@ -319,4 +341,6 @@ def _short(error: Exception) -> str:
     inner = cause.args[0] if cause is not None and cause.args else None
     text = str(getattr(inner, "reason", None) or error).strip()
     text = next(iter(text.splitlines()), "") or type(error).__name__
+    if isinstance(error, ValueError):  # ours
+        return str(error)
     return text if len(text) <= 300 else text[:299] + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.results.seeded import make_seeded, make_two, track
 from tests.tracking.mlflow_server import MlflowServer
 from trainer.config import saved_config
 from trainer.results.compare.comparison import compare
-from trainer.results.compare.files import log_comparison, store_of, write_comparison
+from trainer.results.compare.files import Store, log_comparison, store_for, write_comparison
 from trainer.results.compare.sources import find_runs
 
 FILES = ("csv", "html", "json", "tex")
@@ -108,14 +109,64 @@ def test_a_server(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.Monk
     check_same(folder, ids, server.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     found = compare(find_runs(["egmf"], ["test"]).runs)
-    store = store_of(found)
-    assert store == (server.uri, "egmf")
+    store = store_for(found, None, [])
+    assert store == Store(server.uri, "egmf")
     files = write_comparison(found, tmp_path / "out")
-    check_logged(server.uri, log_comparison(found, files, *store), tmp_path)
+    check_logged(server.uri, log_comparison(found, files, store), tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         find_runs(["egmf"], ["test"], "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="cannot be logged"):
-        log_comparison(found, files, "http://127.0.0.1:9", "egmf")
+        log_comparison(found, files, Store("http://127.0.0.1:9", "egmf"))
+
+
+def test_copies_of_runs_among_artifacts_are_no_runs_and_neither_are_deleted_runs(tmp_path: Path) -> None:
+    folder, ids = tracked(tmp_path / "runs")
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    for name, run_id in ids.items():
+        if name != "sweep":  # as training logs them
+            for file in ("config.yaml", "run.json"):
+                client.log_artifact(run_id, str(folder / name / file))
+    elsewhere = folder / "0" / ids["less-s1"]
+    shutil.copytree(folder / "less-s1", elsewhere / "artifacts")
+    found = find_runs([str(folder)], ["test"])
+    assert sorted(run.name for run in found.runs) == ["full-s1", "full-s2", "less-s1", "less-s2"]
+    assert not [note for note in found.notes if "artifacts" in note or "same run" in note]
+    shutil.rmtree(folder / "less-s2")
+    assert sorted(run.name for run in find_runs([str(folder)], ["test"]).runs) == ["full-s1", "full-s2", "less-s1"]
+
+
+def test_no_store_that_a_run_names_is_contacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's run folder and SQLite file; the user's token is in the environment."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    token = {"MLFLOW_TRACKING_TOKEN": "secret"}
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.2)
+        uri = f"http://127.0.0.1:{trap.getsockname()[1]}"
+        make_two(tmp_path / "runs", (1, 2))
+        for path in (tmp_path / "runs").glob("*/run.json"):
+            record = json.loads(path.read_text())
+            path.write_text(json.dumps(record | {"mlflow": {"uri": uri, "run_id": "0" * 31 + "1"}}))
+        done = egmf("compare", str(tmp_path / "runs"), **token)
+        assert done.returncode == 0, done.stderr
+        assert "--log-to logs the comparison" in " ".join((done.stdout + done.stderr).split())
+        MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").create_experiment("egmf", f"{uri}/artifacts")
+        done = egmf("compare", str(tmp_path / "runs"), **token)
+        assert done.returncode == 0, done.stderr
+        assert "not beside the store" in done.stderr
+        for command in (("show", "full-s1"), ("runs", "."), ("report", "full-s1")):
+            shown = egmf(command[0], str(tmp_path / "runs" / command[1]), **token)
+            assert shown.returncode == 0, shown.stderr
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
+def test_the_store_to_log_to_is_named(server: MlflowServer, tmp_path: Path) -> None:
+    make_two(tmp_path / "runs", (1, 2))
+    done = egmf("compare", str(tmp_path / "runs"), "--log-to", server.uri)
+    assert done.returncode == 0, done.stderr
+    run_id = done.stderr.partition(": run ")[2].split()[0]
+    logged = MlflowClient(server.uri).list_artifacts(run_id, "compare")
+    assert len(logged) == len(FILES)
 
 
 @pytest.mark.browser
@@ -125,7 +176,7 @@ def test_the_mlflow_page_shows_runs_and_comparison(server: MlflowServer, tmp_pat
         run = make_seeded(tmp_path / f"shown-s{seed}", seed)
         track(run, saved_config(run), server.uri, "looked-at")
     found = compare(find_runs(["looked-at"], ["test"], server.uri).runs)
-    run_id = log_comparison(found, write_comparison(found, tmp_path / "out"), server.uri, "looked-at")
+    run_id = log_comparison(found, write_comparison(found, tmp_path / "out"), Store(server.uri, "looked-at"))
     experiment = MlflowClient(server.uri).get_run(run_id).info.experiment_id
     browser = Browser(tmp_path / "profile")
     try:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.distributed.messages import join_truncated
 from trainer.files import write_text
 from trainer.results.compare import output
-from trainer.results.compare.from_mlflow import KIND_TAG, connect
+from trainer.results.compare.from_mlflow import KIND_TAG, connect, default_uri
 from trainer.results.compare.page import page
 from trainer.results.compare.result import Comparison
 
+DEFAULT_EXPERIMENT = "egmf"
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts
 
 
@@ -39,21 +44,45 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     return paths
 
 
-def store_of(comparison: Comparison) -> tuple[str, str] | None:
-    """MLflow store and experiment of the first compared run that is in one; None where none is."""
-    for group in comparison.groups:
-        for run in group.runs:
-            if run.mlflow and run.experiment:
-                return run.mlflow[0], run.experiment
+@dataclass(frozen=True)
+class Store:
+    """Where a comparison is logged. `named`: the user named the store; else it is a file that was found, and so must its artifacts be."""
+
+    uri: str
+    experiment: str
+    named: bool = True
+
+
+def store_for(comparison: Comparison, named: str | None, folders: Sequence[Path]) -> Store | None:
+    """The user's own store: the `named` one, that of MLFLOW_TRACKING_URI, or ``mlflow.db`` beside the folders or in ``runs``.
+
+    What runs say of a store is not followed: a run folder may be somebody else's, and whoever is contacted is sent the user's token.
+    None where there is none; a note of the comparison then says which store the runs name.
+    """
+    tracked = [run for group in comparison.groups for run in group.runs if run.mlflow]
+    experiment = next((run.experiment for run in tracked if run.experiment), DEFAULT_EXPERIMENT)
+    own = named or os.environ.get("MLFLOW_TRACKING_URI")
+    if own:
+        return Store(own, experiment)
+    if not tracked:
+        return None
+    with contextlib.suppress(ValueError):
+        return Store(default_uri([], folders), experiment, named=False)
+    if elsewhere := {run.mlflow[0] for run in tracked if run.mlflow}:
+        comparison.notes.append(
+            f"not logged: the runs name the MLflow store {join_truncated(sorted(elsewhere))}, which is not followed; --log-to logs the "
+            "comparison where it says"
+        )
     return None
 
 
-def log_comparison(comparison: Comparison, files: Sequence[Path], uri: str, experiment: str) -> str:
+def log_comparison(comparison: Comparison, files: Sequence[Path], store: Store) -> str:
     """Log the files as artifacts of an MLflow run of their own, named compare, beside the runs; returns its id.
 
     Raises:
         ValueError: the store refuses them or cannot be reached.
     """
+    uri, experiment = store.uri, store.experiment
     client = connect(uri)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.context.registry import resolve_tags
@@ -67,12 +96,28 @@ def log_comparison(comparison: Comparison, files: Sequence[Path], uri: str, expe
     }
     try:
         entity = client.get_experiment_by_name(experiment)
-        if entity is None:
+        if entity is None and not store.named:
             raise ValueError(f"MLflow at {uri} has no experiment {experiment}")
-        run_id = client.create_run(entity.experiment_id, tags=tags, run_name=NAME).info.run_id
+        if entity is not None and not store.named and not _beside(entity.artifact_location, uri):
+            raise ValueError(
+                f"the experiment {experiment} of {uri} keeps its artifacts at {entity.artifact_location}, not beside the store: name "
+                "the store with --log-to if they may be sent there"
+            )
+        experiment_id = client.create_experiment(experiment) if entity is None else entity.experiment_id
+        run_id = client.create_run(experiment_id, tags=tags, run_name=NAME).info.run_id
         for path in files:
             client.log_artifact(run_id, str(path), NAME)
         client.set_terminated(run_id)
     except (MlflowException, OSError) as error:
         raise ValueError(f"the comparison cannot be logged to MLflow at {uri}: {str(error).splitlines()[0]}") from error
     return str(run_id)
+
+
+def _beside(location: str, uri: str) -> bool:
+    """Whether a folder of artifacts lies beside the SQLite file of a store, or below."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    if not location.startswith(("file:", "/")):
+        return False
+    path = Path(str(local_file_uri_to_path(location)))  # type: ignore[no-untyped-call]
+    return path.resolve().is_relative_to(Path(uri.removeprefix("sqlite:///")).resolve().parent)

@@ -20,7 +20,7 @@ from trainer.results.compare.compared_run import (
     tasks_of,
     with_defaults,
 )
-from trainer.results.run_folder import PREDICTIONS, RunFolder, is_run
+from trainer.results.run_folder import PREDICTIONS, RunFolder, is_artifact_store, is_run
 from trainer.results.runs import State, parse_time, state_of
 from trainer.run.record import RECORD, RecordValues, baseline_of
 from trainer.schema import dotted
@@ -141,9 +141,12 @@ def runs_below(folder: Path, splits: Sequence[str]) -> tuple[list[ComparedRun], 
 
 
 def _run_folders(folder: Path, depth: int = DEPTH) -> list[Path]:
-    """Run folders below `folder`, by name; folders inside a run (its archived predecessors) are not searched."""
+    """Run folders below `folder`, by name; folders inside a run (its archived predecessors) are not searched, and neither are the
+    copies of runs that an MLflow store keeps as artifacts."""
     paths = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if is_artifact_store(path):
+            continue
         if is_run(path):
             paths.append(path)
         elif depth > 1:

@@ -19,6 +19,7 @@ from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
 from trainer.run.assemble import assemble
 from trainer.run.guards.dump import ABOUT, WEIGHTS, DumpFacts, load_batch
+from trainer.trust import check_trust
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Replay:
     gradients: list[str]
 
 
-def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Replay]:
+def replay(folder: Path, world: World, overrides: Sequence[str] = (), agreed: str | None = None) -> list[Replay]:
     """Repeat the micro-batches that a run left in its ``nonfinite/step-…`` folder, with the same dropout.
 
     Raises:
@@ -43,6 +44,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = ()) -> list[Re
     about: DumpFacts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     run = folder.resolve().parent.parent
     config = saved_config(run, overrides)
+    check_trust(run, config, agreed)
     parts = assemble(config, run, world, dtype_of(config), saved=True)
     model = parts.model.train()
     load_trainable_state(model, load_file(folder / WEIGHTS))

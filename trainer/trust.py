@@ -1,0 +1,110 @@
+"""Python code that a saved run would bring along: a model's own modules, and plug-ins. It runs where its user has agreed to just that code.
+
+Whoever trains with such code has agreed by doing so. The config in a run folder agrees to nothing, since the folder may be somebody
+else's: opening it asks for ``--trust-code`` with the hash of the code. What was agreed to is kept by hash, in a file of the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config import RunConfig
+from trainer.files import write_json
+
+SHOWN = 16  # hexadecimal digits of a hash that are shown and asked for
+
+
+class UntrustedCodeError(ValueError):
+    """A saved run would run code to which the user has not agreed; the message names it, and its hash."""
+
+
+def trust_file() -> Path:
+    """Where the hashes are kept that the user has agreed to: in ``EGMF_CONFIG_DIR``, else ``egmf`` where configuration belongs."""
+    usual = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "egmf"
+    return Path(os.environ.get("EGMF_CONFIG_DIR") or usual) / "trusted-code.json"
+
+
+def check_trust(run: Path, config: RunConfig, agreed: str | None = None) -> None:
+    """Refuse a saved run whose code its user has not agreed to; what is agreed to now is remembered.
+
+    Args:
+        config: of the run, with the overrides of the command line.
+        agreed: the hash of the code, or its first digits as they are shown.
+
+    Raises:
+        UntrustedCodeError: there is such code, and neither `agreed` nor the user's file has its hash.
+    """
+    code = list(_code(config))
+    if not code:
+        return
+    total = _hash(code)
+    if total in _known():
+        return
+    if agreed is not None and len(agreed) >= SHOWN and total.startswith(agreed.lower()):
+        remember(config)
+        return
+    listed = "".join(f"\n  {what}" for what, _ in code)
+    unpinned = [what for what, digest in code if not digest]
+    if unpinned:
+        raise UntrustedCodeError(
+            f"{run} would run Python code of a model that is named without a commit, so that it can be another every time:{listed}\n"
+            "Read the code, and give model.backbone.revision=<the commit that you read>; or model.backbone.trust_remote_code=false"
+        )
+    other = f" (--trust-code {agreed} is not the hash of this code)" if agreed is not None else ""
+    raise UntrustedCodeError(
+        f"{run} would run Python code that came with it or with its model{other}:{listed}\n"
+        f"Read it. If you trust it, add --trust-code {total[:SHOWN]}; a model's own code is left out with "
+        "model.backbone.trust_remote_code=false"
+    )
+
+
+def remember(config: RunConfig) -> None:
+    """Note that the user has agreed to the code of a config, by training with it or by its hash."""
+    code = list(_code(config))
+    if not code or (total := _hash(code)) in (known := _known()):
+        return
+    path = trust_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**known, total: [what for what, _ in code]})
+
+
+def _code(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What would run, in words, and a digest of it; "" where it is not decided what would run."""
+    backbone = config.model.backbone
+    if backbone.trust_remote_code:
+        folder = Path(backbone.name).expanduser()
+        if folder.is_dir():
+            for path in sorted(folder.rglob("*.py")):
+                yield f"{path}", _digest(path)
+        else:
+            pinned = re.fullmatch(r"[0-9a-f]{40}", backbone.revision or "")
+            yield (
+                f"{backbone.name} at revision {backbone.revision or 'newest'}",
+                backbone.revision or "" if pinned else "",
+            )
+    for name in config.model.fusion.plugins:
+        path = Path(name)
+        yield name, _digest(path) if name.endswith(".py") and path.is_file() else f"module {name}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _hash(code: list[tuple[str, str]]) -> str:
+    """Of all code together. A file counts by its name and content, wherever it lies."""
+    parts = sorted((Path(what).name, digest) for what, digest in code)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _known() -> dict[str, list[str]]:
+    try:
+        found = json.loads(trust_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
