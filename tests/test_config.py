@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,48 @@ def test_shares_of_steps_are_fixed_once() -> None:
     with pytest.raises(ConfigError, match="leave one out"):
         check_config({"task": ["meld", "mosei"], "data": {"weights": {"meld": 2}, "mixing_temperature": 2}})
     assert check_config({"task": "meld", "data": {"mixing_temperature": float("inf")}}).data.mixing_temperature > 1e9
+
+
+def test_the_config_of_a_run_reads_neither_the_environment_nor_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    (tmp_path / "keys.yaml").write_text("password: hush\n")
+    for text, says in (
+        ("task: meld\ntrack: {uri: 'http://there/${oc.env:SECRET_TOKEN}'}\n", "track.uri"),
+        ("task: meld\ndata: {path: 'a'}\ntrain: {stop_signals: ['${oc.env:SECRET_TOKEN}']}\n", "train.stop_signals"),
+        ("extends: ../keys.yaml\ntask: meld\n", "extends"),
+    ):
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="refers to other files or to the environment") as raised:
+            saved_config(run)
+        assert says in str(raised.value)
+        assert "hush" not in str(raised.value)
+
+
+def test_extends_takes_yaml_files_alone_and_shows_none(tmp_path: Path) -> None:
+    (tmp_path / "secrets.env").write_text("TOKEN=hush\n")
+    (tmp_path / "odd.yaml").write_text("hush: [\n")
+    for base, says in (("secrets.env", "a YAML file, or a shipped config"), ("odd.yaml", "is not readable YAML")):
+        (tmp_path / "mine.yaml").write_text(f"extends: {base}\ntask: meld\n")
+        with pytest.raises(ConfigError, match=says) as raised:
+            load_config(tmp_path / "mine.yaml")
+        assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        (("model: {fusion: [a]}", ()), "model.fusion: must be a section with keys such as"),
+        (("task: meld", ("train.lr=[1,2]",)), "train.lr: must be a section"),
+        (("task: meld", ("model.fusion.experts={a: 1}",)), "model.fusion.experts: must be a list, not a section"),
+    ],
+)
+def test_a_list_where_a_section_belongs_is_named(
+    tmp_path: Path, layers: tuple[str, tuple[str, ...]], says: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"extends: meld\n{layers[0]}\n")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_config(tmp_path / "mine.yaml", list(layers[1]))

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from trainer.config_files import ConfigError, merge, parse_overrides, read_layers
+from trainer.config_files import ConfigError, merge, parse_overrides, read_layers, read_plain
 from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, nest
 from trainer.shipped import locate
 
@@ -474,7 +474,7 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
     over = parse_overrides([*overrides, *([f"data.path={data}"] if data else [])])
-    kept, unknown = nest(RunConfig, dotted(merge(read_layers(path), {}, str(path))))
+    kept, unknown = nest(RunConfig, dotted(read_plain(path)))
     used = {key: value for key, value in unknown.items() if value not in OFF}
     if used:
         names = ", ".join(f"{key}={value!r}" for key, value in used.items())

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.schema import dotted
 from trainer.shipped import locate, nearest_config
 
 Layer = DictConfig | Mapping[str, Any]
@@ -40,6 +41,24 @@ def read_mapping(path: Path, expected: str) -> DictConfig:
     return node
 
 
+def read_plain(path: Path) -> dict[str, Any]:
+    """The config in a run folder, which has its values written out. The folder may be somebody else's, so nothing that it refers to
+    is read: neither other files nor the environment.
+
+    Raises:
+        ConfigError: it cannot be read, is not a mapping, or refers to something.
+    """
+    plain = cast(dict[str, Any], OmegaConf.to_container(read_mapping(path, "the config of a run"), resolve=False))
+    refers = ["extends"] if "extends" in plain else []
+    refers += [f"{key} ({value})" for key, value in dotted(plain).items() if "${" in str(value)]
+    if refers:
+        raise ConfigError(
+            f"{path} refers to other files or to the environment: {', '.join(refers)}. A run's config has every value written out, as "
+            "egmf train leaves it: write the values"
+        )
+    return plain
+
+
 def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     """A file with what it extends underneath.
 
@@ -56,7 +75,12 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     node = read_mapping(path, "a mapping of sections, such as 'task: meld'")
     bases = node.pop("extends", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
-    parents = [read_layers(locate(base, here.parent), (*chain, here)) for base in bases]
+    found = [locate(base, here.parent) for base in bases]
+    if other := [str(base) for base, at in zip(bases, found, strict=True) if at.suffix not in (".yaml", ".yml")]:
+        raise ConfigError(
+            f"{path}: extends names {', '.join(other)}: a YAML file, or a shipped config by its name, was expected"
+        )
+    parents = [read_layers(at, (*chain, here)) for at in found]
     return cast(DictConfig, _merged([*parents, node], str(path)))
 
 
