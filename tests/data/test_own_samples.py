@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,59 @@ def test_pickles_inside_npy_never_run(tmp_path: Path) -> None:
     with pytest.raises(ReaderError, match="3 faults"):
         open_source(MELD, [path])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["clip.npy", "clip.npz"])
+def test_a_pipe_among_the_features_is_refused_and_never_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    path = write_lines(tmp_path / "train.jsonl", {"text": "a", "label": "joy", "audio": name})
+    with pytest.raises(ReaderError, match="is not a regular file"):
+        read(MELD, path)
+
+
+def bomb(path: Path, header: bytes, length: int, body: int = 0) -> Path:
+    """An array of format 2.0 whose header claims `length` bytes, packed where the suffix says so."""
+    content = b"\x93NUMPY\x02\x00" + length.to_bytes(4, "little") + header + bytes(body)
+    if path.suffix == ".npy":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("audio.npy", content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize(
+    ("header", "length", "says"),
+    [
+        (b" " * (64 << 20), 64 << 20, "has a header of 67108864 bytes"),
+        (
+            b"{'descr': '<f4', 'fortran_order': False, 'shape': (536870912, 1), }\n",
+            67,
+            "claims shape|not a readable array",
+        ),
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (1 << 40, 1 << 40), }\n", 73, "not a readable"),
+    ],
+    ids=["header", "array", "no shape"],
+)
+def test_arrays_that_would_take_gigabytes_are_refused_from_their_first_bytes(
+    tmp_path: Path, suffix: str, header: bytes, length: int, says: str
+) -> None:
+    name = bomb(tmp_path / f"clip{suffix}", header, length).name
+    path = write_lines(tmp_path / "train.jsonl", {"text": "a", "label": "joy", "audio": name})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ReaderError, match=says):
+            read(MELD, path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_clip_of_more_than_a_gibibyte_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "clip.npy").open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 29, 1)})
+        file.truncate(file.tell() + (1 << 31))  # nothing of it is on the disk
+    path = write_lines(tmp_path / "train.jsonl", {"text": "a", "label": "joy", "audio": "clip.npy"})
+    with pytest.raises(ReaderError, match=r"holds 2.0 GiB .*at most 1 GiB: cut it into clips"):
+        read(MELD, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import lzma
 import math
 import mmap
@@ -31,6 +32,8 @@ from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
 from trainer.tasks import Task
 
+MOST_BYTES = 1 << 30  # of the features of one clip, uncompressed
+_LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
 
 _BRANCHES = ("str", "int", "float", "dict[str,any]", "list[any]")  # of a union, in the places that pydantic names
@@ -289,12 +292,17 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
     Raises:
         OSError, ValueError: no such file, or no array of numbers; objects (pickles) are never read.
     """
+    if path.exists() and not path.is_file():  # a pipe, which nobody may ever write into
+        raise ValueError("is not a regular file")
     if path.suffix == ".npy":
         with path.open("rb") as file:
             if file.read(6) != b"\x93NUMPY":
                 raise ValueError("is not a .npy array")
-        with _reading("array"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            file.seek(0)
+            with _reading("array"):
+                shape, dtype = _header(file)
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                _check_size(shape, dtype)
         return None if check else array
     if path.suffix != ".npz":
         raise ValueError("features are .npy or .npz files")
@@ -334,13 +342,33 @@ def _reading(what: str) -> Iterator[None]:
         raise _UnreadableError(f"is not a readable {what}: {error}") from error
 
 
-def _check_member(member: Any, info: zipfile.ZipInfo) -> None:
-    """Refuse an array in an archive that holds objects or claims more than the archive has."""
-    version = np.lib.format.read_magic(member)
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array that begins here; no more is read than a header may be long."""
+    version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise _UnreadableError(f"is an array of format {version}")
+    size = file.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(size, "little")
+    if length > _LONGEST_HEADER:
+        raise _UnreadableError(f"has a header of {length} bytes; at most {_LONGEST_HEADER} are read")
+    text = io.BytesIO(size + file.read(length))
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
+    shape, _, dtype = read(text)
+    return shape, dtype
+
+
+def _check_size(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    size = math.prod(shape) * dtype.itemsize
+    if size > MOST_BYTES:
+        raise _UnreadableError(
+            f"holds {size / (1 << 30):.1f} GiB (shape {shape}); the features of one clip are at most {MOST_BYTES / (1 << 30):g} GiB: cut it "
+            "into clips, or take fewer frames a second"
+        )
+
+
+def _check_member(member: Any, info: zipfile.ZipInfo) -> None:
+    """Refuse an array in an archive that holds objects or claims more than the archive has."""
+    shape, dtype = _header(member)
     if dtype.hasobject:
         raise _UnreadableError("holds Python objects")
     if (
@@ -348,3 +376,4 @@ def _check_member(member: Any, info: zipfile.ZipInfo) -> None:
         or info.file_size > _DEFLATE * info.compress_size
     ):
         raise _UnreadableError(f"claims shape {shape} of type {dtype}, which is not the size of what it holds")
+    _check_size(shape, dtype)
