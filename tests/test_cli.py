@@ -206,3 +206,12 @@ def test_a_dataclass_parameter_becomes_one_option_for_each_field() -> None:
     ]
     with pytest.raises(typer.BadParameter):
         command.main(["c", "--width", "0"], standalone_mode=False)
+
+
+def test_control_characters_of_files_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    line = {"text": "a", "label": "\x1b]0;owned\x07\x1b[31mjoy\u202e", "split": "train", "id": "x\x1b[2J"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
+    done = egmf("prepare", "meld", "--source", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "data"))
+    assert done.returncode == 1
+    assert "\\x1b[31mjoy" in done.stderr.replace("\\\\", "\\")
+    assert not set(done.stderr + done.stdout) & set("\x1b\x07\u202e")

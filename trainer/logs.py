@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from trainer.terminal import for_terminal
+
 log = logging.getLogger(__name__)
 
 NOISY = (
@@ -45,6 +47,13 @@ class LogFile(logging.FileHandler):
             sys.stderr.write(f"{self.baseFilename} can no longer be written: {sys.exc_info()[1]}\n")
 
 
+class PlainFormatter(logging.Formatter):
+    """Lines without control characters, whoever wrote what they quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
+
+
 def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console: Console | None = None) -> None:
     """Rank 0: readable lines on stderr and in ``log.txt``. Other ranks: warnings on stderr, all in ``log.rankN.txt``.
 
@@ -63,12 +72,13 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
         terminal = console or Console(stderr=True)
         if terminal.is_terminal:
             screen = RichHandler(console=terminal, show_path=debug, rich_tracebacks=False, omit_repeated_times=False)
+            screen.setFormatter(PlainFormatter("%(message)s"))
         else:
             screen = logging.StreamHandler()
-            screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+            screen.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     else:
         screen = logging.StreamHandler()
-        screen.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+        screen.setFormatter(PlainFormatter(f"[rank {rank}] %(levelname)s %(message)s"))
         screen.setLevel(logging.DEBUG if debug else logging.WARNING)
     root.addHandler(screen)
     if out is not None:
@@ -79,7 +89,7 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
             raise ValueError(
                 f"the run folder {out} cannot be written: {error.strerror}; make it writable, or choose another with --out"
             ) from error
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     if debug:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,13 +175,19 @@ def check(job: Job) -> None:
             f"--time {asked.time}: too short for --signal-seconds {job.signal_seconds}; Slurm may send the signal {EARLY} s "
             "before that, so the job would be stopped as soon as it starts, again and again"
         )
-    lines = {
+    lines: dict[str, Sequence[str]] = {
         "--setup": job.setup,
         "--out": [str(member.out) for member in job.layout.members],
         "--sbatch": job.sbatch_options,
         "--srun": job.srun_options,
+        "task": job.config.tasks,
+        **{f"--{name}": [value] for name, value in vars(asked).items() if isinstance(value, str)},
     }
-    faults += [f"{name}: has a line break in it" for name, values in lines.items() if any("\n" in v for v in values)]
+    faults += [
+        f"{name}: has a line break or another control character in it, which would begin a line of its own in the job's script"
+        for name, values in lines.items()
+        if any(unicodedata.category(sign) == "Cc" and sign != "\t" for value in values for sign in value)
+    ]
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -217,7 +224,7 @@ def render(job: Job) -> str:
         f"--signal=B:{job.signal}@{job.signal_seconds}",
         "--requeue" if job.requeue else "--no-requeue",
         *([f"--array={','.join(map(str, layout.indices))}{limit}"] if layout.array else []),
-        *job.sbatch_options,
+        *map(_directive, job.sbatch_options),
     ]
     environment = Environment(
         loader=PackageLoader("launch"),
@@ -243,6 +250,14 @@ def render(job: Job) -> str:
         setup=job.setup,
         srun_options=job.srun_options,
     )
+
+
+def _directive(option: str) -> str:
+    """An option of sbatch as it stands behind ``#SBATCH``, where words are split as in a shell: ``--comment=hello world`` in quotes."""
+    name, equals, value = option.partition("=")
+    if not equals or not name.startswith("--") or value[:1] in ("'", '"'):
+        return option
+    return f"{name}={shlex.quote(value)}"
 
 
 def submit(job: Job) -> str:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from trainer.terminal import for_terminal
+
 if TYPE_CHECKING:  # rich takes a third of the time that `egmf --help` needs
     from rich.console import Console
     from rich.progress import Progress
@@ -16,7 +18,7 @@ if TYPE_CHECKING:  # rich takes a third of the time that `egmf --help` needs
 
 def say(text: str) -> None:
     """A message for people, on stderr."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(for_terminal(text) + "\n")
 
 
 def wide() -> Console:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from launch.start.slurm import limit_seconds
+from launch.start.slurm import Job, Resources, check, limit_seconds, one_run
 from tests.distributed.processes import ROOT, egmf
+from trainer.config import load_config
 
 CONFIG = str(ROOT / "configs" / "tiny.yaml")
 
@@ -23,7 +25,7 @@ def test_the_script_asks_for_what_was_given_and_is_bash(tmp_path: Path) -> None:
     done = egmf(
         "launch", "slurm", CONFIG, "train.stop_signals=[SIGTERM,SIGUSR2]", "--out", str(out), "--nodes", "2-4",
         "--gpus-per-node", "8", "--partition", "gpu", "--time", "1-12", "--account", "lab", "--cpus-per-task", "12",
-        "--setup", "module load cuda", "--sbatch=--exclusive", "--srun=--cpu-bind=none", "--signal-seconds", "300",
+        "--setup", "module load cuda", "--sbatch=--exclusive", "--sbatch=--comment=hello 'big' world", "--sbatch=--mail-user='me@here'", "--srun=--cpu-bind=none", "--signal-seconds", "300",
         "--debug", "--dry-run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -32,8 +34,10 @@ def test_the_script_asks_for_what_was_given_and_is_bash(tmp_path: Path) -> None:
     expected = {
         "nodes": "2-4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "12", "partition": "gpu",
         "time": "1-12", "account": "lab", "signal": "B:USR2@300", "requeue": "", "open-mode": "append", "exclusive": "",
+        "mail-user": "'me@here'",
     }  # fmt: skip
     assert {key: asked.get(key) for key in expected} == expected
+    assert shlex.split(asked["comment"]) == ["hello 'big' world"]
     assert "array" not in asked
     assert asked["output"].endswith("100%% mine/slurm/%j.log'")
     for words in ("module load cuda", "--cpu-bind=none", "--debug", "sbatch --test-only"):
@@ -117,6 +121,24 @@ def test_what_cannot_work_is_refused_all_at_once(tmp_path: Path) -> None:
     assert absent.returncode == 1
     assert "there is no sbatch on PATH" in absent.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--account", "--mem", "--partition", "--qos", "--constraint", "--time", "--setup", "--sbatch", "--srun"]
+)
+@pytest.mark.parametrize("sign", ["\n", "\r", "\x1b"])
+def test_no_option_begins_a_line_of_its_own_in_the_script(option: str, sign: str) -> None:
+    value = f"x{sign}rm -rf"
+    resources = {
+        name: value for name in ("account", "mem", "partition", "qos", "constraint", "time") if option == f"--{name}"
+    }
+    job = Job(
+        one_run(load_config(CONFIG), Path("runs/one")), Resources(nodes="1", procs_per_node=2, **resources),
+        setup=(value,) if option == "--setup" else (), sbatch_options=(value,) if option == "--sbatch" else (),
+        srun_options=(value,) if option == "--srun" else (),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"(?s){option}.*(control character|must be minutes)"):
+        check(job)
 
 
 @pytest.mark.parametrize(
