@@ -277,7 +277,11 @@ def _features(data: PreparedDataset, spec: Spec) -> dict[str, Features]:
 def _joined(blocks: Sequence[Features], samples: int) -> Features:
     if not blocks:
         return np.zeros((samples, 1))
-    return blocks[0] if len(blocks) == 1 else sparse.csr_matrix(sparse.hstack(blocks))
+    if len(blocks) == 1:
+        return blocks[0]
+    if not any(sparse.issparse(block) for block in blocks):
+        return np.hstack(blocks)
+    return sparse.csr_matrix(sparse.hstack([sparse.csr_matrix(block) for block in blocks]))
 
 
 def _model(task: Task, spec: Spec, value: float) -> Any:

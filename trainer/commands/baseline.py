@@ -137,7 +137,7 @@ def _fit_folds(
     from trainer.baselines.folds import fold_folders, over_folds
 
     task = next(iter(datasets.values())).task
-    asked = {}
+    asked: dict[tuple[Spec, str], tuple[PreparedDataset, Path]] = {}
     for spec in wanted:
         folders = fold_folders(runs, f"baseline-{task.name}-{spec.name}", datasets, every)
         asked |= {(spec, name): (data, out or folders[name]) for name, data in datasets.items()}
