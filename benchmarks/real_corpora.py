@@ -117,7 +117,7 @@ def measure(name: str, data: Path, folder: Path, seeds: int, parallel: int, shar
     asked = [word for modalities in corpus.baselines for word in ("--modalities", modalities)]
     way.egmf("baseline", folder / "data", *asked, "--runs", runs, "--force")
     steps = max(2, round(corpus.steps * share))
-    (folder / "run.yaml").write_text(yaml.safe_dump(_config(corpus, task, steps)), encoding="utf-8")
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_config(corpus, task, steps)), encoding="utf-8")
     folds = ["--folds"] if corpus.folds else []
     chosen = ["--seeds", ",".join(str(seed) for seed in range(seeds)), *folds, "--parallel", str(parallel)]
     way.egmf("sweep", folder / "run.yaml", f"data.path={folder / 'data'}", *chosen, "--out", runs / "tiny")
@@ -133,7 +133,7 @@ def measure(name: str, data: Path, folder: Path, seeds: int, parallel: int, shar
         "samples": {split: values["n"] for split, values in shown.items()},
         "folds": next(iter(shown.values())).get("folds"),
         "steps": steps,
-        "batch": _config(corpus, task, steps)["train"]["global_batch"],
+        "batch": run_config(corpus, task, steps)["train"]["global_batch"],
         "seeds": seeds,
         "commands": way.commands,
         "evaluated_again": evaluated,
@@ -151,7 +151,8 @@ def _written(name: str, corpus: Corpus, data: Path, folder: Path) -> Path:
     return published
 
 
-def _config(corpus: Corpus, task: str, steps: int) -> dict[str, Any]:
+def run_config(corpus: Corpus, task: str, steps: int) -> dict[str, Any]:
+    """A run's config: text trains the whole backbone, features an adapter, as configs/meld-text-tiny.yaml and tiny.yaml do."""
     text = corpus.modalities == ("text",)
     fusion: dict[str, Any] = {"dropout": 0.1, "modalities": list(corpus.modalities)}
     model: dict[str, Any] = {"fusion": fusion, "backbone": {"gradient_checkpointing": False}}
@@ -207,7 +208,11 @@ def table(results: dict[str, Any]) -> str:
         head = [name, ", ".join(one["modalities"]), sizes]
         for group, scores in sorted(one["scores"].items(), key=lambda item: not item[0].startswith("baseline")):
             ours = not group.startswith("baseline")
-            label = f"tiny backbone, {one['steps']} steps, {one['seeds']} seed(s)" if ours else group
+            label = (
+                f"tiny backbone, {one['steps']} steps, {one['seeds']} seed{'s' if one['seeds'] > 1 else ''}"
+                if ours
+                else group
+            )
             cells = [*head, label, ", ".join(f"{metric} {_cell(scores[metric])}" for metric in scores)]
             lines.append(f"| {' | '.join(cells)} |")
             head = ["", "", ""]
