@@ -86,6 +86,10 @@ class Way:
         self.folder, self.data = folder, data
         self.commands: list[str] = []
 
+    def without_paths(self, text: str) -> str:
+        """The text with the names of the two folders in place of where they lie."""
+        return text.replace(str(self.folder), "WORK").replace(str(self.data), "DATA")
+
     def egmf(self, *words: str | Path) -> str:
         """Run a command; its stdout.
 
@@ -93,7 +97,7 @@ class Way:
             RuntimeError: it failed; with the end of what it said.
         """
         line = " ".join(["egmf", *map(str, words)])
-        self.commands.append(line.replace(str(self.folder), "WORK").replace(str(self.data), "DATA"))
+        self.commands.append(self.without_paths(line))
         print(self.commands[-1], flush=True)
         done = subprocess.run([*EGMF, *map(str, words)], capture_output=True, text=True)
         if done.returncode:
@@ -138,6 +142,7 @@ def measure(name: str, data: Path, folder: Path, seeds: int, parallel: int, shar
         "commands": way.commands,
         "evaluated_again": evaluated,
         **_figures(compared, corpus),
+        "notes": [way.without_paths(note) for note in compared["notes"]],
     }
 
 
@@ -195,7 +200,7 @@ def _figures(compared: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
         for d in compared["differences"]
         if d["metric"] == corpus.metrics[0] and d["kind"] == "all"
     ]
-    return {"scores": scores, "differences": differences, "notes": compared["notes"]}
+    return {"scores": scores, "differences": differences}
 
 
 def table(results: dict[str, Any]) -> str:
