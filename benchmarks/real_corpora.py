@@ -204,24 +204,38 @@ def _figures(compared: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown: a row for each corpus and group, with the mean (± deviation over seeds) of each metric."""
-    lines = ["| corpus | modalities | train / valid / test | | metrics of the test split |", "|---|---|---|---|---|"]
+    """The results as Markdown: a row for each corpus and group, with the mean (± deviation over seeds) of each metric.
+
+    Behind the backbone stands its difference from the baseline that reads the same modalities, with its interval.
+    """
+    lines = [
+        "| corpus | modalities | train / valid / test | | test split | minus the baseline of the same modalities |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, one in results.items():
         sizes = " / ".join(f"{n:,}" for n in one["samples"].values())
         if one["folds"]:
             sizes += f" in {len(one['folds'])} folds"
         head = [name, ", ".join(one["modalities"]), sizes]
         for group, scores in sorted(one["scores"].items(), key=lambda item: not item[0].startswith("baseline")):
-            ours = not group.startswith("baseline")
-            label = (
-                f"tiny backbone, {one['steps']} steps, {one['seeds']} seed{'s' if one['seeds'] > 1 else ''}"
-                if ours
-                else group
-            )
-            cells = [*head, label, ", ".join(f"{metric} {_cell(scores[metric])}" for metric in scores)]
+            label, difference = group, ""
+            if not group.startswith("baseline"):
+                label = f"tiny backbone, {one['steps']} steps, {one['seeds']} seed{'s' if one['seeds'] > 1 else ''}"
+                difference = _difference(one)
+            listed = sorted(scores, key=lambda metric: CORPORA[name].metrics.index(metric))
+            cells = [*head, label, ", ".join(f"{metric} {_cell(scores[metric])}" for metric in listed), difference]
             lines.append(f"| {' | '.join(cells)} |")
             head = ["", "", ""]
     return "\n".join(lines)
+
+
+def _difference(one: dict[str, Any]) -> str:
+    """The backbone minus the baseline of the same modalities; nothing where it was not tested."""
+    same = f"baseline {'+'.join(one['modalities'])}"
+    for d in one["differences"]:
+        if d["baseline"] == same and d["value"] is not None and d["low"] is not None:
+            return f"{d['metric']} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+    return ""
 
 
 def _cell(score: dict[str, Any]) -> str:

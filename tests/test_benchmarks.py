@@ -138,8 +138,19 @@ def test_the_table_of_real_corpora_has_baselines_above_the_backbone() -> None:
         "steps": 30,
         "seeds": 3,
         "scores": scores,
+        "differences": [
+            {"group": "tiny", "baseline": "baseline constant", "metric": "wf1", "value": 0.2, "low": 0.1, "high": 0.3},
+            {
+                "group": "tiny",
+                "baseline": "baseline text",
+                "metric": "wf1",
+                "value": -0.05,
+                "low": -0.08,
+                "high": -0.02,
+            },
+        ],
     }
     assert table({"cped": one}).splitlines()[2:] == [
-        "| cped | text | 11,137 in 2 folds | baseline text | wf1 0.550, acc undefined |",
-        "|  |  |  | tiny backbone, 30 steps, 3 seeds | wf1 0.500 ± 0.010, acc 0.600 ± 0.020 |",
+        "| cped | text | 11,137 in 2 folds | baseline text | wf1 0.550, acc undefined |  |",
+        "|  |  |  | tiny backbone, 30 steps, 3 seeds | wf1 0.500 ± 0.010, acc 0.600 ± 0.020 | wf1 -0.050 [-0.080, -0.020] |",
     ]
