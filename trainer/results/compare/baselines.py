@@ -78,13 +78,15 @@ def _of_its_fold(baseline: ComparedRun, trained: Sequence[ComparedRun]) -> list[
 
 
 def _other_training(baseline: ComparedRun, trained: Sequence[ComparedRun]) -> list[str]:
-    """A note where the baseline was fitted on another number of samples than runs of its fold were trained on."""
+    """A note where the baseline was fitted on another number of samples than every run of its fold was trained on."""
     if baseline.fold is None:
         return []
+    own = baseline.fold["train"]
     counts = {run.fold["train"]: run.where for run in _of_its_fold(baseline, trained) if run.fold is not None}
-    counts.pop(baseline.fold["train"], None)
+    if own in counts:
+        return []
+    count, where = next(iter(counts.items()))
     return [
-        f"{baseline.where} learnt from {baseline.fold['train']} samples of fold {fold_name(baseline)}, {where} from {count}: give "
-        "egmf baseline the runs' data.fold_valid with --fold-valid"
-        for count, where in counts.items()
+        f"{baseline.where} learnt from {own} samples of fold {fold_name(baseline)}, {where} from {count}: give egmf baseline the runs' "
+        "data.fold_valid with --fold-valid"
     ]
