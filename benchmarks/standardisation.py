@@ -99,9 +99,9 @@ def utterances(folder: Path) -> Iterator[tuple[dict[str, object], dict[str, np.n
             yield sample, {m: arrays[m][i][None] for m in ("audio", "video")}
 
 
-def convert(real: Path, name: str, folder: Path) -> list[str]:
-    """Write one's own data from the published arrays, prepare them, and say what the features are like."""
-    (folder / "clips").mkdir(parents=True)
+def write_source(real: Path, name: str, folder: Path) -> Path:
+    """Write one's own data from the published arrays, features beside `samples.jsonl`; the latter's path."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
     source = utterances(real / "mosi") if name == "mosi" else sequences(real / "mfn" / f"{name.rstrip('9')}.npz", name)
     lines = []
     for sample, streams in source:
@@ -111,10 +111,16 @@ def convert(real: Path, name: str, folder: Path) -> list[str]:
             sample[modality] = place
         lines.append(json.dumps(sample))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "samples.jsonl"
+
+
+def convert(real: Path, name: str, folder: Path) -> list[str]:
+    """Write one's own data from the published arrays, prepare them, and say what the features are like."""
+    samples = write_source(real, name, folder)
     if name != "mosi":
         (folder / "task.yaml").write_text(yaml.safe_dump(TASKS[name]))
     task = get_task("mosi" if name == "mosi" else str(folder / "task.yaml"))
-    return standardisation_lines(prepare(task, [folder / "samples.jsonl"], folder / "data").record)
+    return standardisation_lines(prepare(task, [samples], folder / "data").record)
 
 
 def run(words: Sequence[str], say: bool = False) -> None:

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoTokenizer
 
 from benchmarks.contenders import COLUMNS, Padded, build
 from benchmarks.padded import IGNORED
 from benchmarks.profile import BACKWARD, MARK, by_part
+from benchmarks.real_corpora import CORPORA, run_config, table
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
 from benchmarks.standardisation import sequences
+from trainer.config import load_config
 from trainer.text import encode
 
 
@@ -108,3 +111,46 @@ def test_the_parts_of_a_profile_add_up() -> None:
         nodes["ExpBackward0"].time_range.end - nodes["ExpBackward0"].time_range.start
     )
     assert times["outer"]["backward"] >= nodes["MmBackward0"].time_range.end - nodes["MmBackward0"].time_range.start
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_the_config_of_a_real_corpus_is_one(tmp_path: Path, name: str) -> None:
+    corpus = CORPORA[name]
+    task = corpus.name
+    if not isinstance(corpus.task, str):
+        task = str(tmp_path / "task.yaml")
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump(corpus.task, allow_unicode=True), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(corpus, task, 30)), encoding="utf-8")
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.train.steps, config.train.eval_every, config.model.backbone.name) == (30, 15, "tiny")
+    assert tuple(config.model.fusion.modalities) == corpus.modalities
+
+
+def test_the_table_of_real_corpora_has_baselines_above_the_backbone() -> None:
+    scores = {
+        "tiny": {"wf1": {"mean": 0.5, "sd": 0.01}, "acc": {"mean": 0.6, "sd": 0.02}},
+        "baseline text": {"wf1": {"mean": 0.55, "sd": None}, "acc": {"mean": None, "sd": None}},
+    }
+    one = {
+        "modalities": ["text"],
+        "samples": {"all": 11137},
+        "folds": {"a": 1, "b": 2},
+        "steps": 30,
+        "seeds": 3,
+        "scores": scores,
+        "differences": [
+            {"group": "tiny", "baseline": "baseline constant", "metric": "wf1", "value": 0.2, "low": 0.1, "high": 0.3},
+            {
+                "group": "tiny",
+                "baseline": "baseline text",
+                "metric": "wf1",
+                "value": -0.05,
+                "low": -0.08,
+                "high": -0.02,
+            },
+        ],
+    }
+    assert table({"cped": one}).splitlines()[2:] == [
+        "| cped | text | 11,137 in 2 folds | baseline text | wf1 0.550, acc undefined |  |",
+        "|  |  |  | tiny backbone, 30 steps, 3 seeds | wf1 0.500 ± 0.010, acc 0.600 ± 0.020 | wf1 -0.050 [-0.080, -0.020] |",
+    ]

@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+
+
+def plain(value: str) -> str:
+    """A value as a part of a folder's name."""
+    inner = value.strip("[]{}()'\" ")
+    return re.sub(r"[^\w.+-]", "_", "+".join(part.strip(" '\"") for part in inner.split(",")))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.identity import effect_of
 from trainer.config import RunConfig, flatten, load_config
+from trainer.files import plain
 from trainer.tasks import get_tasks
 
 LONGEST = 100  # characters of a run folder's name; longer ones are numbered instead
@@ -142,9 +142,3 @@ def _names(combinations: Sequence[Mapping[str, str]]) -> list[str]:
     if len(set(names)) < len(names) or any(len(name) > LONGEST for name in names):
         return [f"v{number}" for number in range(1, len(names) + 1)]
     return names
-
-
-def plain(value: str) -> str:
-    """A value as a part of a folder's name."""
-    inner = value.strip("[]{}()'\" ")
-    return re.sub(r"[^\w.+-]", "_", "+".join(part.strip(" '\"") for part in inner.split(",")))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from launch.start.local import run_state
-from launch.sweep.grid import plain, planned_settings
+from launch.sweep.grid import planned_settings
 from trainer.checkpoint.identity import training_settings
 from trainer.config import RunConfig, dump_config, saved_config
+from trainer.data.folds import fold_labels
 from trainer.files import write_text
 from trainer.tasks import get_task
 from trainer.tracking.outbox import tracking_uri
@@ -79,7 +80,7 @@ class Sweep:
         `parent` is the id of the MLflow run that they belong to. All are recorded in one store, beside the sweep's folder.
         """
         children = []
-        labels = self._fold_labels()
+        labels = fold_labels(self.folds)
         for seed, (fold, label), (variant, config) in itertools.product(
             self.seeds, labels.items() or [(None, "")], self.variants.items()
         ):
@@ -99,13 +100,6 @@ class Sweep:
             }
             children.append(Child(name, variant, own, self.folder / name, fold))
         return children
-
-    def _fold_labels(self) -> dict[str, str]:
-        """Fold -> its part of a run folder's name; numbers from 1 where names are not one to one."""
-        labels = {fold: f"fold={plain(fold)}" for fold in self.folds}
-        if len(set(labels.values())) < len(labels):
-            labels = {fold: f"fold={number}" for number, fold in enumerate(self.folds, 1)}
-        return labels
 
 
 def finished(children: Sequence[Child]) -> set[str]:

@@ -13,6 +13,7 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
+from sklearn.preprocessing import StandardScaler
 
 from tests.distributed.processes import ROOT, egmf, environment
 from tests.toy import prepare_toy
@@ -88,6 +89,32 @@ def test_statistics_are_those_of_the_frames_and_nan_where_the_stream_is_missing(
         means = [sum(c) / len(c) for c in columns]
         deviations = [(sum((x - m) ** 2 for x in c) / len(c)) ** 0.5 for c, m in zip(columns, means, strict=True)]
         np.testing.assert_allclose(found[i], [*means, *deviations, *map(max, columns)], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [("audio", "video"), ("text", "audio")])
+def test_joined_modalities_are_columns_side_by_side(meld: Path, names: tuple[str, str]) -> None:
+    """With text, whose columns are sparse, and without."""
+    data = open_dataset(meld)
+    columns: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    for name in names:
+        if name == "text":
+            tfidf = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+            tfidf.fit(list(data["train"].texts()))
+            parts = {split: tfidf.transform(list(data[split].texts())).toarray() for split in columns}
+        else:
+            of_frames = {split: statistics(data[split], name) for split in columns}
+            of_frames = {split: np.column_stack([x, np.isnan(x).all(1)]) for split, x in of_frames.items()}
+            scaler = StandardScaler().fit(of_frames["train"])
+            width = of_frames["train"].shape[1]
+            parts = {s: np.nan_to_num(scaler.transform(x), nan=0.0) / width**0.5 for s, x in of_frames.items()}
+        for split, part in parts.items():
+            columns[split].append(part)
+    train, test = (np.hstack(columns[split]) for split in ("train", "test"))
+    model = LogisticRegression(C=1.0, max_iter=1000).fit(train, data["train"].targets())
+    found = fit_baseline(data, specs(data, [",".join(names)])[0])
+    assert [row.answer.value for row in found.rows["test"]] == model.predict(test).tolist()
+    p_NC = np.array([row.answer.probabilities for row in found.rows["test"]])
+    np.testing.assert_allclose(p_NC[:, model.classes_.astype(int)], model.predict_proba(test), atol=1e-3)
 
 
 def test_by_default_there_is_every_modality_alone_and_all_joined(meld: Path, simsv2: Path) -> None:

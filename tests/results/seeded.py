@@ -109,6 +109,26 @@ def make_baseline(
     return out
 
 
+def make_baseline_folds(
+    folder: Path, name: str, quality: float, *, names: Sequence[str] = FOLDS, samples: int = 200, **more: Any
+) -> Path:
+    """A baseline of each fold of :func:`make_folds`, on the samples of its runs."""
+    count = len(names)
+    for k, fold_name in enumerate(names):
+        fold = {
+            "name": fold_name,
+            "names": list(names),
+            "train": samples * (count - 2) // count,
+            "test": samples // count,
+        }
+        out = make_baseline(folder / f"b-{name}-fold={fold_name}", name, quality, samples=samples, fold=fold, **more)
+        for split, part in (("test", k), ("valid", (k + 1) % count)):
+            path = out / "predictions" / f"{split}.parquet"
+            table = pd.read_parquet(path)
+            table[table.index % count == part].to_parquet(path)
+    return folder
+
+
 def _numbers(name: str, cells: pd.Series) -> np.ndarray:
     """Label indices, or the numbers themselves."""
     task = get_task(name)

@@ -81,7 +81,7 @@ def test_a_run_of_a_fold_or_a_damaged_baseline_is_noted(tmp_path: Path) -> None:
     assert [note for note in run.notes if "/b cannot be shown: metrics.json is damaged" in note] == run.notes != []
     run, (results,) = beside(tmp_path / "folds")
     assert results.baselines == []
-    assert run.notes == ["the baselines beside the run are not shown: they have no folds, and the run is of one"]
+    assert run.notes == ["the baselines beside the run are not shown: none is of its fold, and the run is of fold x"]
 
 
 @pytest.fixture

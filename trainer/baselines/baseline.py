@@ -33,6 +33,8 @@ from trainer.answers.scores import SplitScores, TaskScores, metric_value
 from trainer.baselines.features import Ngrams, StreamFeatures, TextFeatures, default_ngrams, statistics
 from trainer.config import MODALITIES, Modality
 from trainer.data.dataset import PreparedDataset, SplitView
+from trainer.data.folds import FoldRecord
+from trainer.data.readers.raw import ALL
 from trainer.distributed.versions import git_state
 from trainer.files import write_json
 from trainer.label_sets import decode_sets, encode_sets
@@ -82,6 +84,7 @@ class Baseline:
     scores: dict[str, SplitScores]
     record: BaselineValues
     started: str
+    fold: FoldRecord | None = None
 
 
 def specs(
@@ -89,13 +92,14 @@ def specs(
 ) -> list[Spec]:
     """The baselines that are asked for, each as modalities joined by commas, or ``constant``.
 
-    By default those that the training data allow: the constant answer, each modality alone, and all of them joined.
+    By default those that the training data allow: the constant answer, each modality alone, and all of them joined. Of a dataset
+    with folds of which none is chosen, those that all its samples allow.
 
     Raises:
         BaselineError: an unknown modality.
     """
     usual = default_ngrams(data.task.language)
-    there = _present(data["train"])
+    there = _present(data[ALL] if data.folds and data.fold is None else data["train"])
     alone: list[tuple[Modality, ...]] = [(name,) for name in there]
     chosen = [(), *alone, *([there] if len(there) > 1 else [])]
     if asked:
@@ -156,7 +160,13 @@ def fit_baseline(data: PreparedDataset, spec: Spec) -> Baseline:
         "tried": tried if spec.tune and spec.modalities else {},
         "data": str(data.path),
     }
-    return Baseline(spec, task, rows, scores, record, started)
+    fold: FoldRecord | None = None
+    if data.fold is not None and data.choice is not None:
+        fold = {"name": data.fold, "names": data.folds, "train": len(data["train"]), "test": len(data["test"])}
+        record["fold_valid"] = data.choice.valid
+        if data.choice.valid != "next":
+            record["fold_seed"] = data.choice.seed
+    return Baseline(spec, task, rows, scores, record, started, fold)
 
 
 def check_data(data: PreparedDataset, wanted: Sequence[Spec]) -> None:
@@ -165,6 +175,12 @@ def check_data(data: PreparedDataset, wanted: Sequence[Spec]) -> None:
     Raises:
         BaselineError: every reason in one message.
     """
+    if faults := data_faults(data, wanted):
+        raise BaselineError("\n  ".join([f"no baseline of {data.path}: {len(faults)} fault(s)", *faults]))
+
+
+def data_faults(data: PreparedDataset, wanted: Sequence[Spec]) -> list[str]:
+    """Why the baselines cannot be fitted on the data; empty where they can."""
     faults = [f"it has no split {split}" for split in ("train", *SPLITS) if split not in data.splits]
     if "train" in data.splits and any(spec.modalities for spec in wanted):
         train = data["train"]
@@ -177,8 +193,7 @@ def check_data(data: PreparedDataset, wanted: Sequence[Spec]) -> None:
         there = _present(train)
         absent = [name for name in MODALITIES if any(name in spec.modalities for spec in wanted) and name not in there]
         faults += [f"no sample of train has {name}: leave it out of --modalities" for name in absent]
-    if faults:
-        raise BaselineError("\n  ".join([f"no baseline of {data.path}: {len(faults)} fault(s)", *faults]))
+    return faults
 
 
 def write_baseline(baseline: Baseline, fingerprint: str, out: Path, *, force: bool = False) -> None:
@@ -188,7 +203,7 @@ def write_baseline(baseline: Baseline, fingerprint: str, out: Path, *, force: bo
         BaselineError: `out` holds anything but a baseline, or another one and not `force`.
         ValueError: it cannot be written.
     """
-    check_out(out, baseline.record, force=force)
+    check_out(out, baseline.record, baseline.fold, force=force)
     with hold(out):
         (out / RECORD).unlink(missing_ok=True)
         for split, rows in baseline.rows.items():
@@ -210,11 +225,15 @@ def write_baseline(baseline: Baseline, fingerprint: str, out: Path, *, force: bo
             "tasks": [baseline.task.name],
             "data": {baseline.task.name: fingerprint},
         }
+        if baseline.fold is not None:
+            record["fold"] = baseline.fold
         write_json(out / RECORD, record)
 
 
-def check_out(out: Path, baseline: BaselineValues | None = None, *, force: bool = False) -> None:
-    """Refuse a folder that holds a run, or (once there is a `baseline`) another one without `force`.
+def check_out(
+    out: Path, baseline: BaselineValues | None = None, fold: FoldRecord | None = None, *, force: bool = False
+) -> None:
+    """Refuse a folder that holds a run, or (once there is a `baseline`) another one, or one of another `fold`, without `force`.
 
     Raises:
         BaselineError: see there.
@@ -225,8 +244,11 @@ def check_out(out: Path, baseline: BaselineValues | None = None, *, force: bool 
     before = found.get("baseline")
     if before is None and out.is_dir() and any(path for pattern in RESULTS for path in out.glob(pattern)):
         raise BaselineError(f"{out} holds a run and no baseline: choose another folder with --out")
-    if baseline is not None and before is not None and before != baseline and not force:
-        raise BaselineError(f"{out} holds the baseline {before.get('name')}: --force replaces it, --out names another")
+    if baseline is not None and before is not None and (before, found.get("fold")) != (baseline, fold) and not force:
+        of_fold = f" of fold {found['fold']['name']}" if "fold" in found else ""
+        raise BaselineError(
+            f"{out} holds the baseline {before.get('name')}{of_fold}: --force replaces it, --out names another"
+        )
 
 
 def _present(train: SplitView) -> tuple[Modality, ...]:
@@ -261,7 +283,11 @@ def _features(data: PreparedDataset, spec: Spec) -> dict[str, Features]:
 def _joined(blocks: Sequence[Features], samples: int) -> Features:
     if not blocks:
         return np.zeros((samples, 1))
-    return blocks[0] if len(blocks) == 1 else sparse.csr_matrix(sparse.hstack(blocks))
+    if len(blocks) == 1:
+        return blocks[0]
+    if not any(sparse.issparse(block) for block in blocks):
+        return np.hstack(blocks)
+    return sparse.csr_matrix(sparse.hstack([sparse.csr_matrix(block) for block in blocks]))
 
 
 def _model(task: Task, spec: Spec, value: float) -> Any:

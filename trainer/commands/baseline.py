@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from trainer.commands.options import Json
-from trainer.commands.output import print_json, print_metrics, say
+from trainer.commands.output import print_columns, print_json, print_metrics, say
+
+if TYPE_CHECKING:
+    from trainer.baselines.baseline import Baseline, Spec
+    from trainer.data.dataset import PreparedDataset
 
 app = typer.Typer()
+
+SHOWN_FOLDS = 10  # folds up to which each has a column
 
 
 @app.command()
@@ -29,8 +36,21 @@ def baseline(
         typer.Option(help="n-grams of text; default: characters for Chinese tasks, else words"),
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="choose C or alpha on valid; default: 1")] = False,
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            help="of a dataset with folds: test this one alone, by its name or its number from 1; default: every fold",
+            metavar="NAME",
+        ),
+    ] = None,
+    fold_valid: Annotated[
+        str,
+        typer.Option(help="what validates a fold, as a run's data.fold_valid: next, or a share", metavar="next|SHARE"),
+    ] = "next",
+    seed: Annotated[int, typer.Option(help="draws the share of --fold-valid, as a run's train.seed")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="folder of a single baseline; default RUNS/baseline-TASK-NAME", metavar="RUN")
+        Path | None,
+        typer.Option(help="folder of a single baseline; default RUNS/baseline-TASK-NAME[-fold=FOLD]", metavar="RUN"),
     ] = None,
     runs: Annotated[Path, typer.Option(help="where the folders of the baselines go", metavar="RUNS")] = Path("runs"),
     force: Annotated[bool, typer.Option("--force", help="replace another baseline in the folder")] = False,
@@ -39,25 +59,110 @@ def baseline(
     """Fit TF-IDF and frame statistics with logistic regression or ridge, and score them as a run is scored.
 
     For example: egmf baseline data/meld
+
+    Of a dataset with folds every baseline is fitted once for each, on its own training samples, and scored fold by fold, by the
+    mean over folds, and on the predictions of all folds together.
     """
-    from trainer.baselines.baseline import BaselineError, check_data, check_out, fit_baseline, specs, write_baseline
+    from trainer.baselines.baseline import BaselineError, check_data, specs
+    from trainer.baselines.folds import check_folds, fold_faults, open_folds
     from trainer.data.dataset import open_dataset
 
     opened = open_dataset(data)
-    wanted = specs(opened, modalities or [], ngrams, tune=tune)
-    if out is not None and len(wanted) > 1:
-        raise BaselineError(
-            f"--out names the folder of one baseline, and there are {len(wanted)}: name one with --modalities"
-        )
+    faults = fold_faults(opened, fold)
+    if not opened.folds and (fold_valid, seed) != ("next", 0):
+        faults.append(f"{data} has no folds: leave --fold-valid and --seed out")
+    valid = _fold_valid(fold_valid, faults)
+    wanted: list[Spec] = []
+    try:
+        wanted = specs(opened, modalities or [], ngrams, tune=tune)
+    except BaselineError as error:
+        faults.append(str(error))
+    count = len(wanted) * (1 if fold is not None else max(1, len(opened.folds)))
+    if out is not None and count > 1:
+        which = "--modalities and --fold" if opened.folds and fold is None else "--modalities"
+        faults.append(f"--out names the folder of one baseline, and there are {count}: name one with {which}")
+    if faults:
+        raise BaselineError("\n".join(faults))
+    if opened.folds:
+        datasets = open_folds(opened, fold, valid, seed)
+        check_folds(datasets, wanted)
+        _fit_folds(datasets, wanted, opened.folds, out, runs, force=force, single=fold is not None, as_json=as_json)
+        return
     check_data(opened, wanted)
     folders = {spec: out or runs / f"baseline-{opened.task.name}-{spec.name}" for spec in wanted}
-    results = {}
-    for spec, folder in folders.items():
-        check_out(folder)
-        found = fit_baseline(opened, spec)
-        write_baseline(found, opened.fingerprint, folder, force=force)
-        results[spec.name] = {split: scores[opened.task.name] for split, scores in found.scores.items()}
+    fitted = _fit({(spec, ""): (opened, folder) for spec, folder in folders.items()}, force=force)
+    _show_one_each({spec.name: one for (spec, _), one in fitted.items()}, as_json=as_json)
+
+
+def _fold_valid(text: str, faults: list[str]) -> Literal["next"] | float:
+    """What --fold-valid says; a fault where it is neither ``next`` nor a share."""
+    if text == "next":
+        return "next"
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        faults.append(f"--fold-valid is next, or a share between 0 and 1, not {text!r}")
+    return share
+
+
+def _fit(
+    asked: Mapping[tuple[Spec, str], tuple[PreparedDataset, Path]], *, force: bool
+) -> dict[tuple[Spec, str], Baseline]:
+    """Fit and write the baseline of each spec and fold on its data, into its folder; all folders are looked at before."""
+    from trainer.baselines.baseline import BaselineError, check_out, fit_baseline, write_baseline
+
+    faults = []
+    for _, folder in asked.values():
+        try:
+            check_out(folder)
+        except BaselineError as error:
+            faults.append(str(error))
+    if faults:
+        raise BaselineError("\n".join(faults))
+    found = {}
+    for key, (data, folder) in asked.items():
+        found[key] = fit_baseline(data, key[0])
+        write_baseline(found[key], data.fingerprint, folder, force=force)
         say(f"written: {folder}")
+    return found
+
+
+def _fit_folds(
+    datasets: Mapping[str, PreparedDataset], wanted: Sequence[Spec], every: Sequence[str], out: Path | None, runs: Path,
+    *, force: bool, single: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Fit every baseline on every fold; show each fold's scores, their mean, and those of all folds together."""
+    from trainer.baselines.folds import fold_folders, over_folds
+
+    task = next(iter(datasets.values())).task
+    asked: dict[tuple[Spec, str], tuple[PreparedDataset, Path]] = {}
+    for spec in wanted:
+        folders = fold_folders(runs, f"baseline-{task.name}-{spec.name}", datasets, every)
+        asked |= {(spec, name): (data, out or folders[name]) for name, data in datasets.items()}
+    fitted = _fit(asked, force=force)
+    if single:
+        _show_one_each({spec.name: one for (spec, _), one in fitted.items()}, as_json=as_json)
+        return
+    results = {spec.name: over_folds({name: fitted[spec, name] for name in datasets}) for spec in wanted}
+    if as_json:
+        print_json({name: vars(one) for name, one in results.items()})
+        return
+    for name, one in results.items():
+        for split in ("valid", "test"):
+            columns = {f"fold {fold}": scores[split] for fold, scores in one.folds.items()}
+            columns = columns if len(columns) <= SHOWN_FOLDS else {}
+            columns |= {"mean of folds": one.mean[split], "sd of folds": one.sd[split]}  # type: ignore[dict-item]
+            columns |= {"folds together": one.pooled[split]} if split in one.pooled else {}
+            print_columns(columns, f"baseline {name}, {split}")
+
+
+def _show_one_each(fitted: Mapping[str, Baseline], *, as_json: bool) -> None:
+    """The scores of each baseline, by name."""
+    results = {
+        name: {split: scores[one.task.name] for split, scores in one.scores.items()} for name, one in fitted.items()
+    }
     if as_json:
         print_json(results)
         return

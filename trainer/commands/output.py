@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.terminal import for_terminal
@@ -42,25 +42,28 @@ def progress_bar(*, visible: bool = True, console: Console | None = None) -> Ite
 
 def print_metrics(results: dict[str, Any]) -> None:
     """A table of the scalar metrics, a column per split and task."""
-    from rich.table import Table
-
-    from trainer.results.printable import format_metric
-
     columns = {
-        (split, task): values
+        f"{task} {split}": values
         for split, tasks in results.items()
         if isinstance(tasks, dict)
         for task, values in tasks.items()
     }
+    print_columns(columns, f"checkpoint {results['checkpoint']}" if "checkpoint" in results else None)
+
+
+def print_columns(columns: Mapping[str, Mapping[str, Any]], title: str | None = None) -> None:
+    """A table of scalar metrics, a column for each of `columns`."""
+    from rich.table import Table
+
+    from trainer.results.printable import format_metric
+
     names = list(
         dict.fromkeys(k for v in columns.values() for k, x in v.items() if x is None or isinstance(x, (int, float)))
     )
-    table = Table(
-        title=f"checkpoint {results['checkpoint']}" if "checkpoint" in results else None, title_justify="left"
-    )
+    table = Table(title=title, title_justify="left")
     table.add_column("metric")
-    for split, task in columns:
-        table.add_column(f"{task} {split}", justify="right")
+    for head in columns:
+        table.add_column(head, justify="right")
     for name in names:
         table.add_row(name, *(format_metric(values.get(name, "")) for values in columns.values()))
     wide().print(table)

@@ -16,6 +16,7 @@ import numpy as np
 
 from trainer.config import RunConfig
 from trainer.data.faults import DataError
+from trainer.files import plain
 
 SHOWN = 5  # names in a message
 
@@ -48,6 +49,14 @@ def fold_choice(config: RunConfig) -> FoldChoice | None:
 def fold_order(name: str) -> tuple[tuple[int, int | str], ...]:
     """A key by which folds are sorted: numbers in names by their value, so that ``s2`` comes before ``s10``."""
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part)
+
+
+def fold_labels(folds: Sequence[str]) -> dict[str, str]:
+    """Fold -> its part of a folder's name; numbers from 1 where names are not one to one."""
+    labels = {fold: f"fold={plain(fold)}" for fold in folds}
+    if len(set(labels.values())) < len(labels):
+        labels = {fold: f"fold={number}" for number, fold in enumerate(folds, 1)}
+    return labels
 
 
 def fold_sizes(folds: Iterable[str]) -> dict[str, int]:
@@ -106,7 +115,7 @@ def assign_folds(
         if len(names) < 3:
             raise DataError(
                 f"with the {len(names)} folds {', '.join(names)} nothing is left to train on when the next fold validates: "
-                "validate with a share of the training folds, such as data.fold_valid=0.1"
+                "validate with a share of the training folds, such as data.fold_valid=0.1 (egmf baseline: --fold-valid 0.1)"
             )
         after = names[(names.index(test) + 1) % len(names)]
         return {

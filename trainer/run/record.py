@@ -31,12 +31,7 @@ class MlflowPlace(TypedDict):
     run_id: str | None
 
 
-class BaselineValues(TypedDict):
-    """What a baseline is, which no training made; the settings are None where it has none.
-
-    `setting` is C or alpha, `value` the one used, `tried` value -> selecting metric on valid where it was chosen there.
-    """
-
+class _BaselineValues(TypedDict):
     name: str
     model: str
     modalities: list[str]
@@ -45,6 +40,17 @@ class BaselineValues(TypedDict):
     value: float | None
     tried: dict[str, float | None]
     data: str  # path of the prepared dataset
+
+
+class BaselineValues(_BaselineValues, total=False):
+    """What a baseline is, which no training made; the settings are None where it has none.
+
+    `setting` is C or alpha, `value` the one used, `tried` value -> selecting metric on valid where it was chosen there. On a
+    dataset with folds, `fold_valid` is what validates (:class:`trainer.data.folds.FoldChoice`), `fold_seed` draws a share.
+    """
+
+    fold_valid: str | float
+    fold_seed: int
 
 
 class RecordValues(TypedDict, total=False):
@@ -69,7 +75,7 @@ class RecordValues(TypedDict, total=False):
     tasks: list[str]
     select: dict[str, str]  # task -> the metric that chooses the checkpoint
     data: dict[str, str]  # task -> fingerprint
-    fold: FoldRecord  # of a run on a dataset with folds
+    fold: FoldRecord  # of a run, or baseline, on a dataset with folds
     base: str  # hash of the frozen backbone
     world: int
     zero: int

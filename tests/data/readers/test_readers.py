@@ -290,14 +290,17 @@ def test_all_faults_of_annotations_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "dev_x.csv").write_text("Text,Label\na,b\n", encoding="utf-8")
     (tmp_path / "test_x.csv").write_text(HEADER + '1,"open,\n', encoding="utf-8")
     (tmp_path / "all.csv").write_text(HEADER + good, encoding="utf-8")
+    (tmp_path / "corpus.csv").write_text("id,split,text\n1,train,a\n", encoding="utf-8")
     output = faults_of(MELD, *sorted(tmp_path.iterdir()))
     for wanted in (
-        "5 faults",
+        "6 faults",
         "train_x.csv line 3: has 3 fields, the header 11",
         "train_x.csv line 4: Dialogue_ID '0', Utterance_ID 'x' do not name a place in a dialogue",
         "dev_x.csv: is not an annotation file like MELD's: its header needs Utterance, Speaker",
         "test_x.csv line 2: is not valid CSV",
         "all.csv: its name does not say which split",
+        "corpus.csv: is not an annotation file like MELD's: its header needs Utterance, Speaker, Dialogue_ID, Utterance_ID, Emotion; "
+        "it has id, split, text. Write a table of another layout as JSON lines",
     ):
         assert wanted in output
 

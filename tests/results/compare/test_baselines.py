@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sklearn.metrics import f1_score
 
 from tests.distributed.processes import egmf
 from tests.results.compare.test_comparison import FULL, LESS, truth_and_guess
-from tests.results.seeded import make_baseline, make_folds, make_seeded, make_two
+from tests.results.seeded import make_baseline, make_baseline_folds, make_folds, make_seeded, make_two
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.output import as_csv, as_json, as_tex, costs, differences, group_scores, settings
 from trainer.results.compare.page import page
@@ -155,12 +156,70 @@ def test_of_several_tasks_the_baselines_of_one_are_compared_on_it_alone(tmp_path
     assert [g.baseline for g in comparison([tmp_path], task="meld").groups] == [None, "text"]
 
 
-def test_runs_over_folds_have_no_baseline(tmp_path: Path) -> None:
-    make_folds(tmp_path, "a", 0.7, names=("x", "y", "z"))
+def test_beside_runs_over_folds_stand_the_baselines_of_their_folds(tmp_path: Path) -> None:
+    names = ("x", "y", "z")
+    make_folds(tmp_path, "a", 0.7, names=names, seeds=(1, 2))
+    make_baseline_folds(tmp_path, "text", 0.5, names=names)
     make_baseline(tmp_path / "words")
     found = comparison([tmp_path])
+    assert [(g.name, g.seeds, len(g.runs)) for g in found.groups[1:]] == [(TEXT, [], 3)]
+    assert any(
+        "words is left out: it is of no fold, and the runs are those of a cross-validation" in n for n in found.notes
+    )
+    of_text = {name: truth_and_guess(tmp_path / f"b-text-fold={name}") for name in names}
+    of_runs = {(name, s): truth_and_guess(tmp_path / f"a-fold={name}-s{s}") for name in names for s in (1, 2)}
+
+    def together(of: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        truth, guess = (np.concatenate(part) for part in zip(*of, strict=True))
+        return float(f1_score(truth, guess, average="weighted"))
+
+    pooled = together(list(of_text.values()))
+    score = found.score("meld", TEXT, "wf1")
+    assert (score.mean, score.n) == (pytest.approx(pooled), 200)
+    assert score.folds is not None
+    assert score.folds.values == [pytest.approx(f1(tmp_path / f"b-text-fold={name}")) for name in names]
+    (row,) = found.differences
+    runs = [together([of_runs[name, s] for name in names]) for s in (1, 2)]
+    assert (row.seeds, row.folds) == ([1, 2], list(names))
+    assert row.value == pytest.approx(np.mean(runs) - pooled)
+    changes = [
+        np.mean([f1_score(*of_runs[name, s], average="weighted") for s in (1, 2)])
+        - f1_score(*of_text[name], average="weighted")
+        for name in names
+    ]
+    assert row.fold_values == [pytest.approx(change) for change in changes]
+    assert row.p_folds is not None
+    assert f"{pooled:.4f}" in as_csv(found) or f"{pooled:.4f}" in page(found)
+
+
+def test_baselines_of_folds_that_no_run_has_are_left_out_and_lacking_ones_named(tmp_path: Path) -> None:
+    names = ("x", "y", "z")
+    make_folds(tmp_path / "some", "a", 0.7, names=names)
+    shutil.rmtree(tmp_path / "some" / "a-fold=z-s1")
+    make_baseline_folds(tmp_path / "text", "text", 0.5, names=names)
+    found = comparison([tmp_path / "some", tmp_path / "text"])
+    assert any(note.endswith("b-text-fold=z is left out: it is of fold z, and no run is") for note in found.notes)
+    assert [g.per_seed[0].where for g in found.groups[1:]] == ["the 2 folds of baseline text"]
+    assert found.differences[0].folds == ["x", "y"]
+    shutil.rmtree(tmp_path / "text" / "b-text-fold=x")
+    found = comparison([tmp_path / "some", tmp_path / "text"])
+    assert any(
+        "baseline text lacks folds x, z: its scores are those of the samples of fold y only" in n for n in found.notes
+    )
+    assert found.differences[0].folds == ["y"]
+
+
+def test_a_baseline_of_a_fold_is_no_match_for_runs_without_and_other_training_samples_are_noted(tmp_path: Path) -> None:
+    make_seeded(tmp_path / "plain", 1)
+    make_baseline_folds(tmp_path, "text", 0.5, names=("x", "y"))
+    found = comparison([tmp_path])
     assert [g.baseline for g in found.groups] == [None]
-    assert any("words is left out: a baseline has no folds" in note for note in found.notes)
+    assert any("fold=x is left out: it is of fold x, and the runs are of none" in note for note in found.notes)
+    fold = {"name": "x", "names": ["x", "y"], "train": 90, "test": 100}
+    make_seeded(tmp_path / "of-x", 1, fold=fold)
+    make_baseline(tmp_path / "audio", "audio", fold={**fold, "train": 60})
+    found = comparison([tmp_path / "of-x", tmp_path / "audio"])
+    assert any("audio learnt from 60 samples of fold x" in n and "of-x from 90" in n for n in found.notes)
 
 
 def test_of_one_baseline_twice_the_newer_counts(folder: Path, tmp_path: Path) -> None:

@@ -39,12 +39,6 @@ class MeldCsvReader(Reader):
 
     def read(self, path: Path, context: ReadContext) -> list[Table]:
         split, faults = ALL if context.fold_column else context.split_of(path), context.faults
-        if split is None:
-            faults.append(
-                f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so; for cross-validation "
-                "name the column of the folds with --fold-column"
-            )
-            return []
         known = len(faults)
         text = decoded(path, path.read_bytes(), context)
         if text is None:
@@ -57,7 +51,14 @@ class MeldCsvReader(Reader):
             needed += [context.fold_column] if context.fold_column else []
             if not set(needed) <= set(header):
                 faults.append(
-                    f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}; it has {', '.join(header)}"
+                    f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}; it has {', '.join(header)}. "
+                    "Write a table of another layout as JSON lines (docs/data.md)"
+                )
+                return []
+            if split is None:
+                faults.append(
+                    f"{path}: its name does not say which split it holds: name it train_sent_emo.csv or so; for cross-validation "
+                    "name the column of the folds with --fold-column"
                 )
                 return []
             rows = [(reader.line_num, row) for row in reader if row]

@@ -92,12 +92,18 @@ def _pooled(name: str, seed: int, runs: Sequence[ComparedRun]) -> ComparedRun:
         if repeated and split == "test":
             where = join_truncated([run.where for run in runs])
             raise ValueError(
-                f"{name}, seed {seed}: folds share test samples, so they are not folds of one dataset: {where}"
+                f"{_called(name, seed, runs)}: folds share test samples, so they are not folds of one dataset: {where}"
             )
         if not repeated:
             answers[split] = together
-    where = f"the {len(runs)} folds of {name} with seed {seed}"
-    return replace(runs[0], name=f"{name}, seed {seed}", where=where, answers=answers, mlflow=None)
+    seeded = "" if runs[0].baseline is not None else f" with seed {seed}"
+    where = f"the {len(runs)} folds of {name}{seeded}"
+    return replace(runs[0], name=_called(name, seed, runs), where=where, answers=answers, mlflow=None)
+
+
+def _called(name: str, seed: int, runs: Sequence[ComparedRun]) -> str:
+    """A group's name with the seed, which baselines do not have."""
+    return name if runs[0].baseline is not None else f"{name}, seed {seed}"
 
 
 def _concatenated(runs: Sequence[ComparedRun], split: str, task: str) -> Answers:

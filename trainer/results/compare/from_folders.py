@@ -105,6 +105,7 @@ def _baseline_from_folder(path: Path, record: RecordValues, splits: tuple[str, .
         cost=_cost(record, None),
         commit=(record.get("git") or {}).get("commit"),
         baseline=baseline["name"],
+        fold=record.get("fold"),
     )
 
 

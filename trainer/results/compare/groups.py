@@ -25,7 +25,7 @@ class Group:
     """Runs that are the same but for their seed and fold; `settings` are those that differ between the groups.
 
     `per_seed` holds one run for each seed: the runs themselves, or the runs of all folds as one (:func:`pool_folds`).
-    A baseline is a group of its own, without settings and seeds, whose `per_seed` is that one; `baseline` is its name.
+    A baseline is a group of its own, without settings and seeds, whose `per_seed` is that one, of folds all as one; `baseline` is its name.
     """
 
     name: str
@@ -106,24 +106,36 @@ def group_runs(runs: Sequence[ComparedRun], by: Sequence[str] = ()) -> tuple[lis
         )
     if unfit:
         raise ValueError("\n  ".join(["the runs of folds do not fit together", *unfit]))
-    of_baselines, dropped = _baseline_groups(baselines, {group.name for group in groups})
+    of_baselines, dropped, unfit = _baseline_groups(baselines, {group.name for group in groups})
+    if unfit:
+        raise ValueError("\n  ".join(["the baselines of folds do not fit together", *unfit]))
     return groups + of_baselines, notes + dropped
 
 
-def _baseline_groups(baselines: Sequence[ComparedRun], taken: Collection[str]) -> tuple[list[Group], list[str]]:
-    """A group for each baseline, and notes; of several with one name the newest counts. `taken` are names of other groups."""
-    newest: dict[str, ComparedRun] = {}
-    notes = []
+def _baseline_groups(
+    baselines: Sequence[ComparedRun], taken: Collection[str]
+) -> tuple[list[Group], list[str], list[str]]:
+    """A group for each baseline, notes, and faults; of several with one name and fold the newest counts. `taken` are names of other groups."""
+    newest: dict[str, dict[str | None, ComparedRun]] = {}
+    notes, faults = [], []
     for run in baselines:
         name = run.group or f"baseline {run.baseline}"
         if name in taken:
-            name = f"{name} ({run.where})"
-        other = newest.get(name)
+            name = f"{name} ({run.where if run.fold is None else 'of folds'})"
+        of_folds = newest.setdefault(name, {})
+        other = of_folds.get(fold_name(run))
         if other is not None:
             older, run = sorted((other, run), key=lambda one: one.started)
-            notes.append(f"there is {name} twice: {older.where} is left out for the newer {run.where}")
-        newest[name] = run
-    return [Group(name, {}, [run], [run], run.baseline) for name, run in newest.items()], notes
+            notes.append(f"there is {name}{_of_fold(run)} twice: {older.where} is left out for the newer {run.where}")
+        of_folds[fold_name(run)] = run
+    groups = []
+    for name, by_fold in newest.items():
+        runs = [by_fold[fold] for fold in sorted(by_fold, key=lambda fold: fold_order(fold or ""))]
+        per_seed, lacking, unfit = pool_folds(name, runs)
+        notes += lacking
+        faults += unfit
+        groups.append(Group(name, {}, runs, per_seed, runs[0].baseline))
+    return groups, notes, faults
 
 
 def _varies(key: str, runs: Sequence[ComparedRun]) -> bool:
