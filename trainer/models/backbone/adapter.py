@@ -63,23 +63,29 @@ def adapt(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> 
 
 def fused_experts(model: nn.Module) -> list[str]:
     """The weights that hold all experts of a layer at once, which are in no linear layer; by kind."""
-    names = (name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name)
+
+    def holds_all(name: str, parameter: nn.Parameter) -> bool:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # of a weight that ZeRO-3 has partitioned
+        return len(shape) == 3 and ".experts." in name
+
+    names = (name for name, parameter in model.named_parameters() if holds_all(name, parameter))
     return sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
 
 
 def _beside_experts(model: PreTrainedModel) -> list[str]:
-    """The linear layers that `all-linear` names where experts are fused: those that peft does not take for experts by their names."""
+    """The linear layers that `all-linear` means where experts are fused: neither those that peft takes for experts by their names, nor
+    routers, which are linear layers of another kind and return more than one tensor."""
     head = model.get_output_embeddings()
-    leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    targets = sorted(leaves - NAMES_OF_EXPERTS)
+    linear = [(n.rpartition(".")[2], m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    left = {leaf for leaf, module in linear if type(module) is not nn.Linear or leaf in NAMES_OF_EXPERTS}
+    targets = sorted({leaf for leaf, _ in linear} - left)
+    kind = model.config.model_type
     if not targets:
         raise ValueError(
-            f"model.adapter.targets: {model.config.model_type!r} has no linear layer beside its experts: name layers, or use another model"
+            f"model.adapter: models of type {kind!r} have no linear layer beside their experts for LoRA: use another"
         )
-    log.warning(
-        "LoRA of a mixture of experts (%s) adapts %s; no LoRA for its experts (%s)",
-        model.config.model_type, ", ".join(targets), ", ".join([*fused_experts(model), *sorted(leaves & NAMES_OF_EXPERTS)]),
-    )  # fmt: skip
+    without = ", ".join([*fused_experts(model), *sorted(left)])
+    log.warning("LoRA of a mixture of experts (%s) adapts %s, and not %s", kind, ", ".join(targets), without)
     return targets
 
 
@@ -92,9 +98,9 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     experts = fused_experts(model)
     for target in targets:
         if experts and target.rpartition(".")[2] in NAMES_OF_EXPERTS:
-            near = ", ".join(s for s in short if s not in NAMES_OF_EXPERTS)
+            others = ", ".join(s for s in short if s not in NAMES_OF_EXPERTS)
             faults.append(
-                f"{target!r} names experts, which are fused here ({', '.join(experts)}) and get no LoRA; there are: {near}"
+                f"{target!r} names experts, which are fused here ({', '.join(experts)}) and get no LoRA; there are: {others}"
             )
         elif target in head_names or any(n.endswith(f".{target}") for n in head_names):
             faults.append(f"{target!r} is the output head, which gets no LoRA")
