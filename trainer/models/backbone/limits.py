@@ -1,19 +1,22 @@
-"""How long rows of a family may be before their values hang on what shares the batch; found at load time, from the configuration.
+"""How long rows of a family may be before their values hang on what shares the batch; found at load time.
 
 Two kinds of families have such a limit.
 
-Rotary frequencies of `dynamic` and `longrope` scaling are chosen by the longest position of a whole batch, once that is beyond the
-length that the model was first trained on. Up to that length they are constants; beyond it a sample's values are others beside a long
-sample than alone, in packed and in padded rows. Source: `transformers.modeling_rope_utils.dynamic_rope_update`.
+Rotary frequencies of `dynamic` and `longrope` scaling are chosen by the longest position of a whole batch, once that is
+beyond the length that the model was first trained on. Up to that length they are constants; beyond it a sample's values
+are others beside a long sample than alone, in packed and in padded rows. Source:
+`transformers.modeling_rope_utils.dynamic_rope_update`.
 
-A layer's sliding window may be counted in places of the row (GPT-Neo's local layers mask by a table of places) instead of by the mask
-that it is given. In a packed row, and behind the padding of a row that holds a tree of answers, places are farther apart than positions.
+A layer's sliding window may be counted in places of the row (GPT-Neo's local layers mask by a table of places) instead
+of by the mask that it is given. In a packed row, and behind the padding of a row that holds a tree of answers, places
+are farther apart than positions.
 
-Whether a family's windows follow its mask is tried on a twin: the same class and configuration with a window of `WINDOW` places, few
-layers (one of each type), few heads and random weights. It takes a fraction of a second whatever the size of the model, while on the
-model itself a row would have to be longer than its window, 4,097 tokens for Mistral 7B, at every start. The code that runs is the same:
-how a window is counted does not depend on its size, nor on weights. What a twin cannot show, the model's own weights and head, the probe
-of :mod:`trainer.models.backbone.attention` shows with six tokens of the model itself.
+Whether a family's windows follow its mask is tried on a twin: the same class and configuration with a window of
+`WINDOW` places, few layers (one of each type), few heads and random weights. It takes a fraction of a second whatever
+the size of the model, while on the model itself a row would have to be longer than its window, 4,097 tokens for Mistral
+7B, at every start. The code that runs is the same: how a window is counted does not depend on its size, nor on weights.
+What a twin cannot show, the model's own weights and head, the probe of :mod:`trainer.models.backbone.attention` shows
+with six tokens of the model itself.
 """
 
 from __future__ import annotations
@@ -51,8 +54,8 @@ class Rows(Protocol):
 class RowLimits:
     """The longest rows of a family; None: any.
 
-    Attributes: `positions`, of a sample with its prefix and answers, in any row; `places`, of a whole packed row, and of a padded row with
-    a tree of answers.
+    Attributes: `positions`, of a sample with its prefix and answers, in any row; `places`, of a whole packed row, and of a
+    padded row with a tree of answers.
     """
 
     kind: str = ""
