@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import Packing
+from trainer.models.backbone.limits import has_experts
 from trainer.models.backbone.loading import BackboneError
 from trainer.models.backbone.packed import HALF, PackedRow, PrefixCache, install
 
 log = logging.getLogger(__name__)
 
 PREFIX, LENGTHS = 2, (1, 3)  # of the packed row of the probe
+ROUNDING, ROUNDING_HALF = {torch.float32: 1e-4}, 0.1  # relative, of experts; measured 1.7e-6 in float32
 WITHOUT_DROPOUT = ("varlen", "flex")
 EXPECTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, ImportError)
 
@@ -145,7 +147,7 @@ class _Probe:
             other_T = self.ids_T.clone()
             other_T[PREFIX] = self.ids_T[-1]  # the first sample
             moved_TH = backbone.packed(backbone.embed(other_T), self.packing)
-            if not torch.equal(moved_TH[PREFIX + 1 :], hidden_TH[PREFIX + 1 :]):
+            if self._differ(moved_TH[PREFIX + 1 :], hidden_TH[PREFIX + 1 :]):
                 return "samples see each other"
             cache = backbone.prefix(backbone.embed(self.ids_T[:PREFIX]))
             behind_TH = backbone.packed(backbone.embed(self.ids_T[PREFIX:]), self.packing, cache)
@@ -155,6 +157,14 @@ class _Probe:
         except EXPECTED as error:
             return str(error).strip().partition("\n")[0]
         return None
+
+    def _differ(self, moved: Tensor, hidden: Tensor) -> bool:
+        """Whether a sample's values hang on another sample: in a dense model not by a bit, since all shapes are the same. Experts
+        compute with as many tokens at once as the router sends them, and sums of other shapes are rounded otherwise."""
+        if not has_experts(self.backbone.base.config):
+            return not torch.equal(moved, hidden)
+        change = (moved.float() - hidden.float()).norm() / hidden.float().norm().clamp_min(1e-6)
+        return not float(change) < ROUNDING.get(hidden.dtype, ROUNDING_HALF)
 
     def _error(self, got_TV: Tensor) -> float:
         want_TV = self.want_TV

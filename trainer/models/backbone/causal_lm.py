@@ -25,6 +25,7 @@ from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone.adapter import adapt
 from trainer.models.backbone.attention import choose_attention
 from trainer.models.backbone.fingerprint import fingerprint, measure
+from trainer.models.backbone.limits import RowLimits, row_limits
 from trainer.models.backbone.loading import BackboneError, load_model, load_tokenizer, resolve_attention
 from trainer.models.backbone.packed import (
     CAUSAL_ONLY,
@@ -51,7 +52,8 @@ class Backbone(nn.Module):
     """A causal language model with its adapter.
 
     Attributes: `model` (the language model, inside peft's wrapper with LoRA), `tokenizer`, `attention` (the kernel in
-    use), `vocabulary` (V), `hidden_size`, `embedding_norm` (mean L2 norm of an input embedding), `fingerprint` (of the frozen weights).
+    use), `vocabulary` (V), `hidden_size`, `embedding_norm` (mean L2 norm of an input embedding), `fingerprint` (of the frozen weights),
+    `limits` (how long rows may be).
     """
 
     embedding_norm: float
@@ -66,6 +68,7 @@ class Backbone(nn.Module):
         self.vocabulary, self.hidden_size = int(embedding.num_embeddings), int(embedding.embedding_dim)
         self._scale_logits = _logit_scale(self.base.config)
         self._logged: set[str] = set()
+        self.limits = RowLimits()
 
     @property
     def base(self) -> PreTrainedModel:
@@ -90,7 +93,13 @@ class Backbone(nn.Module):
         Without a mask attention is causal, which is all that rows padded on the right need. `mask_B1LL[b, 0, q, k]`
         true: q sees k; flash-attn takes no such mask, and leaves this pass to sdpa. `fp32_attention`: half precision attends in
         float32, so that a row's values do not hang on its padding and neighbours.
+
+        Raises:
+            ValueError: the rows are longer than :attr:`limits` allow.
         """
+        self.limits.check_positions(embeds_BLH.shape[1])
+        if mask_B1LL is not None:
+            self.limits.check_places(embeds_BLH.shape[1], packed=False)
         kernel: Kernel | None = None
         mask: Tensor | dict[str, Tensor] | None = None
         if mask_B1LL is not None:
@@ -108,8 +117,10 @@ class Backbone(nn.Module):
         :meth:`hidden`.
 
         Raises:
-            ValueError: the row, the packing and the cache do not fit each other.
+            ValueError: the row, the packing and the cache do not fit each other, or are longer than :attr:`limits` allow.
         """
+        self.limits.check_positions(packing.prefix + packing.longest)
+        self.limits.check_places(packing.prefix + packing.total, packed=True)
         if cache is not None and cache.length != packing.prefix:
             raise ValueError(f"the cache holds a prefix of {cache.length} tokens, the packing names {packing.prefix}")
         tokens = packing.total + (0 if cache is not None else packing.prefix)
@@ -128,6 +139,7 @@ class Backbone(nn.Module):
     def prefix(self, embeds_PH: Tensor, *, fp32_attention: bool = False) -> PrefixCache:
         """Keys and values of a prefix, for :meth:`packed`: constants, without gradients."""
         length = embeds_PH.shape[0]
+        self.limits.check_positions(length)
         cache = PrefixCache(length)
         if length:
             positions_1P = torch.arange(length, device=embeds_PH.device)[None]
@@ -191,6 +203,7 @@ class Backbone(nn.Module):
 
         `seen_BS` covers the cache and the new positions: false on padding.
         """
+        self.limits.check_positions(seen_BS.shape[1])
         out = self.base.get_decoder()(
             inputs_embeds=embeds_BLH,
             position_ids=positions_BL,
@@ -274,7 +287,8 @@ def build_backbone(
     process only) call this together.
 
     At the end a few tokens go through it, whole and as packed rows, and must agree: a family whose logits are computed
-    by steps that are not reproduced here, or whose layers cannot attend to packed rows, is refused by name.
+    by steps that are not reproduced here, or whose layers cannot attend to packed rows, is refused by name. Rows beyond a
+    family's :class:`trainer.models.backbone.limits.RowLimits` are refused when they come, the longest before the first step.
 
     Raises:
         ValueError: with what is wrong and what to do.
@@ -294,6 +308,11 @@ def build_backbone(
     backbone.embedding_norm = loaded.embedding_norm(len(tokenizer))
     backbone.fingerprint = fingerprint((name, loaded.measured[name]) for name in _frozen(backbone))
     _check_same_base(config.name, backbone.fingerprint, ranks)
+    backbone.limits = row_limits(
+        backbone.base,
+        lambda twin: Backbone(twin, tokenizer, str(twin.config._attn_implementation)),
+        config.trust_remote_code,
+    )
     with gathered_by_layer(backbone):
         choose_attention(backbone, config.attention, usable, config.name)
     backbone.train()

@@ -34,7 +34,7 @@ def nf4_config(dtype: torch.dtype, double_quantization: bool) -> BitsAndBytesCon
 def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = False) -> None:
     """Refuse, before anything is loaded, what cannot be quantised.
 
-    Linear layers whose input is not a multiple of the block size: bitsandbytes computes wrong values for them on CPU, without
+    Layers that store their weights transposed (GPT-2). Linear layers whose input is not a multiple of the block size: bitsandbytes computes wrong values for them on CPU, without
     an error. Matrices that belong to no linear layer, such as the fused experts of mixture models, where they are more than
     `LEFT` of the model: they would stay in the precision of training. Smaller ones (routers) do, and are logged.
 
@@ -43,6 +43,12 @@ def check_sizes(config: PretrainedConfig, where: str, trust_remote_code: bool = 
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    transposed = sorted({_kind(name) for name, module in model.named_modules() if isinstance(module, Conv1D)})
+    if transposed:
+        raise ValueError(
+            f"{where} cannot be quantised to NF4: its layers store their weights transposed (Conv1D): {', '.join(transposed)}. "
+            "Use model.backbone.quantization=none, or a model of another family"
+        )
     _check_outside(model, where)
     head = model.get_output_embeddings()
     odd: Counter[tuple[str, int]] = Counter()
@@ -61,7 +67,7 @@ def _check_outside(model: nn.Module, where: str) -> None:
     """Matrices outside of linear layers and embeddings: refused where they are a good part of the model."""
     shapes_of: dict[str, list[torch.Size]] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
