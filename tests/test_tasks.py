@@ -19,7 +19,8 @@ from trainer.answers.metrics import compute
 from trainer.data.faults import DataError
 from trainer.data.prepare import prepare
 from trainer.metric_table import FAMILIES
-from trainer.tasks import BUILT_IN, MOST_NUMBERS, Task, TaskError, define_task, get_task, get_tasks, select_by
+from trainer.questions import get_tasks
+from trainer.tasks import BUILT_IN, MOST_NUMBERS, Task, TaskError, define_task, get_task, select_by
 
 
 def regression(low: float, high: float, step: float = 0.1, **more: Any) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def test_classification_selects_by_any_name_of_its_metrics() -> None:
 
 def test_the_file_of_the_documentation_is_a_task(tmp_path: Path) -> None:
     page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(name: .*?)```", page, re.S)
+    (block,) = re.findall(r"tests/test_tasks.py reads this one -->\n```yaml\n(name: .*?)```", page, re.S)
     (tmp_path / "arousal.yaml").write_text(block, encoding="utf-8")
     task = get_task(str(tmp_path / "arousal.yaml"))
     assert set(yaml.safe_load(block)) | {"labels"} == set(Task.model_fields)

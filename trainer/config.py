@@ -58,7 +58,7 @@ class DataConfig(Section):
 
     path: str = Field(
         "data/{task}",
-        description="Prepared dataset (egmf prepare); '{task}' is replaced by the task's name.",
+        description="Prepared dataset (egmf prepare); '{task}' is replaced by the task's name, or that of all its questions.",
         json_schema_extra=EXECUTION,
     )
     prompt_language: str = Field(
@@ -422,7 +422,9 @@ class TrackConfig(Section):
 class RunConfig(Section):
     """One run: one training with one seed."""
 
-    task: str | list[str] = Field(description="A built-in task, a YAML file that defines one, or a list of these.")
+    task: str | list[str] = Field(
+        description="A built-in task, a YAML file that defines one or several questions, or a list of these."
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -33,11 +33,16 @@ UNSPACED = ("zh", "ja", "th", "lo", "km", "my", "yue", "wuu")  # languages that 
 AnswerStyle = Literal["words", "indices"]  # of labels: as themselves, or by their number
 APPLIES = {"zh": ("是", "否")}  # how a multi-label task says that a label applies and that it does not
 APPLIES_ELSE = ("yes", "no")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of a task
 MOST_NUMBERS = 2001  # of a grid: each is scored for every sample, and a tree of so many has 3000 to 5000 tokens
 
 
 class TaskError(ValueError):
-    """A task that is not known, or whose definition cannot be used."""
+    """A task that is not known, or whose definition cannot be used; `faults` are its faults without place and number."""
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.faults = list(faults) or [message]
 
 
 class Prompt(BaseModel):
@@ -78,7 +83,7 @@ class Task(BaseModel):
     """One benchmark's question."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    name: str = Field(pattern=NAME)
     kind: Kind
     language: Language = Field(default="en", pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*$")
     labels: tuple[str, ...] = ()
@@ -350,15 +355,8 @@ def get_task(name: str, *, saved: bool = False) -> Task:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise TaskError(f"no task file {name}")
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TaskError(f"{name} is not readable YAML: {error}") from error
-        return define_task(raw, where=name, saved=saved)
+    if is_task_file(name):
+        return define_task(read_task_file(name), where=name, saved=saved)
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     near = f"; did you mean {close[0]}?" if close else "."
     raise TaskError(
@@ -366,27 +364,24 @@ def get_task(name: str, *, saved: bool = False) -> Task:
     )
 
 
-def get_tasks(names: Sequence[str], select: str | Mapping[str, str] = "", *, saved: bool = False) -> dict[str, Task]:
-    """The tasks of a run by their names, each with the metric that the run's `eval.select` asks for.
+def is_task_file(name: str) -> bool:
+    """Whether `name` is the path of a YAML file, and no built-in task's name."""
+    return name.endswith((".yaml", ".yml"))
 
-    Args:
-        names: as for :func:`get_task`, with `saved`.
-        select: as for :func:`select_by`.
+
+def read_task_file(name: str) -> Any:
+    """What a task's YAML file holds.
 
     Raises:
-        TaskError: all that :func:`get_task` says of any of them; where that is nothing, all that :func:`select_by` says.
+        TaskError: there is none, or it cannot be read.
     """
-    tasks: dict[str, Task] = {}
-    faults = []
-    for name in names:
-        try:
-            task = get_task(name, saved=saved)
-            tasks[task.name] = task
-        except TaskError as error:
-            faults.append(str(error))
-    if faults:
-        raise TaskError("\n".join(faults))
-    return select_by(tasks, select)
+    path = Path(name)
+    if not path.is_file():
+        raise TaskError(f"no task file {name}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TaskError(f"{name} is not readable YAML: {error}") from error
 
 
 def select_by(tasks: Mapping[str, Task], select: str | Mapping[str, str]) -> dict[str, Task]:
@@ -437,6 +432,10 @@ def define_task(raw: Any, where: str = "task", *, saved: bool = False) -> Task:
     """
     if not isinstance(raw, dict):
         raise TaskError(f"{where} must hold a mapping with name, kind, and labels or grid")
+    if "questions" in raw:
+        raise TaskError(
+            f"{where} asks several questions, and one task is needed here: name the YAML file of one of them"
+        )
     raw = dict(raw)
     raw.setdefault("family", _default_family(raw, saved=saved))
     if (family := FAMILIES.get(str(raw["family"]))) is not None:
@@ -450,14 +449,15 @@ def define_task(raw: Any, where: str = "task", *, saved: bool = False) -> Task:
     raw.setdefault("prompts", prompts)
     try:
         task = Task.model_validate(raw)
-        faults = [] if saved else [f"  {fault}" for fault in _unfit(task)]
+        faults = [] if saved else _unfit(task)
     except ValidationError as error:
         faults = [
-            f"  {'.'.join(map(str, e['loc'])) or 'task'}: {e['msg'].removeprefix('Value error, ')}{_quoted(e['loc'], e['input'])}"
+            f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg'].removeprefix('Value error, ')}{_quoted(e['loc'], e['input'])}"
             for e in error.errors()
         ]
     if faults:
-        raise TaskError("\n".join([f"{where}: {len(faults)} fault(s) in the task's definition", *faults]))
+        lines = [f"{where}: {len(faults)} fault(s) in the task's definition", *(f"  {fault}" for fault in faults)]
+        raise TaskError("\n".join(lines), faults)
     return task
 
 

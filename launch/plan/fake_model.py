@@ -54,6 +54,7 @@ def build_fake_model(
     dtype: torch.dtype,
     *,
     answers: Mapping[str, int] | None = None,
+    shared: Mapping[str, str] | None = None,
     layers: int | None = None,
     checkpointing: bool = False,
 ) -> EGMF:
@@ -63,6 +64,7 @@ def build_fake_model(
         shape: the backbone's configuration.
         widths: task -> features per frame of audio and video.
         answers: task -> number of its answers; needed where the config asks for expert heads.
+        shared: task -> the name of the encoders that it shares with others.
         layers: of the backbone; default all.
     """
     shape = copy.deepcopy(shape) if layers is None else _with_layers(shape, layers)
@@ -80,7 +82,9 @@ def build_fake_model(
         backbone = adapted_backbone(base, tokenizer, attention, backbone_config, config.model.adapter, dtype)
         backbone.embedding_norm = 1.0
         device, statistics = torch.device("meta"), {task: _any_statistics(of) for task, of in widths.items()}
-        model = build_model(config.model.fusion, backbone, widths, answers, dtype, device, statistics=statistics)
+        model = build_model(
+            config.model.fusion, backbone, widths, answers, dtype, device, statistics=statistics, shared=shared
+        )
     _replace_meta_tensors(model)
     model.train()
     return model

@@ -27,9 +27,10 @@ from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, faults_of_present_files, load_tokenizer
+from trainer.questions import RunTask, tasks_of_run
 from trainer.run.assemble import make_objective
 from trainer.run.guards.probe import largest
-from trainer.tasks import UNSPACED, Task, get_task
+from trainer.tasks import UNSPACED, Task
 from trainer.text import encode, start_tokens
 
 CHARACTERS_PER_TOKEN = {"en": 4.0, "zh": 1.5}  # where there is no tokenizer
@@ -51,6 +52,7 @@ class LengthsRecord(TypedDict):
     samples: dict[str, int | None]
     steps_per_epoch: int | None
     assumptions: list[str]
+    shared: dict[str, str]
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Lengths:
     `largest` are the micro-batches of the run that need most, each once: by positions, by what the fusion network reads,
     and by samples times the longest of them, to which blocks of attention are padded. The rest are means over optimizer steps: `step_positions` and `micro_batches` of all ranks
     together, `micro_steps` of the rank that has most. `assumptions` says, in sentences, what was not read from data. What
-    is not known is None.
+    is not known is None. `shared` are the tasks of one dataset, and the name of the encoders that they share.
     """
 
     largest: list[Rows]
@@ -73,6 +75,7 @@ class Lengths:
     samples: dict[str, int | None]
     steps_per_epoch: int | None
     assumptions: list[str] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> LengthsRecord:
         return {
@@ -86,6 +89,7 @@ class Lengths:
             "samples": self.samples,
             "steps_per_epoch": self.steps_per_epoch,
             "assumptions": self.assumptions,
+            "shared": self.shared,
         }
 
 
@@ -122,10 +126,10 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
     notes: list[str] = []
     tokenizer = _tokenizer(config, notes)
     needs = {}
-    for name in config.tasks:
-        task = get_task(name)
-        found = _needs(config, task, tokenizer, notes)
-        needs[task.name] = found if positions is None else _stated(found, positions, notes)
+    asked = tasks_of_run(config.tasks)
+    for one in asked:
+        found = _needs(config, one, tokenizer, notes)
+        needs[one.task.name] = found if positions is None else _stated(found, positions, notes)
     limits = Limits.of_training(config)
     order = _order(config, needs)
     steps = [] if order is None else [order.step(i) for i in range(min(order.steps_per_epoch, STEPS_LOOKED_AT))]
@@ -149,7 +153,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
     return Lengths(
         largest=_largest([rows for step in planned for rows in step], needs, limits, config.train.global_batch),
         widths={name: _widths(need.data) for name, need in needs.items()},
-        answers={task.name: len(task.answers(config.data.answers)) for task in map(get_task, config.tasks)},
+        answers={one.task.name: len(one.task.answers(config.data.answers)) for one in asked},
         positions_per_sample=step_positions / float(np.mean([len(indices) for _, indices in batches])),
         step_positions=step_positions,
         micro_batches=float(np.mean([len(step) for step in planned])),
@@ -157,7 +161,15 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
         samples={name: None if need.data is None else len(need.data["train"]) for name, need in needs.items()},
         steps_per_epoch=per_epoch,
         assumptions=notes,
+        shared=_shared(config, asked),
     )
+
+
+def _shared(config: RunConfig, asked: Sequence[RunTask]) -> dict[str, str]:
+    """Task -> the name of its encoders, of tasks that have one dataset; see :func:`trainer.run.assemble.shared_encoders`."""
+    paths = [one.path(config.data.path) for one in asked]
+    first = {path: one.dataset for one, path in zip(asked[::-1], paths[::-1], strict=True)}
+    return {one.task.name: first[path] for one, path in zip(asked, paths, strict=True) if paths.count(path) > 1}
 
 
 def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[MicroBatch]:
@@ -194,8 +206,8 @@ def _tokenizer(config: RunConfig, notes: list[str]) -> PreTrainedTokenizerBase |
     return None
 
 
-def _needs(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]) -> _Needs:
-    data = _data(config, task, notes)
+def _needs(config: RunConfig, one: RunTask, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]) -> _Needs:
+    task, data = one.task, _data(config, one, notes)
     if tokenizer is None or data is None:
         return _assumed(config, task, tokenizer, data, notes)
     fusion = config.model.fusion
@@ -280,10 +292,11 @@ def _stated(needs: _Needs, positions: int, notes: list[str]) -> _Needs:
     return replace(needs, sizes=sizes, extreme=None)
 
 
-def _data(config: RunConfig, task: Task, notes: list[str]) -> PreparedDataset | None:
-    path = config.data.path.replace("{task}", task.name)
+def _data(config: RunConfig, one: RunTask, notes: list[str]) -> PreparedDataset | None:
+    task, path = one.task, one.path(config.data.path)
     try:
         data = open_dataset(path, history=config.data.history, choice=fold_choice(config))
+        data = data.asking(task.name) if len(data.tasks) > 1 else data
         if len(data["train"]):
             return data
         notes.append(f"task {task.name}: {path} has no training samples")

@@ -275,7 +275,7 @@ def profile_model(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) 
     zero = deepspeed_config(config)["zero_optimization"]
     with fake_tensors():
         weights = count_weights(
-            build_fake_model(config, shape, lengths.widths, dtype, answers=lengths.answers),
+            build_fake_model(config, shape, lengths.widths, dtype, answers=lengths.answers, shared=lengths.shared),
             zero_elements(zero, "stage3_param_persistence_threshold"),
         )
         passes = {}
@@ -288,6 +288,7 @@ def profile_model(config: RunConfig, shape: PretrainedConfig, lengths: Lengths) 
                     lengths.widths,
                     dtype,
                     answers=lengths.answers,
+                    shared=lengths.shared,
                     layers=few,
                     checkpointing=checkpointing,
                 )

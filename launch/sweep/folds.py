@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.config import RunConfig
 from trainer.data.folder import read_record
 from trainer.data.folds import find_fold
-from trainer.tasks import get_task
+from trainer.questions import tasks_of_run
 
 ALL_FOLDS = "all"  # what --folds means without a value
 
@@ -79,4 +79,4 @@ def _check_unfolded(variants: Mapping[str, RunConfig]) -> None:
 
 
 def _datasets(config: RunConfig) -> list[Path]:
-    return [Path(config.data.path.replace("{task}", get_task(name).name)) for name in config.tasks]
+    return [Path(path) for path in dict.fromkeys(one.path(config.data.path) for one in tasks_of_run(config.tasks))]

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.checkpoint.identity import effect_of
 from trainer.config import RunConfig, flatten, load_config
 from trainer.files import plain
-from trainer.tasks import get_tasks
+from trainer.questions import get_tasks
 
 LONGEST = 100  # characters of a run folder's name; longer ones are numbered instead
 

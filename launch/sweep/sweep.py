@@ -15,7 +15,7 @@ from trainer.checkpoint.identity import training_settings
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.folds import fold_labels
 from trainer.files import write_text
-from trainer.tasks import get_task
+from trainer.questions import tasks_of_run
 from trainer.tracking.outbox import tracking_uri
 
 RECORD = "sweep.json"
@@ -145,9 +145,8 @@ def _fingerprints(config: RunConfig) -> dict[str, str]:
     from trainer.data.folder import read_record
 
     found = {}
-    for name in config.tasks:
-        task = get_task(name).name
-        record = read_record(Path(config.data.path.replace("{task}", task)))
+    for one in tasks_of_run(config.tasks):
+        record = read_record(Path(one.path(config.data.path)))
         if record is not None:
-            found[task] = str(record["fingerprint"])
+            found[one.task.name] = str(record["fingerprint"])
     return found

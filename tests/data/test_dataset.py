@@ -193,8 +193,8 @@ def test_what_is_no_prepared_dataset(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a prepared dataset"):
         open_dataset(folder / "record.json")
     record = json.loads((folder / "record.json").read_text())
-    (folder / "record.json").write_text(json.dumps({**record, "format": 2}))
-    with pytest.raises(DataError, match="format 2, newer than this version's 1: update"):
+    (folder / "record.json").write_text(json.dumps({**record, "format": 3}))
+    with pytest.raises(DataError, match="format 3, newer than this version's 2: update"):
         open_dataset(folder)
     (folder / "record.json").write_text("{")
     with pytest.raises(DataError, match=r"record\.json is damaged"):

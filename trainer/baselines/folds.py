@@ -60,7 +60,9 @@ def open_folds(
     if faults := fold_faults(data, fold):
         raise BaselineError("\n".join(faults))
     names = data.folds if fold is None else [find_fold(fold, data.folds)]
-    return {name: open_dataset(data.path, choice=FoldChoice(name, valid, seed)) for name in names}
+    return {
+        name: open_dataset(data.path, choice=FoldChoice(name, valid, seed), question=data.question) for name in names
+    }
 
 
 def check_folds(datasets: Mapping[str, PreparedDataset], wanted: Sequence[Spec]) -> None:

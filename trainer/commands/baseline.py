@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +29,13 @@ def baseline(
             help="what a baseline reads, joined by commas, or constant (repeatable: one baseline each); default: the constant "
             "answer, each modality that train has, and all of them",
             metavar="NAME[,NAME]",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="of a dataset with several questions: the one to answer (repeatable); default: each",
+            metavar="QUESTION",
         ),
     ] = None,
     ngrams: Annotated[
@@ -67,31 +74,58 @@ def baseline(
     from trainer.baselines.folds import check_folds, fold_faults, open_folds
     from trainer.data.dataset import open_dataset
 
-    opened = open_dataset(data)
-    faults = fold_faults(opened, fold)
-    if not opened.folds and (fold_valid, seed) != ("next", 0):
+    whole = open_dataset(data)
+    opened = {name: whole.asking(name) for name in task or whole.tasks}
+    faults = fold_faults(whole, fold)
+    if not whole.folds and (fold_valid, seed) != ("next", 0):
         faults.append(f"{data} has no folds: leave --fold-valid and --seed out")
     valid = _fold_valid(fold_valid, faults)
-    wanted: list[Spec] = []
-    try:
-        wanted = specs(opened, modalities or [], ngrams, tune=tune)
-    except BaselineError as error:
-        faults.append(str(error))
-    count = len(wanted) * (1 if fold is not None else max(1, len(opened.folds)))
+    wanted: dict[str, list[Spec]] = {}
+    for name, one in opened.items():
+        try:
+            wanted[name] = specs(one, modalities or [], ngrams, tune=tune)
+        except BaselineError as error:
+            faults.append(str(error))
+    per_fold = sum(map(len, wanted.values()))
+    count = per_fold * (1 if fold is not None else max(1, len(whole.folds)))
     if out is not None and count > 1:
-        which = "--modalities and --fold" if opened.folds and fold is None else "--modalities"
-        faults.append(f"--out names the folder of one baseline, and there are {count}: name one with {which}")
+        named = [
+            "--modalities",
+            *(["--fold"] if whole.folds and fold is None else []),
+            *(["--task"] if len(opened) > 1 else []),
+        ]
+        faults.append(
+            f"--out names the folder of one baseline, and there are {count}: name one with {' and '.join(named)}"
+        )
     if faults:
-        raise BaselineError("\n".join(faults))
-    if opened.folds:
-        datasets = open_folds(opened, fold, valid, seed)
-        check_folds(datasets, wanted)
-        _fit_folds(datasets, wanted, opened.folds, out, runs, force=force, single=fold is not None, as_json=as_json)
-        return
-    check_data(opened, wanted)
-    folders = {spec: out or runs / f"baseline-{opened.task.name}-{spec.name}" for spec in wanted}
-    fitted = _fit({(spec, ""): (opened, folder) for spec, folder in folders.items()}, force=force)
-    _show_one_each({spec.name: one for (spec, _), one in fitted.items()}, as_json=as_json)
+        raise BaselineError("\n".join(dict.fromkeys(faults)))
+    folds = {name: open_folds(one, fold, valid, seed) for name, one in opened.items()} if whole.folds else {}
+    for name, one in opened.items():
+        if whole.folds:
+            check_folds(folds[name], wanted[name])
+        else:
+            check_data(one, wanted[name])
+    results: dict[str, Any] = {}
+    for name, one in opened.items():
+        head = f"{name} " if len(whole.tasks) > 1 else ""
+        if whole.folds:
+            results[name] = _fit_folds(
+                folds[name],
+                wanted[name],
+                whole.folds,
+                out,
+                runs,
+                force=force,
+                single=fold is not None,
+                head=head,
+                show=not as_json,
+            )
+            continue
+        folders = {spec: out or runs / f"baseline-{name}-{spec.name}" for spec in wanted[name]}
+        fitted = _fit({(spec, ""): (one, folder) for spec, folder in folders.items()}, force=force)
+        results[name] = _one_each({spec.name: found for (spec, _), found in fitted.items()}, head, show=not as_json)
+    if as_json:
+        print_json(results if len(whole.tasks) > 1 else next(iter(results.values())))
 
 
 def _fold_valid(text: str, faults: list[str]) -> Literal["next"] | float:
@@ -131,9 +165,9 @@ def _fit(
 
 def _fit_folds(
     datasets: Mapping[str, PreparedDataset], wanted: Sequence[Spec], every: Sequence[str], out: Path | None, runs: Path,
-    *, force: bool, single: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Fit every baseline on every fold; show each fold's scores, their mean, and those of all folds together."""
+    *, force: bool, single: bool, head: str, show: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit every baseline on every fold; each fold's scores, their mean, and those of all folds together, by baseline."""
     from trainer.baselines.folds import fold_folders, over_folds
 
     task = next(iter(datasets.values())).task
@@ -143,28 +177,23 @@ def _fit_folds(
         asked |= {(spec, name): (data, out or folders[name]) for name, data in datasets.items()}
     fitted = _fit(asked, force=force)
     if single:
-        _show_one_each({spec.name: one for (spec, _), one in fitted.items()}, as_json=as_json)
-        return
+        return _one_each({spec.name: one for (spec, _), one in fitted.items()}, head, show=show)
     results = {spec.name: over_folds({name: fitted[spec, name] for name in datasets}) for spec in wanted}
-    if as_json:
-        print_json({name: vars(one) for name, one in results.items()})
-        return
-    for name, one in results.items():
+    for name, one in results.items() if show else ():
         for split in ("valid", "test"):
             columns = {f"fold {fold}": scores[split] for fold, scores in one.folds.items()}
             columns = columns if len(columns) <= SHOWN_FOLDS else {}
             columns |= {"mean of folds": one.mean[split], "sd of folds": one.sd[split]}  # type: ignore[dict-item]
             columns |= {"folds together": one.pooled[split]} if split in one.pooled else {}
-            print_columns(columns, f"baseline {name}, {split}")
+            print_columns(columns, f"{head}baseline {name}, {split}")
+    return {name: vars(one) for name, one in results.items()}
 
 
-def _show_one_each(fitted: Mapping[str, Baseline], *, as_json: bool) -> None:
-    """The scores of each baseline, by name."""
+def _one_each(fitted: Mapping[str, Baseline], head: str, *, show: bool) -> dict[str, Any]:
+    """The scores of each baseline by name and split."""
     results = {
         name: {split: scores[one.task.name] for split, scores in one.scores.items()} for name, one in fitted.items()
     }
-    if as_json:
-        print_json(results)
-        return
-    for split in ("valid", "test"):
-        print_metrics({split: {name: scores[split] for name, scores in results.items()}})
+    for split in ("valid", "test") if show else ():
+        print_metrics({f"{head}{split}": {name: scores[split] for name, scores in results.items()}})
+    return results

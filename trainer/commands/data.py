@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,13 +14,18 @@ from trainer.commands.arity import command_class
 from trainer.commands.options import Json, Plugins
 from trainer.commands.output import print_json, print_metrics, progress_bar, say, wide
 
+if TYPE_CHECKING:
+    from trainer.questions import Definition
+
 app = typer.Typer()
 data_app = typer.Typer(help="Look at prepared datasets.", no_args_is_help=True)
 
 
 @app.command(cls=command_class(several=["--source"], optional={"--drop-bad": "train"}))
 def prepare(
-    name: Annotated[str, typer.Argument(help="a task, or a YAML file that defines one", metavar="TASK")],
+    name: Annotated[
+        str, typer.Argument(help="a task, or a YAML file that defines one or several questions", metavar="TASK")
+    ],
     out: Annotated[Path, typer.Option(help="where the prepared dataset goes", metavar="DIR")],
     source: Annotated[
         list[Path] | None, typer.Option(help="published files, or folders of them", metavar="PATH...")
@@ -65,7 +70,7 @@ def prepare(
     """
     from trainer.data.prepare import prepare as prepare_files
     from trainer.data.summary import summary_table
-    from trainer.tasks import get_task
+    from trainer.questions import Questions, is_built_in
 
     if drop_bad not in ("none", "train", "all"):
         raise ValueError(f"--drop-bad is 'train' or 'all', not {drop_bad!r}")
@@ -73,6 +78,11 @@ def prepare(
         raise ValueError(f"--standardise is 'mean', 'robust' or 'none', not {standardise!r}")
     task = _defined(name, task_file)
     if label_column is not None:
+        if isinstance(task, Questions):
+            raise ValueError(
+                f"--label-column is for one question, and {task.name} has {len(task.questions)}: write label_column in each question of "
+                "the YAML file"
+            )
         task = task.model_copy(update={"label_column": label_column})
     if zero_frames not in ("mask", "keep"):
         raise ValueError(f"--zero-frames is 'mask' or 'keep', not {zero_frames!r}")
@@ -84,9 +94,12 @@ def prepare(
         "workers": workers,
     }
     with _splits_bar() as progress:
-        if synthetic or (task.name.startswith("diagnostic") and get_task(task.name) == task):
+        generated = task.name.startswith("diagnostic") and not isinstance(task, Questions) and is_built_in(task)
+        if synthetic or generated:
             from trainer.data.generated import diagnostic, synthetic_benchmark
 
+            if isinstance(task, Questions):
+                raise ValueError(f"--stand-in generates data for one task, and {task.name} asks several questions")
             if source or fold_column:
                 raise ValueError(f"{task.name} is generated: it takes no --source and no --fold-column")
             generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
@@ -144,12 +157,12 @@ def score(
         print_metrics({predictions.name: {chosen.name: metrics}})
 
 
-def _defined(name: str, task_file: Path | None) -> Any:
-    from trainer.tasks import get_task
+def _defined(name: str, task_file: Path | None) -> Definition:
+    from trainer.questions import get_definition
 
     if task_file is None:
-        return get_task(name)
-    task = get_task(str(task_file))
+        return get_definition(name)
+    task = get_definition(str(task_file))
     if task.name != name:
         raise ValueError(f"{task_file} defines the task {task.name!r}, not {name!r}")
     return task

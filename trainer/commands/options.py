@@ -104,7 +104,7 @@ def read_config(config: Path, overrides: list[str] | None) -> RunConfig:
         ValueError: all faults of the config, or all of its unknown tasks and selecting metrics.
     """
     from trainer.config import load_config
-    from trainer.tasks import get_tasks
+    from trainer.questions import get_tasks
 
     loaded = load_config(config, overrides or [])
     get_tasks(loaded.tasks, loaded.eval.select)

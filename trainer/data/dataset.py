@@ -8,7 +8,8 @@ from __future__ import annotations
 import bisect
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.columns import STREAMS, answer_column
+from trainer.data.conversations import Conversations
 from trainer.data.faults import DataError
 from trainer.data.feature_statistics import Standardise, check_statistics, measure_frames, standardisations
 from trainer.data.folder import FORMAT, RECORD, read_record
@@ -25,31 +28,38 @@ from trainer.data.folds import FoldChoice, assign_folds, find_fold
 from trainer.data.frames import ZeroFrames
 from trainer.data.readers.raw import ALL
 from trainer.data.record import DatasetRecord
-from trainer.tasks import Task, TaskError, define_task
+from trainer.questions import Questions, define, questions_of
+from trainer.tasks import Task, TaskError
 
 if TYPE_CHECKING:  # it imports torch, which whoever reads whole samples has
     from trainer.batch import Sample, Standardisation
 
-STREAMS = ("audio", "video")
 _ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "training": "train", "testing": "test"}
 
 
-def open_dataset(path: str | Path, *, history: int = 0, choice: FoldChoice | None = None) -> PreparedDataset:
+def open_dataset(
+    path: str | Path, *, history: int = 0, choice: FoldChoice | None = None, question: str | None = None
+) -> PreparedDataset:
     """Open what :func:`trainer.data.prepare.prepare` wrote; features stay on disk until they are read.
 
     Args:
         path: the folder.
         history: how many previous utterances of the conversation each sample gets.
         choice: the fold that is tested, of a dataset whose samples have folds; without one it has the split "all" only.
+        question: the one of several that is asked; see :meth:`PreparedDataset.asking`.
 
     Raises:
-        DataError: not a prepared dataset, one of a newer format, a damaged one, or one without the chosen fold.
+        DataError: not a prepared dataset, one of a newer format, a damaged one, or one without the chosen fold or question.
     """
-    return PreparedDataset(Path(path), history, choice)
+    opened = PreparedDataset(Path(path), history, choice)
+    return opened if question is None else opened.asking(question)
 
 
 class PreparedDataset:
     """A prepared dataset; ``dataset["train"]`` is a :class:`SplitView`. Pickling keeps the path and opens it again.
+
+    `tasks` are its questions by name. Where there are several, :meth:`asking` gives the dataset of one; before that, samples have
+    no target. `question` is the name of that one, and None of a dataset that has no other.
 
     `folds` are the names of its folds, if it has some, and `fold` that of the one that was chosen for test.
     """
@@ -61,7 +71,10 @@ class PreparedDataset:
         self.history, self.choice = history, choice
         self.record = _checked_record(path)
         try:
-            self.task: Task = define_task(self.record["task"], where=f"{path}/{RECORD}", saved=True)
+            self.definition = define(self.record["task"], where=f"{path}/{RECORD}", saved=True)
+            self.tasks: dict[str, Task] = {task.name: task for task in questions_of(self.definition)}
+            self.question: str | None = None
+            self._all: PreparedDataset | None = None
             self.fingerprint = str(self.record["fingerprint"])
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
@@ -95,12 +108,50 @@ class PreparedDataset:
         self._views.update({split: FoldView(self, split, whole, of_split) for split, of_split in rows.items()})
         self.splits = list(self._views)
 
+    @property
+    def task(self) -> Task:
+        """The question that is asked.
+
+        Raises:
+            DataError: there are several, and none was chosen.
+        """
+        if self.question is not None:
+            return self.tasks[self.question]
+        if len(self.tasks) > 1:
+            raise DataError(f"{self.path} has the questions {', '.join(self.tasks)}: name the one that is meant")
+        return next(iter(self.tasks.values()))
+
+    @property
+    def name(self) -> str:
+        """The task's, or that of all questions."""
+        return self.definition.name
+
+    def asking(self, question: str) -> PreparedDataset:
+        """The same dataset with the samples that answer one of its questions. Histories and standardisation stay those of all.
+
+        Raises:
+            DataError: it has no such question.
+        """
+        if question not in self.tasks:
+            near = difflib.get_close_matches(question, self.tasks, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise DataError(f"{self.path} has no question {question!r}{hint}; it has {', '.join(self.tasks)}")
+        if not isinstance(self.definition, Questions):
+            return self
+        out = PreparedDataset.__new__(PreparedDataset)  # a copy would open the files again
+        vars(out).update(vars(self))
+        out.question, out._all = question, self._all or self
+        out._views = {split: QuestionView(out, split, view) for split, view in out._all._views.items()}
+        return out
+
     @cached_property
     def standardisation(self) -> dict[str, Standardisation]:
         """Modality -> how its features are standardised; empty where they are not.
 
         Of a dataset with folds, measured over the frames of the training samples that follow from the choice of a fold.
         """
+        if self._all is not None:
+            return self._all.standardisation
         entry = self.record.get("standardisation")
         if self.fold is None or entry is None:
             return standardisations(entry, self.widths)
@@ -126,22 +177,35 @@ class PreparedDataset:
         return self._views[split]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.history, self.fingerprint, self.choice)
+        return _reopen, self.origin
+
+    @property
+    def origin(self) -> tuple[Any, ...]:
+        """What :func:`_reopen` needs to open it again."""
+        return self.path, self.history, self.fingerprint, self.choice, self.question
 
 
 class SplitView:
     """The samples of one split, in the published order. Pickling keeps the path and opens it again."""
 
     def __init__(self, dataset: PreparedDataset, split: str, batches: list[pa.RecordBatch]) -> None:
-        self.split = split
-        self.task, self.widths, self.rates = dataset.task, dataset.widths, dataset.rates
-        self._origin = (dataset.path, dataset.history, dataset.fingerprint, dataset.choice)
+        self._describe(dataset, split)
         self._batches = batches
         self._starts = [0, *np.cumsum([len(b) for b in batches]).tolist()]
         self._columns = [{name: batch.column(name) for name in batch.schema.names} for batch in batches]
         self._frames = {name: self._array(f"{name}_frames", np.int64) for name in STREAMS}
         self._values = {name: [_buffers(columns[name]) for columns in self._columns] for name in STREAMS}
         self._check(dataset.record["splits"][split]["n"])
+
+    def _describe(self, dataset: PreparedDataset, split: str) -> None:
+        self.split, self._dataset = split, dataset
+        self.widths, self.rates = dataset.widths, dataset.rates
+        self._origin = dataset.origin
+
+    @property
+    def task(self) -> Task:
+        """The question; raises as :attr:`PreparedDataset.task`."""
+        return self._dataset.task
 
     def _check(self, n: int) -> None:
         if len(self) != n:
@@ -174,7 +238,7 @@ class SplitView:
         return Sample(
             id=columns["id"][j].as_py(),
             text=columns["text"][j].as_py(),
-            target=columns["target"][j].as_py(),
+            target=columns["target"][j].as_py() if "target" in columns else math.nan,
             audio_TF=audio[0],
             video_TF=video[0],
             audio_mask_T=audio[1],
@@ -183,7 +247,9 @@ class SplitView:
             dialogue=columns["dialogue"][j].as_py(),
             turn=columns["turn"][j].as_py(),
             kind=columns["kind"][j].as_py(),
-            share_C=self._share(columns, j),
+            share_C=_share(columns["shares"][j])
+            if "shares" in columns
+            else None,  # earlier versions had no such column
             history=self._history(i),
         )
 
@@ -199,14 +265,6 @@ class SplitView:
         mask = self._columns[b][f"{name}_mask"][j]
         return values_TF, mask.values.to_numpy(zero_copy_only=False) if mask.is_valid else None
 
-    @staticmethod
-    def _share(columns: Mapping[str, pa.Array], j: int) -> np.ndarray | None:
-        if (
-            "shares" not in columns or not columns["shares"][j].is_valid
-        ):  # datasets of earlier versions have no such column
-            return None
-        return np.asarray(columns["shares"][j].values.to_numpy(zero_copy_only=False))
-
     def shares(self) -> list[list[float] | None]:
         """The shares of annotators that gave each label, of each sample; None where all gave one."""
         return self._list("shares") if self.shared else [None] * len(self)
@@ -214,9 +272,11 @@ class SplitView:
     @cached_property
     def shared(self) -> bool:
         """Whether annotators disagree on some sample, whose target is then shares of the labels."""
-        return any(
-            "shares" in columns and columns["shares"].null_count < len(columns["shares"]) for columns in self._columns
-        )
+        return self._filled("shares")
+
+    def _filled(self, name: str) -> bool:
+        """Whether a column is there and has any value."""
+        return any(name in columns and columns[name].null_count < len(columns[name]) for columns in self._columns)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -304,16 +364,14 @@ class SplitView:
         return Conversations(dialogues, self._list("turn"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen_split, (*self._origin, self.split)
+        return _reopen_split, (self.split, *self._origin)
 
 
-class FoldView(SplitView):
-    """The samples `rows` of a dataset with folds, in the published order; histories hold samples of the view alone."""
+class RowsView(SplitView):
+    """The samples `rows` of another view, in its order; their histories are those of that view."""
 
     def __init__(self, dataset: PreparedDataset, split: str, whole: SplitView, rows: np.ndarray) -> None:
-        self.split = split
-        self.task, self.widths, self.rates = dataset.task, dataset.widths, dataset.rates
-        self._origin = (dataset.path, dataset.history, dataset.fingerprint, dataset.choice)
+        self._describe(dataset, split)
         self._whole, self._rows = whole, rows
         self._starts = [0, len(rows)]
         self._frames = {name: whole.frames(name)[rows] for name in STREAMS}
@@ -322,15 +380,21 @@ class FoldView(SplitView):
         i = int(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        i %= len(self)
-        return replace(self._whole[int(self._rows[i])], history=self._history(i))
+        return self._changed(self._whole[int(self._rows[i])], i % len(self))
+
+    def _changed(self, sample: Sample, i: int) -> Sample:
+        """Sample `i` from the one that the other view has."""
+        return sample
 
     def stream(self, name: str, i: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         return self._whole.stream(name, int(self._rows[i]))
 
     @cached_property
     def shared(self) -> bool:
-        return self._whole.shared and any(share is not None for share in self._list("shares"))
+        return self._filled("shares") and any(share is not None for share in self._list("shares"))
+
+    def _filled(self, name: str) -> bool:
+        return self._whole._filled(name)
 
     def texts(self) -> Iterator[str]:
         return iter(self._list("text"))
@@ -346,32 +410,40 @@ class FoldView(SplitView):
         return np.asarray(self._whole._array(name, dtype)[self._rows])
 
 
-class Conversations:
-    """Which samples came before which, by dialogue and turn.
+class FoldView(RowsView):
+    """The samples `rows` of a dataset with folds, in the published order; histories hold samples of the view alone."""
 
-    A dialogue without any turn is in the order of its rows. Where only some rows have a turn, those without one have no
-    history and are in nobody's. Of rows with the same turn none is before the other.
-    """
+    def _changed(self, sample: Sample, i: int) -> Sample:
+        return replace(sample, history=self._history(i))
 
-    def __init__(self, dialogues: list[str | None], turns: list[int | None]) -> None:
-        numbered = {name for name, turn in zip(dialogues, turns, strict=True) if turn is not None}
-        self._members: dict[str, list[tuple[int, int]]] = {}
-        self._place: dict[int, tuple[str, int]] = {}
-        for i, (name, turn) in enumerate(zip(dialogues, turns, strict=True)):
-            if name is not None and (turn is not None or name not in numbered):
-                self._place[i] = (name, i if turn is None else turn)
-                self._members.setdefault(name, []).append((i if turn is None else turn, i))
-        for members in self._members.values():
-            members.sort()
 
-    def before(self, i: int, limit: int) -> list[int]:
-        """The at most `limit` samples just before sample `i`, oldest first."""
-        if i not in self._place:
-            return []
-        name, turn = self._place[i]
-        members = self._members[name]
-        end = bisect.bisect_left(members, (turn, -1))
-        return [k for _, k in members[max(0, end - limit) : end]]
+class QuestionView(RowsView):
+    """The samples that answer `dataset.question`, one of several, with that answer; the others count in histories alone."""
+
+    def __init__(self, dataset: PreparedDataset, split: str, whole: SplitView) -> None:
+        self._own = {name: answer_column(name, dataset.task.name) for name in ("label", "target", "shares")}
+        answered = whole._array(self._own["target"], np.float64)
+        super().__init__(dataset, split, whole, np.flatnonzero(~np.isnan(answered)))
+        self._target_N = answered[self._rows]
+
+    def _changed(self, sample: Sample, i: int) -> Sample:
+        share_C = (
+            None if self._shares is None or self._shares[i] is None else np.array(self._shares[i], dtype=np.float32)
+        )
+        return replace(sample, target=float(self._target_N[i]), share_C=share_C)
+
+    @cached_property
+    def _shares(self) -> list[list[float] | None] | None:
+        return self._list("shares") if self.shared else None
+
+    def _filled(self, name: str) -> bool:
+        return super()._filled(self._own.get(name, name))
+
+    def _list(self, name: str) -> list[Any]:
+        return super()._list(self._own.get(name, name))
+
+    def _array(self, name: str, dtype: Any) -> np.ndarray:
+        return super()._array(self._own.get(name, name), dtype)
 
 
 def _checked_record(path: Path) -> DatasetRecord:
@@ -410,16 +482,22 @@ def _buffers(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     return column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True)
 
 
+def _share(cell: pa.ListScalar) -> np.ndarray | None:
+    return np.asarray(cell.values.to_numpy(zero_copy_only=False)) if cell.is_valid else None
+
+
 def _join(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype=dtype)
 
 
-def _reopen(path: Path, history: int, fingerprint: str, choice: FoldChoice | None) -> PreparedDataset:
-    dataset = open_dataset(path, history=history, choice=choice)
+def _reopen(
+    path: Path, history: int, fingerprint: str, choice: FoldChoice | None, question: str | None
+) -> PreparedDataset:
+    dataset = open_dataset(path, history=history, choice=choice, question=question)
     if dataset.fingerprint != fingerprint:
         raise DataError(f"{path} was replaced by another dataset while it was in use")
     return dataset
 
 
-def _reopen_split(path: Path, history: int, fingerprint: str, choice: FoldChoice | None, split: str) -> SplitView:
-    return _reopen(path, history, fingerprint, choice)[split]
+def _reopen_split(split: str, *origin: Any) -> SplitView:
+    return _reopen(*origin)[split]

@@ -18,10 +18,16 @@ from typing import cast
 
 from trainer.data.faults import DataError
 from trainer.data.record import DatasetRecord
+from trainer.questions import Definition, Questions
 
 RECORD = "record.json"
-FORMAT = 1
+FORMAT = 2  # the newest that this version reads
 _LOCK = ".egmf-preparing"
+
+
+def format_of(definition: Definition) -> int:
+    """The format of a dataset: 2 where samples have several questions, which older versions cannot read, else 1."""
+    return FORMAT if isinstance(definition, Questions) else 1
 
 
 def read_record(folder: Path) -> DatasetRecord | None:

@@ -19,22 +19,21 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import pyarrow as pa
-
+from trainer.data.columns import STREAMS, features, schema
 from trainer.data.faults import DataError, Fault, describe, group_faults
 from trainer.data.feature_statistics import Standardise, measure
-from trainer.data.folder import FORMAT, RECORD, NewFolder, check_free, new_folder, read_record
+from trainer.data.folder import RECORD, NewFolder, check_free, format_of, new_folder, read_record
 from trainer.data.folds import cut_dialogues, fold_sizes
 from trainer.data.frames import ZeroFrames
 from trainer.data.readers.raw import ALL, SPLITS, Source
 from trainer.data.readers.source import open_source
 from trainer.data.record import DatasetRecord, DroppedSample
-from trainer.data.rows import STREAMS, Seen, Shard, convert, convert_shard, keep, wrong_width
+from trainer.data.rows import Seen, Shard, convert, convert_shard, keep, wrong_width
 from trainer.data.summary import statistics
 from trainer.data.worker_pool import worker_pool
-from trainer.tasks import Task
+from trainer.questions import Definition, Questions
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +41,11 @@ DropBad = Literal["none", "train", "all"]
 Progress = Callable[[str, int, "int | None"], None]
 SHARDS = 4  # of a split for each process: smaller ones even out the work
 NUMBERS = re.compile(r"\[(\n[-+.,eE\d\s]+)\]")  # a list of numbers as JSON with indentation has it: it goes on one line
+Key = tuple[str, int, int]  # split, shard, place among the shard's seen samples
+EMPTY, UNANSWERED = (
+    "split without samples",
+    "question without answers",
+)  # faults of a split, that no sample cures by leaving
 KEEPER = ("test", "valid", "train", ALL)  # of samples with one id, that of the earlier split here stays
 
 
@@ -59,7 +63,7 @@ class Summary:
 
 
 def prepare(
-    task: Task,
+    task: Definition,
     paths: Sequence[Path],
     out: Path,
     *,
@@ -89,7 +93,7 @@ def prepare(
 
 
 def prepare_source(
-    task: Task,
+    task: Definition,
     source: Source,
     out: Path,
     *,
@@ -141,7 +145,7 @@ def prepare_source(
 
 
 def _check_arguments(
-    task: Task,
+    task: Definition,
     out: Path,
     strict: bool,
     drop_bad: DropBad,
@@ -191,33 +195,11 @@ def _splits_of(names: Container[str]) -> tuple[str, ...]:
     return (ALL,) if ALL in names else SPLITS
 
 
-def _features(task: Task, splits: Container[str]) -> Any:
-    from datasets import Features, List, Value  # slow to import, and worker processes need it not
-
-    columns: dict[str, Any] = {"id": Value("string"), "text": Value("string"), "label": Value("string")}
-    columns["target"] = Value("float64")
-    for name in STREAMS:
-        columns[name] = List(Value("float32"))
-        columns[f"{name}_frames"] = Value("int32")
-        columns[f"{name}_mask"] = List(Value("bool"))
-    columns |= {"speaker": Value("string"), "dialogue": Value("string"), "turn": Value("int64")}
-    columns |= {"kind": Value("string"), "language": Value("string")}
-    if ALL in splits:
-        columns["fold"] = Value("string")
-    if task.kind == "classification":
-        columns["shares"] = List(Value("float32"))
-    return Features(columns)
-
-
-def _schema(task: Task, splits: Container[str]) -> pa.Schema:
-    return _features(task, splits).arrow_schema
-
-
 def _convert(
-    task: Task, source: Source, folder: Path, workers: int, zero_frames: ZeroFrames, progress: Progress
+    task: Definition, source: Source, folder: Path, workers: int, zero_frames: ZeroFrames, progress: Progress
 ) -> dict[str, list[Shard]]:
     splits = [split for split in _splits_of(source.splits) if split in source.splits]
-    schema = _schema(task, splits)
+    columns = schema(task, splits)
     for split in splits:
         (folder / split).mkdir()
     if workers == 1:
@@ -228,13 +210,13 @@ def _convert(
             def tick(done: int, split: str = split) -> None:
                 progress(split, done, None)
 
-            shards[split] = [convert(source.samples(split), task, split, path, schema, tick, zero_frames)]
+            shards[split] = [convert(source.samples(split), task, split, path, columns, tick, zero_frames)]
         return shards
     return _convert_many(task, source, folder, workers, zero_frames, progress, splits)
 
 
 def _convert_many(
-    task: Task,
+    task: Definition,
     source: Source,
     folder: Path,
     workers: int,
@@ -242,7 +224,7 @@ def _convert_many(
     progress: Progress,
     splits: list[str],
 ) -> dict[str, list[Shard]]:
-    read, schema, count = source.part, _schema(task, splits), workers * SHARDS
+    read, columns, count = source.part, schema(task, splits), workers * SHARDS
     assert read is not None
     places = {}
     done: dict[str, int] = Counter()
@@ -250,7 +232,7 @@ def _convert_many(
         for split in splits:
             for k in range(count):
                 path = folder / split / f"part-{k}.arrow"
-                job = pool.submit(convert_shard, read, task, split, (k, count), path, schema, zero_frames)
+                job = pool.submit(convert_shard, read, task, split, (k, count), path, columns, zero_frames)
                 places[job] = (split, k)
         found: dict[tuple[str, int], Shard] = {}
         for job in as_completed(places):
@@ -264,7 +246,7 @@ def _convert_many(
 
 
 def _validate(
-    task: Task,
+    task: Definition,
     source: Source,
     shards: dict[str, list[Shard]],
     strict: bool,
@@ -286,15 +268,19 @@ def _validate(
     ]
     full = {key[0] for key, row in _walk(shards) if row.digest and key not in bad}
     empty = [split for split in splits if split not in full]
-    faults += [Fault("split without samples", split, detail=_why(split, source, dropped)) for split in empty]
+    faults += [Fault(EMPTY, split, detail=_why(split, source, dropped)) for split in empty]
+    silent = _unasked(task, shards, bad, [split for split in splits if split in full])
+    faults += silent
     folds = fold_sizes(row.fold for key, row in _walk(shards) if row.fold and key not in bad)
     if ALL in full and len(folds) < 2:
         faults.append(Fault("one fold only", ALL, detail=f"all samples have the fold {next(iter(folds))}"))
-    refused = (strict and faults) or [f for f in faults if not f.repair and (f.split not in left or f.split in empty)]
+    refused = (strict and faults) or [
+        f for f in faults if not f.repair and (f.split not in left or f.split in empty or f in silent)
+    ]
     if refused:
         raise DataError(_refusal(task, source, faults, strict, drop_bad, left))
     _take_out(task, shards, bad)
-    record: DatasetRecord = {"format": FORMAT, "task": task.model_dump(mode="json"), "fingerprint": ""}
+    record: DatasetRecord = {"format": format_of(task), "task": task.model_dump(mode="json"), "fingerprint": ""}
     record |= {"widths": widths, "rates": {name: source.rates.get(name) for name in STREAMS}}
     counts = Counter(entry["split"] for entry in dropped)
     record["zero_frames"] = zero_frames
@@ -315,13 +301,27 @@ def _validate(
     return record
 
 
+def _unasked(
+    task: Definition, shards: dict[str, list[Shard]], bad: Container[Key], splits: Sequence[str]
+) -> list[Fault]:
+    """A fault for each of several questions that no sample of a split answers: it could not be trained, or not be scored."""
+    if not isinstance(task, Questions):
+        return []
+    answered = {
+        (key[0], name) for key, row in _walk(shards) if row.digest and key not in bad for name in row.answers or ()
+    }
+    return [
+        Fault(f"{question.name}: {UNANSWERED}", split, detail=f"no sample of {split} answers it")
+        for question in task.questions
+        for split in splits
+        if (split, question.name) not in answered
+    ]
+
+
 def _silent(shards: dict[str, list[Shard]]) -> list[str]:
     if any(row.characters for split in shards for shard in shards[split] for row in shard.seen):
         return []
     return ["no sample has any text: models of this dataset learn from audio and video alone"]
-
-
-Key = tuple[str, int, int]  # split, shard, place among the shard's seen samples
 
 
 def _walk(shards: dict[str, list[Shard]], splits: Sequence[str] = (*SPLITS, ALL)) -> Iterator[tuple[Key, Seen]]:
@@ -360,13 +360,13 @@ def _duplicates(shards: dict[str, list[Shard]]) -> dict[Key, Fault]:
     return twice
 
 
-def _take_out(task: Task, shards: dict[str, list[Shard]], bad: set[Key]) -> None:
+def _take_out(task: Definition, shards: dict[str, list[Shard]], bad: set[Key]) -> None:
     """Leave in the files and in `seen` what stays."""
     for split in shards:
         for k, shard in enumerate(shards[split]):
             wanted = [(split, k, i) not in bad for i, row in enumerate(shard.seen) if row.digest]
             if not all(wanted):
-                keep(shard, wanted, _schema(task, shards))
+                keep(shard, wanted, schema(task, shards))
             shard.seen = [row for i, row in enumerate(shard.seen) if row.digest and (split, k, i) not in bad]
 
 
@@ -377,15 +377,15 @@ def _why(split: str, source: Source, dropped: Sequence[DroppedSample]) -> str:
 
 
 def _refusal(
-    task: Task, source: Source, faults: list[Fault], strict: bool, drop_bad: DropBad, left: Sequence[str]
+    task: Definition, source: Source, faults: list[Fault], strict: bool, drop_bad: DropBad, left: Sequence[str]
 ) -> str:
-    would = [f for f in faults if f.split in left and not f.repair and f.kind != "split without samples"]
+    would = [f for f in faults if f.split in left and not f.repair and not _is_of_split(f)]
     rest = [f for f in faults if f not in set(would)]
     lines = describe([*group_faults(rest, repair=not strict), *group_faults(would, otherwise="left out")])
     kinds = len({f.kind for f in faults})
     head = f"{task.name} from {source.name}: {len(faults)} fault(s) of {kinds} kind(s); nothing was written"
     advice = []
-    kept = [f for f in rest if f.kind != "split without samples"]
+    kept = [f for f in rest if not _is_of_split(f)]
     if strict:
         advice.append("without --strict, faults with one right repair are repaired")
     elif any(f.split == "train" and not f.repair for f in kept):
@@ -394,6 +394,10 @@ def _refusal(
         advice.append("--drop-bad=all leaves faulty samples of valid and test out too")
     tail = ["Correct the source" + "".join(f"; {a}" for a in advice) + "."]
     return "\n".join([head, *(f"  {line}" for line in lines), *tail])
+
+
+def _is_of_split(fault: Fault) -> bool:
+    return fault.kind.endswith((EMPTY, UNANSWERED))
 
 
 # ── recording ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -435,7 +439,7 @@ def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return out
 
 
-def _write(task: Task, folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) -> None:
+def _write(task: Definition, folder: Path, shards: dict[str, list[Shard]], record: DatasetRecord) -> None:
     """Complete the folder to what `DatasetDict.save_to_disk` would have written, and add the record."""
     from datasets import DatasetInfo
 
@@ -459,7 +463,7 @@ def _write(task: Task, folder: Path, shards: dict[str, list[Shard]], record: Dat
             "_split": split,
         }
         (folder / split / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-        DatasetInfo(features=_features(task, shards)).write_to_directory(str(folder / split))
+        DatasetInfo(features=features(task, shards)).write_to_directory(str(folder / split))
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(record["splits"])}))
     record["files"] = sizes
     text = NUMBERS.sub(

@@ -23,6 +23,18 @@ class LengthStatistics(TypedDict):
     max: int | None
 
 
+class QuestionStatistics(TypedDict, total=False):
+    """The answers to one of several questions in a split: `n` samples answer it, `unanswered` do not; the rest as in
+    :class:`SplitStatistics`."""
+
+    n: int
+    unanswered: int
+    labels: dict[str, int]
+    target: TargetStatistics
+    without_label: int
+    shared: int
+
+
 class SplitStatistics(TypedDict, total=False):
     """One split; `labels` is label (or sign, for regression) -> samples (those that have the label, of a multi-label task), by modality are `missing` samples,
     `masked_frames`, and `padding` frames that were cut where the source claims no lengths."""
@@ -39,6 +51,9 @@ class SplitStatistics(TypedDict, total=False):
     dropped: int
     without_label: int  # of a multi-label task: samples to which no label applies
     shared: int  # samples on whose label annotators disagree; absent where there are none
+    questions: dict[
+        str, QuestionStatistics
+    ]  # of a dataset with several; `labels` and `target` are then those of the first
     folds: dict[str, int]  # only in what ``egmf data show --json`` prints
 
 
@@ -106,7 +121,7 @@ class StandardisationRecord(TypedDict):
 
 
 class DatasetRecord(TypedDict, total=False):
-    """The whole file. `task` is the task's definition, `files` the size in bytes of each Arrow file.
+    """The whole file. `task` is the task's definition, or `name` and `questions` where samples have several (format 2), `files` the size in bytes of each Arrow file.
 
     A record that was read has `format`, `fingerprint`, `task` and `splits`; nothing else of it is checked. One of an earlier
     version has no `standardisation`.

@@ -13,21 +13,22 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from trainer.data.columns import STREAMS, answer_column
 from trainer.data.faults import Fault
 from trainer.data.frames import FeatureSequence, ZeroFrames, clip_features
 from trainer.data.labels import label_set, label_shares
 from trainer.data.readers.raw import ALL, RawSample
 from trainer.label_sets import encode_set
+from trainer.questions import Definition, Questions
 from trainer.tasks import Task
 
-STREAMS = ("audio", "video")
 FLUSH_BYTES = 32 << 20
 FLUSH_ROWS = 4096
 TICK = 64  # samples between two reports of progress
@@ -43,9 +44,17 @@ class Metadata(NamedTuple):
     language: str | None
 
 
+class Answer(NamedTuple):
+    """A sample's answer to one question: as a word (of labels), as a number, and the shares of annotators, if they disagree."""
+
+    label: str | None
+    target: float
+    share_C: list[float] | None
+
+
 @dataclass
 class Row:
-    """A checked sample."""
+    """A checked sample. Where it has several questions, `answers` has those that it answers, and `target` is nan."""
 
     id: str
     text: str
@@ -55,12 +64,15 @@ class Row:
     metadata: Metadata
     fold: str | None = None  # of a cross-validation; then the sample belongs to no split
     share_C: list[float] | None = None  # of the annotators that gave each label
+    answers: dict[str, Answer] | None = None
 
     def digest(self) -> bytes:
         """sha256 over the row's content, the same on every machine."""
         head: list[Any] = [self.id, self.text, float(self.target).hex(), self.label, *self.metadata]
         head += [] if self.fold is None else [self.fold]
         head += [] if self.share_C is None else [[share.hex() for share in self.share_C]]
+        for name, answer in sorted((self.answers or {}).items()):
+            head.append([name, answer.label, answer.target.hex(), [share.hex() for share in answer.share_C or ()]])
         out = hashlib.sha256(json.dumps(head, ensure_ascii=True).encode())
         for name in STREAMS:
             stream = self.streams[name]
@@ -89,6 +101,7 @@ class Seen(NamedTuple):
     fold: str | None = None
     dialogue: str | None = None
     shared: bool = False  # whether annotators disagree
+    answers: Mapping[str, tuple[float, bool]] | None = None  # of several questions: target and shared
 
 
 @dataclass
@@ -133,12 +146,11 @@ class Checker:
         fold = raw.fold if split == ALL else None
         if split == ALL and not fold:
             fault("no fold")
-        if raw.language is not None and raw.language not in self.task.prompts:
-            known = ", ".join(self.task.prompts)
-            fault("language without a prompt in the task", f"{raw.language!r}; the task has {known}")
+        if raw.language is not None:
+            self.check_language(raw.language, fault)
         if any(isinstance(s, str) and not _unicode(s) for s in (name, text, fold, *metadata)):
             fault("text that is no Unicode (a lone surrogate)")
-        label, target, share_C = self._answer(raw, fault) if self.labelled else (None, math.nan, None)
+        label, target, share_C = self.answer(raw, fault) if self.labelled else (None, math.nan, None)
         streams = {
             "audio": clip_features("audio", raw.audio, raw.audio_length, fault, self.zero_frames),
             "video": clip_features("video", raw.video, raw.video_length, fault, self.zero_frames),
@@ -149,7 +161,13 @@ class Checker:
             return None, faults
         return Row(name, text, target, label, streams, metadata, fold, share_C), faults
 
-    def _answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float, list[float] | None]:
+    def check_language(self, language: str, fault: Callable[..., None]) -> None:
+        """A fault where the task has no prompt in a sample's language."""
+        if language not in self.task.prompts:
+            known = ", ".join(self.task.prompts)
+            fault("language without a prompt in the task", f"{language!r}; the task has {known}")
+
+    def answer(self, raw: RawSample, fault: Callable[..., None]) -> tuple[str | None, float, list[float] | None]:
         """The label as a word, the target, and the shares of all labels where annotators disagree."""
         if self.task.grid is not None:
             return None, self._rate(raw, fault), None
@@ -206,6 +224,56 @@ class Checker:
         return math.nan if value is None else value
 
 
+class QuestionsChecker:
+    """Checks samples of which several questions are asked; as :class:`Checker`. A fault of an answer names its question."""
+
+    def __init__(self, questions: Questions, *, labelled: bool = True, zero_frames: ZeroFrames = "mask") -> None:
+        self._labelled = labelled
+        self._content = Checker(questions.questions[0], labelled=False, zero_frames=zero_frames)
+        self._checkers = [Checker(task, labelled=labelled) for task in questions.questions]
+
+    def check(self, raw: RawSample, split: str) -> tuple[Row | None, list[Fault]]:
+        """The row with the answers of its questions, or None where a fault has no right repair; and the faults."""
+        row, faults = self._content.check(raw, split)
+        name = raw.id.strip() if isinstance(raw.id, str) else ""
+        answers: dict[str, Answer] = {}
+        asked = 0
+        for checker in self._checkers:
+            question = checker.task.name
+
+            def fault(kind: str, detail: str = "", repair: str = "", question: str = question) -> None:
+                faults.append(Fault(f"{question}: {kind}", split, _printable(name), raw.where, detail, repair))
+
+            if raw.language is not None and checker is not self._checkers[0]:
+                checker.check_language(raw.language, fault)
+            given = (raw.answers or {}).get(question)
+            if self._labelled and not _is_absent(given, checker.task):
+                asked += 1
+                answers[question] = Answer(*checker.answer(replace(raw, label=given), fault))
+        if self._labelled and not asked:
+            names = ", ".join(checker.task.name for checker in self._checkers)
+            faults.append(Fault("no label", split, _printable(name), raw.where, f"no answer to any of {names}"))
+        if row is None or not all(f.repair for f in faults):
+            return None, faults
+        return replace(row, answers=answers), faults
+
+
+def checker_of(
+    definition: Definition, *, labelled: bool = True, zero_frames: ZeroFrames = "mask"
+) -> Checker | QuestionsChecker:
+    """The checker of one question or of several."""
+    if isinstance(definition, Questions):
+        return QuestionsChecker(definition, labelled=labelled, zero_frames=zero_frames)
+    return Checker(definition, labelled=labelled, zero_frames=zero_frames)
+
+
+def _is_absent(given: Any, task: Task) -> bool:
+    """Whether a sample does not answer a question. An empty set of labels is an answer of a multi-label task."""
+    if isinstance(given, (list, tuple, Mapping)):
+        return not given and task.kind != "multilabel"
+    return given is None or (isinstance(given, str) and not given.strip()) or given != given
+
+
 def wrong_width(name: str, found: int, width: int, split: str, id: str, where: str) -> Fault:
     """The fault of a sample whose `name` stream has `found` features a frame where the dataset has `width`."""
     return Fault(f"wrong dimension of {name}", split, id, where, f"{found} features per frame instead of {width}")
@@ -234,7 +302,7 @@ def _printable(text: str) -> str:
 
 def convert(
     samples: Iterable[RawSample],
-    task: Task,
+    task: Definition,
     split: str,
     path: Path,
     schema: pa.Schema,
@@ -242,7 +310,7 @@ def convert(
     zero_frames: ZeroFrames = "mask",
 ) -> Shard:
     """Check `samples` and write the good ones to the Arrow file `path`; memory holds one batch of rows."""
-    checker, shard = Checker(task, zero_frames=zero_frames), Shard(split, path)
+    checker, shard = checker_of(task, zero_frames=zero_frames), Shard(split, path)
     with RowWriter(path, schema) as writer:
         for raw in samples:
             row, faults = checker.check(raw, split)
@@ -261,7 +329,7 @@ def convert(
 
 def convert_shard(
     read: Callable[[str, int, int], Iterator[RawSample]],
-    task: Task,
+    task: Definition,
     split: str,
     place: tuple[int, int],
     path: Path,
@@ -320,13 +388,20 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
     }
     columns.update({name: [getattr(row, name) for row in rows] for name in ("id", "text", "label", "target", "fold")})
     columns["shares"] = [row.share_C for row in rows]
+    for name in {name for row in rows for name in row.answers or ()}:
+        found = [(row.answers or {}).get(name) for row in rows]
+        columns[answer_column("label", name)] = [None if one is None else one.label for one in found]
+        columns[answer_column("target", name)] = [None if one is None else one.target for one in found]
+        columns[answer_column("shares", name)] = [None if one is None else one.share_C for one in found]
     for name in STREAMS:
         streams = [row.streams[name] for row in rows]
         columns[name] = _lists([None if s is None else s.values_TF.reshape(-1) for s in streams], pa.float32())
         columns[f"{name}_mask"] = _lists([None if s is None else s.mask_T for s in streams], pa.bool_())
         columns[f"{name}_frames"] = [0 if s is None else len(s.values_TF) for s in streams]
+    nothing = [None] * len(rows)  # of a question that no sample of the batch answers
     arrays = [
-        columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in schema
+        column if isinstance(column := columns.get(f.name, nothing), pa.Array) else pa.array(column, f.type)
+        for f in schema
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
@@ -358,6 +433,9 @@ def _seen(row: Row, where: str) -> Seen:
         row.fold,
         row.metadata.dialogue,
         row.share_C is not None,
+        None
+        if row.answers is None
+        else {name: (one.target, one.share_C is not None) for name, one in row.answers.items()},
     )
 
 

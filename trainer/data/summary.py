@@ -6,7 +6,7 @@ metrics of these benchmarks cut by; `target` beside it has mean, standard deviat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,40 +14,32 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from trainer.data.columns import STREAMS
 from trainer.data.faults import describe
 from trainer.data.feature_summary import StandardisationSummary, standardisation_json, standardisation_lines
 from trainer.data.readers.raw import ALL
-from trainer.data.record import DatasetRecord, LengthStatistics, SplitStatistics
-from trainer.data.rows import STREAMS, Seen
+from trainer.data.record import DatasetRecord, LengthStatistics, QuestionStatistics, SplitStatistics
+from trainer.data.rows import Seen
 from trainer.label_sets import decode_sets
+from trainer.questions import Definition, Questions
 from trainer.tasks import Task
 
 SIGNS = ("negative", "zero", "positive")
 
 
-def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> SplitStatistics:
-    """The record's entry of one split."""
-    targets = np.array([row.target for row in rows], dtype=np.float64)
-    if task.grid is None:
-        if task.kind == "multilabel":
-            counts = decode_sets(targets, len(task.labels)).sum(0)
-        else:
-            counts = [(targets == i).sum() for i in range(len(task.labels))]
-        labels = {label: int(count) for label, count in zip(task.labels, counts, strict=True)}
+def statistics(definition: Definition, rows: Sequence[Seen], dropped: int = 0) -> SplitStatistics:
+    """The record's entry of one split; of several questions the answers to each under `questions`, to the first at its top too."""
+    out: SplitStatistics = {"n": len(rows), "labels": {}}
+    if isinstance(definition, Questions):
+        questions = {task.name: _question(task, rows) for task in definition.questions}
+        first = next(iter(questions.values()))
+        out["labels"] = first["labels"]
+        if "target" in first:
+            out["target"] = first["target"]
+        out["questions"] = questions
     else:
-        labels = {name: int((np.sign(targets) == sign).sum()) for name, sign in zip(SIGNS, (-1, 0, 1), strict=True)}
-    out: SplitStatistics = {"n": len(rows), "labels": labels}
-    if task.grid is not None:
-        out["target"] = {
-            "mean": _float(targets.mean()) if len(rows) else None,
-            "std": _float(targets.std()) if len(rows) else None,
-            "min": _float(targets.min()) if len(rows) else None,
-            "max": _float(targets.max()) if len(rows) else None,
-        }
-    if task.kind == "multilabel":
-        out["without_label"] = int((targets == 0).sum())
-    if shared := sum(row.shared for row in rows):
-        out["shared"] = shared
+        targets = np.array([row.target for row in rows], dtype=np.float64)
+        out |= cast(SplitStatistics, _answers(definition, targets, sum(row.shared for row in rows)))
     out["text_characters"] = _lengths([row.characters for row in rows])
     out["audio_frames"], out["video_frames"] = (
         _lengths([row.frames[i] for row in rows if row.frames[i]]) for i in range(len(STREAMS))
@@ -61,6 +53,39 @@ def statistics(task: Task, rows: Sequence[Seen], dropped: int = 0) -> SplitStati
         out["padding"] = padding
     out["dropped"] = dropped
     return out
+
+
+def _answers(task: Task, targets: np.ndarray, shared: int) -> QuestionStatistics:
+    """What a split's entry says of the answers to one question."""
+    if task.grid is None:
+        if task.kind == "multilabel":
+            counts = decode_sets(targets, len(task.labels)).sum(0)
+        else:
+            counts = [(targets == i).sum() for i in range(len(task.labels))]
+        labels = {label: int(count) for label, count in zip(task.labels, counts, strict=True)}
+    else:
+        labels = {name: int((np.sign(targets) == sign).sum()) for name, sign in zip(SIGNS, (-1, 0, 1), strict=True)}
+    out: QuestionStatistics = {"labels": labels}
+    if task.grid is not None:
+        out["target"] = {
+            "mean": _float(targets.mean()) if len(targets) else None,
+            "std": _float(targets.std()) if len(targets) else None,
+            "min": _float(targets.min()) if len(targets) else None,
+            "max": _float(targets.max()) if len(targets) else None,
+        }
+    if task.kind == "multilabel":
+        out["without_label"] = int((targets == 0).sum())
+    if shared:
+        out["shared"] = shared
+    return out
+
+
+def _question(task: Task, rows: Sequence[Seen]) -> QuestionStatistics:
+    """The answers to one of several questions."""
+    found = [row.answers[task.name] for row in rows if row.answers and task.name in row.answers]
+    targets = np.array([target for target, _ in found], dtype=np.float64)
+    out: QuestionStatistics = {"n": len(found), "unanswered": len(rows) - len(found)}
+    return out | _answers(task, targets, sum(shared for _, shared in found))
 
 
 def _float(value: Any) -> float:
@@ -81,9 +106,12 @@ class SplitSummary(SplitStatistics, total=False):
 
 
 def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
-    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``; of a dataset with folds the one
-    split "all", with ``"folds": {fold: count}`` besides. The split whose frames were measured, train (or all), has under "standardisation" the
-    features (:class:`trainer.data.feature_summary.StandardisationSummary`)."""
+    """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``.
+
+    With several questions "questions" has the answers to each (:class:`trainer.data.record.QuestionStatistics`), and "labels" are those
+    of the first. A dataset with folds has the one split "all", with ``"folds": {fold: count}`` besides. The split whose frames were
+    measured, train (or all), has under "standardisation" the features (:class:`trainer.data.feature_summary.StandardisationSummary`).
+    """
     out = {split: cast(SplitSummary, dict(entry)) for split, entry in record["splits"].items()}
     if "folds" in record:
         out[ALL]["folds"] = record["folds"]
@@ -104,15 +132,11 @@ def summary_table(record: DatasetRecord) -> Group:
 
     add("samples", "n", section=True)
     first = next(iter(splits.values()))
-    for label in first["labels"]:
-        add(label, "labels", label, section=label == list(first["labels"])[-1] and "target" not in first)
-    for name, key in (("none of them", "without_label"), ("annotators disagree", "shared")):
-        if any(key in entry for entry in splits.values()):
-            table.add_row(
-                name, *(str(cast(dict[str, int], entry).get(key, 0)) for entry in splits.values()), end_section=True
-            )
-    for key in first.get("target", {}):
-        add(f"target {key}", "target", key, section=key == "max")
+    if "questions" in first:
+        for name in first["questions"]:
+            _add_answers(table, {split: entry["questions"][name] for split, entry in splits.items()}, f"{name}: ")
+    else:
+        _add_answers(table, splits)
     for key in ("mean", "p50", "p95", "max"):
         add(f"characters {key}", "text_characters", key, section=key == "max")
     if any("text" in entry["missing"] for entry in splits.values()):
@@ -140,7 +164,26 @@ def summary_table(record: DatasetRecord) -> Group:
     return Group(table, *(Text(line) for line in lines))
 
 
-def _cell(entry: SplitStatistics, path: Sequence[str]) -> str:
+def _add_answers(table: Table, splits: Mapping[str, SplitStatistics | QuestionStatistics], head: str = "") -> None:
+    """The rows of one question; `head` stands before each where there are several."""
+    entries = list(splits.values())
+    first = entries[0]
+    if head:
+        for name, key in (("answered", "n"), ("not answered", "unanswered")):
+            table.add_row(f"{head}{name}", *(_cell(entry, (key,)) for entry in entries))
+    for label in first["labels"]:
+        last = label == list(first["labels"])[-1] and "target" not in first
+        table.add_row(f"{head}{label}", *(_cell(entry, ("labels", label)) for entry in entries), end_section=last)
+    for name, key in (("none of them", "without_label"), ("annotators disagree", "shared")):
+        if any(key in entry for entry in entries):
+            counts = [str(cast(dict[str, int], entry).get(key, 0)) for entry in entries]
+            table.add_row(f"{head}{name}", *counts, end_section=True)
+    for key in first.get("target", {}):
+        cells = [_cell(entry, ("target", key)) for entry in entries]
+        table.add_row(f"{head}target {key}", *cells, end_section=key == "max")
+
+
+def _cell(entry: Mapping[str, Any], path: Sequence[str]) -> str:
     value: Any = entry
     for key in path:
         value = value[key]

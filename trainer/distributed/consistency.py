@@ -109,13 +109,16 @@ def _faults(reports: Sequence[Report]) -> list[str]:
 
 def _data(config: RunConfig, faults: dict[str, str]) -> dict[str, str]:
     from trainer.data.dataset import open_dataset
-    from trainer.tasks import get_task
+    from trainer.questions import find_run_tasks
 
     found = {}
-    for name in config.tasks:
+    asked, wrong = find_run_tasks(config.tasks)
+    for fault in wrong:
+        found[fault], faults[fault] = ABSENT, fault
+    for one in asked:
+        name = one.task.name
         try:
-            task = get_task(name).name
-            found[task] = open_dataset(config.data.path.replace("{task}", task)).fingerprint
+            found[name] = open_dataset(one.path(config.data.path)).fingerprint
         except (ValueError, OSError) as error:
             found[name] = ABSENT
             faults[name] = str(error)

@@ -24,6 +24,7 @@ def build_model(
     ranks: Ranks | None = None,
     statistics: Mapping[str, Mapping[str, Standardisation]] | None = None,
     paired: Collection[str] = (),
+    shared: Mapping[str, str] | None = None,
 ) -> EGMF:
     """The fusion network for this backbone, where the config asks for one, and both as one model.
 
@@ -32,11 +33,12 @@ def build_model(
         answers: task -> number of its answers; needed where the config asks for expert heads.
         statistics: task -> modality -> how its features are standardised; not used with `config.standardise` false.
         paired: the multi-label tasks, whose answers come in pairs.
+        shared: task -> the name of the encoders that it shares with other questions about the same samples.
     """
     if not config.pseudo_tokens:
         return EGMF(backbone, None, ranks)
     H = backbone.hidden_size
-    fusion = Fusion(config, widths, H, H, backbone.embedding_norm, answers, paired)
+    fusion = Fusion(config, widths, H, H, backbone.embedding_norm, answers, paired, shared)
     if config.standardise and statistics:
         fusion.encoders.standardise(statistics)
     return EGMF(backbone, fusion.to(device=device, dtype=dtype), ranks)

@@ -22,6 +22,7 @@ from trainer.data.folds import fold_choice
 from trainer.data.summary import SIGNS
 from trainer.label_sets import NONE, decode_sets, encode_set
 from trainer.results.run_folder import SPLITS, RunFolder, path_of_data
+from trainer.results.saved_tasks import answers_of_split
 from trainer.results.task_results import Example, GateGroup, Gates, Robustness, TaskResults
 from trainer.run.expert_load import load_balance, warning
 from trainer.tasks import Task
@@ -146,7 +147,7 @@ def _shares(task: Task, rows: pd.DataFrame) -> np.ndarray | None:
 
 def _constant(run: RunFolder, task: Task, rows: pd.DataFrame) -> tuple[str, float]:
     """The constant answer that a model must beat, and its value: from the training data, else from the split itself."""
-    train = run.data[task.name]["splits"].get("train") if task.name in run.data else None
+    train = answers_of_split(run.data[task.name], "train", task.name) if task.name in run.data else None
     source = "of train" if train else "of this split"
     if task.kind == "multilabel":
         member_NL = decode_sets(rows["target"].to_numpy(float), len(task.labels))

@@ -18,9 +18,10 @@ import torch
 from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
 from trainer.data.folder import exit_on_termination
-from trainer.data.unlabelled.inputs import PredictError, TaskInput, open_input
+from trainer.data.unlabelled.inputs import PredictError, TaskInput, askable, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
+from trainer.run.assemble import shared_encoders
 from trainer.run.evaluate import Scorer
 from trainer.run.saved import SavedRun
 
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked: `task` of samples that name none; the only `split` to be answered, of those the input has; whether
+    """What is asked: `task` of samples that name none, or the dataset of several questions; the only `split` to be answered, of those the input has; whether
     probabilities and gate weights are wanted; `plugins` with readers of further formats."""
 
     task: str | None = None
@@ -61,7 +62,8 @@ def predict(
     advance: Callable[[int], None] = lambda n: None,
     folder: Path = Path(),
 ) -> Tally:
-    """Answer every good sample of `sources` and write one line each to `out`, in the order of the input.
+    """Answer every good sample of `sources` and write one line each to `out`, in the order of the input; of several questions
+    about the same samples, a line for each question.
 
     An answered line holds `id`, `task`, `prediction` (a label or a number; null where not valid), `valid` and `answer`;
     on request `probabilities` (answer -> p; null for generated text) and `gate_expert`, `gate_modality` (means over the
@@ -97,8 +99,8 @@ def predict(
             answered = _answered(run, scorers, chunk)
             if run.world.is_rank_zero:
                 _report(chunk, report)
-                write(_line(run, checked, answer, options) for checked, answer in answered)
-                tally.answered += len(answered)
+                write(_line(run, checked, name, answer, options) for checked, name, answer in answered)
+                tally.answered += sum(checked.sample is not None for checked in chunk)
                 tally.bad += sum(bool(checked.faults) for checked in chunk)
                 advance(len(chunk))
         if run.world.is_rank_zero and not tally.answered + tally.bad:
@@ -108,11 +110,8 @@ def predict(
 
 
 def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options, folder: Path) -> UnlabelledReader:
-    data, history = run.parts.data, run.config.data.history
-    tasks = {
-        name: TaskInput(task, data[name].widths, data[name].rates, data[name].zero_frames)
-        for name, task in run.parts.tasks.items()
-    }
+    history = run.config.data.history
+    tasks = _task_inputs(run)
     given = open_input(
         sources,
         tasks,
@@ -125,10 +124,19 @@ def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options,
     return UnlabelledReader(given, tasks, task=options.task, history=history)
 
 
+def _task_inputs(run: SavedRun) -> dict[str, TaskInput]:
+    data, together = run.parts.data, shared_encoders(run.parts.data)
+    return {
+        name: TaskInput(task, data[name].widths, data[name].rates, data[name].zero_frames, together.get(name))
+        for name, task in run.parts.tasks.items()
+    }
+
+
 def _check_options(run: SavedRun, options: Options) -> None:
     faults = []
-    if options.task is not None and options.task not in run.parts.tasks:
-        faults.append(f"--task {options.task} is none of the run's tasks: {', '.join(run.parts.tasks)}")
+    known = askable(_task_inputs(run))
+    if options.task is not None and options.task not in known:
+        faults.append(f"--task {options.task} is none of the run's tasks: {', '.join(known)}")
     if options.probabilities and run.config.eval.mode == "generate":
         faults.append("--probabilities: generated answers have none; score them instead (eval.mode=score)")
     if options.gates and run.parts.model.fusion is None:
@@ -160,19 +168,22 @@ def _bytes(sample: Sample | None) -> int:
 
 def _answered(
     run: SavedRun, scorers: dict[str, Scorer], chunk: Sequence[CheckedSample]
-) -> list[tuple[CheckedSample, SampleAnswer]]:
-    """The good samples of a chunk and their answers, in order, on rank 0; batches are those of an evaluation of these samples."""
-    mine: list[tuple[int, SampleAnswer]] = []
-    for name, scorer in scorers.items():
-        places = [i for i, checked in enumerate(chunk) if checked.sample is not None and checked.task == name]
+) -> list[tuple[CheckedSample, str, SampleAnswer]]:
+    """The good samples of a chunk, the tasks asked of them and the answers, in order, on rank 0; batches are those of an
+    evaluation of these samples."""
+    mine: list[tuple[int, int, SampleAnswer]] = []
+    for number, (name, scorer) in enumerate(scorers.items()):
+        places = [i for i, checked in enumerate(chunk) if checked.sample is not None and name in checked.tasks]
         samples = [sample for i in places if (sample := chunk[i].sample) is not None]
         lengths = np.array([_length(sample) for sample in samples], dtype=np.int64)
         for micro in scorer.batches(samples, lengths):
             answers = scorer.answer([samples[i] for i in micro.indices], micro)
             if micro.weight:
-                mine += [(places[i], answer) for i, answer in zip(micro.indices, answers, strict=True)]
+                mine += [(places[i], number, answer) for i, answer in zip(micro.indices, answers, strict=True)]
     everyone = run.world.gather(mine) or []
-    return [(chunk[i], answer) for i, answer in sorted(itertools.chain(*everyone), key=lambda pair: pair[0])]
+    names = list(scorers)
+    found = sorted(itertools.chain(*everyone), key=lambda one: one[:2])
+    return [(chunk[i], names[number], answer) for i, number, answer in found]
 
 
 def _length(sample: Sample) -> int:
@@ -180,12 +191,12 @@ def _length(sample: Sample) -> int:
     return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
 
 
-def _line(run: SavedRun, checked: CheckedSample, answer: SampleAnswer, options: Options) -> Row:
+def _line(run: SavedRun, checked: CheckedSample, name: str, answer: SampleAnswer, options: Options) -> Row:
     assert checked.sample is not None
-    line: Row = {"id": checked.sample.id, "task": checked.task}
+    line: Row = {"id": checked.sample.id, "task": name}
     line |= {"prediction": answer.prediction, "valid": answer.valid, "answer": answer.answer}
     if options.probabilities:
-        task, given = run.parts.tasks[checked.task], answer.probabilities
+        task, given = run.parts.tasks[name], answer.probabilities
         words = task.labels if task.kind == "multilabel" else task.answers()
         line["probabilities"] = None if given is None else dict(zip(words, given, strict=True))
     if options.gates:

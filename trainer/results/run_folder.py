@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -18,9 +18,11 @@ from trainer.config import RunConfig, load_config
 from trainer.data.folder import read_record
 from trainer.data.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
+from trainer.questions import RunTask
 from trainer.results.records import RobustnessRecord, number_or_none
+from trainer.results.saved_tasks import answers_of_split, find_saved_tasks, prepared_tasks
 from trainer.run.record import BaselineValues, RecordValues, baseline_of
-from trainer.tasks import Task, TaskError, define_task, get_task, select_by
+from trainer.tasks import Task, TaskError, select_by
 from trainer.tracking.journal import JOURNAL, read_journal
 
 Series = list[tuple[int, float]]  # (step, value)
@@ -45,6 +47,7 @@ class RunFolder:
     robustness: RobustnessRecord = field(default_factory=RobustnessRecord)  # empty where it is of another checkpoint
     tasks: dict[str, Task] = field(default_factory=dict)
     data: dict[str, DatasetRecord] = field(default_factory=dict)  # task -> record of the very dataset of the run
+    places: dict[str, Path] = field(default_factory=dict)  # task -> where its prepared dataset was
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -84,12 +87,9 @@ class RunFolder:
         train = self.config.train
         if train.steps is not None:
             return train.steps
-        lengths = {
-            name: np.zeros(record["splits"]["train"]["n"])
-            for name, record in self.data.items()
-            if "train" in record["splits"]
-        }
-        if not lengths or len(lengths) < len(self.config.tasks):
+        answers = {name: answers_of_split(record, "train", name) for name, record in self.data.items()}
+        lengths = {name: np.zeros(found["n"]) for name, found in answers.items() if found is not None}
+        if not lengths or len(lengths) < max(len(self.tasks), len(self.config.tasks)):
             return None
         order = GlobalBatchSampler.of_training(self.config, lengths)
         return math.ceil(train.epochs * order.steps_per_epoch)
@@ -116,8 +116,10 @@ def read_run(path: Path, *, predictions: bool = True) -> RunFolder:
         run.config = _config(run)
         run.journal = _journal(run)
     run.results, run.checkpoint = _results(run)
+    asked, lost = _asked(run)
+    run.places = {one.task.name: Path(one.path(_data_template(run) or "")) for one in asked}
     run.data = _datasets(run)
-    run.tasks = _tasks(run)
+    run.tasks = _tasks(run, asked, lost)
     run.robustness = _robustness(run)
     if predictions:
         run.predictions = _predictions(run)
@@ -142,9 +144,22 @@ def is_run(path: Path) -> bool:
 
 def path_of_data(run: RunFolder, task: str) -> Path | None:
     """Where the prepared dataset of a task was when the run started, or the baseline was made; None where nothing says it."""
+    template = _data_template(run)
+    return run.places.get(task) or (None if template is None else Path(template.replace("{task}", task)))
+
+
+def _data_template(run: RunFolder) -> str | None:
+    """`data.path` of the run's config, or the folder of a baseline's data."""
     if run.config is not None:
-        return Path(run.config.data.path.replace("{task}", task))
-    return None if run.baseline is None else Path(run.baseline["data"])
+        return run.config.data.path
+    return None if run.baseline is None else run.baseline["data"]
+
+
+def _asked(run: RunFolder) -> tuple[list[RunTask], dict[str, TaskError]]:
+    """The run's tasks as its config, or a baseline's record, names them."""
+    fingerprints = run.record.get("data")
+    names = run.config.tasks if run.config else run.record.get("tasks", [])
+    return find_saved_tasks(names, _data_template(run) or "", fingerprints if isinstance(fingerprints, Mapping) else {})
 
 
 def _config(run: RunFolder) -> RunConfig | None:
@@ -235,21 +250,14 @@ def _datasets(run: RunFolder) -> dict[str, DatasetRecord]:
     return found
 
 
-def _tasks(run: RunFolder) -> dict[str, Task]:
+def _tasks(run: RunFolder, asked: Sequence[RunTask], lost: Mapping[str, TaskError]) -> dict[str, Task]:
     """The run's tasks, each with the metric that the run selects by."""
+    run.notes += [f"the task cannot be shown: {error}" for error in lost.values()]
     tasks: dict[str, Task] = {}
     recorded = run.record.get("select")  # absent where an older version wrote the record
-    for name in run.config.tasks if run.config else run.record.get("tasks", []):
-        try:
-            task = get_task(name, saved=True)
-        except TaskError as error:
-            definition = next((r["task"] for r in run.data.values() if r["task"].get("name") == Path(name).stem), None)
-            if definition is None:
-                run.notes.append(f"the task cannot be shown: {error}")
-                continue
-            task = define_task(definition, saved=True)
-        if recorded is None and task.name in run.data:  # its scores are of the metrics that the dataset's record has
-            prepared = define_task(run.data[task.name]["task"], saved=True)
+    for task in (one.task for one in asked):
+        prepared = prepared_tasks(run.data[task.name]).get(task.name) if task.name in run.data else None
+        if recorded is None and prepared is not None:  # its scores are of the metrics that the dataset's record has
             task = task if task.family == prepared.family else prepared
         tasks[task.name] = task
     select = run.config.eval.select if run.config else {}

@@ -25,7 +25,8 @@ from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_t
 from trainer.models.build import build_model
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
-from trainer.tasks import Task, get_task, select_by
+from trainer.questions import RunTask, find_run_tasks, tasks_of_run
+from trainer.tasks import Task, select_by
 
 log = logging.getLogger(__name__)
 
@@ -66,32 +67,40 @@ def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task
     """
     tasks: dict[str, Task] = {}
     data: dict[str, PreparedDataset] = {}
-    faults = []
-    for requested in config.tasks:
+    opened_at: dict[str, PreparedDataset] = {}
+    asked, faults = find_run_tasks(config.tasks, saved=saved)
+    for one in asked:
+        path = one.path(config.data.path)
         try:
-            task = get_task(requested, saved=saved)
-            prompt_language(task, config.data)
-            path = config.data.path.replace("{task}", task.name)
-            opened = open_dataset(path, history=config.data.history, choice=fold_choice(config))
+            prompt_language(one.task, config.data)
+            if path not in opened_at:
+                opened_at[path] = open_dataset(path, history=config.data.history, choice=fold_choice(config))
         except ValueError as error:
-            faults.append(str(error))
+            faults += [str(error)] if str(error) not in faults else []
             continue
-        for key in ("name", "kind", "labels", "grid"):
-            prepared, expected = getattr(opened.task, key), getattr(task, key)
-            if prepared != expected:
-                faults.append(
-                    f"{path} was prepared for another task: its {key} is {prepared!r}, that of {requested} is {expected!r}"
-                )
+        tasks[one.task.name] = one.task
+        if unfit := _unfit(one, path, opened_at[path]):
+            faults += unfit
+        else:
+            data[one.task.name] = opened_at[path].asking(one.task.name)
+    for path, opened in opened_at.items():
         if opened.folds and config.data.fold is None:
             faults.append(
                 f"{path} has folds ({', '.join(opened.folds)}) and no splits: choose the fold that is tested, such as "
                 f"data.fold={opened.folds[0]}; egmf sweep CONFIG --folds trains one run for each"
             )
-        tasks[task.name], data[task.name] = task, opened
-    if len(data) > 1 and "{task}" not in config.data.path:
-        faults.append(f"data.path={config.data.path!r} is one folder for {len(data)} tasks: write {{task}} in it")
-    if len({tuple(opened.folds) for opened in data.values()}) > 1:
-        listed = "; ".join(f"{name}: {', '.join(opened.folds) or 'none'}" for name, opened in data.items())
+    one_task = [opened for opened in opened_at.values() if len(opened.tasks) == 1]
+    if len(tasks) > 1 and "{task}" not in config.data.path and one_task:
+        faults.append(f"data.path={config.data.path!r} is one folder for {len(tasks)} tasks: write {{task}} in it")
+    faults += [
+        f"no sample of {split} answers the question {name}, with the fold {opened.fold} as test: choose another data.fold_valid"
+        for name, opened in data.items()
+        if opened.fold is not None
+        for split in opened.splits
+        if not len(opened[split])
+    ]
+    if len({tuple(opened.folds) for opened in opened_at.values()}) > 1:
+        listed = "; ".join(f"{opened.name}: {', '.join(opened.folds) or 'none'}" for opened in opened_at.values())
         faults.append(f"the datasets of one run must have the same folds: {listed}")
     faults += _one_class_settings(config, tasks)
     if config.train.regression_loss and tasks and all(task.kind != "regression" for task in tasks.values()):
@@ -102,6 +111,28 @@ def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task
     if faults:
         raise ValueError("\n".join(faults))
     return select_by(tasks, config.eval.select), data
+
+
+def _unfit(one: RunTask, path: str, opened: PreparedDataset) -> list[str]:
+    """In what a dataset was prepared for another task than the run's."""
+    task = one.task
+    if len(opened.tasks) > 1 and task.name not in opened.tasks:
+        return [
+            f"{path} was prepared for the questions {', '.join(opened.tasks)}; {task.name} of {one.requested} is none of them"
+        ]
+    prepared = opened.tasks[task.name] if len(opened.tasks) > 1 else opened.task
+    return [
+        f"{path} was prepared for another task: its {key} is {getattr(prepared, key)!r}, that of {one.requested} is "
+        f"{getattr(task, key)!r}"
+        for key in ("name", "kind", "labels", "grid")
+        if getattr(prepared, key) != getattr(task, key)
+    ]
+
+
+def shared_encoders(data: Mapping[str, PreparedDataset]) -> dict[str, str]:
+    """Task -> the name of its encoders, of tasks that ask about the samples of one dataset: that of the dataset."""
+    places = [opened.path for opened in data.values()]
+    return {name: opened.name for name, opened in data.items() if places.count(opened.path) > 1}
 
 
 def _one_class_settings(config: RunConfig, tasks: Mapping[str, Task]) -> list[str]:
@@ -120,7 +151,7 @@ def _one_class_settings(config: RunConfig, tasks: Mapping[str, Task]) -> list[st
 def older_selecting_metrics(config: RunConfig) -> dict[str, str]:
     """Task -> the metric that versions before `eval.select` and the family `regression` chose the checkpoint by."""
     older = FAMILIES["mosei"]
-    tasks = [get_task(name, saved=True) for name in config.tasks]
+    tasks = [one.task for one in tasks_of_run(config.tasks, saved=True)]
     return {
         task.name: older.select if task.family == "regression" and task.select not in older.names else task.select
         for task in tasks
@@ -163,7 +194,18 @@ def assemble(
     answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
     statistics = {name: opened.standardisation for name, opened in data.items()}
     paired = [name for name, task in tasks.items() if task.kind == "multilabel"]
-    model = build_model(config.model.fusion, backbone, widths, answers, dtype, world.device, world, statistics, paired)
+    model = build_model(
+        config.model.fusion,
+        backbone,
+        widths,
+        answers,
+        dtype,
+        world.device,
+        world,
+        statistics,
+        paired,
+        shared_encoders(data),
+    )
     if model.fusion is not None and config.model.fusion.compile:
         model.fusion.compile(dynamic=True)
     collators, tries = {}, {}

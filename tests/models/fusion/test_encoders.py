@@ -148,3 +148,29 @@ def test_double_features_and_half_network():
     net = FeatureEncoder(3, 8).half()
     given = Features(torch.randn(1, 2, 3, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2))
     assert net(given.values_BTF, given.mask_BT, given.time_BT).values_BTD.dtype == torch.float16
+
+
+def test_questions_about_the_same_samples_share_encoders():
+    """Both train one set under the dataset's name; the zero frame of the others is that of the other dataset alone."""
+    widths = {"audio": 5, "video": 0}
+    inputs = {"valence": widths, "meld": widths, "arousal": widths}
+    torch.manual_seed(0)
+    net = Encoders(inputs, ("text", "audio"), H, 8, {"valence": "corpus", "arousal": "corpus"})
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"text", "corpus", "meld"}
+    audio, empty = features([3], 3, 5), features([0], 1, 0)
+    given = (torch.randn(1, 2, H), lengths_mask([2], 2), {"audio": audio, "video": empty})
+    one, two, other = (net(task, *given)[0]["audio"].values_BTD for task in ("valence", "arousal", "meld"))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    streams, zero = net("arousal", *given)
+    (streams["audio"].values_BTD.square().sum() + zero).backward()
+    assert net.get_parameter("corpus.audio.project.weight").grad.abs().sum() > 0
+    assert net.get_parameter("meld.audio.project.weight").grad.abs().sum() == 0
+    with pytest.raises(ValueError, match="other widths than those with which they share encoders: valence"):
+        Encoders(
+            {**inputs, "valence": {"audio": 4, "video": 0}},
+            ("audio",),
+            H,
+            8,
+            {"valence": "corpus", "arousal": "corpus"},
+        )

@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, ReaderError, Table, as_label
 from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
+from trainer.questions import is_built_in
 from trainer.tasks import Task
 
 MOST_BYTES = 1 << 30  # of the features of one clip, uncompressed
@@ -38,6 +39,7 @@ _DEFLATE = 1100  # what a compressed byte can expand to, at most
 
 _BRANCHES = ("str", "int", "float", "dict[str,any]", "list[any]")  # of a union, in the places that pydantic names
 FOLD = "fold"  # the key of a sample's fold, unless the user names another
+ANSWERS = ("label", "labels", "target")  # keys that may hold an object with the answers to several questions
 Word = str | int | None
 Label = str | int | float | dict[str, Any] | list[Any] | None
 Length = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None
@@ -75,6 +77,7 @@ class JsonlReader(Reader):
     name = "JSON lines"
     title = "own samples (JSONL)"
     suffixes = (".jsonl",)
+    several_questions = True
 
     def read(self, path: Path, context: ReadContext) -> list[Table]:
         faults = context.faults
@@ -106,7 +109,9 @@ class JsonlReader(Reader):
                 path,
                 split,
                 len(places),
-                partial(_sample, context.task, path, data, split, places, context.fold_column or FOLD),
+                partial(
+                    _sample, context.task, context.questions, path, data, split, places, context.fold_column or FOLD
+                ),
                 rates=rates,
             )
             for split, places in index.places.items()
@@ -143,7 +148,10 @@ class _Index:
             split = ALL
             self.folds = self.folds or fold is not None
             unused = [key for key in unused if key != (self.fold_column or FOLD)]
-        unused = [key for key in unused if key != context.task.label_column]
+        if context.questions:
+            unused = _unused_answers(context.questions, line, unused)
+        else:
+            unused = [key for key in unused if key != context.task.label_column]
         if split is None:
             context.faults.append(f"{where}: {_no_split(line)}")
         else:
@@ -167,7 +175,9 @@ class _Index:
                 f"{self.path}: no line has a fold: --fold-column {self.fold_column} names no key{hint}"
             )
         if self.unknown:
-            unused = ", ".join(_unused(key, n) for key, n in self.unknown.most_common(20))
+            known = list(Line.model_fields)
+            known += [f"{head}{task.name}" for task in context.questions for head in ("", *(f"{k}." for k in ANSWERS))]
+            unused = ", ".join(_unused(key, n, known) for key, n in self.unknown.most_common(20))
             context.notes.append(f"{self.path.name}: not used: {unused}")
         return {name: next(iter(found)) for name, found in self.rates.items() if found}
 
@@ -194,8 +204,8 @@ def _no_split(line: Line) -> str:
     return f"split {line.split!r} is none of train, valid, test"
 
 
-def _unused(key: str, n: int) -> str:
-    close = difflib.get_close_matches(key, Line.model_fields, n=1)
+def _unused(key: str, n: int, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
     return f"{key[:40]!r} of {n} line(s)" + (f" (did you mean {close[0]}?)" if close else "")
 
 
@@ -210,13 +220,23 @@ def _fold(line: Line, column: str) -> str | None:
 
 
 def _sample(
-    task: Task, path: Path, data: mmap.mmap | bytes, split: str, places: list[_Place], fold_column: str, i: int
+    task: Task,
+    questions: Sequence[Task],
+    path: Path,
+    data: mmap.mmap | bytes,
+    split: str,
+    places: list[_Place],
+    fold_column: str,
+    i: int,
 ) -> RawSample:
     number, start, stop = places[i]
     line = Line.model_validate_json(data[start:stop].strip())
     prefix = path.stem if split in ("", ALL) else split
     name = f"{prefix}-{number:05d}" if line.id is None else str(line.id)
-    sample = plain_sample(line, name, split, f"{path.name} line {number}", _label(task, line))
+    label = None if questions else _label(task, line)
+    sample = plain_sample(line, name, split, f"{path.name} line {number}", label)
+    if questions:
+        sample = replace(sample, answers={one.name: _answer(one, line)[1] for one in questions})
     if split == ALL:
         sample = replace(sample, fold=_fold(line, fold_column))
     return with_features(sample, path.parent, line)
@@ -228,6 +248,38 @@ def _label(task: Task, line: Line) -> Label:
         return as_label(getattr(line, task.label_column, None))
     first, second = (line.target, line.label) if task.kind == "regression" else (line.label, line.target)
     return second if first is None else first
+
+
+def _answer(task: Task, line: Line) -> tuple[str | None, Label]:
+    """The key of a sample's answer to one of several questions (dotted where it is in an object), and the answer.
+
+    Under the key that the question names; else under its name in an object `label`, `labels` or `target`; else under its name; else,
+    for a built-in task, the label that is no object. None where the sample has none of them.
+    """
+    if task.label_column is not None:
+        return task.label_column, as_label(getattr(line, task.label_column, None))
+    for key in ANSWERS:
+        given = getattr(line, key, None)
+        if isinstance(given, dict) and task.name in given:
+            return f"{key}.{task.name}", given[task.name]
+    if task.name in (line.model_extra or {}):
+        return task.name, as_label(getattr(line, task.name))
+    if is_built_in(task) and not isinstance(label := _label(task, line), dict):
+        return None if label is None else "target" if label is line.target else "label", label
+    return None, None
+
+
+def _unused_answers(questions: Sequence[Task], line: Line, unused: list[str]) -> list[str]:
+    """The keys that hold no answer: of the line, those that `unused` has; of labels, also what an object has beside the questions."""
+    read = {_answer(task, line)[0] for task in questions} | {task.label_column for task in questions}
+    out = [key for key in unused if key not in read and key != "labels"]
+    for key in ANSWERS:
+        given = getattr(line, key, None)
+        if isinstance(given, dict) and key not in read:
+            out += [f"{key}.{name}" for name in given if f"{key}.{name}" not in read]
+        elif given is not None and key not in read:
+            out.append(key)
+    return out
 
 
 def plain_sample(line: Line, name: str, split: str, where: str, label: Label = None) -> RawSample:

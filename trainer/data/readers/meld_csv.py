@@ -13,7 +13,15 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, Table
-from trainer.data.readers.registry import ReadContext, Reader, decoded, has_columns, prefer
+from trainer.data.readers.registry import (
+    ReadContext,
+    Reader,
+    answer_columns,
+    decoded,
+    has_columns,
+    lacking_columns,
+    prefer,
+)
 from trainer.tasks import Task
 
 COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID")
@@ -28,6 +36,7 @@ class MeldCsvReader(Reader):
     suffixes = (".csv",)
     content = "annotations"
     one_file_per_split = True
+    several_questions = True
 
     def recognise(self, path: Path) -> bool:
         """Whether the header has MELD's columns."""
@@ -47,7 +56,8 @@ class MeldCsvReader(Reader):
         try:
             header = [name.strip() for name in next(reader, [])]
             label = context.task.label_column or LABEL
-            needed = [*COLUMNS, *([label] if context.labelled else [])]
+            answers = answer_columns(context, header, lambda task: [LABEL])
+            needed = [*COLUMNS, *([label] if context.labelled and not context.questions else [])]
             needed += [context.fold_column] if context.fold_column else []
             if not set(needed) <= set(header):
                 faults.append(
@@ -61,18 +71,22 @@ class MeldCsvReader(Reader):
                     "name the column of the folds with --fold-column"
                 )
                 return []
+            if context.labelled and (lacking := lacking_columns(context, answers)):
+                faults.append(f"{path}: has no column {', '.join(lacking)}; it has {', '.join(header)}")
+                return []
             rows = [(reader.line_num, row) for row in reader if row]
         except csv.Error as error:
             faults.append(f"{path} line {reader.line_num}: is not valid CSV: {error}")
             return []
         at = {name: header.index(name) for name in COLUMNS}
-        if label in header:
+        if label in header and not context.questions:
             at["label"] = header.index(label)
         turns = [_turn(path, line, row, header, at, faults) for line, row in rows]
         if len(faults) > known:
             return []
         fold = header.index(context.fold_column) if context.fold_column else None
-        return [Table(path, split, len(rows), partial(_sample, path, split, at, rows, turns, fold))]
+        answers_at = {name: header.index(column) for name, column in answers.items()} if context.questions else None
+        return [Table(path, split, len(rows), partial(_sample, path, split, at, rows, turns, fold, answers_at))]
 
 
 def _turn(path: Path, line: int, row: list[str], header: list[str], at: dict[str, int], faults: list[str]) -> int:
@@ -97,6 +111,7 @@ def _sample(
     rows: list[tuple[int, list[str]]],
     turns: list[int],
     fold: int | None,
+    answers_at: dict[str, int] | None,
     i: int,
 ) -> RawSample:
     line, row = rows[i]
@@ -111,4 +126,5 @@ def _sample(
         turn=turns[i],
         fold=None if fold is None else row[fold].strip() or None,
         where=f"{path.name} line {line}",
+        answers=None if answers_at is None else {name: row[k].strip() for name, k in answers_at.items()},
     )

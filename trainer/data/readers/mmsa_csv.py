@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Table
-from trainer.data.readers.registry import ReadContext, Reader, decoded, has_columns
+from trainer.data.readers.registry import ReadContext, Reader, answer_columns, decoded, has_columns, lacking_columns
+from trainer.tasks import Task
 
 COLUMNS = ("video_id", "clip_id", "text")
 SPLIT = "mode"
@@ -27,6 +28,7 @@ class MmsaCsvReader(Reader):
     suffixes = (".csv",)
     content = "annotations"
     one_file_per_split = True
+    several_questions = True
 
     def recognise(self, path: Path) -> bool:
         """Whether the header has MMSA's columns."""
@@ -37,11 +39,15 @@ class MmsaCsvReader(Reader):
         if text is None:
             return []
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey="", restval=None)
-        label = context.task.label_column or ("label" if context.task.kind == "regression" else "annotation")
+        label = context.task.label_column or _own(context.task)
         try:
             header = list(reader.fieldnames or [])
-            needed = [*COLUMNS, *([label, SPLIT] if context.labelled else [])]
-            if missing := [name for name in needed if name not in header]:
+            answers = answer_columns(context, header, lambda task: [_own(task)]) if context.questions else None
+            of_labels = [label] if answers is None else []
+            needed = [*COLUMNS, *([*of_labels, SPLIT] if context.labelled else [])]
+            missing = [name for name in needed if name not in header]
+            missing += lacking_columns(context, answers or {}) if context.labelled else []
+            if missing:
                 context.faults.append(f"{path}: has no column {', '.join(missing)}; it has {', '.join(header)}")
                 return []
             rows: dict[str, list[tuple[int, dict[str, str]]]] = {}
@@ -62,14 +68,21 @@ class MmsaCsvReader(Reader):
         if len(context.faults) > known:
             return []
         return [
-            Table(path, split, len(of_split), partial(_sample, path.name, split, label, of_split))
+            Table(path, split, len(of_split), partial(_sample, path.name, split, label, answers, of_split))
             for split, of_split in rows.items()
         ]
 
 
-def _sample(name: str, split: str, label: str, rows: list[tuple[int, dict[str, str]]], i: int) -> RawSample:
+def _own(task: Task) -> str:
+    """The format's own column of a task's labels."""
+    return "label" if task.kind == "regression" else "annotation"
+
+
+def _sample(
+    name: str, split: str, label: str, answers: dict[str, str] | None, rows: list[tuple[int, dict[str, str]]], i: int
+) -> RawSample:
     line, row = rows[i]
-    found = row.get(label)
+    found = row.get(label) if answers is None else None
     return RawSample(
         id=f"{row['video_id'].strip()}$_${row['clip_id'].strip()}",
         split=split,
@@ -78,4 +91,5 @@ def _sample(name: str, split: str, label: str, rows: list[tuple[int, dict[str, s
         dialogue=row["video_id"].strip() or None,
         turn=int(row["clip_id"]) if row["clip_id"].strip().isdecimal() else None,
         where=f"{name} line {line}",
+        answers=None if answers is None else {question: row[column].strip() for question, column in answers.items()},
     )

@@ -27,7 +27,7 @@ from trainer.data.readers.raw import (
     as_text,
     split_of,
 )
-from trainer.data.readers.registry import ReadContext, Reader, prefer
+from trainer.data.readers.registry import ReadContext, Reader, answer_columns, lacking_columns, prefer
 from trainer.encodings import EncodingError, decode_text
 from trainer.tasks import Task
 
@@ -41,6 +41,7 @@ _COLUMNS = {
     "video_length": ("vision_lengths", "video_lengths"),
 }
 _NUMBERS = ("regression_labels", "labels")
+_ANSWER = "answer to "  # of a use, in front of a question
 _WORDS = ("labels", "label", "annotations")
 
 
@@ -52,6 +53,7 @@ class PickleReader(Reader):
     suffixes = (".pkl", ".pickle")
     content = "features"
     one_file_per_split = True
+    several_questions = True
 
     def choose(self, task: Task, files: list[Path]) -> list[Path]:
         """Those named after the task and a split, else those named after a split, else all."""
@@ -100,14 +102,21 @@ def _splits(
     return [table for table in tables if table is not None]
 
 
-def _names(context: ReadContext) -> dict[str, tuple[str, ...]]:
+def _names(context: ReadContext, content: Mapping[Any, Any]) -> dict[str, tuple[str, ...]]:
     """What a column is for -> the names that it may have."""
-    named, usual = context.task.label_column, _NUMBERS if context.task.kind == "regression" else _WORDS
-    return {**_COLUMNS, "label": usual if named is None else (named,)}
+    if context.questions:
+        found = answer_columns(context, [str(name) for name in content], _usual)
+        return {**_COLUMNS, **{f"{_ANSWER}{name}": (column,) for name, column in found.items()}}
+    named = context.task.label_column
+    return {**_COLUMNS, "label": _usual(context.task) if named is None else (named,)}
+
+
+def _usual(task: Task) -> tuple[str, ...]:
+    return _NUMBERS if task.kind == "regression" else _WORDS
 
 
 def _read_names(content: Mapping[Any, Any], context: ReadContext) -> set[str]:
-    return {next((n for n in found if n in content), "") for found in _names(context).values()}
+    return {next((n for n in found if n in content), "") for found in _names(context, content).values()}
 
 
 def _one_split(path: Path, content: Any, context: ReadContext) -> list[Table]:
@@ -128,14 +137,18 @@ def _one_split(path: Path, content: Any, context: ReadContext) -> list[Table]:
 
 def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) -> Table | None:
     label_key = context.task.label_column or "label"
-    known, label = len(context.faults), f" and {label_key}" if context.labelled else ""
+    known, label = len(context.faults), f" and {label_key}" if context.labelled and not context.questions else ""
     language = context.task.language
+    keys = {str(key) for row in rows if isinstance(row, dict) for key in row} if context.questions else ()
+    answers = answer_columns(context, keys, lambda task: ["label"])
+    lacking = lacking_columns(context, answers) if context.labelled else []
+    told = f"{path}: no row has {', '.join(lacking)}; they have {_listed(sorted(keys))}" if lacking else ""
     for i, row in enumerate(rows):
         features = row.get("features", row) if isinstance(row, dict) else None
         if (
             not isinstance(features, dict)
             or {"text", "audio", "video"}.isdisjoint(features)
-            or (context.labelled and label_key not in row)
+            or (context.labelled and not context.questions and label_key not in row)
         ):
             context.faults.append(
                 f"{path} row {i}: is {_kind(row)}; a mapping with features (text, audio, video, …){label} was expected"
@@ -143,7 +156,7 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
         else:
             words = {
                 "text": features.get("text"),
-                **{name: row.get(name) for name in (label_key, "id", "speaker", "dialogue")},
+                **{name: row.get(name) for name in (label_key, *answers.values(), "id", "speaker", "dialogue")},
             }
             context.faults += [f"{path} row {i}: {fault}" for fault in _undecodable(words, language)]
 
@@ -154,7 +167,7 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
             id=as_text(row.get("id"), language) or f"{split or path.stem}-{i:05d}",
             split=split,
             text=as_text(features.get("text"), language),
-            label=as_label(row.get(label_key), language),
+            label=None if context.questions else as_label(row.get(label_key), language),
             audio=as_features(features.get("audio")),
             video=as_features(features.get("video")),
             audio_length=as_length(features.get("audio_len")),
@@ -165,9 +178,12 @@ def _samples(path: Path, split: str, rows: Sequence[Any], context: ReadContext) 
             kind=as_text(row.get("kind")),
             language=as_text(row.get("language")),
             where=f"{path.name} row {i}",
+            answers={name: as_label(row.get(key), language) for name, key in answers.items()}
+            if context.questions
+            else None,
         )
 
-    return Table(path, split, len(rows), sample) if len(context.faults) == known else None
+    return Table(path, split, len(rows), sample, lacking=told) if len(context.faults) == known else None
 
 
 def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Table | None:
@@ -175,14 +191,17 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
     if not isinstance(content, dict):
         faults.append(f"{path}: its {split} is {_kind(content)}; a mapping of columns was expected")
         return None
-    names = _names(context)
+    names = _names(context, content)
     columns: dict[str, Any] = {
         use: next((content[n] for n in found if n in content), None) for use, found in names.items()
     }
     known = len(faults)
     if all(columns[use] is None for use in ("text", "audio", "video")):
         faults.append(f"{path}: {split} has no raw_text, text, audio, vision or video; it has {_listed(content)}")
-    if context.labelled and columns["label"] is None:
+    answers = [use for use in columns if use.startswith(_ANSWER)]
+    named = {use.removeprefix(_ANSWER): "" for use in answers}
+    lacking = lacking_columns(context, named) if context.labelled else []
+    if context.labelled and not context.questions and columns["label"] is None:
         faults.append(f"{path}: {split} has no {' or '.join(names['label'])}; it has {_listed(content)}")
     if columns["text"] is not None and (shape := _array_shape(columns["text"])) is not None:
         where = next(name for name in names["text"] if name in content)
@@ -200,14 +219,14 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
         faults.append(f"{path}: the columns of {split} differ in length: {found}")
     else:
         language = context.task.language
-        for use in ("text", "label", "id"):
-            for i, value in enumerate(() if columns[use] is None else columns[use]):
+        for use in ("text", "label", *answers, "id"):
+            for i, value in enumerate(() if columns.get(use) is None else columns[use]):
                 faults += [f"{path} {split} row {i}: {fault}" for fault in _undecodable({use: value}, language)]
     if len(faults) > known:
         return None
 
     def cell(use: str, i: int) -> Any:
-        column = columns[use]
+        column = columns.get(use)
         return None if column is None else column[i]
 
     def sample(i: int) -> RawSample:
@@ -221,10 +240,15 @@ def _columns(path: Path, split: str, content: Any, context: ReadContext) -> Tabl
             audio_length=as_length(cell("audio_length", i)),
             video_length=as_length(cell("video_length", i)),
             where=f"{path.name} {split} row {i}",
+            answers={use.removeprefix(_ANSWER): as_label(cell(use, i), language) for use in answers}
+            if context.questions
+            else None,
         )
 
     widths = {use: columns[use].shape[2] for use in ("audio", "video") if getattr(columns[use], "ndim", 0) == 3}
-    return Table(path, split, next(s for s in sizes.values() if s is not None), sample, widths or None)
+    told = f"{path}: {split} has no {', '.join(lacking)}; it has {_listed(content)}" if lacking else ""
+    length = next(size for size in sizes.values() if size is not None)
+    return Table(path, split, length, sample, widths or None, lacking=told)
 
 
 def _undecodable(words: Mapping[str, Any], language: str) -> list[str]:

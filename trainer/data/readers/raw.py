@@ -36,7 +36,8 @@ class RawSample:
     of words, shares of labels a mapping from word to number, or a list of numbers in the task's order. Features are `[T, d]` of
     any real dtype and may be padded at the end, hold nan and inf, or have a wrong shape; None is a missing modality.
     `*_length` is the true length the file claims, None where it claims nothing. `fold` is the part of a cross-validation
-    to which the sample belongs; its split is then :data:`ALL`. `where` names file and row.
+    to which the sample belongs; its split is then :data:`ALL`. `where` names file and row. Where several questions are
+    asked, `answers` has question -> what `label` would be, None or no entry where the sample does not answer, and `label` is None.
     """
 
     id: str
@@ -54,6 +55,7 @@ class RawSample:
     language: str | None = None
     fold: str | None = None
     where: str = ""
+    answers: Mapping[str, str | float | Mapping[str, Any] | Sequence[Any] | None] | None = None
 
 
 @dataclass
@@ -80,7 +82,10 @@ class Source:
 
 @dataclass
 class Table:
-    """The rows of one split in one file: `row(i)` for 0 <= i < n, in any order. `text` and `label` of a row alone are cheap."""
+    """The rows of one split in one file: `row(i)` for 0 <= i < n, in any order. `text` and `label` of a row alone are cheap.
+
+    `lacking` says which of several questions the file has no answers to: a fault, unless annotations are joined that have them.
+    """
 
     path: Path
     split: str
@@ -88,6 +93,7 @@ class Table:
     row: Callable[[int], RawSample]
     widths: dict[str, int] | None = None
     rates: dict[str, float] = field(default_factory=dict)
+    lacking: str = ""
 
 
 def split_of(name: str) -> str | None:

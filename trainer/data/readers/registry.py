@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, get_args
 from trainer.data.readers.raw import Table, split_of
 from trainer.encodings import MIXED, EncodingError, decode_file, first_line
 from trainer.plugins import PluginError, installed_plugins, load_plugin, subclasses_in
+from trainer.questions import is_built_in
 from trainer.tasks import Task
 
 ENTRY_POINTS = "egmf.readers"  # installed packages announce modules with readers under this group
@@ -32,7 +33,8 @@ class ReadContext:
 
     Attributes: `labelled`, whether samples need a label and a split (preparation) or may lack them (prediction); `check`, whether
     to look into files that samples refer to (False: another process did); `fold_column`, the column or key of samples that names
-    their fold, where the user gave one.
+    their fold, where the user gave one. Where several questions are asked, `questions` has all of them, samples need `answers`, and
+    `task` is the first under the name of all.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class ReadContext:
     fold_column: str | None = None
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    questions: tuple[Task, ...] = ()
 
     def split_of(self, path: Path) -> str | None:
         """The split that a file is named after; "" for samples to be predicted, which need none."""
@@ -61,6 +64,31 @@ def decoded(path: Path, raw: bytes, context: ReadContext) -> str | None:
     return text
 
 
+def answer_columns(
+    context: ReadContext, header: Collection[str], own: Callable[[Task], Sequence[str]]
+) -> dict[str, str]:
+    """Question -> its column, for each of several questions that has one.
+
+    It is the `label_column` that the question names; else the one of the question's name, or of that name in other letters of
+    case; else, for a built-in task, the first of the format's `own` columns of labels.
+    """
+    found = {}
+    for task in context.questions:
+        wanted = [task.label_column] if task.label_column is not None else [task.name]
+        if task.label_column is None:
+            wanted += [name for name in header if name.casefold() == task.name.casefold()]
+            wanted += own(task) if is_built_in(task) else []
+        if (column := next((name for name in wanted if name in header), None)) is not None:
+            found[task.name] = column
+    return found
+
+
+def lacking_columns(context: ReadContext, found: Mapping[str, str]) -> list[str]:
+    """Those of several questions that have no column, with the name that was looked for."""
+    missing = [task for task in context.questions if task.name not in found]
+    return [f"{task.label_column or task.name} (the question {task.name})" for task in missing]
+
+
 def has_columns(path: Path, columns: Iterable[str]) -> bool:
     """Whether the header of a CSV file, in any encoding, has the columns."""
     with path.open("rb") as file:
@@ -78,6 +106,8 @@ class Reader(ABC):
         content: ``"samples"`` are whole. ``"features"`` and ``"annotations"`` may be given alone; given together, each split's are
             aligned and joined.
         one_file_per_split: several files of one split are refused rather than read one after the other.
+        several_questions: samples get `answers` where the context has several questions; a reader that says nothing is not given
+            any.
     """
 
     name: ClassVar[str]
@@ -85,6 +115,7 @@ class Reader(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     content: ClassVar[Content] = "samples"
     one_file_per_split: ClassVar[bool] = False
+    several_questions: ClassVar[bool] = False
 
     def recognise(self, path: Path) -> bool:
         """Whether a file with one of the suffixes is of this format; by its first bytes, where others share the suffix."""

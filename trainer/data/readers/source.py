@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,13 +11,13 @@ from trainer.data.readers.joined import join
 from trainer.data.readers.raw import ALL, SPLITS, RawSample, ReaderError, Source, Table
 from trainer.data.readers.registry import ReadContext, Reader, in_folder, known_readers, reader_of
 from trainer.file_kinds import misnamed
-from trainer.tasks import Task
+from trainer.questions import Definition, Questions, define
 
 Found = dict[str, dict[str, list[Table]]]  # split -> reader's name -> tables
 
 
 def open_source(
-    task: Task,
+    task: Definition,
     paths: Sequence[Path],
     *,
     labelled: bool = True,
@@ -34,12 +35,19 @@ def open_source(
         ReaderError: nothing readable there, or files that do not fit together, all problems at once.
         PluginError: a plug-in that cannot be used.
     """
-    context = ReadContext(task, labelled, check, fold_column)
+    context = _context(task, labelled, check, fold_column)
     source, _ = _open([Path(path) for path in paths], context, tuple(plugins))
     if labelled:
         names = tuple(str(path) for path in paths)
         source.part = partial(_part, task.model_dump_json(), names, tuple(plugins), fold_column)
     return source
+
+
+def _context(task: Definition, labelled: bool, check: bool, fold_column: str | None) -> ReadContext:
+    if not isinstance(task, Questions):
+        return ReadContext(task, labelled, check, fold_column)
+    first = task.questions[0].model_copy(update={"name": task.name})
+    return ReadContext(first, labelled, check, fold_column, questions=task.questions)
 
 
 def _rows(tables: Sequence[Table], start: int = 0, stop: int | None = None) -> Iterator[RawSample]:
@@ -64,7 +72,8 @@ def _reopen(
     task: str, paths: tuple[str, ...], plugins: tuple[str, ...], fold_column: str | None
 ) -> dict[str, list[Table]]:
     """The tables of a source that another process has checked; this one keeps them for the parts that follow."""
-    context = ReadContext(Task.model_validate_json(task), check=False, fold_column=fold_column)
+    definition = define(json.loads(task), saved=True)  # checked before
+    context = _context(definition, labelled=True, check=False, fold_column=fold_column)
     return _open([Path(path) for path in paths], context, plugins)[1]
 
 
@@ -138,6 +147,12 @@ def _read(files: Mapping[Path, Reader], context: ReadContext) -> Found:
             if (what := misnamed(file)) is not None:
                 context.faults.append(f"{file}: {what}")
                 continue
+            if context.questions and not reader.several_questions:
+                context.faults.append(
+                    f"{file}: the reader {reader.name} gives one label a sample, and cannot read several questions: prepare a "
+                    "dataset for each"
+                )
+                continue
             tables = reader.read(file, context)
         except OSError as error:
             context.faults.append(f"{file}: cannot be read: {error.strerror or error}")
@@ -191,6 +206,7 @@ def _combine(found: Found, used: Sequence[Reader], context: ReadContext) -> dict
             if len(used) > 1:
                 context.notes.append(f"{split}: has {next(iter(content))} only")
             out[split] = next(iter(content.values()))
+            context.faults += [table.lacking for table in out[split] if table.lacking]
     return out
 
 

@@ -39,7 +39,7 @@ class SeenSamples:
     def history(self, task: str | None, order: int, raw: RawSample, limit: int) -> list[tuple[str, str]]:
         """(speaker, text) of the at most `limit` utterances before a sample, oldest first.
 
-        As in :class:`trainer.data.dataset.Conversations`: by turn, or by place where the dialogue has no turns.
+        As in :class:`trainer.data.conversations.Conversations`: by turn, or by place where the dialogue has no turns.
         """
         if raw.dialogue is None:
             return []

@@ -15,12 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
+from trainer.data.columns import STREAMS
 from trainer.data.frames import ZeroFrames
-from trainer.data.readers.jsonl import JsonlReader, Line, feature_faults, parse_line, plain_sample, with_features
+from trainer.data.readers.jsonl import (
+    ANSWERS,
+    JsonlReader,
+    Line,
+    feature_faults,
+    parse_line,
+    plain_sample,
+    with_features,
+)
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Source, split_of
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
 from trainer.data.readers.source import open_source
-from trainer.data.rows import STREAMS
 from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
 from trainer.tasks import Task
 
@@ -35,12 +43,28 @@ class PredictError(ValueError):
 @dataclass(frozen=True)
 class TaskInput:
     """What a model reads of one of its tasks: `widths` (features a frame, 0: none) and `rates` (frames a second, None:
-    unknown) are those of the data it was trained with, and `zero_frames` is how these were prepared."""
+    unknown) are those of the data it was trained with, and `zero_frames` is how these were prepared. `dataset` is the name of
+    that data, where the model answers several questions about the same samples."""
 
     task: Task
     widths: Mapping[str, int]
     rates: Mapping[str, float | None]
     zero_frames: ZeroFrames = "mask"
+    dataset: str | None = None
+
+
+def askable(tasks: Mapping[str, TaskInput]) -> dict[str, tuple[str, ...]]:
+    """What a sample may name -> the tasks that it is then asked: each alone, and all questions of one dataset by its name."""
+    found: dict[str, tuple[str, ...]] = {name: (name,) for name in tasks}
+    for name, known in tasks.items():
+        if known.dataset is not None:
+            found[known.dataset] = (*found.get(known.dataset, ()), name)
+    return found
+
+
+def usual(tasks: Mapping[str, TaskInput]) -> str | None:
+    """What a sample that names nothing is asked: everything, where that is one task or the questions of one dataset."""
+    return next((name for name, asked in askable(tasks).items() if len(asked) == len(tasks)), None)
 
 
 @dataclass
@@ -124,19 +148,28 @@ def open_input(
         PredictError: a format whose samples name no task, where the model has several.
     """
     if not isinstance(sources, Sequence):
-        return JsonLinesInput([(sources, folder, "")], task, split, reread)
+        return JsonLinesInput([(sources, folder, "")], task, split, reread, answers=_answer_keys(tasks))
     readers = known_readers(tuple(plugins))
-    chosen = task if task is not None or len(tasks) > 1 else next(iter(tasks))
-    files = _files(sources, readers, tasks[chosen].task if chosen else next(iter(tasks.values())).task)
+    chosen = usual(tasks) if task is None else task
+    first = tasks[askable(tasks)[chosen][0]] if chosen else next(iter(tasks.values()))
+    files = _files(sources, readers, first.task)
     if all(reader is None or isinstance(reader, JsonlReader) for _, reader in files):
         named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
         chinese = any(one.task.language == "zh" for one in tasks.values())
-        return JsonLinesInput(named, task, split, reread, "zh" if chinese else "en")
+        return JsonLinesInput(named, task, split, reread, "zh" if chinese else "en", _answer_keys(tasks))
     if chosen is None:
         raise PredictError(
             f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
         )
-    return SourceInput(sources, chosen, tasks[chosen], split, plugins)
+    return SourceInput(sources, chosen, first, split, plugins)
+
+
+def _answer_keys(tasks: Mapping[str, TaskInput]) -> frozenset[str]:
+    """Keys in which prepared samples of several questions have their answers: they are not read, and not misspelt."""
+    several = [known.task for known in tasks.values() if known.dataset is not None]
+    return frozenset(
+        [*ANSWERS, *(key for task in several for key in (task.name, task.label_column) if key)] if several else []
+    )
 
 
 def _files(sources: Sequence[Path], readers: Sequence[Reader], task: Task) -> list[tuple[Path, Reader | None]]:
@@ -175,8 +208,10 @@ class JsonLinesInput:
         split: str | None = None,
         reread: bool = False,
         language: str = "en",
+        answers: frozenset[str] = frozenset(),
     ) -> None:
         self._given, self._task, self._split, self._reread, self._language = files, task, split, reread, language
+        self._answers = answers
         self._files: list[_OpenFile] = []
         self._stack = contextlib.ExitStack()
         self.notes: list[str] = []
@@ -232,7 +267,7 @@ class JsonLinesInput:
         sample.faults += [fault.removeprefix(": ") for fault in faults]
         if line is None:
             return
-        _check_keys(line, sample)
+        _check_keys(line, sample, self._answers)
         sample.task = self._task if line.task is None else line.task
         sample.rates = {str(name): rate for name, rate in line.rate.items()}
         id = "" if line.id is None else str(line.id)
@@ -263,9 +298,9 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes, str]]:
             yield number, raw, ""
 
 
-def _check_keys(line: UnlabelledLine, sample: UncheckedSample) -> None:
+def _check_keys(line: UnlabelledLine, sample: UncheckedSample, answers: frozenset[str]) -> None:
     """A key that is probably a misspelt one costs the line: without it, a part of the sample would be missing."""
-    for key in line.model_extra or {}:
+    for key in (key for key in line.model_extra or {} if key not in answers):
         near = difflib.get_close_matches(key, [k for k in _KNOWN_KEYS if k not in line.model_fields_set], n=1)
         if near:
             sample.faults.append(f"unknown key {key[:40]!r} (did you mean {near[0]}?)")

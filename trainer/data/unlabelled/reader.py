@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trainer.batch import Sample
+from trainer.data.columns import STREAMS
 from trainer.data.faults import DataError, Fault
-from trainer.data.rows import STREAMS, Checker, Row, wrong_width
+from trainer.data.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
 from trainer.data.unlabelled.history import SeenSamples
-from trainer.data.unlabelled.inputs import SampleInput, TaskInput, UncheckedSample, rate_faults
+from trainer.data.unlabelled.inputs import SampleInput, TaskInput, UncheckedSample, askable, rate_faults, usual
+from trainer.questions import Questions
 
 
 @dataclass
 class CheckedSample:
-    """A sample that was read. `sample` is None where `faults` cost it; `notes` are repairs, and keys that are not used."""
+    """A sample that was read. `sample` is None where `faults` cost it; `notes` are repairs, and keys that are not used; `tasks`
+    are asked of it."""
 
     where: str
-    task: str = ""
+    tasks: tuple[str, ...] = ()
     sample: Sample | None = None
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -34,7 +37,7 @@ class UnlabelledReader:
     Args:
         given: the input; one that can be read twice, where a history is needed.
         tasks: name -> what the model reads of it.
-        task: of samples that name none; may be None where there is only one.
+        task: of samples that name none, or the dataset of several questions; may be None where there is only one.
         history: previous utterances of the dialogue that a sample gets. All samples of the input that can be read count,
             also later ones, and those whose features are faulty.
     """
@@ -43,10 +46,9 @@ class UnlabelledReader:
         self, given: SampleInput, tasks: Mapping[str, TaskInput], *, task: str | None = None, history: int = 0
     ) -> None:
         self._given, self._tasks, self._history = given, tasks, history
-        self._task = next(iter(tasks)) if task is None and len(tasks) == 1 else task
-        self._checkers = {
-            name: Checker(known.task, labelled=False, zero_frames=known.zero_frames) for name, known in tasks.items()
-        }
+        self._task = usual(tasks) if task is None else task
+        self._askable = askable(tasks)
+        self._checkers = {name: _checker(name, [tasks[one] for one in asked]) for name, asked in self._askable.items()}
         self._stack = contextlib.ExitStack()
         self._seen: SeenSamples
 
@@ -76,7 +78,7 @@ class UnlabelledReader:
         if self._history:
             for sample in self._given.samples():
                 if sample.raw is not None:
-                    self._seen.remember_utterance(self._task_of(sample), sample.order, sample.raw)
+                    self._seen.remember_utterance(self._data_of(self._task_of(sample)), sample.order, sample.raw)
         for sample in self._given.samples():
             if self._given.wanted(sample):
                 yield self._check(sample)
@@ -84,38 +86,51 @@ class UnlabelledReader:
     def _task_of(self, sample: UncheckedSample) -> str | None:
         return self._task if sample.task is None else sample.task
 
+    def _data_of(self, name: str | None) -> str | None:
+        """What the dialogues of samples that name this task go by: questions of one dataset have the same."""
+        known = self._tasks.get(name or "")
+        return name if known is None or known.dataset is None else known.dataset
+
     def _check(self, given: UncheckedSample) -> CheckedSample:
         name = self._task_of(given) if given.raw is not None else None
-        out = CheckedSample(given.where, name or "", faults=list(given.faults), notes=list(given.notes))
+        out = CheckedSample(given.where, faults=list(given.faults), notes=list(given.notes))
         if given.raw is None:
             return out
-        expected = self._tasks.get(name or "")
-        if expected is None:
+        out.tasks = self._askable.get(name or "", ())
+        if name is None or not out.tasks:
             names = ", ".join(self._tasks)
             out.faults.append(
                 f"task {name!r} is none of the run's: {names}" if name else f"names no task, the run has {names}"
             )
             return out
-        id = given.raw.id.strip()
-        if id and (first := self._seen.first_place(expected.task.name, id, given.where)) is not None:
-            out.faults.append(f"duplicate id ({id!r} is that of {first})")
+        expected, id = self._tasks[out.tasks[0]], given.raw.id.strip()
+        for task in out.tasks if id else ():
+            if (first := self._seen.first_place(task, id, given.where)) is not None:
+                out.faults.append(f"duplicate id ({id!r} is that of {first})")
+                break
         out.faults += rate_faults(given.rates, expected)
-        row = self._row(given, expected, out)
+        row = self._row(given, name, expected, out)
         if row is not None and not out.faults:
-            history = self._seen.history(name, given.order, given.raw, self._history) if self._history else []
+            data = self._data_of(name)
+            history = self._seen.history(data, given.order, given.raw, self._history) if self._history else []
             out.sample = _sample(row, history)
         return out
 
-    def _row(self, given: UncheckedSample, expected: TaskInput, out: CheckedSample) -> Row | None:
+    def _row(self, given: UncheckedSample, name: str, expected: TaskInput, out: CheckedSample) -> Row | None:
         raw = given.load(out.faults)
         if raw is None:
             return None
-        row, faults = self._checkers[expected.task.name].check(raw, "")
+        row, faults = self._checkers[name].check(raw, "")
         if row is not None:
             faults += _fit(row, expected, out.notes)
         out.faults += [_describe(fault) for fault in faults if not fault.repair]
         out.notes += [_describe(fault) for fault in faults if fault.repair]
         return row
+
+
+def _checker(name: str, asked: Sequence[TaskInput]) -> Checker | QuestionsChecker:
+    definition = asked[0].task if len(asked) == 1 else Questions(name=name, questions=tuple(one.task for one in asked))
+    return checker_of(definition, labelled=False, zero_frames=asked[0].zero_frames)
 
 
 def _fit(row: Row, expected: TaskInput, notes: list[str]) -> list[Fault]:

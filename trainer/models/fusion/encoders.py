@@ -74,27 +74,39 @@ class FeatureEncoder(nn.Module):
 class Encoders(nn.Module):
     """All encoders of a run: `text`, shared by the tasks, and one per task and modality (``meld.audio``).
 
+    Tasks that ask about the same samples share theirs: `shared` has task -> the name of their encoders, instead of its own.
+
     Every forward runs every encoder in one fixed order, those of the other tasks on one zero frame, so that under ZeRO
     all ranks use the same parameters in every pass; their outputs, times 0, sum to `unused_param_zero`.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Mapping[str, int]], modalities: Sequence[Modality], text_width: int, width: int
+        self,
+        inputs: Mapping[str, Mapping[str, int]],
+        modalities: Sequence[Modality],
+        text_width: int,
+        width: int,
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.width = width
+        self.encoders_of = {task: (shared or {}).get(task, task) for task in inputs}
         self.modalities = tuple(modalities)
         self.inputs = {
             task: {m: widths.get(m, 0) for m in modalities if m != "text"} for task, widths in inputs.items()
         }
         if "text" in modalities:
             self.text = FeatureEncoder(text_width, width)
-        taken = [task for task in self.inputs if hasattr(self, task) or "." in task]
+        self._widths = {name: self.inputs[task] for task, name in self.encoders_of.items()}
+        differing = [task for task, name in self.encoders_of.items() if self.inputs[task] != self._widths[name]]
+        if differing:
+            raise ValueError(f"tasks of other widths than those with which they share encoders: {', '.join(differing)}")
+        taken = [name for name in self._widths if hasattr(self, name) or "." in name]
         if taken:
             raise ValueError(f"task names that the fusion network cannot use: {', '.join(taken)}; rename the tasks")
-        for task, widths in self.inputs.items():
+        for name, widths in self._widths.items():
             self.add_module(
-                task, nn.ModuleDict({m: FeatureEncoder(n, width, standardise=True) for m, n in widths.items() if n})
+                name, nn.ModuleDict({m: FeatureEncoder(n, width, standardise=True) for m, n in widths.items() if n})
             )
 
     def standardise(self, statistics: Mapping[str, Mapping[str, Standardisation]]) -> None:
@@ -103,8 +115,8 @@ class Encoders(nn.Module):
         Raises:
             ValueError: statistics of another number of features.
         """
-        for task in self.inputs:
-            for modality, encoder in self.get_submodule(task).items():  # type: ignore[operator]
+        for task, name in self.encoders_of.items():
+            for modality, encoder in self.get_submodule(name).items():  # type: ignore[operator]
                 encoder.standardise.use(statistics.get(task, {}).get(modality))
 
     def forward(
@@ -122,9 +134,9 @@ class Encoders(nn.Module):
             index_S = torch.arange(text_BSH.shape[1], device=text_BSH.device, dtype=torch.float32)
             time_BS = (index_S * SECONDS_PER_TOKEN).expand(text_mask_BS.shape)
             streams["text"] = self.text(text_BSH.detach(), text_mask_BS, time_BS)
-        for name, widths in self.inputs.items():
+        for name, widths in self._widths.items():
             for modality, encoder in self.get_submodule(name).items():  # type: ignore[operator]
-                if name == task:
+                if name == self.encoders_of[task]:
                     given = features[modality]
                     streams[modality] = encoder(given.values_BTF, given.mask_BT, given.time_BT)
                 else:

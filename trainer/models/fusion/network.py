@@ -71,6 +71,7 @@ class Fusion(nn.Module):
         output_norm: mean length of the backbone's input embeddings.
         answers: task -> how many answers it has, for the expert heads; needed where `config.expert_loss_weight` is not 0.
         paired: the tasks whose answers come in pairs, as those of a multi-label task do.
+        shared: task -> the name of the encoders that it shares with other questions about the same samples.
 
     A modality that the config removes, or that no task has, is built nowhere, and neither is an ablated expert.
 
@@ -87,6 +88,7 @@ class Fusion(nn.Module):
         output_norm: float,
         answers: Mapping[str, int] | None = None,
         paired: Collection[str] = (),
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if config.pseudo_tokens < 1:
@@ -102,7 +104,7 @@ class Fusion(nn.Module):
             )  # fmt: skip
         self.experts_built = tuple(fitting)
         self.tasks = {task: index for index, task in enumerate(inputs)}
-        self.encoders = Encoders(inputs, self.modalities, text_width, config.width)
+        self.encoders = Encoders(inputs, self.modalities, text_width, config.width, shared)
         self.experts = nn.ModuleDict({name: cls(config, self.modalities) for name, cls in fitting.items()})
         self.gate = HierarchicalGate(config, self.experts_built, self.modalities, len(self.tasks))
         self.heads = None

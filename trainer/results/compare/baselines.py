@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trainer.results.compare.compared_run import ComparedRun, same_samples
+from trainer.results.compare.compared_run import ComparedRun, data_path_of, same_samples
 from trainer.results.compare.folds import fold_name
 from trainer.tasks import Task
 
@@ -48,7 +48,7 @@ def _reason_against(
     for name, task in tasks.items():
         fingerprint = baseline.fingerprints.get(name)
         if fingerprint is None or all(run.fingerprints.get(name) != fingerprint for run in trained):
-            path = trained[0].config.get("data.path", "DIR").replace("{task}", name)
+            path = data_path_of(trained[0], name)
             return f"it is a baseline of other data than the runs' (fingerprint {str(fingerprint)[:16]}): egmf baseline {path} makes theirs"
         if (reason := _reason_against_fold(baseline, trained)) is not None:
             return reason

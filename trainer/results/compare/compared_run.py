@@ -17,11 +17,12 @@ import yaml
 from pyarrow import compute, parquet
 
 from trainer.config import RunConfig, flatten
-from trainer.data.folder import read_record as read_dataset_record
 from trainer.data.folds import FoldRecord
+from trainer.questions import RunTask
 from trainer.results.run_folder import PREDICTIONS
+from trainer.results.saved_tasks import find_saved_tasks
 from trainer.schema import defaults_of_missing
-from trainer.tasks import Task, TaskError, define_task, get_task, select_by
+from trainer.tasks import Task, TaskError, select_by
 
 COLUMNS = ("task", "id", "label", "prediction", "valid", "kind")  # of predictions, those that are read
 OPTIONAL = {"prediction", "kind"}  # a file lacks them where no row has a value
@@ -104,19 +105,23 @@ def tasks_of(config: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict
     Raises:
         ValueError: a task that cannot be found.
     """
+    found, lost = _asked(config, fingerprints)
+    for error in lost.values():
+        raise ValueError(f"{error} (its dataset, which defines it too, is gone or has changed)") from error
+    return select_by({one.task.name: one.task for one in found}, _selecting(config))
+
+
+def data_path_of(run: ComparedRun, task: str) -> str:
+    """Where the config of a run says that the dataset of a task is."""
+    template = run.config.get("data.path", "DIR")
+    found, _ = _asked(run.config, run.fingerprints) if "task" in run.config else ([], {})
+    return next((one.path(template) for one in found if one.task.name == task), template.replace("{task}", task))
+
+
+def _asked(config: Mapping[str, str], fingerprints: Mapping[str, str]) -> tuple[list[RunTask], dict[str, TaskError]]:
     value = yaml.safe_load(config["task"])
-    tasks = {}
-    for name in value if isinstance(value, list) else [value]:
-        try:
-            task = get_task(str(name), saved=True)
-        except TaskError as error:
-            stem = Path(str(name)).stem
-            record = read_dataset_record(Path(config["data.path"].replace("{task}", stem)))
-            if record is None or record.get("fingerprint") != fingerprints.get(stem):
-                raise ValueError(f"{error} (its dataset, which defines it too, is gone or has changed)") from error
-            task = define_task(record["task"], saved=True)
-        tasks[task.name] = task
-    return select_by(tasks, _selecting(config))
+    names = [str(name) for name in (value if isinstance(value, list) else [value])]
+    return find_saved_tasks(names, config["data.path"], fingerprints)
 
 
 def _selecting(config: Mapping[str, str]) -> str | dict[str, str]:
