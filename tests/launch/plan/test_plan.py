@@ -129,17 +129,17 @@ def test_counts_published_sizes(tmp_path, name):
     ],
 )  # fmt: skip
 def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, packed, quantization, checkpointing):
-    """The same recorder over a real model, and the model of 8 layers from those of 2 and 4."""
-    folder = save_family("qwen2", tmp_path, num_hidden_layers=8)
+    """The same recorder over a real model, and the model of 6 layers from those of 2 and 4."""
+    folder = save_family("qwen2", tmp_path, num_hidden_layers=6)
     shape = AutoConfig.from_pretrained(folder)
     config = small(folder, model__backbone__quantization=quantization)
     rows = Rows("one", packed, 14, (34, 25), 3, ((1, 7, 9, 6), (1, 2, 0, 4)) if packed else ((2, 7, 9, 6),))
     with fake_tensors():
         few = [
             record_pass(build_fake_model(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows)
-            for n in (*SAMPLE_LAYERS, 8)
+            for n in (*SAMPLE_LAYERS, 6)
         ]  # fmt: skip
-    grown = extrapolate_layers(few[0], few[1], 8)
+    grown = extrapolate_layers(few[0], few[1], 6)
     assert grown == few[2]
     real = make_model(folder, expert_loss_weight=0.5, quantization=quantization, gradient_checkpointing=checkpointing)
     recorded = record_pass(real.train(), rows)
@@ -204,7 +204,12 @@ def test_memory_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("0.5B", 1), ("7B", 64), pytest.param("72B", 1024, marks=pytest.mark.slow)]
+    ("name", "ranks"),
+    [
+        pytest.param("0.5B", 1, marks=pytest.mark.slow),  # which `test_command` plans too
+        ("7B", 64),
+        pytest.param("72B", 1024, marks=pytest.mark.slow),
+    ],
 )
 def test_plans_from_a_folder_alone(tmp_path, name, ranks):
     config = config_of(
