@@ -82,10 +82,15 @@ QUICK = {  # of CASES: every stage, precision, quantisation, layout of weights a
 }  # fmt: skip
 assert {case.name for case in CASES} > QUICK
 
+ONE_EXPERT = ("model.fusion.experts=[local]",)  # where the backbone and the engine matter, not the fusion network
 CHECKPOINTING = {"": (), "-checkpointing": CHECKPOINTED, "-reentrant": (*CHECKPOINTED, "model.backbone.reentrant=true")}
 OFFLOAD = {"": (), "-optimizer": ("train.offload=cpu",), "-parameters": ON_HOST}
 SUPPORTED = tuple(  # the table in docs/clusters.md; what is left out here is refused
-    Case(f"zero{z}{q}{offload}{checkpointing}", NF4 if q else (), (f"train.zero={z}", *OFFLOAD[offload], *more))
+    Case(
+        f"zero{z}{q}{offload}{checkpointing}",
+        (*ONE_EXPERT, *(NF4 if q else ())),
+        (f"train.zero={z}", *OFFLOAD[offload], *more),
+    )
     for z in range(4)
     for q in ("", "-nf4")
     for offload in OFFLOAD

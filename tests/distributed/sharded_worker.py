@@ -25,7 +25,6 @@ LOOSE = (  # nothing stays gathered longer than its layer needs it
     "deepspeed.zero_optimization.stage3_max_live_parameters=0",
     "deepspeed.zero_optimization.stage3_prefetch_bucket_size=0",
 )
-ONE_EXPERT = ("model.fusion.experts=[local]",)  # of the fusion network the pseudo tokens' gradient matters alone
 MODES = {
     "none": (),
     "non-reentrant": ("model.backbone.gradient_checkpointing=true",),
@@ -111,7 +110,7 @@ def weights_kept_by_autograd(data: Path, out: Path, world: World) -> dict[str, A
     from bitsandbytes.nn import Linear4bit
     from deepspeed.utils import safe_get_full_grad
 
-    from tests.distributed.cases import NF4, Case, config_of
+    from tests.distributed.cases import NF4, ONE_EXPERT, Case, config_of
     from trainer.models.backbone.linear4bit import FrozenLinear4bit
     from trainer.run.assemble import assemble
     from trainer.run.engine import build_engine

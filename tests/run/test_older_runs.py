@@ -41,15 +41,7 @@ def continue_run(run: Path, *overrides: str, procs: int = 1) -> Any:
     config = run.parent / f"{run.name}.yaml"
     config.write_bytes((run / "config.yaml").read_bytes())
     words = ("train",) if procs == 1 else ("launch", "local", "--procs", str(procs))
-    return egmf(
-        *words,
-        str(config),
-        "--out",
-        str(run),
-        f"data.path={run.parent}/data/{{task}}",
-        "track.report=false",
-        *overrides,
-    )
+    return egmf(*words, str(config), "--out", str(run), f"data.path={run.parent}/data/{{task}}", *overrides)
 
 
 def assert_as_undisturbed(run: Path, whole: Path) -> None:
