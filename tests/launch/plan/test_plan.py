@@ -327,6 +327,10 @@ def test_command(tmp_path):
     assert plan["parameters"]["frozen"] == QWEN["0.5B"][1]
     assert plan["ranks"] == 8
     assert plan["hours"] is None
+
+
+@pytest.mark.slow  # a process of its own; tests/launch/doctor/test_preflight.py has the words of a model that is not there
+def test_command_offline():
     result = egmf("plan", "configs/meld.yaml", "model.backbone.name=owner/model", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set: fetch it where there is a network" in result.stderr
     assert "Traceback" not in result.stderr
@@ -343,7 +347,11 @@ def test_faults_in_words(tmp_path):
 
 
 def test_shows_what_does_not_fit(tmp_path):
-    config = config_of(model__backbone__name=str(qwen("0.5B", tmp_path)), data__path=str(tmp_path / "none"))
+    config = config_of(
+        model__backbone__name=str(qwen("0.5B", tmp_path)),
+        model__fusion__experts=["local"],
+        data__path=str(tmp_path / "none"),
+    )
     lines = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
     assert any(part.startswith("nothing fits: the smallest needs") for part in lines)
     assert any(part.startswith("left out:") for part in lines)
@@ -358,7 +366,7 @@ def test_recommends_what_fits(tmp_path):
     """A 7B model in bf16 with LoRA: 24 GiB hold it whole only with checkpointing, 8 GiB on 8 GPUs only cut up."""
     config = config_of(
         model__backbone={"name": str(qwen("7B", tmp_path)), "quantization": "none"}, data__path=str(tmp_path / "none"),
-        train__global_batch=64,
+        train__global_batch=64, model__fusion__experts=["local"],
     )  # fmt: skip
 
     plan = make_plan(config, 1, 8, 80, Throughput())
