@@ -107,6 +107,7 @@ def test_a_run_can_be_evaluated_again_alone_and_with_other_settings(tmp_path: Pa
         "train.global_batch=8",
         "train.micro_batch=4",
         "track.mlflow=false",
+        "track.report=false",
     )
     run = tmp_path / "run"
     done = egmf("train", f"{ROOT}/configs/tiny.yaml", "task=simsv2", f"data.path={folder}", *small, "--out", str(run))

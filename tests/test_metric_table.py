@@ -108,10 +108,17 @@ def test_every_formula_has_a_reference() -> None:
     assert used == {*REFERENCES, formulas.concordance}
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [range(50), pytest.param(range(50, 200), marks=pytest.mark.slow)],  # more draws of the same
+    ids=["few", "many"],
+)
 @pytest.mark.parametrize("formula", REFERENCES, ids=lambda formula: formula.__name__)
-def test_a_formula_is_the_librarys_bit_for_bit_and_of_weights_the_samples_repeated(formula: formulas.Formula) -> None:
+def test_a_formula_is_the_librarys_bit_for_bit_and_of_weights_the_samples_repeated(
+    formula: formulas.Formula, seeds: range
+) -> None:
     draw, reference = REFERENCES[formula]
-    for seed in range(200):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         truth, guess = draw(rng)
         metric = table.Metric(

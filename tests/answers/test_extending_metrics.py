@@ -41,6 +41,7 @@ def train(copy: Path, name: str, *overrides: str) -> Path:
     small = (
         "task=mine.yaml", f"data.path={copy}/mine", "model.backbone.tiny.vocab_size=400", "train.global_batch=8", "train.steps=6",
         "train.eval_every=2", "train.log_every=1", "train.probe=false", "track.mlflow=false", "track.system_metrics=false",
+        "track.report=false",
     )  # fmt: skip
     python(copy, "-m", "trainer", "train", f"{copy}/configs/tiny.yaml", *small, *overrides, "--out", str(copy / name))
     return copy / name

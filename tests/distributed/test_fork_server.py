@@ -102,7 +102,12 @@ def test_it_ends_as_an_executed_one_does(ending: str) -> None:
 
 def test_no_two_processes_draw_the_same_random_numbers() -> None:
     program = "import random, numpy, torch; print(random.random(), numpy.random.rand(), float(torch.rand(1)))"
-    drawn = [both([sys.executable, "-c", program], env=environment())[0][1].split() for _ in range(2)]
+    drawn = []
+    for _ in range(2):
+        with start([sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, text=True) as process:
+            assert isinstance(process, ForkedProcess)
+            drawn.append(process.communicate(timeout=120)[0].split())
+    assert len(drawn[0]) == len(drawn[1]) == 3
     assert not set(drawn[0]) & set(drawn[1])
 
 

@@ -40,7 +40,7 @@ model:
   adapter: {{dropout: 0.1}}
   fusion: {{dropout: 0.1}}
 train: {{steps: {STEPS}, global_batch: 12, micro_batch: 4, eval_every: 4, save_every: 2, keep: 9, log_every: 1}}
-track: {{system_metrics: false}}
+track: {{system_metrics: false, report: false}}
 """
     )
     return folder
@@ -48,9 +48,9 @@ track: {{system_metrics: false}}
 
 @pytest.fixture(scope="module")
 def whole(work: Path) -> Path:
-    """An undisturbed run of two processes."""
+    """An undisturbed run of two processes, the only one here that draws its report unless it fails."""
     out = work / "whole"
-    done = egmf("launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out))
+    done = egmf("launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out), "track.report=true")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return out
@@ -200,7 +200,7 @@ def test_a_rank_that_fails_ends_the_run_and_its_cause_is_the_last_line(
     shared_memory_before = shared_memory()
     launcher = start(
         [sys.executable, "-m", "trainer", "launch", "local", "--procs", "2", str(work / "toy.yaml"), "--out", str(out),
-         "track.mlflow=false"],
+         "track.mlflow=false", "track.report=true"],
         env=environment(**{plant: "1", "PYTHONPATH": f"{ROOT}/tests/distributed/failing{os.pathsep}{ROOT}"}),
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

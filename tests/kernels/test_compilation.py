@@ -14,7 +14,9 @@ SHAPES = [("fp32", 256, 3, 3), ("bf16", 512, 3, 3), ("fp16", 257, 1, 1), ("bf16"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(  # the registers and loads of one generation are quick, those of the others a second look
+    "capability", [pytest.param(c, marks=() if c == max(CAPABILITIES) else pytest.mark.slow) for c in CAPABILITIES]
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_without_a_gpu(kernel, capability, shape, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

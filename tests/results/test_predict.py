@@ -48,6 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.history=2",
         "eval.batch=4",
         "track.mlflow=false",
+        "track.report=false",
         "task=[meld,simsv2]",
         f"data.path={folder}/{{task}}",
     )

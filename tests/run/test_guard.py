@@ -23,7 +23,7 @@ from trainer.run.guards.probe import MemoryFault, memory_explained
 
 TINY = f"{ROOT}/configs/tiny.yaml"
 SMALL = ("task=meld", "train.global_batch=8", "train.micro_batch=4", "train.log_every=1", "model.backbone.tiny.vocab_size=400",
-         "track.mlflow=false", "eval.splits=[valid]")  # fmt: skip
+         "track.mlflow=false", "track.report=false", "eval.splits=[valid]")  # fmt: skip
 
 
 def train(out: Path, data: Path, *overrides: str, **more: str) -> Any:

@@ -31,7 +31,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 TASK = {"name": "own", "kind": "regression", "grid": {"low": 1.0, "high": 5.0, "step": 0.25}}
 SMALL = (
     "model.backbone.tiny.vocab_size=400", "train.global_batch=8", "train.steps=6", "train.eval_every=2", "train.log_every=1",
-    "train.probe=false", "track.mlflow=false", "track.system_metrics=false",
+    "train.probe=false", "track.mlflow=false", "track.system_metrics=false", "track.report=false",
 )  # fmt: skip
 
 

@@ -129,17 +129,17 @@ def test_counts_published_sizes(tmp_path, name):
     ],
 )  # fmt: skip
 def test_a_pass_without_weights_is_a_pass_with_them(tmp_path, packed, quantization, checkpointing):
-    """The same recorder over a real model, and the model of 8 layers from those of 2 and 4."""
-    folder = save_family("qwen2", tmp_path, num_hidden_layers=8)
+    """The same recorder over a real model, and the model of 6 layers from those of 2 and 4."""
+    folder = save_family("qwen2", tmp_path, num_hidden_layers=6)
     shape = AutoConfig.from_pretrained(folder)
     config = small(folder, model__backbone__quantization=quantization)
     rows = Rows("one", packed, 14, (34, 25), 3, ((1, 7, 9, 6), (1, 2, 0, 4)) if packed else ((2, 7, 9, 6),))
     with fake_tensors():
         few = [
             record_pass(build_fake_model(config, shape, WIDTHS, torch.float32, answers=ANSWERS, layers=n, checkpointing=checkpointing), rows)
-            for n in (*SAMPLE_LAYERS, 8)
+            for n in (*SAMPLE_LAYERS, 6)
         ]  # fmt: skip
-    grown = extrapolate_layers(few[0], few[1], 8)
+    grown = extrapolate_layers(few[0], few[1], 6)
     assert grown == few[2]
     real = make_model(folder, expert_loss_weight=0.5, quantization=quantization, gradient_checkpointing=checkpointing)
     recorded = record_pass(real.train(), rows)
@@ -204,7 +204,12 @@ def test_memory_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("0.5B", 1), ("7B", 64), pytest.param("72B", 1024, marks=pytest.mark.slow)]
+    ("name", "ranks"),
+    [
+        pytest.param("0.5B", 1, marks=pytest.mark.slow),  # which `test_command` plans too
+        ("7B", 64),
+        pytest.param("72B", 1024, marks=pytest.mark.slow),
+    ],
 )
 def test_plans_from_a_folder_alone(tmp_path, name, ranks):
     config = config_of(
@@ -322,6 +327,10 @@ def test_command(tmp_path):
     assert plan["parameters"]["frozen"] == QWEN["0.5B"][1]
     assert plan["ranks"] == 8
     assert plan["hours"] is None
+
+
+@pytest.mark.slow  # a process of its own; tests/launch/doctor/test_preflight.py has the words of a model that is not there
+def test_command_offline():
     result = egmf("plan", "configs/meld.yaml", "model.backbone.name=owner/model", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set: fetch it where there is a network" in result.stderr
     assert "Traceback" not in result.stderr
@@ -355,7 +364,11 @@ def test_says_which_files_of_a_folder_a_run_would_refuse(tmp_path: Path) -> None
 
 
 def test_shows_what_does_not_fit(tmp_path):
-    config = config_of(model__backbone__name=str(qwen("0.5B", tmp_path)), data__path=str(tmp_path / "none"))
+    config = config_of(
+        model__backbone__name=str(qwen("0.5B", tmp_path)),
+        model__fusion__experts=["local"],
+        data__path=str(tmp_path / "none"),
+    )
     lines = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
     assert any(part.startswith("nothing fits: the smallest needs") for part in lines)
     assert any(part.startswith("left out:") for part in lines)
@@ -370,7 +383,7 @@ def test_recommends_what_fits(tmp_path):
     """A 7B model in bf16 with LoRA: 24 GiB hold it whole only with checkpointing, 8 GiB on 8 GPUs only cut up."""
     config = config_of(
         model__backbone={"name": str(qwen("7B", tmp_path)), "quantization": "none"}, data__path=str(tmp_path / "none"),
-        train__global_batch=64,
+        train__global_batch=64, model__fusion__experts=["local"],
     )  # fmt: skip
 
     plan = make_plan(config, 1, 8, 80, Throughput())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +13,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.distributed.fork_server import run
+from tests.distributed.processes import ROOT, environment
 from tests.models.tiny_models import TEXTS, make_trie
 from trainer.batch import Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
@@ -42,7 +43,9 @@ def test_the_same_texts_give_the_same_files_in_another_process(folder, tmp_path)
         "from trainer.config import TinyConfig\nfrom trainer.models.backbone.tiny import build_tiny\n"
         "build_tiny(TinyConfig(vocab_size=400), json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
-    subprocess.run([sys.executable, "-c", program, json.dumps(TEXTS), str(tmp_path / "again")], check=True)
+    command = [sys.executable, "-c", program, json.dumps(TEXTS), str(tmp_path / "again")]
+    done = run(command, env=environment(), cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "again") == digest(folder)
 
 
@@ -212,7 +215,9 @@ def test_nf4_and_lora_make_the_frozen_head_confident(tmp_path):
     assert probability.diag().min() > 0.95  # of all texts there are, not only of the four
 
 
-@pytest.mark.parametrize("steps_of_ten", [10, 30])
+@pytest.mark.parametrize(
+    "steps_of_ten", [pytest.param(10, marks=pytest.mark.slow), 30]
+)  # the smaller grid is a second look
 def test_the_expectation_over_the_grid_is_not_shrunk(tmp_path, steps_of_ten):
     values = [i / 10 for i in range(-steps_of_ten, steps_of_ten + 1)]
     probability = teach([f"{v:.1f}" for v in values], tmp_path / "t", steps=140)

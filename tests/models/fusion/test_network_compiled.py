@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -44,6 +45,7 @@ def test_exports_with_the_gate_as_one_operator():
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # quick are the network's export in one graph, above, and the gate's compilation, tests/kernels/test_operator.py
 def test_compiles_as_one_graph():
     net = standardised()
     expected, gradients = backward(net, inputs())

@@ -104,6 +104,7 @@ def test_the_sqlite_file(tmp_path: Path) -> None:
     moved.rename(folder / "mlartifacts")
 
 
+@pytest.mark.slow  # what the file gives, over HTTP; tests/tracking/test_tracker.py has a server in the quick tests
 def test_a_server(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, ids = tracked(tmp_path / "runs", server.uri)
     check_same(folder, ids, server.uri)

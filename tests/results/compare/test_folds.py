@@ -87,7 +87,7 @@ def test_differences_are_paired_within_folds(two: Path, runs: list[ComparedRun])
     assert found.p == max(found.p_folds, found.p_bootstrap)  # type: ignore[type-var]
     rng = np.random.default_rng(3)
     drawn = []
-    for _ in range(200):  # the same samples for all runs, as many of each fold as it has
+    for _ in range(100):  # the same samples for all runs, as many of each fold as it has
         places = {f: rng.integers(40, size=40) for f in FOLDS}
         resampled = [[pd.concat([pairs[f, s][i].iloc[places[f]] for f in FOLDS]) for i in (0, 1)] for s in SEEDS]
         drawn.append(np.mean([wf1(a) - wf1(b) for a, b in resampled]))

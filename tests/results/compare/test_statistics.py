@@ -149,7 +149,14 @@ def test_corrections_by_hand() -> None:
     assert corrected([None], "bh") == [None]
 
 
-@pytest.mark.parametrize(("seeds", "seed_effect"), [(3, 0.1), (5, 0.1), (3, 0.4), (5, 0.4)])
+@pytest.mark.parametrize(
+    ("seeds", "seed_effect"),
+    [
+        (3, 0.1),
+        (5, 0.4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, 0.1), (3, 0.4))),
+    ],  # between those
+)
 def test_intervals_cover_where_simpler_ones_do_not(seeds: int, seed_effect: float) -> None:
     """Runs with effects of seeds and of samples, and no true difference: how often the 95 % interval holds 0."""
     rng = np.random.default_rng(6)
