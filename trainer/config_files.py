@@ -76,7 +76,9 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     bases = node.pop("extends", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else list(bases)
     found = [locate(base, here.parent) for base in bases]
-    if other := [str(base) for base, at in zip(bases, found, strict=True) if at.suffix not in (".yaml", ".yml")]:
+    if other := [
+        str(base) for base, at in zip(bases, found, strict=True) if at.is_file() and at.suffix not in (".yaml", ".yml")
+    ]:
         raise ConfigError(
             f"{path}: extends names {', '.join(other)}: a YAML file, or a shipped config by its name, was expected"
         )

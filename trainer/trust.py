@@ -88,8 +88,10 @@ def _code(config: RunConfig) -> Iterator[tuple[str, str]]:
                 backbone.revision or "" if pinned else "",
             )
     for name in config.model.fusion.plugins:
-        path = Path(name)
-        yield name, _digest(path) if name.endswith(".py") and path.is_file() else f"module {name}"
+        if not name.endswith(".py"):
+            yield name, f"module {name}"
+        elif Path(name).is_file():  # one that is not there is refused where it would be imported
+            yield name, _digest(Path(name))
 
 
 def _digest(path: Path) -> str:

@@ -86,10 +86,9 @@ CASES = (
     *(Case(f"zero{z}-bad-loss", ONE_EXPERT, (f"train.zero={z}",), "loss") for z in (0, 3)),
     *(Case(f"zero{z}-bad-loss-bf16", (*ONE_EXPERT, *NF4, *BF16), (f"train.zero={z}",), "loss") for z in (1, 2)),
 )
-QUICK = {  # of CASES: every stage, precision, quantisation, layout of weights and kind of fault once; `make test` runs these
-    "zero0", "zero1-nf4", "zero2-nf4-bf16", "zero3", "zero3-nf4-bf16", "zero3-nf4-rank0", "zero3-full",
-    "zero3-two-tasks-checkpointing", "zero3-raw-keys", "zero2-bad-gradient", "zero3-bad-gradient-bf16", "zero0-bad-loss",
-    "zero2-bad-loss-bf16",
+QUICK = {  # of CASES: every stage, precision, quantisation, kind of training and of fault once; `make test` runs these
+    "zero0", "zero1-nf4", "zero2-nf4-bf16", "zero3-nf4-rank0", "zero3-full", "zero3-two-tasks-checkpointing",
+    "zero3-bad-gradient-bf16", "zero0-bad-loss",
 }  # fmt: skip
 assert {case.name for case in CASES} > QUICK
 

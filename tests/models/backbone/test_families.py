@@ -14,8 +14,14 @@ from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone.causal_lm import Backbone, build_backbone
 
 PREFIX, LENGTHS = 5, (12, 30, 7)  # longer than a window, shorter than a length beyond which rotary frequencies change
-ALL = [pytest.param(family, id=name) for name, family in FAMILIES.items()]
-LOADED = [pytest.param(family, id=name) for name, family in FAMILIES.items() if family.refused is None]
+QUICK = {  # of each kind one: `make test` runs these, and those that are refused
+    "Llama 2, 3", "Mistral", "Mixtral", "Gemma 3", "Phi 3, 128k (LongRoPE)", "GPT-2", "GPT-Neo", "Falcon", "Qwen 3 MoE",
+}  # fmt: skip
+LOADED = [
+    pytest.param(family, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, family in FAMILIES.items()
+    if family.refused is None
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.browser.browser import CHROMIUM, Browser
-from tests.distributed.processes import egmf
+from tests.distributed import fork_server
+from tests.distributed.processes import egmf, environment
 from tests.results.seeded import make_seeded, make_two, track
 from tests.tracking.mlflow_server import MlflowServer
 from trainer.config import saved_config
@@ -139,23 +141,27 @@ def test_copies_of_runs_among_artifacts_are_no_runs_and_neither_are_deleted_runs
 def test_no_store_that_a_run_names_is_contacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else's run folder and SQLite file; the user's token is in the environment."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    token = {"MLFLOW_TRACKING_TOKEN": "secret"}
+
+    def egmf(*arguments: str) -> Any:  # in a folder that has no runs of its own
+        env = environment(MLFLOW_TRACKING_TOKEN="secret")
+        return fork_server.run([sys.executable, "-m", "trainer", *arguments], env=env, cwd=tmp_path, timeout=500)
+
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(0.2)
         uri = f"http://127.0.0.1:{trap.getsockname()[1]}"
-        make_two(tmp_path / "runs", (1, 2))
-        for path in (tmp_path / "runs").glob("*/run.json"):
+        make_two(tmp_path / "theirs", (1, 2))
+        for path in (tmp_path / "theirs").glob("*/run.json"):
             record = json.loads(path.read_text())
             path.write_text(json.dumps(record | {"mlflow": {"uri": uri, "run_id": "0" * 31 + "1"}}))
-        done = egmf("compare", str(tmp_path / "runs"), **token)
+        done = egmf("compare", str(tmp_path / "theirs"))
         assert done.returncode == 0, done.stderr
         assert "--log-to logs the comparison" in " ".join((done.stdout + done.stderr).split())
-        MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").create_experiment("egmf", f"{uri}/artifacts")
-        done = egmf("compare", str(tmp_path / "runs"), **token)
+        MlflowClient(f"sqlite:///{tmp_path}/theirs/mlflow.db").create_experiment("egmf", f"{uri}/artifacts")
+        done = egmf("compare", str(tmp_path / "theirs"))
         assert done.returncode == 0, done.stderr
         assert "not beside the store" in done.stderr
         for command in (("show", "full-s1"), ("runs", "."), ("report", "full-s1")):
-            shown = egmf(command[0], str(tmp_path / "runs" / command[1]), **token)
+            shown = egmf(command[0], str(tmp_path / "theirs" / command[1]))
             assert shown.returncode == 0, shown.stderr
         with pytest.raises(TimeoutError):
             trap.accept()
