@@ -40,7 +40,7 @@ AT_ONCE = 1024  # samples made at a time
 def prepare(folder: Path, samples: int) -> None:
     """A prepared dataset of MOSEI's shapes in `folder`."""
     from benchmarks.shapes import SHAPES, make_samples
-    from trainer.data.prepare import prepare_source
+    from trainer.data.preparation.prepare import prepare_source
     from trainer.data.readers.raw import RawSample, Source
 
     shape, sizes = SHAPES["mosei"], {"train": samples, **SPLITS}

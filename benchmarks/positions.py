@@ -24,7 +24,7 @@ from trainer.batch import Sample
 from trainer.config import DataConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView, open_dataset
-from trainer.data.prepare import prepare
+from trainer.data.preparation.prepare import prepare
 from trainer.data.sampling import GlobalBatchSampler, Limits, Sizes, micro_batches
 from trainer.tasks import get_task
 

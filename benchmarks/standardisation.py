@@ -29,8 +29,8 @@ import numpy as np
 import yaml
 
 from benchmarks.machine import describe, today
-from trainer.data.feature_summary import standardisation_lines
-from trainer.data.prepare import prepare
+from trainer.data.preparation.feature_summary import standardisation_lines
+from trainer.data.preparation.prepare import prepare
 from trainer.shipped import shipped_folder
 from trainer.tasks import get_task
 

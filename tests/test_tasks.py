@@ -16,8 +16,8 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from tests.data.test_own_samples import write_lines
 from tests.distributed.processes import ROOT
 from trainer.answers.metrics import compute
-from trainer.data.faults import DataError
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare
 from trainer.metric_table import FAMILIES
 from trainer.questions import get_tasks
 from trainer.tasks import BUILT_IN, MOST_NUMBERS, Task, TaskError, define_task, get_task, select_by

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.prepare import prepare_source
+from trainer.data.preparation.prepare import prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import get_task
 

@@ -21,10 +21,10 @@ from trainer.answers.trie import task_trie
 from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
-from trainer.data.faults import DataError
-from trainer.data.folder import read_record
 from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.folder import read_record
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, faults_of_present_files, load_tokenizer
 from trainer.questions import RunTask, tasks_of_run

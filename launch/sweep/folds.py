@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config import RunConfig
-from trainer.data.folder import read_record
 from trainer.data.folds import find_fold
+from trainer.data.preparation.folder import read_record
 from trainer.questions import tasks_of_run
 
 ALL_FOLDS = "all"  # what --folds means without a value

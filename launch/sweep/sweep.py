@@ -142,7 +142,7 @@ def write_configs(children: Sequence[Child]) -> None:
 
 def _fingerprints(config: RunConfig) -> dict[str, str]:
     """Task -> fingerprint of its prepared dataset, where it is there."""
-    from trainer.data.folder import read_record
+    from trainer.data.preparation.folder import read_record
 
     found = {}
     for one in tasks_of_run(config.tasks):

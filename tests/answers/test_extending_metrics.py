@@ -20,7 +20,7 @@ TASK = "{name: mine, kind: classification, labels: ['yes', 'no', maybe], select:
 PREPARE = """
 from pathlib import Path
 from tests.toy import toy_source
-from trainer.data.prepare import prepare_source
+from trainer.data.preparation.prepare import prepare_source
 from trainer.tasks import get_task
 
 sizes = {"train": 48, "valid": 29, "test": 31}

@@ -20,7 +20,7 @@ from tests.toy import prepare_toy
 from trainer.baselines.baseline import BaselineError, check_data, fit_baseline, specs, write_baseline
 from trainer.baselines.features import statistics
 from trainer.data.dataset import open_dataset
-from trainer.results.compare.from_folders import runs_below
+from trainer.results.compare.sources.from_folders import runs_below
 
 
 @pytest.fixture(scope="module")

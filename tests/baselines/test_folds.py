@@ -24,12 +24,12 @@ from trainer.baselines.baseline import (
 )
 from trainer.baselines.folds import check_folds, open_folds, over_folds
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare
 from trainer.results.analysis import analyse
 from trainer.results.baselines_beside import add_baselines
 from trainer.results.compare.comparison import compare
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.find import find_runs
 from trainer.results.run_folder import read_run
 from trainer.tasks import get_task
 

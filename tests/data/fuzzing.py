@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import prepare
+from trainer.data.preparation.prepare import prepare
 from trainer.tasks import get_task
 
 SPLITS = ("train", "valid", "test")

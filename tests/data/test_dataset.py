@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from torch.utils.data import DataLoader
 
-from trainer.data import rows
 from trainer.data.dataset import SplitView, open_dataset
-from trainer.data.faults import DataError
-from trainer.data.prepare import prepare_source
+from trainer.data.preparation import rows
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 

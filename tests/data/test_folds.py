@@ -16,13 +16,13 @@ import pytest
 from tests.toy import prepare_toy
 from trainer.config import ConfigError, check_config
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
-from trainer.data.folder import read_record
 from trainer.data.folds import FoldChoice, assign_folds, find_fold, fold_sizes
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.folder import read_record
+from trainer.data.preparation.prepare import prepare
+from trainer.data.preparation.rows import Metadata, Row
+from trainer.data.preparation.summary import summary_json
 from trainer.data.readers.raw import ReaderError
-from trainer.data.rows import Metadata, Row
-from trainer.data.summary import summary_json
 from trainer.run.assemble import open_data
 from trainer.tasks import get_task
 

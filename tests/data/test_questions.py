@@ -13,12 +13,12 @@ import pytest
 from datasets import load_from_disk
 
 from trainer.data.dataset import PreparedDataset, open_dataset
-from trainer.data.faults import DataError
 from trainer.data.folds import FoldChoice
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare
+from trainer.data.preparation.summary import summary_json
 from trainer.data.readers.raw import RawSample, ReaderError
 from trainer.data.readers.source import open_source
-from trainer.data.summary import summary_json
 from trainer.questions import Questions, define
 
 GRID = {"low": 1, "high": 5}

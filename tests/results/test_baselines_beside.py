@@ -15,7 +15,7 @@ from trainer.data.dataset import open_dataset
 from trainer.results.analysis import analyse
 from trainer.results.baselines_beside import add_baselines
 from trainer.results.compare.comparison import compare
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.find import find_runs
 from trainer.results.report.report import write_report
 from trainer.results.run_folder import RunFolder, read_run
 from trainer.results.runs import list_runs

@@ -21,7 +21,7 @@ from tests.distributed.processes import egmf, run_ranks
 from tests.toy import WIDTHS, prepare_toy
 from trainer.batch import Sample
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import prepare_source
+from trainer.data.preparation.prepare import prepare_source
 from trainer.data.readers.raw import ReaderError
 from trainer.data.readers.source import open_source
 from trainer.data.unlabelled.inputs import LONGEST, PredictError, TaskInput, check_places, open_input

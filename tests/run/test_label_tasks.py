@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 
 from tests.distributed.fork_server import run
 from tests.distributed.processes import ROOT, environment
-from trainer.data.prepare import prepare
+from trainer.data.preparation.prepare import prepare
 from trainer.results.report.report import write_report
 from trainer.tasks import get_task
 

@@ -19,9 +19,9 @@ from tests.data.test_questions import AROUSAL, EMOTION, VALENCE, corpus, write_l
 from tests.distributed.processes import egmf
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import prepare
+from trainer.data.preparation.prepare import prepare
 from trainer.questions import define
-from trainer.results.compare.from_folders import run_from_folder
+from trainer.results.compare.sources.from_folders import run_from_folder
 from trainer.results.run_folder import read_run
 from trainer.run.assemble import open_data
 from trainer.tracking.journal import JOURNAL, read_journal

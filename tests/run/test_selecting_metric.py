@@ -19,9 +19,9 @@ from tests.run.test_older_runs import LAST, continue_run
 from tests.toy import toy_source
 from trainer.checkpoint.state import read_state
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import prepare_source
+from trainer.data.preparation.prepare import prepare_source
 from trainer.distributed.world import World
-from trainer.results.compare.from_folders import run_from_folder
+from trainer.results.compare.sources.from_folders import run_from_folder
 from trainer.results.report.report import write_report
 from trainer.results.run_folder import read_run
 from trainer.run.saved import open_run

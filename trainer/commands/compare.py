@@ -78,7 +78,7 @@ def compare(
     from trainer.results.compare.files import store_for
     from trainer.results.compare.output import as_json as comparison_json
     from trainer.results.compare.output import terminal
-    from trainer.results.compare.sources import find_runs
+    from trainer.results.compare.sources.find import find_runs
 
     found = find_runs(what, {split, *(["valid"] if sort_by else [])}, uri)
     for note in found.notes:

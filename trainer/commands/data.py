@@ -68,8 +68,8 @@ def prepare(
 
     The diagnostic tasks are generated and take no --source; --stand-in generates a synthetic benchmark, to try a training on.
     """
-    from trainer.data.prepare import prepare as prepare_files
-    from trainer.data.summary import summary_table
+    from trainer.data.preparation.prepare import prepare as prepare_files
+    from trainer.data.preparation.summary import summary_table
     from trainer.questions import Questions, is_built_in
 
     if drop_bad not in ("none", "train", "all"):
@@ -130,7 +130,7 @@ def data_show(
 ) -> None:
     """Samples, labels, lengths and missing modalities of a prepared dataset."""
     from trainer.data.dataset import open_dataset
-    from trainer.data.summary import summary_json, summary_table
+    from trainer.data.preparation.summary import summary_json, summary_table
 
     record = open_dataset(folder).record
     if as_json:

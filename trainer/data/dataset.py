@@ -19,15 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.columns import STREAMS, answer_column
 from trainer.data.conversations import Conversations
-from trainer.data.faults import DataError
-from trainer.data.feature_statistics import Standardise, check_statistics, measure_frames, standardisations
-from trainer.data.folder import FORMAT, RECORD, read_record
 from trainer.data.folds import FoldChoice, assign_folds, find_fold
-from trainer.data.frames import ZeroFrames
+from trainer.data.preparation.columns import STREAMS, answer_column
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.feature_statistics import Standardise, check_statistics, measure_frames, standardisations
+from trainer.data.preparation.folder import FORMAT, RECORD, read_record
+from trainer.data.preparation.frames import ZeroFrames
+from trainer.data.preparation.record import DatasetRecord
 from trainer.data.readers.raw import ALL
-from trainer.data.record import DatasetRecord
 from trainer.questions import Questions, define, questions_of
 from trainer.tasks import Task, TaskError
 
@@ -40,7 +40,7 @@ _ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "training": "
 def open_dataset(
     path: str | Path, *, history: int = 0, choice: FoldChoice | None = None, question: str | None = None
 ) -> PreparedDataset:
-    """Open what :func:`trainer.data.prepare.prepare` wrote; features stay on disk until they are read.
+    """Open what :func:`trainer.data.preparation.prepare.prepare` wrote; features stay on disk until they are read.
 
     Args:
         path: the folder.

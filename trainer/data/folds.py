@@ -15,7 +15,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.data.faults import DataError
+from trainer.data.preparation.faults import DataError
 from trainer.files import plain
 
 SHOWN = 5  # names in a message

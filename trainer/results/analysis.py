@@ -17,9 +17,9 @@ from trainer.answers.prediction_table import label_shares
 from trainer.answers.scores import TaskScores
 from trainer.config import MODALITIES
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
 from trainer.data.folds import fold_choice
-from trainer.data.summary import SIGNS
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.summary import SIGNS
 from trainer.label_sets import NONE, decode_sets, encode_set
 from trainer.results.run_folder import SPLITS, RunFolder, path_of_data
 from trainer.results.saved_tasks import answers_of_split

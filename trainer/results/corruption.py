@@ -17,8 +17,8 @@ import numpy as np
 
 from trainer.batch import Sample
 from trainer.config import Modality
-from trainer.data.columns import STREAMS
 from trainer.data.dataset import SplitView
+from trainer.data.preparation.columns import STREAMS
 
 Mode = Literal["missing", "noise", "frames"]
 MEASURED = 2000  # training samples whose features' spread is measured

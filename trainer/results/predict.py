@@ -17,7 +17,7 @@ import torch
 
 from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
-from trainer.data.folder import exit_on_termination
+from trainer.data.preparation.folder import exit_on_termination
 from trainer.data.unlabelled.inputs import PredictError, TaskInput, askable, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file

@@ -1,7 +1,7 @@
 """The JSON files that results read, as types: metrics and robustness.
 
 Nothing is checked here: a file of a run in progress or of an older version may lack any key. ``run.json`` has its type in
-:mod:`trainer.run.record`, ``record.json`` of a dataset in :mod:`trainer.data.record`.
+:mod:`trainer.run.record`, ``record.json`` of a dataset in :mod:`trainer.data.preparation.record`.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from trainer.answers.metrics import metric_of, scalars
 from trainer.answers.prediction_table import write_table
 from trainer.config import MODALITIES, Modality
 from trainer.files import write_json
-from trainer.results.compare.compared_run import Answers
-from trainer.results.compare.from_folders import run_from_folder
+from trainer.results.compare.sources.compared_run import Answers
+from trainer.results.compare.sources.from_folders import run_from_folder
 from trainer.results.compare.statistics import estimate, resample_counts
 from trainer.results.corruption import Corruption, Mode, spread_of
 from trainer.results.records import CurveRecord, DifferenceRecord, RobustnessRecord

@@ -15,8 +15,8 @@ import pandas as pd
 
 from trainer.answers.scores import TaskScores
 from trainer.config import RunConfig, load_config
-from trainer.data.folder import read_record
-from trainer.data.record import DatasetRecord
+from trainer.data.preparation.folder import read_record
+from trainer.data.preparation.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
 from trainer.questions import RunTask
 from trainer.results.records import RobustnessRecord, number_or_none

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.data.folder import read_record
-from trainer.data.record import DatasetRecord, QuestionStatistics, SplitStatistics
+from trainer.data.preparation.folder import read_record
+from trainer.data.preparation.record import DatasetRecord, QuestionStatistics, SplitStatistics
 from trainer.questions import RunTask, define, get_definition, questions_of
 from trainer.tasks import Task, TaskError
 

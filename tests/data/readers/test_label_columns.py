@@ -13,8 +13,8 @@ import pytest
 
 from tests.distributed.processes import egmf
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare
 from trainer.data.readers.raw import ReaderError
 from trainer.tasks import BUILT_IN, TaskError, define_task
 

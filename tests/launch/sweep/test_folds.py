@@ -16,7 +16,7 @@ from tests.data.test_folds import SESSIONS, lines, write
 from tests.distributed.processes import ROOT, egmf
 from tests.toy import prepare_toy
 from trainer.commands.arity import command_class
-from trainer.data.prepare import prepare
+from trainer.data.preparation.prepare import prepare
 from trainer.tasks import get_task
 
 TINY = ROOT / "configs" / "tiny.yaml"

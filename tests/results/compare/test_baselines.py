@@ -21,7 +21,7 @@ from trainer.results.compare.comparison import compare
 from trainer.results.compare.output import as_csv, as_json, as_tex, costs, differences, group_scores, settings
 from trainer.results.compare.page import page
 from trainer.results.compare.result import Comparison
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.find import find_runs
 
 TEXT, AUDIO = "baseline text", "baseline audio"
 SEEDS = (1, 2, 3)

@@ -21,7 +21,7 @@ from tests.tracking.mlflow_server import MlflowServer
 from trainer.config import saved_config
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.files import Store, log_comparison, store_for, write_comparison
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.find import find_runs
 
 FILES = ("csv", "html", "json", "tex")
 

@@ -16,12 +16,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from tests.distributed.processes import egmf
 from tests.results.seeded import make_seeded, make_two
 from trainer.answers.metrics import compute
-from trainer.results.compare.compared_run import Answers, ComparedRun
 from trainer.results.compare.comparison import compare
-from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.output import as_csv, as_json, as_tex, tables, tex
 from trainer.results.compare.result import EVERY
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.compared_run import Answers, ComparedRun
+from trainer.results.compare.sources.find import find_runs
+from trainer.results.compare.sources.from_folders import run_from_folder
 from trainer.tasks import define_task, get_task
 
 FULL, LESS = "experts=[local, semantic, global]", "experts=[semantic, global]"

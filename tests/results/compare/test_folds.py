@@ -15,11 +15,11 @@ from sklearn.metrics import f1_score
 from tests.distributed.processes import egmf
 from tests.results.seeded import FOLDS, make_folds, make_seeded, track
 from trainer.config import load_config
-from trainer.results.compare.compared_run import ComparedRun
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.output import as_csv, as_json, as_tex, tables
 from trainer.results.compare.page import page
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.compared_run import ComparedRun
+from trainer.results.compare.sources.find import find_runs
 from trainer.results.compare.statistics import fold_test, over_folds, resample_counts
 
 LESS = ["model.fusion.experts=[semantic,global]"]

@@ -11,7 +11,7 @@ from tests.browser.browser import CHROMIUM, POOR_CONTRAST, Browser
 from tests.results.seeded import make_seeded, make_two
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.files import write_comparison
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.find import find_runs
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 

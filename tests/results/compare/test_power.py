@@ -13,7 +13,7 @@ from tests.results.seeded import make_folds, make_seeded, make_two
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.output import as_json, tables
 from trainer.results.compare.power import SeedsNeeded, power, seeds_needed, seeds_to_reach, smallest_p
-from trainer.results.compare.sources import find_runs
+from trainer.results.compare.sources.find import find_runs
 from trainer.results.compare.statistics import estimate
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.results.made import make_run
-from trainer.data.prepare import prepare
+from trainer.data.preparation.prepare import prepare
 from trainer.results.analysis import analyse
 from trainer.results.report import drawing
 from trainer.results.report.prediction_pictures import task_pictures

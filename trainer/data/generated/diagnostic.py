@@ -25,8 +25,8 @@ from typing import Literal
 
 import numpy as np
 
-from trainer.data.feature_statistics import Standardise
-from trainer.data.prepare import Progress, Summary, prepare_source
+from trainer.data.preparation.feature_statistics import Standardise
+from trainer.data.preparation.prepare import Progress, Summary, prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 

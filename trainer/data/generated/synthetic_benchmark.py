@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.feature_statistics import Standardise
 from trainer.data.generated import diagnostic
-from trainer.data.prepare import Progress, Summary, prepare_source
+from trainer.data.preparation.feature_statistics import Standardise
+from trainer.data.preparation.prepare import Progress, Summary, prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN, Language
 

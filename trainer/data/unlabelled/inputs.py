@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from trainer.data.columns import STREAMS
-from trainer.data.frames import ZeroFrames
+from trainer.data.preparation.columns import STREAMS
+from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.readers.jsonl import (
     ANSWERS,
     JsonlReader,

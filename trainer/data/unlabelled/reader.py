@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trainer.batch import Sample
-from trainer.data.columns import STREAMS
-from trainer.data.faults import DataError, Fault
-from trainer.data.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
+from trainer.data.preparation.columns import STREAMS
+from trainer.data.preparation.faults import DataError, Fault
+from trainer.data.preparation.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
 from trainer.data.unlabelled.history import SeenSamples
 from trainer.data.unlabelled.inputs import SampleInput, TaskInput, UncheckedSample, askable, rate_faults, usual
 from trainer.questions import Questions

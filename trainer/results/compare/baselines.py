@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trainer.results.compare.compared_run import ComparedRun, data_path_of, same_samples
 from trainer.results.compare.folds import fold_name
+from trainer.results.compare.sources.compared_run import ComparedRun, data_path_of, same_samples
 from trainer.tasks import Task
 
 

@@ -2,7 +2,7 @@
 
 From run folders, without MLflow::
 
-    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.compare.from_folders
+    runs = [run_from_folder(path, ["test"]) for path in paths]     # trainer.results.compare.sources.from_folders
     comparison = compare(runs, baseline="full", kinds=True)
 
 A run's group is decided by its config, or by `run.group` where all runs have one. :func:`trainer.results.compare.sources.find_runs`
@@ -22,7 +22,6 @@ import numpy as np
 from trainer.answers.metrics import metric_of
 from trainer.distributed.messages import group_by_value, join_truncated
 from trainer.results.compare.baselines import trained_runs, with_fitting_baselines
-from trainer.results.compare.compared_run import Answers, ComparedRun, same_samples
 from trainer.results.compare.differences import add_differences, chosen_samples, correct_p_values
 from trainer.results.compare.folds import (
     folds_of,
@@ -32,6 +31,7 @@ from trainer.results.compare.folds import (
 )
 from trainer.results.compare.groups import FOLDS_HINT, Group, group_runs
 from trainer.results.compare.result import EVERY, Comparison, Score
+from trainer.results.compare.sources.compared_run import Answers, ComparedRun, same_samples
 from trainer.results.compare.statistics import (
     Correction,
     over_seeds,

@@ -17,11 +17,11 @@ from trainer.answers.metrics import metric_of
 from trainer.distributed.messages import LISTED, group_by_value, join_truncated
 from trainer.metric_formulas import accuracy
 from trainer.metric_table import WeightedMetric
-from trainer.results.compare.compared_run import Answers
 from trainer.results.compare.folds import fold_values, folds_of, tested_per_trained
 from trainer.results.compare.groups import Group
 from trainer.results.compare.power import POWER, SeedsNeeded, seeds_needed, seeds_to_reach, smallest_p
 from trainer.results.compare.result import EVERY, Comparison, Difference
+from trainer.results.compare.sources.compared_run import Answers
 from trainer.results.compare.statistics import (
     Estimate,
     FoldTest,

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from trainer.results.analysis import analyse
-from trainer.results.compare.compared_run import ComparedRun
 from trainer.results.compare.comparison import compare
-from trainer.results.compare.from_folders import run_from_folder
 from trainer.results.compare.result import EVERY, Comparison, Difference, Score
+from trainer.results.compare.sources.compared_run import ComparedRun
+from trainer.results.compare.sources.from_folders import run_from_folder
 from trainer.results.printable import Table
 from trainer.results.run_folder import read_run
 

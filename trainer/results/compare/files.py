@@ -12,9 +12,9 @@ from pathlib import Path
 from trainer.distributed.messages import join_truncated
 from trainer.files import write_text
 from trainer.results.compare import output
-from trainer.results.compare.from_mlflow import KIND_TAG, connect, default_uri
 from trainer.results.compare.page import page
 from trainer.results.compare.result import Comparison
+from trainer.results.compare.sources.from_mlflow import KIND_TAG, connect, default_uri
 
 DEFAULT_EXPERIMENT = "egmf"
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.data.folds import fold_order
 from trainer.distributed.messages import join_truncated
-from trainer.results.compare.compared_run import Answers, ComparedRun
+from trainer.results.compare.sources.compared_run import Answers, ComparedRun
 from trainer.results.compare.statistics import over_folds
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from trainer.checkpoint.identity import effect_of
 from trainer.data.folds import fold_order
 from trainer.distributed.messages import group_by_value
-from trainer.results.compare.compared_run import ComparedRun
 from trainer.results.compare.folds import fold_name, pool_folds
+from trainer.results.compare.sources.compared_run import ComparedRun
 
 FOLDS_HINT = (
     "Folds of one dataset are prepared as one dataset whose samples have a fold, and trained with egmf sweep CONFIG --folds "

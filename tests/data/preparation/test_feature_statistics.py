@@ -12,12 +12,12 @@ import pytest
 from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from tests.data.shards import read_part
-from trainer.data import feature_statistics, rows
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
-from trainer.data.feature_statistics import CLIP, NORMAL_IQR, standardisations
-from trainer.data.feature_summary import standardisation_json, standardisation_lines
-from trainer.data.prepare import Summary, prepare_source
+from trainer.data.preparation import feature_statistics, rows
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.feature_statistics import CLIP, NORMAL_IQR, standardisations
+from trainer.data.preparation.feature_summary import standardisation_json, standardisation_lines
+from trainer.data.preparation.prepare import Summary, prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 

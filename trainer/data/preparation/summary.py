@@ -14,12 +14,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from trainer.data.columns import STREAMS
-from trainer.data.faults import describe
-from trainer.data.feature_summary import StandardisationSummary, standardisation_json, standardisation_lines
+from trainer.data.preparation.columns import STREAMS
+from trainer.data.preparation.faults import describe
+from trainer.data.preparation.feature_summary import StandardisationSummary, standardisation_json, standardisation_lines
+from trainer.data.preparation.record import DatasetRecord, LengthStatistics, QuestionStatistics, SplitStatistics
+from trainer.data.preparation.rows import Seen
 from trainer.data.readers.raw import ALL
-from trainer.data.record import DatasetRecord, LengthStatistics, QuestionStatistics, SplitStatistics
-from trainer.data.rows import Seen
 from trainer.label_sets import decode_sets
 from trainer.questions import Definition, Questions
 from trainer.tasks import Task
@@ -108,9 +108,9 @@ class SplitSummary(SplitStatistics, total=False):
 def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
     """``{split: {"n", "labels": {label: count}, lengths, "missing", "masked_frames", "dropped"}}``.
 
-    With several questions "questions" has the answers to each (:class:`trainer.data.record.QuestionStatistics`), and "labels" are those
+    With several questions "questions" has the answers to each (:class:`trainer.data.preparation.record.QuestionStatistics`), and "labels" are those
     of the first. A dataset with folds has the one split "all", with ``"folds": {fold: count}`` besides. The split whose frames were
-    measured, train (or all), has under "standardisation" the features (:class:`trainer.data.feature_summary.StandardisationSummary`).
+    measured, train (or all), has under "standardisation" the features (:class:`trainer.data.preparation.feature_summary.StandardisationSummary`).
     """
     out = {split: cast(SplitSummary, dict(entry)) for split, entry in record["splits"].items()}
     if "folds" in record:

@@ -6,8 +6,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from trainer.data.feature_statistics import centre_and_spread
-from trainer.data.record import DatasetRecord, FeatureStatistics
+from trainer.data.preparation.feature_statistics import centre_and_spread
+from trainer.data.preparation.record import DatasetRecord, FeatureStatistics
 
 OFFSET = 10.0  # |mean| / deviation above which a feature is listed as far from 0
 FAR = 100.0  # deviations between centre and a value, beyond which a feature is warned of

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.columns import STREAMS, answer_column
-from trainer.data.faults import Fault
-from trainer.data.frames import FeatureSequence, ZeroFrames, clip_features
-from trainer.data.labels import label_set, label_shares
+from trainer.data.preparation.columns import STREAMS, answer_column
+from trainer.data.preparation.faults import Fault
+from trainer.data.preparation.frames import FeatureSequence, ZeroFrames, clip_features
+from trainer.data.preparation.labels import label_set, label_shares
 from trainer.data.readers.raw import ALL, RawSample
 from trainer.label_sets import encode_set
 from trainer.questions import Definition, Questions

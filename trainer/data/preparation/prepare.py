@@ -21,18 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from trainer.data.columns import STREAMS, features, schema
-from trainer.data.faults import DataError, Fault, describe, group_faults
-from trainer.data.feature_statistics import Standardise, measure
-from trainer.data.folder import RECORD, NewFolder, check_free, format_of, new_folder, read_record
 from trainer.data.folds import cut_dialogues, fold_sizes
-from trainer.data.frames import ZeroFrames
+from trainer.data.preparation.columns import STREAMS, features, schema
+from trainer.data.preparation.faults import DataError, Fault, describe, group_faults
+from trainer.data.preparation.feature_statistics import Standardise, measure
+from trainer.data.preparation.folder import RECORD, NewFolder, check_free, format_of, new_folder, read_record
+from trainer.data.preparation.frames import ZeroFrames
+from trainer.data.preparation.record import DatasetRecord, DroppedSample
+from trainer.data.preparation.rows import Seen, Shard, convert, convert_shard, keep, wrong_width
+from trainer.data.preparation.summary import statistics
+from trainer.data.preparation.worker_pool import worker_pool
 from trainer.data.readers.raw import ALL, SPLITS, Source
 from trainer.data.readers.source import open_source
-from trainer.data.record import DatasetRecord, DroppedSample
-from trainer.data.rows import Seen, Shard, convert, convert_shard, keep, wrong_width
-from trainer.data.summary import statistics
-from trainer.data.worker_pool import worker_pool
 from trainer.questions import Definition, Questions
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def prepare_source(
     train, and earlier ones before later ones.
 
     `standardise` measures the features of the training frames, for the encoders of a model: their mean and deviation, or
-    median and interquartile range ("robust"); see :mod:`trainer.data.feature_statistics`.
+    median and interquartile range ("robust"); see :mod:`trainer.data.preparation.feature_statistics`.
 
     `workers` processes read where the source can be read in parts; the result does not depend on their number. An `out`
     that holds the same dataset is left as it is, another prepared dataset is replaced with `force`. `progress(split,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
-from trainer.data.frames import FeatureSequence, clip_features
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.frames import FeatureSequence, clip_features
+from trainer.data.preparation.prepare import prepare
 from trainer.data.readers.raw import ReaderError
 from trainer.tasks import get_task
 

@@ -11,7 +11,7 @@ from typing import cast
 import yaml
 
 from trainer.files import load_yaml
-from trainer.results.compare.compared_run import (
+from trainer.results.compare.sources.compared_run import (
     REQUIRED_SETTINGS,
     ComparedRun,
     Cost,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
 from trainer.data.folds import FoldChoice
-from trainer.data.prepare import prepare
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare
 from trainer.label_sets import MOST_LABELS, decode_sets, encode_set, encode_sets, parse_set, set_text
 from trainer.tasks import Task, TaskError, define_task
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainer.data.record import FaultGroup
+from trainer.data.preparation.record import FaultGroup
 
 SHOWN = 10  # ids, places and details that a report shows of each kind
 

@@ -24,16 +24,16 @@ from rich.console import Console
 
 from tests.data.shards import broken_part, killed_part, read_part
 from tests.distributed.processes import restore_interrupts
-from trainer.data import rows
 from trainer.data.dataset import open_dataset
-from trainer.data.faults import DataError
-from trainer.data.prepare import prepare, prepare_source
+from trainer.data.preparation import rows
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.prepare import prepare, prepare_source
+from trainer.data.preparation.summary import summary_json, summary_table
 from trainer.data.readers.raw import RawSample, Source
-from trainer.data.summary import summary_json, summary_table
 from trainer.tasks import BUILT_IN
 
 MELD, MOSEI = BUILT_IN["meld"], BUILT_IN["mosei"]
-PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "meld"
+PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "meld"
 
 
 def make(split: str, count: int, regression: bool = False) -> list[RawSample]:
@@ -372,7 +372,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from trainer.data.prepare import prepare_source
+from trainer.data.preparation.prepare import prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.record import FeatureStatistics, StandardisationRecord
+from trainer.data.preparation.record import FeatureStatistics, StandardisationRecord
 
 if TYPE_CHECKING:
     from trainer.batch import Standardisation

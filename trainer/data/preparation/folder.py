@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import cast
 
-from trainer.data.faults import DataError
-from trainer.data.record import DatasetRecord
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.record import DatasetRecord
 from trainer.questions import Definition, Questions
 
 RECORD = "record.json"

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.results.compare.compared_run import ComparedRun
-from trainer.results.compare.from_folders import runs_below
-from trainer.results.compare.from_mlflow import default_uri, runs_from_mlflow
+from trainer.results.compare.sources.compared_run import ComparedRun
+from trainer.results.compare.sources.from_folders import runs_below
+from trainer.results.compare.sources.from_mlflow import default_uri, runs_from_mlflow
 
 
 @dataclass

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.results.compare.compared_run import (
+from trainer.results.compare.sources.compared_run import (
     REQUIRED_SETTINGS,
     ComparedRun,
     Cost,
