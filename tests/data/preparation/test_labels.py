@@ -123,6 +123,14 @@ def test_shares_that_cannot_be_told_are_refused(tmp_path: Path, label: Any, says
         prepared(SHARES, tmp_path, ["joy", label])
 
 
+def test_several_targets_are_told_where_they_belong(tmp_path: Path) -> None:
+    task = define_task({"name": "valence", "kind": "regression", "grid": {"low": 1, "high": 5}})
+    with pytest.raises(
+        DataError, match=r"label that is no number.*several targets of one sample are questions of one task file"
+    ):
+        prepared(task, tmp_path, [2.0, {"valence": 1.0, "arousal": 2.0}])
+
+
 def test_arrays_of_a_pickle_are_sets_and_shares(tmp_path: Path) -> None:
     member_NC = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
     share_NC = np.array([[0.5, 0.5, 0], [0, 0, 1], [0.2, 0.3, 0.5]], dtype=np.float32)

@@ -216,7 +216,8 @@ class Checker:
             return math.nan
         value = _number(raw.label)
         if value is None:
-            fault("label that is no number", repr(raw.label)[:40])
+            several = ": several targets of one sample are questions of one task file (docs/data.md)"
+            fault("label that is no number", repr(raw.label)[:40] + (several if isinstance(raw.label, Mapping) else ""))
         elif not math.isfinite(value):
             fault("label that is nan or inf")
         elif not grid.low - 1e-6 <= value <= grid.high + 1e-6:
