@@ -22,7 +22,9 @@ SHOWN_FOLDS = 10  # folds up to which each has a column
 
 @app.command()
 def baseline(
-    data: Annotated[Path, typer.Argument(help="a prepared dataset", metavar="DIR")],
+    data: Annotated[
+        Path, typer.Argument(help="a prepared dataset; a task's name stands for data/TASK", metavar="DIR|TASK")
+    ],
     modalities: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,6 +76,8 @@ def baseline(
     from trainer.baselines.folds import check_folds, fold_faults, open_folds
     from trainer.data.dataset import open_dataset
 
+    if not data.exists() and data.name == str(data) and (Path("data") / data).is_dir():
+        data = Path("data") / data
     whole = open_dataset(data)
     opened = {name: whole.asking(name) for name in task or whole.tasks}
     faults = fold_faults(whole, fold)
