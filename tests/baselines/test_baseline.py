@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 from sklearn.preprocessing import StandardScaler
 
-from tests.distributed.processes import ROOT, egmf, environment
+from tests.distributed.processes import egmf, environment
 from tests.toy import prepare_toy
 from trainer.baselines.baseline import BaselineError, check_data, fit_baseline, specs, write_baseline
 from trainer.baselines.features import statistics
