@@ -90,6 +90,18 @@ def test_a_model_of_the_hub_is_agreed_to_by_its_commit() -> None:
     refusal(other)
 
 
+def test_code_that_a_model_folder_names_in_another_repository_cannot_be_agreed_to(tmp_path: Path) -> None:
+    """The folder has no code of its own, and transformers would fetch and run what is there by then."""
+    auto_map = {"AutoModelForCausalLM": "evil/repo--modeling.Model", "AutoTokenizer": [None, "evil/repo--tok.Fast"]}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    given = config({"name": str(tmp_path), "trust_remote_code": True})
+    message = refusal(given, "0" * 16)
+    assert "evil/repo--modeling.Model" in message
+    assert "evil/repo--tok.Fast" in message
+    assert "--trust-code" not in message
+    check_trust(Path("theirs"), config({"name": str(tmp_path)}))
+
+
 def test_a_damaged_file_of_consents_agrees_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "expert.py").write_text("x = 1\n")
     given = config(plugins=[str(tmp_path / "expert.py")])

@@ -45,16 +45,15 @@ def check_trust(run: Path, config: RunConfig, agreed: str | None = None) -> None
     total = _hash(code)
     if total in _known():
         return
-    if agreed is not None and len(agreed) >= SHOWN and total.startswith(agreed.lower()):
-        remember(config)
-        return
     listed = "".join(f"\n  {what}" for what, _ in code)
-    unpinned = [what for what, digest in code if not digest]
-    if unpinned:
+    if not all(digest for _, digest in code):
         raise UntrustedCodeError(
             f"{run} would run Python code of a model that is named without a commit, so that it can be another every time:{listed}\n"
             "Read the code, and give model.backbone.revision=<the commit that you read>; or model.backbone.trust_remote_code=false"
         )
+    if agreed is not None and len(agreed) >= SHOWN and total.startswith(agreed.lower()):
+        remember(config)
+        return
     other = f" (--trust-code {agreed} is not the hash of this code)" if agreed is not None else ""
     raise UntrustedCodeError(
         f"{run} would run Python code that came with it or with its model{other}:{listed}\n"
@@ -81,6 +80,8 @@ def _code(config: RunConfig) -> Iterator[tuple[str, str]]:
         if folder.is_dir():
             for path in sorted(folder.rglob("*.py")):
                 yield f"{path}", _digest(path)
+            for path in sorted(folder.glob("*.json")):
+                yield from ((f"{path}: {name}", "") for name in _code_elsewhere(path))
         else:
             pinned = re.fullmatch(r"[0-9a-f]{40}", backbone.revision or "")
             yield (
@@ -92,6 +93,16 @@ def _code(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield name, f"module {name}"
         elif Path(name).is_file():  # one that is not there is refused where it would be imported
             yield name, _digest(Path(name))
+
+
+def _code_elsewhere(path: Path) -> list[str]:
+    """The modules of other repositories, ``org/name--module.Class``, that a model's JSON file names as its code."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    named = found.get("auto_map") if isinstance(found, dict) else None
+    return sorted(set(re.findall(r"[^'\"\s,\[\]]+--[^'\"\s,\[\]]+", str(named)))) if named else []
 
 
 def _digest(path: Path) -> str:

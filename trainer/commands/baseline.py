@@ -90,17 +90,8 @@ def baseline(
             wanted[name] = specs(one, modalities or [], ngrams, tune=tune)
         except BaselineError as error:
             faults.append(str(error))
-    per_fold = sum(map(len, wanted.values()))
-    count = per_fold * (1 if fold is not None else max(1, len(whole.folds)))
-    if out is not None and count > 1:
-        named = [
-            "--modalities",
-            *(["--fold"] if whole.folds and fold is None else []),
-            *(["--task"] if len(opened) > 1 else []),
-        ]
-        faults.append(
-            f"--out names the folder of one baseline, and there are {count}: name one with {' and '.join(named)}"
-        )
+    if out is not None:
+        faults += _several(whole, wanted, fold)
     if faults:
         raise BaselineError("\n".join(dict.fromkeys(faults)))
     folds = {name: open_folds(one, fold, valid, seed) for name, one in opened.items()} if whole.folds else {}
@@ -130,6 +121,16 @@ def baseline(
         results[name] = _one_each({spec.name: found for (spec, _), found in fitted.items()}, head, show=not as_json)
     if as_json:
         print_json(results if len(whole.tasks) > 1 else next(iter(results.values())))
+
+
+def _several(data: PreparedDataset, wanted: Mapping[str, Sequence[Spec]], fold: str | None) -> list[str]:
+    """That one folder cannot hold several baselines, and which options name a single one."""
+    every_fold = bool(data.folds) and fold is None
+    count = sum(map(len, wanted.values())) * (len(data.folds) if every_fold else 1)
+    if count < 2:
+        return []
+    options = ["--modalities", *(["--fold"] if every_fold else []), *(["--task"] if len(wanted) > 1 else [])]
+    return [f"--out names the folder of one baseline, and there are {count}: name one with {' and '.join(options)}"]
 
 
 def _fold_valid(text: str, faults: list[str]) -> Literal["next"] | float:
