@@ -10,11 +10,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.logging import RichHandler
 
-from trainer.terminal import for_terminal
+from trainer.terminal import for_terminal, literal_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def set_up_logging(out: Path | None, rank: int, *, debug: bool = False, console:
             handler.close()
     screen: logging.Handler
     if rank == 0:
-        terminal = console or Console(stderr=True)
+        terminal = console or literal_console(stderr=True)
         if terminal.is_terminal:
             screen = RichHandler(console=terminal, show_path=debug, rich_tracebacks=False, omit_repeated_times=False)
             screen.setFormatter(PlainFormatter("%(message)s"))

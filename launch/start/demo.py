@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from launch.start.local import launch, single_node_ranks, train_command
 from trainer.data.dataset import open_dataset
 from trainer.data.generated.diagnostic import generate
 from trainer.shipped import shipped_folder
+from trainer.terminal import literal_console
 
 RUNS = {"full model": "demo", "text only": "demo-text"}
 
@@ -33,7 +33,7 @@ def demo(runs: Path, procs: int) -> int:
         )
         if code:
             return code
-    Console().print(_table(runs, data))
+    literal_console().print(_table(runs, data))
     _next(runs, data)
     return 0
 

@@ -25,7 +25,7 @@ from launch.start.agent import HEARTBEAT, MARK, StartRequest, Verdict
 from launch.start.hostfile import LaunchPlan
 from launch.start.local import FAILURE_GRACE, RunState, check_done, forward_signals, run_state
 from launch.start.ssh import SSH_FAILED, ssh_command
-from trainer.distributed.launcher import STOPPED
+from trainer.distributed.launcher import EGMF_SECRET, STOPPED, run_secret
 
 AGENT_GRACE = 60.0  # seconds that agents have to end their workers when asked to
 
@@ -121,7 +121,7 @@ def launch(plan: LaunchPlan, env: dict[str, str]) -> int:
     SIGINT, SIGTERM and SIGHUP (as SIGTERM) reach every worker: the run stops at one step, saves, and 85 is returned.
     """
     before = run_state(plan.out)
-    agents = Agents(plan, env)
+    agents = Agents(plan, {**env, EGMF_SECRET: run_secret()})
     with contextlib.closing(agents), forward_signals(agents.signal):
         agents.wait()
     return conclude(plan, agents.verdicts, before)

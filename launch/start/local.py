@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.distributed.faults import Fault, read_fault
-from trainer.distributed.launcher import EGMF_LAUNCHER, STOPPED
+from trainer.distributed.launcher import EGMF_LAUNCHER, EGMF_SECRET, STOPPED, run_secret
 
 FAILURE_GRACE = (
     12.0  # seconds for ranks to end by themselves after another failed, and to say why (MLflow hears of it too)
@@ -88,6 +88,8 @@ def rank_environments(ranks: NodeRanks, faults: Path, launcher: str) -> list[dic
         "MASTER_PORT": str(ranks.master_port),
         EGMF_LAUNCHER: launcher,
     }
+    if ranks.count == ranks.world_size:  # else the launcher of all nodes gives them one
+        common[EGMF_SECRET] = run_secret()
     own = [
         {"RANK": str(ranks.first + i), "LOCAL_RANK": str(i), "TORCHELASTIC_ERROR_FILE": str(_fault_file(faults, i))}
         for i in range(ranks.count)

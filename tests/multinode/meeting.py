@@ -1,4 +1,4 @@
-"""One rank that joins the process group, prints how, and exits."""
+"""One rank that joins the process group, prints how and where it listens, and exits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 
+import psutil
 import torch
 
 from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
@@ -26,6 +27,11 @@ def main(seconds: float) -> int:
         f"MET rank {world.rank} of {world.size} on {socket.gethostname()} by {interface}, sum {one.item():g}",
         flush=True,
     )
+    listening = {
+        f"{c.laddr.ip}:{c.laddr.port}" for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"
+    }
+    world.sum(one)  # all are still there
+    print(f"LISTENS {' '.join(sorted(listening))}", flush=True)
     stop_world()
     return 0
 

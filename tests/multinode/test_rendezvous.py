@@ -41,6 +41,17 @@ def test_the_interface_that_leads_to_the_others_is_found(pair: Pair, lab: Path, 
     result = meet(pair, lab, {"MASTER_ADDR": master}, {"MASTER_ADDR": master})
     for rank, text in enumerate(result):
         assert f"MET rank {rank} of 2 on node{rank + 1} by eth0, sum 2" in text
+        listening = text.split("LISTENS ")[1].split()
+        own = {f"10.81.0.{rank + 1}"} | ({"::"} if rank == 0 and master == "node1" else set())
+        assert {place.rpartition(":")[0] for place in listening} == own
+        assert (f"10.81.0.1:{PORT}" in listening) == (rank == 0 and master != "node1")
+
+
+def test_ranks_with_different_secrets_do_not_meet(pair: Pair, lab: Path) -> None:
+    first, second = meet(pair, lab, {"EGMF_SECRET": "a" * 64}, {"EGMF_SECRET": "b" * 64}, seconds=10)
+    assert "REFUSED " in first
+    assert "is not from a process of this run: it is not signed with the run's secret" in first
+    assert "'here/verdict' at 10.81.0.1:29555 is not from a process of this run" in second or "'egmf/" in second
 
 
 def test_a_loopback_master_is_refused_on_every_node(pair: Pair, lab: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainer.terminal import for_terminal
+from trainer.terminal import for_terminal, literal_console
 
 if TYPE_CHECKING:  # rich takes a third of the time that `egmf --help` needs
     from rich.console import Console
@@ -23,19 +23,16 @@ def say(text: str) -> None:
 
 def wide() -> Console:
     """A console that never cuts a table: as wide as it needs where stdout is no terminal."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
+    console = literal_console()
+    return console if console.is_terminal else literal_console(width=240)
 
 
 @contextlib.contextmanager
 def progress_bar(*, visible: bool = True, console: Console | None = None) -> Iterator[Progress]:
     """A transient progress bar on stderr; none where stderr is no terminal."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = console or Console(stderr=True)
+    console = console or literal_console(stderr=True)
     with Progress(console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
         yield bar
 

@@ -56,7 +56,7 @@ def plan(
         return 0
     console = wide()
     for part in render(made):
-        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
     if made.recommended is None:
         say("nothing fits")
     return 0

@@ -154,13 +154,12 @@ def predict(
     check_places(places, None if out == "-" else Path(out), plugin or [])
 
     def work(world: World) -> int:
-        from rich.console import Console
-
         from trainer.logs import set_up_logging
         from trainer.results.predict import Options, predict
         from trainer.run.saved import open_run
+        from trainer.terminal import literal_console
 
-        console = Console(stderr=True)
+        console = literal_console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
         opened = open_run(run, world, chosen, agreed=trust_code)
         with progress_bar(visible=world.is_rank_zero, console=console) as bar:
@@ -170,7 +169,7 @@ def predict(
                 places or sys.stdin.buffer,
                 result_descriptor() if out == "-" else Path(out),
                 Options(task, probabilities, gates, split, tuple(plugin or ())),
-                report=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+                report=lambda text: console.print(text, highlight=False, soft_wrap=True),
                 advance=lambda n: bar.advance(row, n),
             )
         if world.is_rank_zero:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import select
 import signal
 import stat
@@ -22,8 +23,14 @@ RANK_VARIABLES = (*RENDEZVOUS_VARIABLES, "LOCAL_WORLD_SIZE")  # all that give a 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # ranks on this machine, as torchrun and as DeepSpeed name them
 
 EGMF_LAUNCHER = "EGMF_LAUNCHER"  # set by our launchers, "local" or "agent" (over ssh); they send the signal themselves
+EGMF_SECRET = "EGMF_SECRET"  # shared by the ranks of a run, which sign their handshake with it; set by our launchers
 LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", EGMF_LAUNCHER)  # set by deepspeed, torchrun, and us
 LIMIT = 300.0  # seconds that a worker has to save and leave
+
+
+def run_secret() -> str:
+    """The secret of a run that is started here: the environment's, or 32 random bytes in hexadecimal."""
+    return os.environ.get(EGMF_SECRET) or secrets.token_hex(32)
 
 
 def follow_launcher() -> None:

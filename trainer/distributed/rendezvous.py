@@ -11,57 +11,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import json
-import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypedDict
 
 import psutil
 import torch.distributed as dist
 
-from trainer.distributed.consistency import DISAGREE, Report, differences
-from trainer.distributed.launcher import LOCAL_SIZES
-from trainer.distributed.messages import format_faults, format_ranks
-from trainer.distributed.versions import versions
-
-log = logging.getLogger(__name__)
+from trainer.distributed.handshake import CONNECT, Endpoint, Handshake, RendezvousError, SignedStore
+from trainer.distributed.launcher import EGMF_SECRET, LOCAL_SIZES
 
 SECONDS = 300.0  # that each rank waits for the others, unless the config says otherwise
-CONNECT = 5.0  # seconds for a connection between two ranks, and for a fault to be read before rank 0 leaves
 LAST = "egmf/address of the last rank"
-NOTICE = 15.0  # seconds after which the log says who is absent
-
-
-class RendezvousError(ValueError):
-    """The ranks of a run cannot find or reach each other."""
-
-
-class Endpoint(TypedDict):
-    """Where a rank can be reached; `address` and `port` are None where all ranks are on one machine."""
-
-    host: str
-    address: str | None
-    port: int | None
-
-
-class Introduction(Endpoint):
-    """A rank's first message to rank 0."""
-
-    rank: int
-    versions: dict[str, str]
 
 
 @contextlib.contextmanager
 def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
     """Find the interface, wait for all ranks, check that they fit and reach each other; inside, make the process group.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are unset
-    and MASTER_ADDR is another machine's or this one's outer address.
+    Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, EGMF_SECRET; sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are
+    unset: the loopback's where all ranks are on this machine.
 
     Raises:
         RendezvousError: on every rank that is there.
@@ -70,15 +42,17 @@ def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
     if size == 1:
         yield
         return
+    secret = os.environ.get(EGMF_SECRET) or None
     address = choose_interface()
     store = _store(rank, size, seconds)
+    signed = SignedStore(store, secret)
     if several_nodes() and address is None:
-        address = _interface_towards_last(store, size, seconds)
+        address = _interface_towards_last(signed, size, seconds)
     elif rank == size - 1 and address is not None:
-        store.set(LAST, address)
+        signed.put(LAST, address)
     with _listening(address) as port:
         own = Endpoint(host=socket.gethostname(), address=address, port=port)
-        Handshake(store, rank, size).exchange(own, seconds)
+        Handshake(store, rank, size, secret).exchange(own, seconds)
     yield  # the store's server lives in rank 0 for as long as `store` does
 
 
@@ -101,8 +75,8 @@ def several_nodes() -> bool:
 def choose_interface() -> str | None:
     """The address of this machine that the others reach; its interface is put into GLOO_ and NCCL_SOCKET_IFNAME.
 
-    None, and nothing set, where MASTER_ADDR is a loopback address: all ranks are on this machine, or it is this
-    machine's name for itself (Debian's 127.0.1.1) and only another node's address tells more.
+    None where MASTER_ADDR is a loopback address: all ranks are on this machine, and the loopback is taken; or it is this
+    machine's name for itself (Debian's 127.0.1.1), only another node's address tells more, and nothing is set.
 
     Raises:
         RendezvousError: MASTER_ADDR does not resolve, is written as a loopback address in a run of several nodes, or is
@@ -126,17 +100,25 @@ def choose_interface() -> str | None:
     given = os.environ.get("GLOO_SOCKET_IFNAME")
     if given:
         return _given_interface(given, _interfaces(), several)
-    return None if loopback else _take_interface(address)
+    if not loopback:
+        return _take_interface(address)
+    if _alone(master, address):
+        _take_interface(address)
+    return None
 
 
-def _interface_towards_last(store: dist.Store, size: int, seconds: float) -> str | None:
+def _alone(master: str, address: str) -> bool:
+    """Whether all ranks are on this machine: MASTER_ADDR, written so, is every machine's own, or the launcher says it."""
+    return master in (address, "localhost") or local_size() == int(os.environ["WORLD_SIZE"])
+
+
+def _interface_towards_last(signed: SignedStore, size: int, seconds: float) -> str | None:
     """On the first node, where its name means a loopback address: the interface towards the last rank's node."""
     try:
-        store.wait([LAST], timedelta(seconds=seconds))
+        signed.store.wait([LAST], timedelta(seconds=seconds))
     except RuntimeError:  # the handshake reports who did not come
         return None
-    address = store.get(LAST).decode()
-    return _take_interface(address)
+    return _take_interface(str(signed.get(LAST)))
 
 
 def _take_interface(peer: str) -> str:
@@ -198,16 +180,20 @@ def _store(rank: int, size: int, seconds: float) -> dist.TCPStore:
     """The store at MASTER_ADDR:MASTER_PORT; rank 0 opens it, unless torchrun's agent has."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if serves:
-        _check_free(port)
-    else:
+    listener = _open_port(address, port) if serves else None
+    if listener is None:
         _await_port(rank, address, port, seconds)
     made: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:
         limit = timedelta(seconds=seconds)
+        fd = listener.detach() if listener else None
         try:
-            made.append(dist.TCPStore(address, port, size, serves, limit, wait_for_workers=False, multi_tenant=True))
+            made.append(
+                dist.TCPStore(
+                    address, port, size, serves, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=fd
+                )
+            )
         except RuntimeError as error:
             made.append(error)
 
@@ -222,20 +208,31 @@ def _store(rank: int, size: int, seconds: float) -> dist.TCPStore:
     )
 
 
-def _check_free(port: int) -> None:
-    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise RendezvousError(
-                    f"port {port} of {socket.gethostname()} is in use{_holder(port)}: another run's, perhaps; choose "
-                    "another (MASTER_PORT, --master-port), or end what holds it"
-                ) from error
+def _open_port(master: str, port: int) -> socket.socket:
+    """Rank 0's port, listening at MASTER_ADDR alone; at every address where this machine's own is not known by that name."""
+    place = _own_address(master)
+    family = socket.AF_INET6 if ":" in place or (not place and socket.has_dualstack_ipv6()) else socket.AF_INET
+    try:
+        return socket.create_server(
+            (place, port), family=family, backlog=2048, dualstack_ipv6=not place and family == socket.AF_INET6
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise RendezvousError(
-                f"port {port} of {socket.gethostname()} cannot be opened: {error.strerror}; choose another MASTER_PORT"
+                f"port {port} of {socket.gethostname()} is in use{_holder(port)}: another run's, perhaps; choose "
+                "another (MASTER_PORT, --master-port), or end what holds it"
             ) from error
+        raise RendezvousError(
+            f"port {port} of {socket.gethostname()} cannot be opened: {error.strerror}; choose another MASTER_PORT"
+        ) from error
+
+
+def _own_address(master: str) -> str:
+    """The address of this machine that MASTER_ADDR means to all ranks; empty where it means another to others."""
+    address = str(socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)[0][4][0])
+    if ipaddress.ip_address(address).is_loopback:
+        return address if _alone(master, address) else ""
+    return address if any(address in addresses for addresses in _interfaces().values()) else ""
 
 
 def _holder(port: int) -> str:
@@ -273,102 +270,3 @@ def _listening(address: str | None) -> Iterator[int | None]:
         listener.bind((address, 0))
         listener.listen()
         yield int(listener.getsockname()[1])
-
-
-class Handshake:
-    """Two rounds over the store: each rank introduces itself, then tries the next node; rank 0 judges, and all raise its verdict."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = dist.PrefixStore("egmf/greeting", store), rank, size
-
-    def exchange(self, own: Endpoint, seconds: float) -> None:
-        """Publish this rank's endpoint and versions; then try to connect to the next rank's, if it is on another node.
-
-        Raises:
-            RendezvousError: on every rank that came.
-        """
-        until = time.monotonic() + seconds
-        introduction: Introduction = {**own, "rank": self.rank, "versions": versions()}
-        self._publish("here", introduction)
-        self._judge("here", until, _version_faults)
-        following: Introduction = self._read("here", (self.rank + 1) % self.size)
-        fault = _unreachable(self.rank, own, following) if following["host"] != own["host"] else None
-        self._publish("reach", {"fault": fault})
-        self._judge("reach", time.monotonic() + seconds, lambda found: [x["fault"] for x in found if x["fault"]])
-
-    def _publish(self, word: str, value: Mapping[str, object]) -> None:
-        self.store.set(f"{word}/{self.rank}", json.dumps(value))
-
-    def _read(self, word: str, rank: int) -> Any:
-        return json.loads(self.store.get(f"{word}/{rank}"))
-
-    def _judge(self, word: str, until: float, faults_of: Callable[[list[Any]], list[str]]) -> None:
-        """Rank 0 waits for all and publishes what is wrong, or nothing; every rank raises it."""
-        present = 0
-        if self.rank == 0:
-            absent = self._absent(word, until)
-            found = [self._read(word, r) for r in range(self.size) if r not in absent]
-            present = len(found)
-            faults = [self._absence(absent, found)] if absent else faults_of(found)
-            self.store.set(f"{word}/verdict", "\n".join(faults))
-        else:
-            left = max(1.0, until - time.monotonic()) + 2 * CONNECT
-            try:
-                self.store.wait([f"{word}/verdict"], timedelta(seconds=left))
-            except RuntimeError as error:
-                raise RendezvousError(f"rank 0 left during the rendezvous (see its output): {error}") from error
-        verdict = self.store.get(f"{word}/verdict").decode()
-        if verdict:
-            self._wait_for_readers(word, present)
-            raise RendezvousError(verdict)
-
-    def _wait_for_readers(self, word: str, readers: int) -> None:
-        """Rank 0 holds the store: it leaves when the others have read what is wrong."""
-        until = time.monotonic() + CONNECT
-        read = self.store.add(f"{word}/read", 1)
-        while read < readers and time.monotonic() < until:
-            time.sleep(0.1)
-            read = self.store.add(f"{word}/read", 0)
-
-    def _absent(self, word: str, until: float) -> list[int]:
-        """Ranks that have not published `word` in time; after a while the log says once who they are."""
-        absent, notice = list(range(self.size)), time.monotonic() + NOTICE
-        while absent:
-            absent = [rank for rank in absent if not self.store.check([f"{word}/{rank}"])]
-            if not absent or time.monotonic() > until:
-                break
-            if time.monotonic() > notice:
-                log.info("waiting for %s of %d", format_ranks(absent), self.size)
-                notice = float("inf")
-            time.sleep(0.1)
-        return absent
-
-    def _absence(self, absent: Sequence[int], found: Sequence[Mapping[str, object]]) -> str:
-        hosts = ", ".join(dict.fromkeys(str(x.get("host")) for x in found if x.get("host"))) or "none"
-        return (
-            f"{format_ranks(absent)} of {self.size} did not come in time; the others are on {hosts}. See the absent "
-            "ranks' own output: their node is down or slow, or a launcher was given another number of processes; "
-            "train.rendezvous_seconds=N waits longer"
-        )
-
-
-def _version_faults(found: Sequence[Introduction]) -> list[str]:
-    reports = [Report(where=f"rank {x['rank']} on {x['host']}", versions=x["versions"]) for x in found]
-    faults = differences(reports)
-    return [format_faults(faults, DISAGREE)] if faults else []
-
-
-def _unreachable(rank: int, own: Endpoint, following: Endpoint) -> str | None:
-    """Why rank + 1 cannot be reached at the address it gave, from the address of this one; None if it can."""
-    if own["address"] is None or following["address"] is None:
-        return None
-    try:
-        place = (following["address"], following["port"])
-        socket.create_connection(place, timeout=CONNECT, source_address=(own["address"], 0)).close()
-    except OSError as error:
-        return (
-            f"rank {rank} on {own['host']} ({own['address']}) cannot reach {following['host']} at {following['address']}: "
-            f"{error.strerror or error}. One of the two uses an interface that does not lead to the other: unset "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or name the right one; or a firewall is between"
-        )
-    return None

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from trainer.terminal import literal_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.9
@@ -17,7 +22,7 @@ class Progress:
 
     def __init__(self, steps: int, *, enabled: bool, console: Console | None = None) -> None:
         self.steps, self.enabled = steps, enabled
-        self.console = console or Console(stderr=True)
+        self.console = console or literal_console(stderr=True)
         self._values: dict[str, float] = {}
         self._seconds: float | None = None
         self._bar = Bar(

@@ -14,6 +14,7 @@ Nothing here is selected by a test score: there is no best run, seed or group, a
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -216,13 +217,15 @@ def _pairs(out: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
 
 
 def _named(groups: Sequence[Group], name: str) -> Group:
-    """The group of a name; else the one that `name` is a part of, or the beginning of its runs' names, baselines last.
+    """The group of a name; else the one with a setting of this value; else the one that `name` is a part of, or the beginning of
+    its runs' names, baselines last.
 
     Raises:
         ValueError: none or several.
     """
     matching = [g for g in groups if g.name == name]
     matching = matching or [g for g in groups if g.baseline is not None and name in (g.baseline, g.runs[0].name)]
+    matching = matching or [g for g in groups if name in map(_plain_value, g.settings.values())]
     for baselines in (False, True):
         some = [g for g in groups if (g.baseline is not None) == baselines]
         matching = matching or [g for g in some if name in g.name]
@@ -233,6 +236,11 @@ def _named(groups: Sequence[Group], name: str) -> Group:
             f"names begin; there are: {'; '.join(g.name for g in groups)}"
         )
     return matching[0]
+
+
+def _plain_value(value: str | None) -> str | None:
+    """A setting's value without its brackets or quotes: ``text`` for ``["text"]``."""
+    return None if value is None else re.sub(r"[\[\]\"' ]", "", value)
 
 
 def _caveats(out: Comparison) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Group as Renderables
 from rich.console import RenderableType
@@ -21,6 +22,8 @@ from trainer.results.printable import Table, printable, rich_table
 
 MISSING = "—"
 SHOWN_FOLDS = 10  # folds up to which each has a column
+NAMES = ("task", "metric", "kind", "group", "baseline", "folds")  # columns of the CSV with words of users
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # with which spreadsheets let a formula begin
 SMALLEST_P = 1e-4  # a smaller p is written as less than it
 CORRECTIONS = {
     "holm": "by Holm's method for all differences shown",
@@ -269,7 +272,10 @@ def _group_json(comparison: Comparison, group: Group) -> dict[str, object]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A line per score and per difference; undefined values are empty cells."""
+    """A line per score and per difference; undefined values are empty cells.
+
+    An apostrophe stands before text that a spreadsheet would take for a formula.
+    """
     names = (
         "what", "task", "metric", "kind", "group", "baseline", "n", "seeds", "value", "sd", "low", "high", "p", "p_corrected", "seed_values", "folds", "fold_values", "p_folds",
         "seeds_needed", "seeds_limit",
@@ -285,14 +291,19 @@ def as_csv(comparison: Comparison) -> str:
             if score.folds
             else {"folds": ""}
         )
-        writer.writerow(
-            {**vars(score), "what": "score", "value": score.mean, "seeds": seeds, "seed_values": values, **folds}
-        )
+        row = {**vars(score), "what": "score", "value": score.mean, "seeds": seeds, "seed_values": values, **folds}
+        writer.writerow(_without_formulas(row))
     for difference in comparison.differences:
         seeds = " ".join(map(str, difference.seeds))
         folds = {"folds": " ".join(difference.folds), "fold_values": _listed(difference.fold_values)}
-        writer.writerow({**vars(difference), "what": "difference", "seeds": seeds, **folds})
+        writer.writerow(_without_formulas({**vars(difference), "what": "difference", "seeds": seeds, **folds}))
     return out.getvalue()
+
+
+def _without_formulas(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The names in a row on one line, with an apostrophe before those that begin like a spreadsheet's formula."""
+    names = {key: printable(value) for key, value in row.items() if key in NAMES and isinstance(value, str)}
+    return {**row, **{key: f"'{name}" if name.strip().startswith(FORMULA) else name for key, name in names.items()}}
 
 
 def _listed(values: Sequence[float | None]) -> str:
@@ -318,12 +329,14 @@ def _tex_table(table: Table) -> str:
 
 
 def tex(text: str) -> str:
-    """`text` escaped for LaTeX's text mode."""
+    """`text` escaped for LaTeX's text mode, also where a bracket or star in front would be taken for an argument of the line before."""
     special = {
-        "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
+        "\\": "\\textbackslash{}", "|": "\\textbar{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
         "×": "$\\times$", "—": "--", "…": "\\ldots{}", **{c: f"\\{c}" for c in "&%$#_{}"},
     }  # fmt: skip
-    return "".join(special.get(c, c) for c in printable(text))
+    plain = printable(text)
+    start = "{}" if plain.lstrip().startswith(("[", "*")) else ""
+    return start + "".join(special.get(c, c) for c in plain)
 
 
 def _columns(metrics: list[str], tested: list[str]) -> list[tuple[str, bool]]:

@@ -6,6 +6,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from trainer.results.report.drawing import COLOURS
+from trainer.terminal import for_terminal
+
+
+def _without_controls(value: object) -> object:
+    return for_terminal(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def render_page(template: str, **values: object) -> str:
@@ -14,6 +19,7 @@ def render_page(template: str, **values: object) -> str:
         loader=PackageLoader("trainer.results.report"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
+        finalize=_without_controls,
         trim_blocks=True,
         lstrip_blocks=True,
     )
