@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trainer.config import TrackConfig
 from trainer.tracking.journal import Record
+from trainer.tracking.sqlite_uri import sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -140,7 +141,7 @@ class MlflowRun:
         name = self.track.experiment
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            local = self.uri.startswith("sqlite:///")
+            local = sqlite_file(self.uri) is not None
             location = (self.folder.resolve().parent / "mlartifacts").as_uri() if local else None
             try:
                 return str(self.client.create_experiment(name, location))

@@ -29,6 +29,7 @@ from trainer.config import TrackConfig, saved_config
 from trainer.files import write_json
 from trainer.tracking.journal import JOURNAL, Record, entries
 from trainer.tracking.mlflow_run import METRICS, MlflowRun
+from trainer.tracking.sqlite_uri import sqlite_uri
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +311,7 @@ def sync(run: Path, uri: str | None = None, *, new_run: bool = False) -> Synced:
 
 def tracking_uri(track: TrackConfig, run: Path) -> str:
     """Where the records go: ``track.uri``, else ``MLFLOW_TRACKING_URI``, else an SQLite file beside the run folder."""
-    return track.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve().parent / 'mlflow.db'}"
+    return track.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(run.resolve().parent / "mlflow.db")
 
 
 def source_of_uri(track: TrackConfig) -> str:

@@ -15,6 +15,7 @@ from trainer.results.compare import output
 from trainer.results.compare.page import page
 from trainer.results.compare.result import Comparison
 from trainer.results.compare.sources.from_mlflow import KIND_TAG, connect, default_uri
+from trainer.tracking.sqlite_uri import sqlite_file
 
 DEFAULT_EXPERIMENT = "egmf"
 NAME = "compare"  # of the files, the MLflow run and the folder of its artifacts
@@ -120,4 +121,5 @@ def _beside(location: str, uri: str) -> bool:
     if not location.startswith(("file:", "/")):
         return False
     path = Path(str(local_file_uri_to_path(location)))  # type: ignore[no-untyped-call]
-    return path.resolve().is_relative_to(Path(uri.removeprefix("sqlite:///")).resolve().parent)
+    file = sqlite_file(uri)
+    return file is not None and path.resolve().is_relative_to(file.resolve().parent)

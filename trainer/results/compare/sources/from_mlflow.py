@@ -24,6 +24,7 @@ from trainer.results.compare.sources.compared_run import (
 from trainer.results.run_folder import PREDICTIONS
 from trainer.tracking.journal import MEDIAN_SPEED, SPEED
 from trainer.tracking.mlflow_run import ENVIRONMENT
+from trainer.tracking.sqlite_uri import sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +45,7 @@ def default_uri(words: Sequence[str], folders: Sequence[Path]) -> str:
         return os.environ["MLFLOW_TRACKING_URI"]
     for place in [*(p for f in folders for p in (f, f.resolve().parent)), Path("runs"), Path()]:
         if (place / "mlflow.db").is_file():
-            return f"sqlite:///{(place / 'mlflow.db').resolve()}"
+            return sqlite_uri((place / "mlflow.db").resolve())
     raise ValueError(
         f"there is no folder {', '.join(words)}, and no MLflow store in which to look for such runs or experiments: give the "
         "store with --uri, such as sqlite:///runs/mlflow.db or http://host:5000"
@@ -57,8 +58,8 @@ def connect(uri: str) -> MlflowClient:
     Raises:
         ValueError: an SQLite file that does not exist (MLflow would make an empty one).
     """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ValueError(f"there is no MLflow store {uri.removeprefix('sqlite:///')}: give another with --uri")
+    if (file := sqlite_file(uri)) is not None and not file.is_file():
+        raise ValueError(f"there is no MLflow store {file}: give another with --uri")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
