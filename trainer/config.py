@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainer.config_files import ConfigError, merge, parse_overrides, read_layers, read_plain
-from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, nest
+from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, is_text, nest
 from trainer.shipped import locate
 
 log = logging.getLogger(__name__)
@@ -460,7 +460,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
-    over = parse_overrides(overrides)
+    over = parse_overrides(overrides, _is_text)
     return check_config(merge(read_layers(locate(path)), over, str(path)), where=str(path))
 
 
@@ -475,7 +475,8 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
-    over = parse_overrides([*overrides, *([f"data.path={data}"] if data else [])])
+    path_of_data = [] if data is None else ["data.path=" + data.replace("${", r"\${")]
+    over = parse_overrides([*overrides, *path_of_data], _is_text)
     kept, unknown = nest(RunConfig, dotted(read_plain(path)))
     used = {key: value for key, value in unknown.items() if value not in OFF}
     if used:
@@ -487,6 +488,10 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
     if unknown:
         log.info("%s: not used and left out, since this version does not have them: %s", path, ", ".join(unknown))
     return check_config(merge(kept, over, str(path)), where=str(path))
+
+
+def _is_text(key: str) -> bool:
+    return is_text(RunConfig, key)
 
 
 def _version_of(run: Path) -> str:

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.files import load_yaml
 from trainer.schema import dotted
 from trainer.shipped import locate, nearest_config
 
@@ -86,8 +89,11 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
     return cast(DictConfig, _merged([*parents, node], str(path)))
 
 
-def parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    """``dotted.key=value`` words as one layer.
+def parse_overrides(overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False) -> DictConfig:
+    """``dotted.key=value`` words as one layer; values are YAML, those of keys that hold text are taken as they are written.
+
+    So a path may hold ``#``, ``:`` or any other sign that means something in YAML. Text that is quoted as a whole, ``null``,
+    and text with a reference (``${…}``) are YAML for every key.
 
     Raises:
         ConfigError: what is not of this form, or no value in YAML.
@@ -96,9 +102,21 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     if bad:
         raise ConfigError(f"overrides are written key=value, such as train.zero=3; not: {', '.join(bad)}")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist([_quoted(one) if is_text(one.partition("=")[0]) else one for one in overrides])
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error
+
+
+def _quoted(override: str) -> str:
+    """``key=text`` with the text as YAML's quoted text, unless it is YAML as it stands."""
+    key, _, text = override.partition("=")
+    if text in ("", "~", "null") or "${" in text:
+        return override
+    if text[0] in "\"'" and text[-1] == text[0] and len(text) > 1:
+        with contextlib.suppress(YAMLError):
+            if isinstance(load_yaml(text), str):
+                return override
+    return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
 
 def merge(base: Layer, over: Layer, where: str) -> dict[str, Any]:

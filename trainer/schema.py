@@ -51,6 +51,16 @@ def find(model: type[BaseModel], key: str) -> Place | None:
     return Place(tuple(fields), "", current, affects)
 
 
+def is_text(model: type[BaseModel], key: str) -> bool:
+    """Whether a dotted key of `model` holds text (or nothing) and no other type."""
+    place = find(model, key)
+    if place is None:
+        return False
+    held = get_args(place.annotation)[1] if place.rest else place.annotation
+    types = set(get_args(held)) if get_origin(held) in (Union, UnionType) else {held}
+    return types - {type(None)} == {str}
+
+
 def dotted(raw: dict[str, Any]) -> dict[str, Any]:
     """A nested dictionary flat: dotted key -> value; lists and empty dictionaries stay values."""
 
