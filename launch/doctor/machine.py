@@ -21,6 +21,7 @@ from launch.doctor.findings import Findings, State
 from launch.units import GIB, MIB
 from trainer.config import RunConfig
 from trainer.distributed.compiled_ops import extensions_folder, missing_build_tools
+from trainer.distributed.deepspeed_config import slow_precision
 
 BUFFER = 64 * MIB  # bytes of /dev/shm per GPU; a container has so many by default, too few for several ranks of NCCL
 LITTLE = 4 * GIB  # bytes of memory below which a process with torch and DeepSpeed has little room
@@ -58,7 +59,9 @@ def check_gpus(findings: Findings, config: RunConfig | None, procs: int) -> None
     driver, count = driver_version(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         if driver is None:
-            findings.add("GPU", "devices", "ok", "none: training on the CPU, over gloo")
+            slow = None if config is None else slow_precision(config, torch.device("cpu"))
+            found = "none: training on the CPU, over gloo"
+            findings.add("GPU", "devices", "warning" if slow else "ok", found, slow or "")
         elif torch.version.cuda is None:
             findings.add(
                 "GPU", "devices", "fault", f"driver {driver}, but torch {torch.__version__} is built for CPUs alone",

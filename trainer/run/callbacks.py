@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainer.answers.scores import SplitScores
 from trainer.data.sampling import micro_batches
+from trainer.distributed.deepspeed_config import slow_precision
 from trainer.distributed.watch import Watch
 from trainer.run.evaluate import flatten_metrics
 from trainer.run.run import Run
@@ -77,6 +78,7 @@ class StartLogCallback(Callback):
         _log_layout(run)
         _log_weights(run)
         _log_sizes(run, step)
+        _warn_of_precision(run)
 
 
 class WatchCallback(Callback):
@@ -174,6 +176,11 @@ def _log_sizes(run: Run, start: int) -> None:
         run.config.train.global_batch,
         f"{tracker.uri} ({source_of_uri(run.config.track)})" if tracker.enabled else "off",
     )
+
+
+def _warn_of_precision(run: Run) -> None:
+    if (slow := slow_precision(run.config, run.world.device)) is not None:
+        log.warning("%s", slow)
 
 
 def _log_layout(run: Run) -> None:

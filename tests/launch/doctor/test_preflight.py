@@ -23,6 +23,7 @@ from launch.doctor.versions import PAIRS, Facts, check_pairs, check_ranges
 from tests.distributed.processes import ROOT, egmf, environment, free_port
 from tests.toy import prepare_toy
 from trainer.config import TinyConfig, load_config
+from trainer.distributed.deepspeed_config import slow_precision
 from trainer.models.backbone.tiny import build_tiny
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -356,3 +357,26 @@ def test_a_batch_larger_than_memory_is_found_before_the_run(tmp_path: Path) -> N
     assert result["state"] == "fault"
     assert "does not fit into memory" in result["found"]
     assert re.search(r"train\.micro_tokens=(99\d\d|10000) \(now 20000\)", result["found"]), result["found"]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "bf16", "slow"),
+    [
+        ("AVX2", False, "15 times"),
+        ("DEFAULT", False, "15 times"),
+        ("AVX512", False, "2 times"),
+        ("AVX512", True, None),
+        ("SVE256", False, None),
+    ],
+)
+def test_bf16_without_instructions_for_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, instructions: str, bf16: bool, slow: str | None
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    config = load_config("meld")
+    found = slow_precision(config, torch.device("cpu"))
+    assert (found is None) == (slow is None)
+    assert slow is None or (slow in str(found) and "set train.precision=fp32" in str(found))
+    assert slow_precision(config, torch.device("cuda")) is None
+    assert slow_precision(load_config("meld-cpu"), torch.device("cpu")) is None
