@@ -18,6 +18,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 MANIFEST, ENGINE, BEST = "manifest.json", "engine", "best"
 RANDOM = "random.rank{}.safetensors"
 READ = 1 << 22  # bytes at once
+STEP_NAME, READ_NAME = re.compile(rb"step-[0-9]{8,}"), 64
 
 
 class FileRecord(TypedDict):
@@ -64,7 +67,7 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for pattern in (".writing-*", ".removing-*", ".converting-*"):
                     for left in self.folder.glob(pattern):
-                        shutil.rmtree(left)
+                        _remove(left)
 
     def save(self, engine: DeepSpeedEngine, state: CheckpointState) -> Path:
         """Write the checkpoint of `state.step`; `state.best` names the best one so far, and it may be this one.
@@ -78,6 +81,8 @@ class Checkpoints:
             with self.world.on_rank_zero() as first:
                 if first and not self.folder.is_dir():
                     raise FileNotFoundError(f"{self.folder} is gone: it was removed while the run was going on")
+                if first and os.path.lexists(writing):
+                    _remove(writing)  # DeepSpeed would write into what a link leads to
             try:
                 self._write(engine, writing, state)
             except BaseException:
@@ -167,12 +172,19 @@ class Checkpoints:
         """The checkpoint that validation chose, None where none was.
 
         Raises:
-            CheckpointError: it was chosen and is no longer there.
+            CheckpointError: it was chosen and is no longer there, or `best` does not name a checkpoint of this folder.
         """
         mark = self.folder / BEST
         if not mark.is_file():
             return None
-        path = self.folder / mark.read_text(encoding="utf-8").strip()
+        with mark.open("rb") as file:
+            name = file.read(READ_NAME).strip()
+        if not STEP_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{mark} does not hold the name of a checkpoint such as {step_name(100)}: write one of {', '.join(self.names()) or 'none'} "
+                "into it, or remove it to use the newest"
+            )
+        path = self.folder / name.decode()
         if not path.is_dir():
             raise CheckpointError(
                 f"validation chose {path.name}, which is no longer in {self.folder}: restore it, or remove {mark} to use the newest"
@@ -192,7 +204,8 @@ class Checkpoints:
                 log.warning("checkpoint %s is damaged (%s): %s is used", name, "; ".join(faults[:3]), good.name)
                 if repair:
                     renamed = self.folder / f"damaged-{name}"
-                    shutil.rmtree(renamed, ignore_errors=True)
+                    if os.path.lexists(renamed):
+                        _remove(renamed)
                     (self.folder / name).rename(renamed)
 
     def _retain(self, best: str | None) -> None:
@@ -200,7 +213,7 @@ class Checkpoints:
             if name != best:
                 removing = self.folder / f".removing-{name}"
                 (self.folder / name).rename(removing)
-                shutil.rmtree(removing)
+                _remove(removing)
 
 
 def step_name(step: int) -> str:
@@ -231,10 +244,20 @@ def resume_engine(engine: DeepSpeedEngine, checkpoint: Path, world: World) -> No
                     loaded = load_universal(engine, converted)
                 load_weights(engine.module, checkpoint)
     except ForbiddenContentError as error:
-        raise CheckpointError(f"{checkpoint / ENGINE} holds more than tensors and is not read: {error}") from error
+        raise CheckpointError(
+            f"{checkpoint / ENGINE} holds more than tensors ({error}) and is not read: bring back the run's own from a copy, or start anew with train.resume=never"
+        ) from error
     if loaded is None:
         raise CheckpointError(f"checkpoint {checkpoint}: DeepSpeed found no state under {ENGINE}/")
     restore_random_state(load_file(checkpoint / RANDOM.format(world.rank % writers)))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder and what it holds; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pickle import UnpicklingError
 
@@ -57,13 +58,19 @@ def tensors_only() -> Iterator[None]:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             yield
     except UnpicklingError as error:
-        raise ForbiddenContentError(str(error)) from error
+        raise ForbiddenContentError(_asked_for(error)) from error
     except RuntimeError as error:
         if "weights_only" not in str(error):  # torch's refusal of a TorchScript archive
             raise
-        raise ForbiddenContentError(str(error)) from error
+        raise ForbiddenContentError("a TorchScript program") from error
     finally:
         if before is None:
             del os.environ[FORCED]
         else:
             os.environ[FORCED] = before
+
+
+def _asked_for(error: UnpicklingError) -> str:
+    """What a file asks for, without torch's advice to read it all the same."""
+    found = re.search(r"GLOBAL ([\w.]+)|(?:class|function|type|operand) ([\w.]*\w)", str(error))
+    return next((name for name in found.groups() if name), "") if found else "something that torch does not name"
