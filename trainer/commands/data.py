@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer.commands.arity import command_class
-from trainer.commands.options import Json, Plugins
+from trainer.commands.options import Contained, Json, Plugins
 from trainer.commands.output import print_json, print_metrics, progress_bar, say, wide
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def prepare(
         list[str] | None,
         typer.Option(help="of generated data: SPLIT=N, such as train=4000"),
     ] = None,
+    contained: Contained = False,
     plugin: Plugins = None,
 ) -> None:
     """Read published files once, check them, and write a memory-mapped dataset.
@@ -117,7 +118,7 @@ def prepare(
         else:
             options["zero_frames"] = zero_frames
             summary = prepare_files(
-                task, source, out, plugins=plugin or (), fold_column=fold_column, progress=progress,
+                task, source, out, plugins=plugin or (), fold_column=fold_column, contained=contained, progress=progress,
                 **options,
             )  # fmt: skip
     wide().print(summary_table(summary.record))

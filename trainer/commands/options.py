@@ -76,6 +76,9 @@ Plugins = Annotated[
         help="a module, or .py file, with readers of further formats (repeated); it runs: only code you trust",
     ),
 ]
+Contained = Annotated[
+    bool, typer.Option("--contained", help="refuse feature files outside the folder of the file that names them")
+]
 TrustCode = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ import typer
 
 from trainer.commands.options import (
     ConfigFile,
+    Contained,
     Debug,
     Force,
     Json,
@@ -133,6 +134,7 @@ def predict(
     batch: Annotated[
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
+    contained: Contained = False,
     plugin: Plugins = None,
     trust_code: TrustCode = None,
     debug: Debug = False,
@@ -168,7 +170,7 @@ def predict(
                 opened,
                 places or sys.stdin.buffer,
                 result_descriptor() if out == "-" else Path(out),
-                Options(task, probabilities, gates, split, tuple(plugin or ())),
+                Options(task, probabilities, gates, split, tuple(plugin or ()), contained),
                 report=lambda text: console.print(text, highlight=False, soft_wrap=True),
                 advance=lambda n: bar.advance(row, n),
             )

@@ -34,13 +34,14 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Options:
     """What is asked: `task` of samples that name none, or the dataset of several questions; the only `split` to be answered, of those the input has; whether
-    probabilities and gate weights are wanted; `plugins` with readers of further formats."""
+    probabilities and gate weights are wanted; `plugins` with readers of further formats; `contained`, whether feature files must lie in the folder of the input."""
 
     task: str | None = None
     probabilities: bool = False
     gates: bool = False
     split: str | None = None
     plugins: tuple[str, ...] = ()
+    contained: bool = False
 
 
 @dataclass
@@ -120,6 +121,7 @@ def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options,
         reread=history > 0,
         plugins=options.plugins,
         folder=folder,
+        contained=options.contained,
     )
     return UnlabelledReader(given, tasks, task=options.task, history=history)
 

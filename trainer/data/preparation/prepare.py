@@ -75,17 +75,19 @@ def prepare(
     force: bool = False,
     plugins: Sequence[str] = (),
     fold_column: str | None = None,
+    contained: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Open the published files at `paths` and prepare them; see :func:`prepare_source`. `plugins` bring further formats,
-    `fold_column` names the column of the folds of a cross-validation.
+    `fold_column` names the column of the folds of a cross-validation. `contained` refuses feature files outside the folder of the
+    file that names them.
 
     Raises:
         ReaderError: files that cannot be read, or do not fit together.
         DataError: faults in the data, or an `out` that is taken.
     """
     _check_arguments(task, out, strict, drop_bad, zero_frames, standardise, workers, force)
-    source = open_source(task, paths, plugins=plugins, fold_column=fold_column)
+    source = open_source(task, paths, plugins=plugins, fold_column=fold_column, contained=contained)
     return prepare_source(
         task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, standardise=standardise, workers=workers,
         force=force, progress=progress,

@@ -160,7 +160,9 @@ class _Index:
         for stream, rate in line.rate.items():
             self.rates[stream][rate] += 1
         if context.check:
-            context.faults += [f"{where}: {fault}" for fault in feature_faults(self.path.parent, line)]
+            context.faults += [
+                f"{where}: {fault}" for fault in feature_faults(self.path.parent, line, contained=context.contained)
+            ]
 
     def close(self, context: ReadContext) -> dict[str, float]:
         """Faults and notes of the whole file; returns the rates."""
@@ -321,13 +323,19 @@ def _word(value: Word) -> str | None:
     return None if value is None else str(value)
 
 
-def feature_faults(folder: Path, line: Line) -> list[str]:
-    """What is wrong with the line's feature files, by their headers; paths are relative to `folder`."""
+def feature_faults(folder: Path, line: Line, *, contained: bool = False) -> list[str]:
+    """What is wrong with the line's feature files, by their headers; paths are relative to `folder`.
+
+    `contained`: one outside the folder, also by a link, is a fault, and is not looked into.
+    """
     faults = []
     for name in ("audio", "video"):
         file = getattr(line, name)
         if file is not None:
             try:
+                if contained and not (folder / file).resolve().is_relative_to(folder.resolve()):
+                    faults.append(f"{name} file {file} leads out of {folder}, which --contained refuses")
+                    continue
                 load_features(folder / file, name, check=True)
             except FileNotFoundError:
                 faults.append(f"no {name} file {folder / file}")

@@ -34,7 +34,7 @@ class ReadContext:
     Attributes: `labelled`, whether samples need a label and a split (preparation) or may lack them (prediction); `check`, whether
     to look into files that samples refer to (False: another process did); `fold_column`, the column or key of samples that names
     their fold, where the user gave one. Where several questions are asked, `questions` has all of them, samples need `answers`, and
-    `task` is the first under the name of all.
+    `task` is the first under the name of all. `contained`: files that samples refer to must lie in the folder of the file that does.
     """
 
     task: Task
@@ -44,6 +44,7 @@ class ReadContext:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     questions: tuple[Task, ...] = ()
+    contained: bool = False
 
     def split_of(self, path: Path) -> str | None:
         """The split that a file is named after; "" for samples to be predicted, which need none."""

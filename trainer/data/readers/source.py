@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -24,18 +25,20 @@ def open_source(
     plugins: Sequence[str] = (),
     check: bool = True,
     fold_column: str | None = None,
+    contained: bool = False,
 ) -> Source:
     """Recognise what lies at `paths` (files, or folders of them) and open it for `task`.
 
     Of several files of one format in a folder the reader says which are meant. Features and annotations given together are
     aligned. Samples that are not `labelled` may lack label and split (then ""). `plugins` bring further formats. `fold_column` names
-    the column of the folds of a cross-validation; the source then has the one split "all".
+    the column of the folds of a cross-validation; the source then has the one split "all". `contained` refuses feature files outside
+    the folder of the file that names them.
 
     Raises:
         ReaderError: nothing readable there, or files that do not fit together, all problems at once.
         PluginError: a plug-in that cannot be used.
     """
-    context = _context(task, labelled, check, fold_column)
+    context = replace(_context(task, labelled, check, fold_column), contained=contained)
     source, _ = _open([Path(path) for path in paths], context, tuple(plugins))
     if labelled:
         names = tuple(str(path) for path in paths)

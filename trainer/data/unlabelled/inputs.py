@@ -135,6 +135,7 @@ def open_input(
     reread: bool = False,
     plugins: Sequence[str] = (),
     folder: Path = Path(),
+    contained: bool = False,
 ) -> SampleInput:
     """The input at `sources`: JSON lines (also an open file, and files with an unknown suffix), or another format.
 
@@ -143,12 +144,15 @@ def open_input(
         split: the only split to be answered.
         reread: whether the samples will be read more than once.
         folder: what paths in the lines of an open file are relative to; those in a named file are relative to its own.
+        contained: whether a feature file outside that folder is a fault.
 
     Raises:
         PredictError: a format whose samples name no task, where the model has several.
     """
     if not isinstance(sources, Sequence):
-        return JsonLinesInput([(sources, folder, "")], task, split, reread, answers=_answer_keys(tasks))
+        return JsonLinesInput(
+            [(sources, folder, "")], task, split, reread, answers=_answer_keys(tasks), contained=contained
+        )
     readers = known_readers(tuple(plugins))
     chosen = usual(tasks) if task is None else task
     first = tasks[askable(tasks)[chosen][0]] if chosen else next(iter(tasks.values()))
@@ -156,12 +160,12 @@ def open_input(
     if all(reader is None or isinstance(reader, JsonlReader) for _, reader in files):
         named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
         chinese = any(one.task.language == "zh" for one in tasks.values())
-        return JsonLinesInput(named, task, split, reread, "zh" if chinese else "en", _answer_keys(tasks))
+        return JsonLinesInput(named, task, split, reread, "zh" if chinese else "en", _answer_keys(tasks), contained)
     if chosen is None:
         raise PredictError(
             f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
         )
-    return SourceInput(sources, chosen, first, split, plugins)
+    return SourceInput(sources, chosen, first, split, plugins, contained)
 
 
 def _answer_keys(tasks: Mapping[str, TaskInput]) -> frozenset[str]:
@@ -209,9 +213,10 @@ class JsonLinesInput:
         reread: bool = False,
         language: str = "en",
         answers: frozenset[str] = frozenset(),
+        contained: bool = False,
     ) -> None:
         self._given, self._task, self._split, self._reread, self._language = files, task, split, reread, language
-        self._answers = answers
+        self._answers, self._contained = answers, contained
         self._files: list[_OpenFile] = []
         self._stack = contextlib.ExitStack()
         self.notes: list[str] = []
@@ -275,7 +280,7 @@ class JsonLinesInput:
         if self._split is not None and SPLIT_NAMES.get((split or "").lower()) is None:
             sample.faults.append(f"split {split!r} is none of train, valid, test, and --split asks for {self._split}")
         sample.raw = plain_sample(line, id, split or "", "")
-        sample.load = partial(_load_line, sample.raw, source.folder, line)
+        sample.load = partial(_load_line, sample.raw, source.folder, line, self._contained)
 
     def wanted(self, sample: UncheckedSample) -> bool:
         if self._split is None or sample.raw is None:
@@ -308,8 +313,10 @@ def _check_keys(line: UnlabelledLine, sample: UncheckedSample, answers: frozense
             sample.notes.append(f"unknown key {key[:40]!r}: not used")
 
 
-def _load_line(raw: RawSample, folder: Path, line: UnlabelledLine, faults: list[str]) -> RawSample | None:
-    if unreadable := feature_faults(folder, line):
+def _load_line(
+    raw: RawSample, folder: Path, line: UnlabelledLine, contained: bool, faults: list[str]
+) -> RawSample | None:
+    if unreadable := feature_faults(folder, line, contained=contained):
         faults += unreadable
         return None
     try:
@@ -329,16 +336,24 @@ class SourceInput:
     """
 
     def __init__(
-        self, paths: Sequence[Path], task: str, expected: TaskInput, split: str | None, plugins: Sequence[str]
+        self,
+        paths: Sequence[Path],
+        task: str,
+        expected: TaskInput,
+        split: str | None,
+        plugins: Sequence[str],
+        contained: bool = False,
     ) -> None:
         self._paths, self._task, self._expected, self._split = paths, task, expected, split
-        self._plugins = plugins
+        self._plugins, self._contained = plugins, contained
         self._source: Source
         self.notes: list[str] = []
 
     def __enter__(self) -> SourceInput:
         """Raises ReaderError, or PredictError for a split that is not there or features of another rate."""
-        self._source = open_source(self._expected.task, self._paths, labelled=False, plugins=self._plugins)
+        self._source = open_source(
+            self._expected.task, self._paths, labelled=False, plugins=self._plugins, contained=self._contained
+        )
         self.notes = list(self._source.notes)
         if self._split is not None and self._split not in self._source.splits:
             known = ", ".join(filter(None, self._source.splits)) or "none; the file's name may say it (test.pkl)"
