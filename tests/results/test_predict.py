@@ -7,6 +7,8 @@ import io
 import json
 import math
 import pickle
+import shutil
+import socket
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from tests.distributed.processes import egmf, run_ranks
 from tests.toy import WIDTHS, prepare_toy
@@ -510,3 +513,41 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
 
     few = min(peak(500), peak(500))  # the first time, modules are loaded
     assert peak(8000) - few < 100_000
+
+
+def test_no_server_is_contacted_whatever_a_foreign_run_names(run: Path, tmp_path: Path) -> None:
+    """Its record and config name a tracking server, and every proxy and hub of the environment is the same trap."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(run, theirs)
+    write(tmp_path / "in.jsonl", [{"id": "a", "text": "red so", "task": "meld"}])
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.2)
+        uri = f"http://127.0.0.1:{trap.getsockname()[1]}"
+        record = json.loads((theirs / "run.json").read_text())
+        (theirs / "run.json").write_text(json.dumps(record | {"mlflow": {"uri": uri, "run_id": "0" * 31 + "1"}}))
+        config = yaml.safe_load((theirs / "config.yaml").read_text())
+        config["track"] |= {"mlflow": True, "uri": uri}
+        (theirs / "config.yaml").write_text(yaml.safe_dump(config))
+        proxies = {
+            name: uri for word in ("http", "https", "all") for name in (f"{word}_proxy", f"{word.upper()}_PROXY")
+        }
+        more = {
+            **proxies,
+            "HF_ENDPOINT": uri,
+            "HF_HUB_OFFLINE": "0",
+            "MLFLOW_TRACKING_TOKEN": "secret",
+            "NO_PROXY": "",
+            "no_proxy": "",
+        }
+        for command in (
+            ("evaluate", str(theirs)),
+            ("predict", str(theirs), "--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")),
+            ("robustness", str(theirs), "--rates", "0,0.5"),
+            ("show", str(theirs)),
+            ("report", str(theirs)),
+            ("runs", str(tmp_path)),
+        ):
+            done = egmf(*command, **more)
+            assert done.returncode == 0, (command, done.stderr)
+        with pytest.raises(TimeoutError):
+            trap.accept()
