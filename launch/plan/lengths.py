@@ -31,7 +31,7 @@ from trainer.questions import RunTask, tasks_of_run
 from trainer.run.assemble import make_objective
 from trainer.run.guards.probe import largest
 from trainer.tasks import UNSPACED, Task
-from trainer.text import encode, start_tokens
+from trainer.text import Pieces, start_tokens
 
 CHARACTERS_PER_TOKEN = {"en": 4.0, "zh": 1.5}  # where there is no tokenizer
 ASSUMED_TEXT = 25  # tokens of a sample's own text, where there are no data
@@ -239,9 +239,11 @@ def _assumed(
     """Without data, without a tokenizer, or without both."""
     language = prompt_language(task, config.data)
 
+    pieces = None if tokenizer is None else Pieces(tokenizer)
+
     def tokens(text: str) -> int:
         per = CHARACTERS_PER_TOKEN["zh" if language.split("-")[0] in UNSPACED else "en"]
-        return math.ceil(len(text) / per) if tokenizer is None else len(encode(tokenizer, text))
+        return math.ceil(len(text) / per) if pieces is None else len(pieces.following(text))
 
     before, after = prompt_texts(task, config.data)
     prefix = tokens(before) + (1 if tokenizer is None else len(start_tokens(tokenizer)))
