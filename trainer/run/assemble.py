@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from trainer.kernels.gate import resolve_kernel
 from trainer.metric_table import FAMILIES
 from trainer.models.backbone.adapter import check_targets
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
-from trainer.models.backbone.loading import BackboneError, load_shape
 from trainer.models.backbone.positions import PositionLimit, position_limit, skeleton
 from trainer.models.build import build_model
 from trainer.models.egmf import EGMF
@@ -212,7 +211,10 @@ def assemble(
             "an earlier version began this run, and tokenised the pieces of its prompts apart, each with this tokenizer's mark of a text's "
             "beginning: that is kept; a run that is trained anew reads prompts as running text"
         )
-    limit = limit_before_loading(config, folder)
+    shape_only = skeleton(config.model.backbone, folder)
+    if shape_only is not None:
+        check_targets(shape_only, config.model.adapter)
+    limit = position_limit(shape_only)
     lengths = [] if saved else measure_splits(config, data, collators, tries, splits_of_run(config), limit)
     warnings = check_positions(lengths, limit, config)
     if world.is_rank_zero:
@@ -274,27 +276,21 @@ def make_collators(
             objective=make_objective(config, task, tries[name], data[name]["train"]),
             joining=joining,
         )
+        if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tries[name].answers)):
+            faults.append(
+                f"task {name}: the tokenizer does not give {changed} back as written, so that generated answers would never be these: set "
+                "eval.mode=score, or rename the labels"
+            )
     if faults:
         raise AnswerError("\n".join(faults))
     return collators, tries
 
 
-def limit_before_loading(config: RunConfig, folder: Path) -> PositionLimit | None:
-    """The positions that the backbone has, and LoRA's layers checked, from its configuration; nothing where that cannot be
-    read, which is explained when the weights are.
-
-    Raises:
-        ValueError: layers named for LoRA that the model does not have, or that cannot be adapted.
-    """
-    try:
-        shape = load_shape(config.model.backbone, folder)
-    except BackboneError:
-        return None
-    model = skeleton(shape, config.model.backbone.trust_remote_code)
-    if model is None:
-        return None
-    check_targets(model, config.model.adapter)
-    return position_limit(model)
+def _changed_answers(collate: Collator, answers: Sequence[str]) -> str:
+    """The answers that are others when their tokens are decoded (in lower case, with spaces), and what they are then; "" for none."""
+    decoded = [str(collate.tokenizer.decode(row[:-1], clean_up_tokenization_spaces=False)) for row in collate.answers]
+    changed = [f"{a!r} ({b!r})" for a, b in zip(answers, decoded, strict=True) if a != b.strip()]
+    return ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def _check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]], world: World) -> None:

@@ -7,17 +7,19 @@ read what lies beyond it. Rotary frequencies that depend on the longest sample o
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from trainer.config import BackboneConfig
 from trainer.models.backbone.limits import constant_rotary_length
+from trainer.models.backbone.loading import load_shape
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +52,23 @@ class PositionLimit:
         }[self.kind]
 
 
-def skeleton(shape: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel | None:
-    """A model of this configuration without values, on the `meta` device; None where its class cannot be made so."""
+def skeleton(config: BackboneConfig, folder: Path | None = None) -> PreTrainedModel | None:
+    """The model of a configuration without values, on the `meta` device; None where it cannot be made so, which is explained when
+    it is loaded. `folder` is where the tiny backbone was written."""
     try:
+        shape = load_shape(config, folder)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(shape), trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # noqa: BLE001  # loading it explains what is wrong
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # noqa: BLE001  # a folder's faults, or code that it brings along
         log.debug("no model without weights (%s): its positions and layers are seen when it is loaded", error)
         return None
     return model
 
 
-def position_limit(model: PreTrainedModel) -> PositionLimit | None:
+def position_limit(model: PreTrainedModel | None) -> PositionLimit | None:
     """The limit of a model, which may be a :func:`skeleton`; None: it has none, or names none."""
+    if model is None:
+        return None
     config = model.config.get_text_config()
     configured = [getattr(config, name, None) for name in CONFIGURED]
     named = [n for n in configured if isinstance(n, int) and n > 0]
