@@ -174,29 +174,31 @@ class _Lengths:
         """The same samples, those that are too long with their fault instead of what was read."""
         parts, config = self._run.parts, self._run.config
         use: Use = "generated" if config.eval.mode == "generate" else "scored"
-        faults: dict[int, str] = {}
-        cut: set[int] = set()
-        texts: set[int] = set()
-        for name in parts.tasks:
-            places = [i for i, one in enumerate(chunk) if one.sample is not None and name in one.tasks]
+        name, limit, most = config.model.backbone.name, parts.limit, config.data.max_text_tokens
+        beyond: dict[int, int] = {}
+        texts: dict[int, int] = {}
+        for task in parts.tasks:
+            places = [i for i, one in enumerate(chunk) if one.sample is not None and task in one.tasks]
             samples = [sample for i in places if (sample := chunk[i].sample) is not None]
             if not samples:
                 continue
-            found = measure(parts.collators[name], parts.tries[name], "input", samples, use, parts.limit)
-            for i, positions, text in zip(places, found.positions_N.tolist(), found.text_N.tolist(), strict=True):
-                if parts.limit is not None and positions > parts.limit.positions:
-                    faults[i] = (
-                        f"it needs {positions} positions of {config.model.backbone.name}, and {parts.limit.reason}"
-                    )
-                if text:
-                    texts.add(i)
-                    self._longest = max(self._longest, text)
-                if text > config.data.max_text_tokens:
-                    cut.add(i)
-        self._cut, self._texts = self._cut + len(cut), self._texts + len(texts)
-        if parts.limit is None or not parts.limit.hard:
-            self._beyond += len(faults)
-            return chunk
+            found = measure(parts.collators[task], parts.tries[task], "input", samples, use, limit)
+            texts |= {i: n for i, n in zip(places, found.text_N.tolist(), strict=True) if n}
+            if limit is not None:
+                needed = zip(places, found.positions_N.tolist(), strict=True)
+                beyond |= {i: max(n, beyond.get(i, 0)) for i, n in needed if n > limit.positions}
+        faults: dict[int, str] = {}
+        if limit is not None and limit.hard:
+            faults = {
+                i: f"too long for {name} ({limit.reason}): {n} positions with the longest answer"
+                for i, n in beyond.items()
+            }
+        else:
+            self._beyond += len(beyond)
+        answered = [n for i, n in texts.items() if i not in faults]
+        self._texts += len(answered)
+        self._cut += sum(n > most for n in answered)
+        self._longest = max([self._longest, *answered])
         return [
             replace(one, sample=None, faults=[*one.faults, faults[i]]) if i in faults else one
             for i, one in enumerate(chunk)
