@@ -336,7 +336,7 @@ def test_an_evaluation_batch_that_is_larger_than_memory_is_named_with_its_split(
     monkeypatch.setattr(probe, "Scorer", Full)
     asked = config(folder, data="short")
     parts = assemble(asked, tmp_path, ALONE, torch.float32)
-    with pytest.raises(probe.MemoryFault, match=r"the largest evaluation batch of test \(.*eval\.tokens="):
+    with pytest.raises(probe.MemoryFault, match=r"(?s)the largest evaluation batch of test \(.*eval\.tokens="):
         probe._answer(parts.model, parts, asked, "meld", "test", ALONE)  # type: ignore[arg-type]
 
 
