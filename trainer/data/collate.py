@@ -1,7 +1,8 @@
 """Samples to batches: prompts with places for pseudo tokens, answer targets, padded features on one time axis.
 
 A prompt reads ``instruction <Multimodal> [K places] history text </> cue answer``; its pieces are tokenised
-apart, each as it stands in running text (:class:`trainer.text.Pieces`), and joined. What stands before the places, the prefix, is the same for every sample of a task. A packed batch is one
+apart, each as it stands in running text (:class:`trainer.text.Pieces`), and joined. What stands before the places, the
+prefix, is the same for every sample of a task. A packed batch is one
 row: the prefix once, then what is left of every sample. A padded batch has a row with the whole prompt for every sample.
 """
 

@@ -193,8 +193,8 @@ def assemble(
     backbone is whole. `saved`: as for :func:`open_data`. `joining`: how prompts are tokenised (:class:`trainer.text.Pieces`).
 
     Raises:
-        ValueError: parts that do not fit each other. What tokens and the model's configuration tell (answers that are the same, samples longer than
-            the model's positions, layers for LoRA that there are not) is refused before weights are read.
+        ValueError: parts that do not fit each other. What tokens and the model's configuration tell (answers that are the
+            same, samples longer than the model's positions, layers for LoRA that there are not) is refused before weights are read.
     """
     tasks, data = open_data(config, saved=saved)
     widths = {name: opened.widths for name, opened in data.items()}

@@ -1,8 +1,9 @@
 """How many positions a model has: from its configuration and its modules without weights, before anything is loaded.
 
-Three kinds of models. Those with a table of positions (GPT-2, OPT, GPT-Neo, BERT learn theirs; GPT-J and CodeGen compute one of sines) cannot
-read what lies beyond it. Rotary frequencies that depend on the longest sample of a batch are refused beyond the length from which they do
-(:mod:`trainer.models.backbone.limits`). All others compute positions of any length, and were trained on `max_position_embeddings` of them.
+Three kinds of models. Those with a table of positions (GPT-2, OPT, GPT-Neo, BERT learn theirs; GPT-J and CodeGen compute
+one of sines) cannot read what lies beyond it. Rotary frequencies that depend on the longest sample of a batch are refused
+beyond the length from which they do (:mod:`trainer.models.backbone.limits`). All others compute positions of any length,
+and were trained on `max_position_embeddings` of them.
 """
 
 from __future__ import annotations
