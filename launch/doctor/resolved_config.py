@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from launch.doctor.findings import Findings
+from launch.doctor.findings import Findings, State
 from trainer.config import BackboneConfig, RunConfig, load_config
 from trainer.data.dataset import PreparedDataset
 from trainer.tasks import Task
@@ -93,6 +94,7 @@ def _check_model(findings: Findings, resolved: ResolvedConfig, scratch: Path) ->
         return False
     findings.add(PART, "model", "ok", found, type=shape.model_type, vocabulary=rows, tokens=len(tokenizer))
     _check_answers(findings, resolved, tokenizer)
+    _check_lengths(findings, resolved, tokenizer, folder)
     return True if tiny else _check_weights(findings, backbone)
 
 
@@ -106,6 +108,28 @@ def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any)
             findings.add(
                 PART, f"answers of {name}", "ok", f"{len(trie.answers)} answers, all distinct under the tokenizer"
             )
+
+
+def _check_lengths(findings: Findings, resolved: ResolvedConfig, tokenizer: Any, folder: Path) -> None:
+    """Whether every sample of every split fits into the model's positions, and which texts are cut."""
+    from trainer.answers.trie import AnswerError
+    from trainer.models.backbone.positions import position_limit, skeleton
+    from trainer.run.assemble import make_collators
+    from trainer.run.lengths import check_positions, log_lines, measure_splits, splits_of_run
+
+    config = resolved.config
+    tasks = {name: task for name, task in resolved.tasks.items() if name in resolved.data}
+    limit = position_limit(skeleton(config.model.backbone, folder))
+    with findings.explained(PART, "lengths of samples"), contextlib.suppress(AnswerError):  # which are faults already
+        collators, tries = make_collators(config, tasks, resolved.data, tokenizer)
+        found = measure_splits(config, resolved.data, collators, tries, splits_of_run(config), limit)
+        said = [*check_positions(found, limit, config), *log_lines(found, config)]
+        longest = max((int(one.positions_N.max(initial=0)) for one in found), default=0)
+        of = "" if limit is None else f" of {limit.positions}"
+        state: State = "warning" if said else "ok"
+        findings.add(
+            PART, "lengths of samples", state, "; ".join([f"at most {longest}{of} positions", *said]), positions=longest
+        )
 
 
 def _check_weights(findings: Findings, backbone: BackboneConfig) -> bool:

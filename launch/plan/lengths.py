@@ -27,11 +27,13 @@ from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.folder import read_record
 from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
 from trainer.models.backbone.loading import BackboneError, faults_of_present_files, load_tokenizer
+from trainer.models.backbone.positions import PositionLimit, position_limit, skeleton
 from trainer.questions import RunTask, tasks_of_run
 from trainer.run.assemble import make_objective
 from trainer.run.guards.probe import largest
+from trainer.run.lengths import PositionsError, check_positions, log_lines, measure_splits, splits_of_run
 from trainer.tasks import UNSPACED, Task
-from trainer.text import encode, start_tokens
+from trainer.text import Pieces, start_tokens
 
 CHARACTERS_PER_TOKEN = {"en": 4.0, "zh": 1.5}  # where there is no tokenizer
 ASSUMED_TEXT = 25  # tokens of a sample's own text, where there are no data
@@ -125,10 +127,11 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
     """
     notes: list[str] = []
     tokenizer = _tokenizer(config, notes)
+    limit = None if tokenizer is None else position_limit(skeleton(config.model.backbone))
     needs = {}
     asked = tasks_of_run(config.tasks)
     for one in asked:
-        found = _needs(config, one, tokenizer, notes)
+        found = _needs(config, one, tokenizer, limit, notes)
         needs[one.task.name] = found if positions is None else _stated(found, positions, notes)
     limits = Limits.of_training(config)
     order = _order(config, needs)
@@ -206,7 +209,13 @@ def _tokenizer(config: RunConfig, notes: list[str]) -> PreTrainedTokenizerBase |
     return None
 
 
-def _needs(config: RunConfig, one: RunTask, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]) -> _Needs:
+def _needs(
+    config: RunConfig,
+    one: RunTask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    limit: PositionLimit | None,
+    notes: list[str],
+) -> _Needs:
     task, data = one.task, _data(config, one, notes)
     if tokenizer is None or data is None:
         return _assumed(config, task, tokenizer, data, notes)
@@ -219,6 +228,13 @@ def _needs(config: RunConfig, one: RunTask, tokenizer: PreTrainedTokenizerBase |
     )  # fmt: skip
     if collate.objective.trie_in_batch is not None:
         notes.append(_riding(task, len(trie.token_N)))
+    name, splits = task.name, splits_of_run(config)
+    found = measure_splits(config, {name: data}, {name: collate}, {name: trie}, splits, limit)
+    notes.extend(log_lines(found, config))
+    try:
+        notes.extend(check_positions(found, limit, config))
+    except PositionsError as error:
+        notes.append(f"a run would refuse this: {'; '.join(line.strip() for line in str(error).splitlines())}")
     return _Needs(task.name, max(map(len, collate.answers)), collate.sizes(data["train"]), None, data)
 
 
@@ -239,9 +255,11 @@ def _assumed(
     """Without data, without a tokenizer, or without both."""
     language = prompt_language(task, config.data)
 
+    pieces = None if tokenizer is None else Pieces(tokenizer)
+
     def tokens(text: str) -> int:
         per = CHARACTERS_PER_TOKEN["zh" if language.split("-")[0] in UNSPACED else "en"]
-        return math.ceil(len(text) / per) if tokenizer is None else len(encode(tokenizer, text))
+        return math.ceil(len(text) / per) if pieces is None else len(pieces.following(text))
 
     before, after = prompt_texts(task, config.data)
     prefix = tokens(before) + (1 if tokenizer is None else len(start_tokens(tokenizer)))

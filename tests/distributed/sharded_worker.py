@@ -82,6 +82,49 @@ def equality(models: Path, world: World) -> dict[str, Any]:
     return results
 
 
+def adapted(models: Path, data: Path, out: Path, world: World) -> dict[str, Any]:
+    """LoRA of every model with experts under ZeRO-3: losses and gradients of a batch, beside the whole model without an engine."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from tests.distributed.cases import ONE_EXPERT, Case, config_of
+    from trainer.models.backbone.sharded import is_partitioned
+    from trainer.run.assemble import assemble
+    from trainer.run.engine import build_engine
+
+    results = {}
+    for name, case in json.loads((models / "cases.json").read_text()).items():
+        if not case.get("experts"):
+            continue
+        still = ("model.adapter.dropout=0", "model.fusion.dropout=0", f"model.backbone.name={models / case['folder']}")
+        config = config_of(Case("", (*ONE_EXPERT, *still), ("train.zero=3",)), data, engine=True)
+
+        def batch(parts: Any) -> Any:
+            view = parts.data["meld"]["train"]
+            return parts.collators["meld"].pack([view[i] for i in range(4)])
+
+        whole = assemble(config, out / "run", world, torch.float32)
+        expected = whole.model.train()(batch(whole))
+        (expected.loss_B.mean() + expected.unused_param_zero).backward()
+        wanted = {n: p.grad.clone() for n, p in whole.model.named_parameters() if p.grad is not None}
+        parts = assemble(config, out / "run", world, torch.float32, partition=True)
+        engine = build_engine(parts.model, config)
+        got = engine(batch(parts))
+        engine.backward(got.loss_B.mean() + got.unused_param_zero)
+        found = {n: safe_get_full_grad(p) for n, p in parts.model.named_parameters() if p.requires_grad}
+        lora = [n for n in wanted if "lora_B" in n]
+        largest = max(float(wanted[n].abs().max()) for n in lora)
+        results[name] = {
+            "loss": float((got.loss_B - expected.loss_B).abs().max()),
+            "gradient": max(float((found[n] - wanted[n]).abs().max()) for n in lora) / largest,
+            "learns": largest,
+            "all": {n for n in found if "lora_B" in n} == set(lora),
+            "experts": [n for n in lora if ".experts." in n],
+            "in parts": all(is_partitioned(p) for p in parts.model.backbone.parameters()),
+        }
+        engine.destroy()
+    return results
+
+
 def faults(models: Path, world: World) -> dict[str, str]:
     """The error where ranks find different files."""
     from trainer.config import AdapterConfig, BackboneConfig
@@ -196,6 +239,8 @@ def main(work: Path, data: Path, out: Path, wanted: list[str]) -> None:
     results: dict[str, Any] = {}
     if "equality" in wanted:
         results["equality"] = equality(work, world)
+    if "adapted" in wanted:
+        results["adapted"] = adapted(work, data, out, world)
     if "faults" in wanted:
         results["faults"] = faults(work, world)
     if "held" in wanted:

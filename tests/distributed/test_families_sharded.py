@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.processes import run_ranks
 from tests.models.families import FAMILIES, save_public
+from tests.toy import prepare_toy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -22,9 +23,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     cases = {}
     for place, name in enumerate(NAMES):
         save_public(FAMILIES[name], root / str(place))
-        cases[name] = {"folder": str(place), "dtype": "float32", "backbone": {}}
+        cases[name] = {"folder": str(place), "dtype": "float32", "backbone": {}, "experts": FAMILIES[name].experts}
     (root / "cases.json").write_text(json.dumps(cases))
-    run_ranks("tests.distributed.sharded_worker", str(root), str(root), str(out), "equality", timeout=500)
+    prepare_toy("meld", root / "data")
+    run_ranks(
+        "tests.distributed.sharded_worker", str(root), str(root / "data"), str(out), "equality", "adapted", timeout=560
+    )
     return json.loads((Path(out) / "results.json").read_text())
 
 
@@ -34,3 +38,15 @@ def test_a_family_in_parts_is_the_whole_model(found, name):
         result = rank["equality"][name]
         for key in ("finite", "equal", "hash", "all cut up"):
             assert result[key], key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].experts])
+def test_lora_of_a_mixture_of_experts_in_parts_learns_as_the_whole_model(found, name):
+    for rank in found:
+        result = rank["adapted"][name]
+        assert result["loss"] < 1e-4
+        assert result["gradient"] < 1e-3
+        assert result["learns"] > 0
+        assert result["all"]
+        assert result["in parts"]
+        assert not result["experts"]  # which are fused: LoRA adapts the layers beside them

@@ -12,16 +12,24 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.batch import AnswerTrie
 from trainer.tasks import AnswerStyle, Language, Task
-from trainer.text import encode, end_token
+from trainer.text import Joining, Pieces, end_token
 
 
 class AnswerError(ValueError):
     """Answers that a tokenizer cannot tell apart, or scores that do not belong to the task's answers."""
 
 
-def task_trie(task: Task, tokenizer: PreTrainedTokenizerBase, style: AnswerStyle, language: Language) -> AnswerTrie:
-    """The tree of a task's answers as they follow the cue in a prompt of `language`; see :func:`build_trie`."""
-    trie = build_trie(task.answer_texts(style, language), lambda text: encode(tokenizer, text), end_token(tokenizer))
+def task_trie(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    style: AnswerStyle,
+    language: Language,
+    joining: Joining = "running",
+) -> AnswerTrie:
+    """The tree of a task's answers as they follow the cue in a prompt of `language`, tokenised as in training
+    (:class:`trainer.text.Pieces`); see :func:`build_trie`."""
+    pieces = Pieces(tokenizer, joining)
+    trie = build_trie(task.answer_texts(style, language), pieces.following, end_token(tokenizer))
     if task.grid is not None:
         trie.value_C = torch.tensor(task.grid.values)
     if task.kind == "multilabel":

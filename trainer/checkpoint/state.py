@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.checkpoint.identity import RunIdentity, completed_settings
 from trainer.checkpoint.weights import CheckpointError
 from trainer.config import OFF
+from trainer.text import Joining
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class CheckpointState(RunIdentity):
     validation_due: bool = False
     format: int = FORMAT
     version: str | None = None  # of egmf-trainer
+    joining: Joining = "apart"  # of the prompt's pieces; versions that do not say so tokenised them apart
 
 
 def this_version() -> str | None:

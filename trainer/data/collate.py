@@ -1,7 +1,8 @@
 """Samples to batches: prompts with places for pseudo tokens, answer targets, padded features on one time axis.
 
 A prompt reads ``instruction <Multimodal> [K places] history text </> cue answer``; its pieces are tokenised
-apart and joined. What stands before the places, the prefix, is the same for every sample of a task. A packed batch is one
+apart, each as it stands in running text (:class:`trainer.text.Pieces`), and joined. What stands before the places, the
+prefix, is the same for every sample of a task. A packed batch is one
 row: the prefix once, then what is left of every sample. A padded batch has a row with the whole prompt for every sample.
 """
 
@@ -21,7 +22,7 @@ from trainer.data.dataset import SplitView
 from trainer.data.objective import Objective
 from trainer.data.sampling import MicroBatch, Sizes, dropped_modalities
 from trainer.tasks import Language, Task
-from trainer.text import count_tokens, encode, end_token, start_tokens
+from trainer.text import Joining, Pieces, end_token, start_tokens
 
 OPEN = "<Multimodal>"
 NOMINAL_SECONDS = 10.0  # a clip's length on the time axis where no frame rate is known
@@ -88,6 +89,7 @@ class Collator:
         modalities: those the model uses; the text of a model without text is empty.
         seed: of the run, for modality dropout.
         objective: what the training loss asks of batches with answers.
+        joining: how the prompt's pieces are tokenised; see :class:`trainer.text.Pieces`.
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class Collator:
         modalities: Sequence[str],
         seed: int = 0,
         objective: Objective | None = None,
+        joining: Joining = "running",
     ) -> None:
         self.task, self.tokenizer, self.config = task, tokenizer, config
+        self.pieces = Pieces(tokenizer, joining)
         self.pseudo_tokens, self.modalities, self.seed = pseudo_tokens, tuple(modalities), seed
         self.widths = {name: widths.get(name) or 0 for name in ("audio", "video")}
         known = all(rates.get(name) for name, width in self.widths.items() if width)
@@ -112,9 +116,11 @@ class Collator:
         self.end = end_token(tokenizer)
         language = prompt_language(task, config)
         before, after = prompt_texts(task, config)
-        self.prefix = start_tokens(tokenizer) + encode(tokenizer, before)
-        self.suffix = encode(tokenizer, after)
-        self.answers = [[*encode(tokenizer, text), self.end] for text in task.answer_texts(config.answers, language)]
+        self.prefix = start_tokens(tokenizer) + self.pieces.first(before)
+        self.suffix = self.pieces.following(after)
+        self.answers = [
+            [*self.pieces.following(text), self.end] for text in task.answer_texts(config.answers, language)
+        ]
         self._tokens: dict[str, list[int]] = {}
 
     def __call__(
@@ -203,13 +209,10 @@ class Collator:
         With the prefix `cached` no row holds it.
         """
         view = samples if isinstance(samples, SplitView) else None
-        texts = list(view.texts()) if view is not None else [s.text for s in samples]
-        text_N = np.zeros(len(texts), dtype=np.int64)
-        if "text" in self.modalities:
-            text_N = np.minimum(count_tokens(self.tokenizer, texts), self.config.max_text_tokens)
+        text_N = np.minimum(self.text_lengths(samples), self.config.max_text_tokens)
         tokens_N = text_N + self.pseudo_tokens + len(self.suffix)
         if self.config.history:
-            tokens_N += [len(self._history(sample)) for sample in samples]
+            tokens_N += [len(self._said(sample)[0]) for sample in samples]
         if nodes is None and self.objective.trie_in_batch is not None:
             nodes = len(self.objective.trie_in_batch.token_N)
         if nodes is None:
@@ -224,14 +227,25 @@ class Collator:
         read_N3 *= ["text" in self.modalities, *(name in self.modalities for name in ("audio", "video"))]
         return Sizes(0 if cached else len(self.prefix), tokens_N + (nodes or 0), read_N3)
 
+    def text_lengths(self, samples: SplitView | Sequence[Sample]) -> np.ndarray:
+        """`[N]`: tokens of every sample's own text before it is cut to `data.max_text_tokens`; 0 where no text is read."""
+        if "text" not in self.modalities:
+            return np.zeros(len(samples), dtype=np.int64)
+        if self.config.history and self.pieces.drops_ends:
+            return self.pieces.count([self._connected(sample)[-1] for sample in samples])
+        return self.pieces.count(
+            list(samples.texts()) if isinstance(samples, SplitView) else [sample.text for sample in samples]
+        )
+
     def _encode(self, samples: Sequence[Sample], answers: bool, epoch: int | None) -> _Encoded:
-        texts = [self._text(sample.text) if "text" in self.modalities else [] for sample in samples]
+        said = [self._said(sample) for sample in samples]
+        texts = [text for _, text in said]
         places = [self.end] * self.pseudo_tokens
         one = answers and not self.objective.shared  # the target is one answer, whose tokens are predicted
         chosen = [self.task.answer_index(sample.target) for sample in samples] if one else []
         return _Encoded(
             texts,
-            [places + self._history(s) + text + self.suffix for s, text in zip(samples, texts, strict=True)],
+            [places + history + text + self.suffix for history, text in said],
             chosen,
             [self.answers[c] for c in chosen] if one else [[] for _ in samples],
             [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)],
@@ -263,14 +277,18 @@ class Collator:
 
     def _text(self, text: str) -> list[int]:
         if text not in self._tokens:
-            self._tokens[text] = encode(self.tokenizer, text)[-self.config.max_text_tokens :]
+            self._tokens[text] = self.pieces.following(text)[-self.config.max_text_tokens :]
         return self._tokens[text]
 
-    def _history(self, sample: Sample) -> list[int]:
-        tokens: list[int] = []
-        for speaker, text in sample.history:
-            tokens += self._text(f"{speaker}: {text}\n" if speaker else f"{text}\n")
-        return tokens
+    def _connected(self, sample: Sample) -> list[str]:
+        """The utterances of a sample's history, and its own text behind them."""
+        said = [f"{speaker}: {text}\n" if speaker else f"{text}\n" for speaker, text in sample.history]
+        return self.pieces.connected([*said, sample.text if "text" in self.modalities else ""])
+
+    def _said(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """The tokens of a sample's history, and those of its own text."""
+        *history, text = (self._text(piece) for piece in self._connected(sample))
+        return _concatenate(history), text
 
     def _features(self, name: str, samples: Sequence[Sample], dropped: Sequence[set[str]]) -> Features:
         width, rate = max(self.widths[name], 1), self.rates[name]

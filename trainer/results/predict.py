@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
 from trainer.run.assemble import shared_encoders
 from trainer.run.evaluate import Scorer
+from trainer.run.lengths import Use, measure
 from trainer.run.saved import SavedRun
 
 CHUNK_SAMPLES = 512  # that are sorted by length together
@@ -84,7 +85,7 @@ def predict(
         ReaderError: files of another format than JSON lines that cannot be read.
     """
     _check_options(run, options)
-    tally = Tally()
+    tally, lengths = Tally(), _Lengths(run)
     with contextlib.ExitStack() as stack:
         chunks: Iterator[list[CheckedSample]] = iter(())
         write: Callable[[Iterable[Row]], None] = lambda rows: None  # noqa: E731
@@ -93,7 +94,7 @@ def predict(
             reader = stack.enter_context(_reader(run, sources, options, folder))
             for note in reader.notes:
                 report(f"note: {note}")
-            chunks = _chunks(reader, CHUNK_SAMPLES)
+            chunks = map(lengths.checked, _chunks(reader, CHUNK_SAMPLES))
             write = stack.enter_context(_writing(out))
         scorers = {name: Scorer(run.forward, run.parts, run.config, name, run.world) for name in run.parts.tasks}
         while (chunk := run.world.broadcast_object(next(chunks, None))) is not None:
@@ -106,6 +107,8 @@ def predict(
                 advance(len(chunk))
         if run.world.is_rank_zero and not tally.answered + tally.bad:
             raise PredictError("the input holds no samples: it is empty; nothing was written")
+        for note in lengths.notes():
+            report(f"note: {note}")
     total: Tally = run.world.broadcast_object(tally)
     return total
 
@@ -161,6 +164,63 @@ def _chunks(samples: Iterable[CheckedSample], most: int) -> Iterator[list[Checke
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+class _Lengths:
+    """Leaves out samples that are longer than the model's positions, and counts those whose texts are cut; on rank 0."""
+
+    def __init__(self, run: SavedRun) -> None:
+        self._run, self._cut, self._texts, self._longest, self._beyond = run, 0, 0, 0, 0
+
+    def checked(self, chunk: list[CheckedSample]) -> list[CheckedSample]:
+        """The same samples, those that are too long with their fault instead of what was read."""
+        parts, config = self._run.parts, self._run.config
+        use: Use = "generated" if config.eval.mode == "generate" else "scored"
+        name, limit, most = config.model.backbone.name, parts.limit, config.data.max_text_tokens
+        beyond: dict[int, int] = {}
+        texts: dict[int, int] = {}
+        for task in parts.tasks:
+            places = [i for i, one in enumerate(chunk) if one.sample is not None and task in one.tasks]
+            samples = [sample for i in places if (sample := chunk[i].sample) is not None]
+            if not samples:
+                continue
+            found = measure(parts.collators[task], parts.tries[task], "input", samples, use, limit)
+            texts |= {i: n for i, n in zip(places, found.text_N.tolist(), strict=True) if n}
+            if limit is not None:
+                needed = zip(places, found.positions_N.tolist(), strict=True)
+                beyond |= {i: max(n, beyond.get(i, 0)) for i, n in needed if n > limit.positions}
+        faults: dict[int, str] = {}
+        if limit is not None and limit.hard:
+            faults = {
+                i: f"too long for {name} ({limit.reason}): {n} positions with the longest answer"
+                for i, n in beyond.items()
+            }
+        else:
+            self._beyond += len(beyond)
+        answered = [n for i, n in texts.items() if i not in faults]
+        self._texts += len(answered)
+        self._cut += sum(n > most for n in answered)
+        self._longest = max([self._longest, *answered])
+        return [
+            replace(one, sample=None, faults=[*one.faults, faults[i]]) if i in faults else one
+            for i, one in enumerate(chunk)
+        ]
+
+    def notes(self) -> list[str]:
+        """What is to be said of the whole input."""
+        most, limit = self._run.config.data.max_text_tokens, self._run.parts.limit
+        notes = []
+        if self._cut:
+            notes.append(
+                f"{self._cut} of {self._texts} texts were cut to their last {most} tokens (data.max_text_tokens of the run), "
+                f"the longest had {self._longest}"
+            )
+        if self._beyond and limit is not None:
+            notes.append(
+                f"{self._beyond} samples need more positions than {self._run.config.model.backbone.name} was trained on "
+                f"({limit.positions}), where it may answer worse"
+            )
+        return notes
 
 
 def _bytes(sample: Sample | None) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from trainer.answers.trie import task_trie
+from trainer.answers.trie import AnswerError, task_trie
 from trainer.batch import AnswerTrie
 from trainer.config import FusionConfig, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
@@ -21,12 +22,16 @@ from trainer.distributed.deepspeed_config import deepspeed_config, zero_stage
 from trainer.distributed.world import World
 from trainer.kernels.gate import resolve_kernel
 from trainer.metric_table import FAMILIES
+from trainer.models.backbone.adapter import check_targets
 from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
+from trainer.models.backbone.positions import PositionLimit, position_limit, skeleton
 from trainer.models.build import build_model
 from trainer.models.egmf import EGMF
 from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
 from trainer.questions import RunTask, find_run_tasks, tasks_of_run
+from trainer.run.lengths import SplitLengths, check_positions, log_lines, measure_splits, splits_of_run
 from trainer.tasks import Task, select_by
+from trainer.text import Joining, Pieces
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,9 @@ class RunComponents:
     collators: dict[str, Collator]
     tries: dict[str, AnswerTrie]
     model: EGMF
+    joining: Joining = "running"
+    limit: PositionLimit | None = None  # of the backbone
+    lengths: list[SplitLengths] = field(default_factory=list)  # of the splits that a training reads
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -170,12 +178,23 @@ def warn_of_raw_features(config: RunConfig, data: Mapping[str, PreparedDataset])
 
 
 def assemble(
-    config: RunConfig, out: Path, world: World, dtype: torch.dtype, *, partition: bool = False, saved: bool = False
+    config: RunConfig,
+    out: Path,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    partition: bool = False,
+    saved: bool = False,
+    joining: Joining = "running",
 ) -> RunComponents:
     """Build all parts; the same on every rank (module initialisation is seeded by the run's seed).
 
     `partition`: under ZeRO-3 each rank loads its part of the backbone alone, for an engine that is built next. Else the
-    backbone is whole. `saved`: as for :func:`open_data`.
+    backbone is whole. `saved`: as for :func:`open_data`. `joining`: how prompts are tokenised (:class:`trainer.text.Pieces`).
+
+    Raises:
+        ValueError: parts that do not fit each other. What tokens and the model's configuration tell (answers that are the
+            same, samples longer than the model's positions, layers for LoRA that there are not) is refused before weights are read.
     """
     tasks, data = open_data(config, saved=saved)
     widths = {name: opened.widths for name, opened in data.items()}
@@ -186,6 +205,21 @@ def assemble(
             if first and not folder.exists():
                 build_tiny(config.model.backbone.tiny, tiny_texts(config, tasks, data), folder)
     tokenizer = load_tokenizer(config.model.backbone, folder)
+    collators, tries = make_collators(config, tasks, data, tokenizer, joining)
+    if joining == "apart" and Pieces(tokenizer).marked and world.is_rank_zero:
+        log.warning(
+            "an earlier version began this run, and tokenised the pieces of its prompts apart, each with this tokenizer's mark of a text's "
+            "beginning: that is kept; a run that is trained anew reads prompts as running text"
+        )
+    shape_only = skeleton(config.model.backbone, folder)
+    if shape_only is not None:
+        check_targets(shape_only, config.model.adapter)
+    limit = position_limit(shape_only)
+    lengths = [] if saved else measure_splits(config, data, collators, tries, splits_of_run(config), limit)
+    warnings = check_positions(lengths, limit, config)
+    if world.is_rank_zero:
+        for warning in [*warnings, *log_lines(lengths, config)]:
+            log.warning("%s", warning)
     torch.manual_seed(config.train.seed)
     zero3 = deepspeed_config(config) if partition and zero_stage(config) == 3 else None
     backbone = build_backbone(
@@ -208,9 +242,28 @@ def assemble(
     )
     if model.fusion is not None and config.model.fusion.compile:
         model.fusion.compile(dynamic=True)
-    collators, tries = {}, {}
+    return RunComponents(tasks, data, collators, tries, model, joining, limit, lengths)
+
+
+def make_collators(
+    config: RunConfig,
+    tasks: Mapping[str, Task],
+    data: Mapping[str, PreparedDataset],
+    tokenizer: PreTrainedTokenizerBase,
+    joining: Joining = "running",
+) -> tuple[dict[str, Collator], dict[str, AnswerTrie]]:
+    """Each task's collator and tree of answers.
+
+    Raises:
+        ValueError: every task with answers that the tokenizer cannot tell apart.
+    """
+    collators, tries, faults = {}, {}, []
     for name, task in tasks.items():
-        tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
+        try:
+            tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data), joining)
+        except AnswerError as error:
+            faults.append(f"task {name}: {error}")
+            continue
         collators[name] = Collator(
             task,
             tokenizer,
@@ -221,8 +274,23 @@ def assemble(
             modalities=config.model.fusion.modalities,
             seed=config.train.seed,
             objective=make_objective(config, task, tries[name], data[name]["train"]),
+            joining=joining,
         )
-    return RunComponents(tasks, data, collators, tries, model)
+        if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tries[name].answers)):
+            faults.append(
+                f"task {name}: the tokenizer does not give {changed} back as written, so that generated answers would never be these: set "
+                "eval.mode=score, or rename the labels"
+            )
+    if faults:
+        raise AnswerError("\n".join(faults))
+    return collators, tries
+
+
+def _changed_answers(collate: Collator, answers: Sequence[str]) -> str:
+    """The answers that are others when their tokens are decoded (in lower case, with spaces), and what they are then; "" for none."""
+    decoded = [str(collate.tokenizer.decode(row[:-1], clean_up_tokenization_spaces=False)) for row in collate.answers]
+    changed = [f"{a!r} ({b!r})" for a, b in zip(answers, decoded, strict=True) if a != b.strip()]
+    return ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def _check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]], world: World) -> None:

@@ -28,6 +28,7 @@ from trainer.distributed.world import World
 from trainer.models.backbone.packed import PrefixCache
 from trainer.models.generation import generate
 from trainer.run.assemble import RunComponents
+from trainer.run.lengths import GENERATED_BEYOND
 
 Change = Callable[[str, Sample], Sample]  # task, sample -> its replacement
 
@@ -136,7 +137,7 @@ class Scorer:
         """The answer to each sample of a batch."""
         if self.config.eval.mode == "generate":
             batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device)
-            longest = max(map(len, self.collate.answers)) + 4
+            longest = max(map(len, self.collate.answers)) + GENERATED_BEYOND
             texts = generate(self.parts.model, batch, longest)
             return sample_answers(self.task, parse_answers(self.task, texts, self.config.data.answers))
         output = self._output(samples, micro)

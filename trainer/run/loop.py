@@ -47,6 +47,7 @@ from trainer.run.folder import archive_previous_run, open_folder
 from trainer.run.guards.dump import NonFiniteDump, StepFacts
 from trainer.run.guards.guard import NonFiniteError
 from trainer.run.guards.probe import memory_explained, probe
+from trainer.run.lengths import cut_record
 from trainer.run.record import (
     RecordValues,
     Report,
@@ -106,12 +107,13 @@ def fit(
             if world.is_rank_zero:
                 remember(config)
             last = checkpoints.newest(repair=True)
-            parts = assemble(config, out, world, dtype_of(config), partition=True)
+            saved = None if last is None else read_state(last)
+            joining = "running" if saved is None else saved.joining
+            parts = assemble(config, out, world, dtype_of(config), partition=True, joining=joining)
             if world.is_rank_zero:
                 warn_of_raw_features(config, parts.data)
             base = parts.model.backbone.fingerprint
             identity = identify(config, data=parts.fingerprints, base=base, world_size=world.size)
-            saved = None if last is None else read_state(last)
             if saved is not None and last is not None:
                 check_fit(saved, identity, last, force=force)
             with world.on_rank_zero() as first:
@@ -139,6 +141,7 @@ def fit(
                     "base": identity.base,
                     "world": identity.world,
                     "zero": identity.zero,
+                    "texts": cut_record(parts.lengths, config),
                 }
             )
             if parts.fold is not None:
@@ -349,6 +352,7 @@ class Trainer:
             mlflow_run=self.run.tracker.run_id,
             validation_due=validation_due,
             version=this_version(),
+            joining=self.parts.joining,
         )
         path = self.run.checkpoints.save(self.engine, state)
         log.info("saved %s%s", path, ", the best so far" if self.run.selection.best == path.name else "")

@@ -15,6 +15,7 @@ from trainer.files import write_json
 if TYPE_CHECKING:  # egmf runs reads records without loading torch
     from trainer.data.folds import FoldRecord
     from trainer.distributed.versions import GitState
+    from trainer.run.lengths import TextCuts
     from trainer.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class RecordValues(TypedDict, total=False):
     base: str  # hash of the frozen backbone
     world: int
     zero: int
+    texts: dict[str, dict[str, TextCuts]]  # task -> split -> how many texts are cut to data.max_text_tokens
 
 
 def baseline_of(record: RecordValues) -> BaselineValues | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents, assemble
 from trainer.run.engine import build_inference_engine
 from trainer.run.evaluate import Change, evaluate
+from trainer.run.lengths import check_positions, log_lines, measure_splits
 from trainer.trust import check_trust
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,30 @@ class SavedRun:
     world: World
     checkpoint: Path
     forward: Callable[..., Any]
+    _checked: set[str] = field(default_factory=set)  # splits whose lengths were looked at
 
     def evaluate(
         self, split: str, advance: Callable[[int], None] = lambda n: None, change: Change = lambda task, sample: sample
     ) -> tuple[pd.DataFrame, SplitScores]:
-        """See :func:`trainer.run.evaluate.evaluate`."""
+        """See :func:`trainer.run.evaluate.evaluate`.
+
+        Raises:
+            ValueError: samples are longer than the model's positions.
+        """
+        self._check_lengths(split)
         return evaluate(self.forward, self.parts, self.config, split, self.world, advance, change=change)
+
+    def _check_lengths(self, split: str) -> None:
+        """Once for a split: refuse samples that the model cannot read, and say which texts are cut."""
+        if split in self._checked:
+            return
+        parts, config = self.parts, self.config
+        lengths = measure_splits(config, parts.data, parts.collators, parts.tries, [split], parts.limit, scored=True)
+        warnings = check_positions(lengths, parts.limit, config)
+        if self.world.is_rank_zero:
+            for warning in [*warnings, *log_lines(lengths, config)]:
+                log.warning("%s", warning)
+        self._checked.add(split)
 
 
 def open_run(
@@ -76,8 +95,9 @@ def open_run(
             raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
         log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
     partition = world.size > 1
-    parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True)
-    expected, found = read_state(chosen).base, parts.model.backbone.fingerprint
+    state = read_state(chosen)
+    parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True, joining=state.joining)
+    expected, found = state.base, parts.model.backbone.fingerprint
     if expected != found:
         raise CheckpointError(
             f"{chosen} was trained on another frozen backbone (hash {expected}, here {found}): "

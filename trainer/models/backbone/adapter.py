@@ -35,11 +35,12 @@ def adapt(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> 
     if config.kind != "lora":
         model.requires_grad_(config.kind == "full")
         return model
+    check_targets(model, config)
     targets: str | list[str] = config.targets if config.targets == "all-linear" else list(config.targets)
-    if isinstance(targets, list):
-        _check_targets(model, targets)
-    elif fused_experts(model):
-        targets = _beside_experts(model)
+    if config.targets == "all-linear" and (experts := fused_experts(model)):
+        targets, left = _beside_experts(model)
+        kind, without = model.config.model_type, ", ".join([*experts, *left])
+        log.warning("LoRA of a mixture of experts (%s) adapts %s, and not %s", kind, ", ".join(targets), without)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -61,6 +62,20 @@ def adapt(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> 
     return adapted
 
 
+def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Refuse what LoRA cannot adapt in `model`, which may be one without weights.
+
+    Raises:
+        ValueError: every target that names no linear layer, the head, or experts, with what there is.
+    """
+    if config.kind != "lora":
+        return
+    if config.targets != "all-linear":
+        _check_names(model, list(config.targets))
+    elif fused_experts(model):
+        _beside_experts(model)
+
+
 def fused_experts(model: nn.Module) -> list[str]:
     """The weights that hold all experts of a layer at once, which are in no linear layer; by kind."""
 
@@ -72,9 +87,9 @@ def fused_experts(model: nn.Module) -> list[str]:
     return sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
 
 
-def _beside_experts(model: PreTrainedModel) -> list[str]:
+def _beside_experts(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """The linear layers that `all-linear` means where experts are fused: neither those that peft takes for experts by their names, nor
-    routers, which are linear layers of another kind and return more than one tensor."""
+    routers, which are linear layers of another kind and return more than one tensor; and those that it leaves."""
     head = model.get_output_embeddings()
     linear = [(n.rpartition(".")[2], m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     left = {leaf for leaf, module in linear if type(module) is not nn.Linear or leaf in NAMES_OF_EXPERTS}
@@ -84,12 +99,10 @@ def _beside_experts(model: PreTrainedModel) -> list[str]:
         raise ValueError(
             f"model.adapter: models of type {kind!r} have no linear layer beside their experts for LoRA: use another"
         )
-    without = ", ".join([*fused_experts(model), *sorted(left)])
-    log.warning("LoRA of a mixture of experts (%s) adapts %s, and not %s", kind, ", ".join(targets), without)
-    return targets
+    return targets, sorted(left)
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+def _check_names(model: PreTrainedModel, targets: list[str]) -> None:
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     head_names = {n for n, m in model.named_modules() if m is head and n}

@@ -99,7 +99,7 @@ def row_limits(model: PreTrainedModel, wrap: Callable[[PreTrainedModel], Rows], 
         if reason is not None:
             places = min(windows)
             log.info("rows of at most %d places, the layers' window: %s", places, reason)
-    positions = _positions(config)
+    positions = constant_rotary_length(config)
     if positions is not None:
         log.info("samples of at most %d tokens: the rotary embedding of longer ones depends on the batch", positions)
     return RowLimits(config.model_type, positions, places)
@@ -111,7 +111,7 @@ def has_experts(config: PretrainedConfig) -> bool:
     return any((getattr(text, name, None) or 0) > 1 for name in EXPERTS)
 
 
-def _positions(config: PretrainedConfig) -> int | None:
+def constant_rotary_length(config: PretrainedConfig) -> int | None:
     """The length up to which rotary frequencies are constants."""
     found = []
     for rope in _ropes(getattr(config, "rope_parameters", None)):

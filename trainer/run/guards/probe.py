@@ -34,7 +34,8 @@ class MemoryFault(ValueError):
 
 
 def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, world: World, guard: Guard) -> None:
-    """Pass each task's worst-case micro-batch through a whole step that moves nothing, and score its worst-case batch.
+    """Pass each task's worst-case micro-batch through a whole step that moves nothing, and answer its worst-case batch of every
+    split that the run evaluates.
 
     Every rank calls this. Two micro-batches are tried: the one that the longest prompts fill, and the one that the samples
     with most text, audio and video fill.
@@ -67,7 +68,8 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
             guard.found()
             if parts.model.fusion is not None:
                 parts.model.fusion.gate.discard_usage()
-        _score(engine, parts, config, name, world)
+        for split in dict.fromkeys(["valid", *config.eval.splits]):
+            _answer(engine, parts, config, name, split, world)
     engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps = counters
     if faults:
         raise ValueError("\n".join(faults))
@@ -94,9 +96,12 @@ def _shape(batch: Batch | PackedBatch) -> str:
     return f"{len(batch)} samples, {batch.positions} positions, up to {audio} audio and {video} video frames"
 
 
-def _score(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, world: World) -> None:
-    view, scorer = parts.data[name]["valid"], Scorer(engine, parts, config, name, world)
-    if not len(view) or config.eval.mode != "score":
+def _answer(
+    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, split: str, world: World
+) -> None:
+    """Score, or generate, the largest batches of a split, as an evaluation does."""
+    view, scorer = parts.data[name][split], Scorer(engine, parts, config, name, world)
+    if not len(view):
         return
     engine.eval()
     sizes = scorer.sizes(view)
@@ -104,7 +109,7 @@ def _score(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, nam
         samples = [view[i] for i in micro.indices]
         positions = sizes.positions(micro.indices, scorer.limits.packed)
         shape = f"{len(samples)} samples, {positions} positions, {len(parts.tries[name].answers)} answers"
-        what = f"task {name}: the largest evaluation batch ({shape})"
+        what = f"task {name}: the largest evaluation batch of {split} ({shape})"
         with torch.no_grad(), memory_explained(what, "eval.tokens", config.eval.tokens, positions):
             scorer.answer(samples, micro)
     engine.train()
