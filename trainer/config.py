@@ -5,7 +5,6 @@ Every fault is reported in one message, unknown keys with the nearest valid name
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainer.config_files import ConfigError, merge, parse_overrides, read_layers, read_plain
+from trainer.files import load_json
 from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, is_text, nest
 from trainer.shipped import locate
 
@@ -497,7 +497,7 @@ def _is_text(key: str) -> bool:
 def _version_of(run: Path) -> str:
     """The version that a run folder's record names, in brackets; empty where it names none."""
     try:
-        return f" ({json.loads((run / 'run.json').read_text(encoding='utf-8'))['versions']['egmf-trainer']})"
+        return f" ({load_json((run / 'run.json').read_text(encoding='utf-8'))['versions']['egmf-trainer']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

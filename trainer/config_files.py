@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.files import load_yaml
+from trainer.files import check_depth, load_yaml
 from trainer.schema import dotted
 from trainer.shipped import locate, nearest_config
 
@@ -36,7 +37,9 @@ def read_mapping(path: Path, expected: str) -> DictConfig:
         ConfigError: it cannot be read, or holds something else than `expected`.
     """
     try:
-        node = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        check_depth(text)
+        node = OmegaConf.load(io.StringIO(text))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(node, DictConfig):

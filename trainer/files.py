@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import yaml
 
+DEEPEST = 100  # levels of a YAML text
+
 
 def plain(value: str) -> str:
     """A value as a part of a folder's name."""
@@ -31,18 +33,50 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def load_json(text: str | bytes) -> Any:
+    """What ``json.loads`` gives; a text that is nested too deep for it is no JSON either.
+
+    Raises:
+        ValueError: `text` is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def load_yaml(text: str) -> object:
     """What ``yaml.safe_load`` gives (plain values alone), by libyaml where PyYAML has it: seven times as fast.
 
     Raises:
-        yaml.YAMLError: `text` is not YAML.
+        yaml.YAMLError: `text` is not YAML, or is nested deeper than :data:`DEEPEST`: libyaml would exhaust the stack.
     """
+    check_depth(text)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         value: object = loader.get_single_data()
         return value
     finally:
         loader.dispose()
+
+
+def check_depth(text: str) -> None:
+    """Refuse YAML that is nested deeper than :data:`DEEPEST`.
+
+    Events are counted, which needs no stack, only where the text has signs enough to be nested that deep.
+
+    Raises:
+        yaml.YAMLError: it is.
+    """
+    flow = text.count("[") + text.count("{")
+    block = max((len(line) - len(line.lstrip(" -?:\t")) for line in text.splitlines()), default=0)
+    if flow + block <= DEEPEST:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
 
 
 def sync(path: Path) -> None:

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from trainer.files import load_yaml
 from trainer.grid import Grid
 from trainer.label_sets import MOST_LABELS, NONE, SEPARATORS, parse_set, set_text
 from trainer.metric_table import FAMILIES, Metric
@@ -379,7 +380,7 @@ def read_task_file(name: str) -> Any:
     if not path.is_file():
         raise TaskError(f"no task file {name}")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TaskError(f"{name} is not readable YAML: {error}") from error
 

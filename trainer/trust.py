@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.config import RunConfig
-from trainer.files import write_json
+from trainer.files import load_json, write_json
 
 SHOWN = 16  # hexadecimal digits of a hash that are shown and asked for
 
@@ -98,7 +98,7 @@ def _code(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _code_elsewhere(path: Path) -> list[str]:
     """The modules of other repositories, ``org/name--module.Class``, that a model's JSON file names as its code."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     named = found.get("auto_map") if isinstance(found, dict) else None
@@ -117,7 +117,7 @@ def _hash(code: list[tuple[str, str]]) -> str:
 
 def _known() -> dict[str, list[str]]:
     try:
-        found = json.loads(trust_file().read_text(encoding="utf-8"))
+        found = load_json(trust_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import queue
 import signal
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 from trainer.distributed.faults import Fault, read_fault
 from trainer.distributed.launcher import EGMF_LAUNCHER, EGMF_SECRET, STOPPED, run_secret
+from trainer.files import load_json
 
 FAILURE_GRACE = (
     12.0  # seconds for ranks to end by themselves after another failed, and to say why (MLflow hears of it too)
@@ -273,7 +273,7 @@ class RunState(NamedTuple):
 def run_state(out: Path) -> RunState:
     """The state of a run, and when it was started."""
     try:
-        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        record = load_json((out / "run.json").read_text(encoding="utf-8"))
         return RunState(record.get("state"), record.get("started"))
     except (OSError, ValueError):
         return RunState(None, None)

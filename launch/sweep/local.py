@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from launch.sweep.pool import Budget, Pool
 from launch.sweep.record import SweepRecord, open_record, write_record
 from launch.sweep.sweep import Child, Sweep, finished, write_configs
 from trainer.distributed.launcher import STOPPED
+from trainer.files import load_json
 from trainer.results.printable import printable
 from trainer.results.run_folder import is_run, read_run
 from trainer.results.runs import STYLES, run_line
@@ -155,7 +155,7 @@ def _failure(child: Child, result: RunResult) -> str:
         number = -result.code
         return f"signal {signal.Signals(number).name}: {explain_signal(number)}"
     try:
-        recorded = json.loads((child.out / "run.json").read_text(encoding="utf-8")).get("failure")
+        recorded = load_json((child.out / "run.json").read_text(encoding="utf-8")).get("failure")
     except (OSError, ValueError):
         recorded = None
     return str(recorded or f"exit code {result.code}; see the logs in {child.out} and worker-*.log beside it")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from typing import Any, TypedDict, cast
 
 from launch.sweep.sweep import Sweep, SweepPlan
 from trainer.config import RunConfig, flatten
-from trainer.files import write_json
+from trainer.files import load_json, write_json
 
 
 class ParentRecord(TypedDict):
@@ -41,7 +40,7 @@ def open_record(sweep: Sweep) -> SweepRecord:
     if not sweep.record.is_file():
         return cast(SweepRecord, {"version": 1, "key": uuid.uuid4().hex, "mlflow": None, **plan})
     try:
-        record: SweepRecord = json.loads(sweep.record.read_text(encoding="utf-8"))
+        record: SweepRecord = load_json(sweep.record.read_text(encoding="utf-8"))
         differing = _differences(record, plan)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{sweep.record} is damaged ({error}): move it away, the finished runs stay") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from launch.sweep.suites import Suite
 from launch.sweep.sweep import Sweep, finished
 from launch.units import GIB
 from trainer.data.generated import diagnostic, synthetic_benchmark
-from trainer.files import write_json, write_text
+from trainer.files import load_json, write_json, write_text
 from trainer.results.printable import Table
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ def _distinct(values: Iterable[object]) -> str:
 
 def _record(run: Path) -> Mapping[str, Any]:
     try:
-        return dict(json.loads((run / "run.json").read_text(encoding="utf-8")))
+        return dict(load_json((run / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from launch.sweep.grid import planned_settings
 from trainer.checkpoint.identity import training_settings
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.folds import fold_labels
-from trainer.files import write_text
+from trainer.files import load_json, write_text
 from trainer.questions import tasks_of_run
 from trainer.tracking.outbox import tracking_uri
 
@@ -114,7 +113,7 @@ def finished(children: Sequence[Child]) -> set[str]:
             continue
         asked, saved = training_settings(child.config), training_settings(saved_config(child.out))
         differing = sorted(key for key in {*asked, *saved} if asked.get(key) != saved.get(key))
-        trained = json.loads((child.out / "run.json").read_text(encoding="utf-8"))["data"]
+        trained = load_json((child.out / "run.json").read_text(encoding="utf-8"))["data"]
         differing += [f"the data of {t}" for t, mark in _fingerprints(child.config).items() if trained.get(t) != mark]
         if differing:
             faults.append(f"{child.out} is done, but differs in {', '.join(differing)}: move it away to train it anew")

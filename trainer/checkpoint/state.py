@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.checkpoint.identity import RunIdentity, completed_settings
 from trainer.checkpoint.weights import CheckpointError
 from trainer.config import OFF
+from trainer.files import load_json
 from trainer.text import Joining
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
     """
     path = checkpoint / STATE
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from error
     if not isinstance(raw, dict):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -34,7 +33,7 @@ from trainer.checkpoint.torch_files import ForbiddenContentError, tensors_only, 
 from trainer.checkpoint.universal import load_universal, universal
 from trainer.checkpoint.weights import WEIGHTS, CheckpointError, load_weights, trainable_state
 from trainer.distributed.world import World
-from trainer.files import sync, write_json, write_text
+from trainer.files import load_json, sync, write_json, write_text
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -151,7 +150,7 @@ class Checkpoints:
         faults: list[str]
         found: object = FORMAT
         try:
-            manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+            manifest = load_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
             files = sorted(manifest["files"].items())
             found = manifest.get("format")
             faults = [fault for name, about in files[rank::size] if (fault := _fault(checkpoint / name, about))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from trainer.commands.options import (
 )
 from trainer.commands.output import print_json, print_metrics, progress_bar, result_descriptor, say, wide
 from trainer.commands.ranks import run_as_rank
+from trainer.files import load_json
 
 if TYPE_CHECKING:
     from trainer.distributed.world import World
@@ -56,7 +56,7 @@ def train(
         set_up_logging(folder, world.rank, debug=debug)
         code = fit(loaded, folder, world, stop=stop, force=force, report=write_report if loaded.track.report else None)
         if code == 0 and world.is_rank_zero:
-            print_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+            print_metrics(load_json((folder / "metrics.json").read_text(encoding="utf-8")))
             say(f"done: {folder}")
         return code
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import difflib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +27,7 @@ from trainer.data.preparation.folder import FORMAT, RECORD, read_record
 from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.preparation.record import DatasetRecord
 from trainer.data.readers.raw import ALL
+from trainer.files import load_json
 from trainer.questions import Questions, define, questions_of
 from trainer.tasks import Task, TaskError
 
@@ -466,7 +466,7 @@ def _checked_record(path: Path) -> DatasetRecord:
 
 def _map(path: Path, split: str, sizes: dict[str, int]) -> list[pa.RecordBatch]:
     """The record batches of a split, memory-mapped; reads only their descriptions."""
-    state = json.loads((path / split / "state.json").read_text(encoding="utf-8"))
+    state = load_json((path / split / "state.json").read_text(encoding="utf-8"))
     batches: list[pa.RecordBatch] = []
     for name in (entry["filename"] for entry in state["_data_files"]):
         file = path / split / name

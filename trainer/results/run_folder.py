@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from trainer.config import RunConfig, load_config
 from trainer.data.preparation.folder import read_record
 from trainer.data.preparation.record import DatasetRecord
 from trainer.data.sampling import GlobalBatchSampler
+from trainer.files import load_json
 from trainer.questions import RunTask
 from trainer.results.records import RobustnessRecord, number_or_none
 from trainer.results.saved_tasks import answers_of_split, find_saved_tasks, prepared_tasks
@@ -173,7 +173,7 @@ def _config(run: RunFolder) -> RunConfig | None:
 def _read_json(run: RunFolder, name: str, what: str, kind: Callable[[], Record]) -> Record | None:
     """A JSON object of the run folder as a `kind`; None, and a note on `what` cannot be shown, where it cannot be read."""
     try:
-        value = json.loads((run.path / name).read_text(encoding="utf-8"))
+        value = load_json((run.path / name).read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return cast(Record, value)
         run.notes.append(f"{name} is damaged: {what} cannot be shown")

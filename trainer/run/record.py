@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
-from trainer.files import write_json
+from trainer.files import load_json, write_json
 
 if TYPE_CHECKING:  # egmf runs reads records without loading torch
     from trainer.data.folds import FoldRecord
@@ -114,7 +114,7 @@ def read_record(out: Path) -> RecordValues | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to start anew, the checkpoints stay") from error
     assert isinstance(value, dict)

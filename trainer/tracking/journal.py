@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+from trainer.files import load_json
+
 log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
@@ -153,7 +155,7 @@ def entries(path: Path, start: int = 0) -> Iterator[tuple[int, Record | None]]:
                 return
             end += len(line)
             try:
-                record = json.loads(line)
+                record = load_json(line)
             except ValueError:
                 record = None
             yield end, cast(Record, record) if isinstance(record, dict) else None

@@ -14,7 +14,6 @@ journal's own, so that a store which sees a value twice nevertheless sees the sa
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import TrackConfig, saved_config
-from trainer.files import write_json
+from trainer.files import load_json, write_json
 from trainer.tracking.journal import JOURNAL, Record, entries
 from trainer.tracking.mlflow_run import METRICS, MlflowRun
 from trainer.tracking.sqlite_uri import sqlite_uri
@@ -330,7 +329,7 @@ def _read_progress(path: Path) -> SendProgress | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = load_json(path.read_text(encoding="utf-8"))
         return SendProgress(**{field.name: raw[field.name] for field in fields(SendProgress) if field.name in raw})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and all is sent to a new MLflow run") from error

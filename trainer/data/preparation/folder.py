@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
-import json
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from typing import cast
 
 from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.record import DatasetRecord
+from trainer.files import load_json
 from trainer.questions import Definition, Questions
 
 RECORD = "record.json"
@@ -33,7 +33,7 @@ def format_of(definition: Definition) -> int:
 def read_record(folder: Path) -> DatasetRecord | None:
     """The record of the prepared dataset at `folder`; None if it is no such dataset."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = load_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     is_record = isinstance(record, dict) and {"format", "fingerprint"} <= set(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import EllipsisType
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from trainer.files import load_json
 from trainer.models.ranks import Ranks
 
 PIECE = 1 << 30  # bytes of one broadcast
@@ -77,5 +77,5 @@ def safetensors_files(source: str, **where: Any) -> list[Path]:
         return [Path(single)]
     if index is None:
         raise OSError(f"no file named {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {source}")
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(load_json(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return [Path(str(cached_file(source, name, **where))) for name in names]

@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trainer.config import TinyConfig
+from trainer.files import load_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 MARK = "tiny.json"  # what the folder was built from; only a folder that holds it is ever replaced
@@ -54,7 +55,7 @@ def build_tiny(config: TinyConfig, texts: Iterable[str], folder: Path) -> None:
         "texts": _digest(texts),
     }
     mark = folder / MARK
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == made_from:
+    if mark.is_file() and load_json(mark.read_text(encoding="utf-8")) == made_from:
         return
     if folder.exists() and not mark.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(

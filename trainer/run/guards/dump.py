@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.batch import AnswerTrie, Batch, Choices, Features, FusionInput, PackedBatch, Packing
 from trainer.distributed.world import World
-from trainer.files import write_json
+from trainer.files import load_json, write_json
 
 ABOUT, WEIGHTS = "about.json", "model.safetensors"
 
@@ -93,7 +93,7 @@ def save_batch(batch: Batch | PackedBatch, path: Path) -> None:
 def load_batch(path: Path) -> Batch | PackedBatch:
     """What :func:`save_batch` wrote."""
     with safe_open(path, "pt") as handle:
-        plain = json.loads(handle.metadata()["plain"])
+        plain = load_json(handle.metadata()["plain"])
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no dictionary)
     return cast(Batch | PackedBatch, _from_json(plain, tensors))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainer.checkpoint.weights import load_trainable_state
 from trainer.config import saved_config
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
+from trainer.files import load_json
 from trainer.run.assemble import assemble
 from trainer.run.guards.dump import ABOUT, WEIGHTS, DumpFacts, load_batch
 from trainer.trust import check_trust
@@ -41,7 +41,7 @@ def replay(folder: Path, world: World, overrides: Sequence[str] = (), agreed: st
     """
     if not (folder / ABOUT).is_file():
         raise ValueError(f"{folder} has no {ABOUT}: give a folder nonfinite/step-… of a run")
-    about: DumpFacts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    about: DumpFacts = load_json((folder / ABOUT).read_text(encoding="utf-8"))
     run = folder.resolve().parent.parent
     config = saved_config(run, overrides)
     check_trust(run, config, agreed)

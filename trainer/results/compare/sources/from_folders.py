@@ -10,7 +10,7 @@ from typing import cast
 
 import yaml
 
-from trainer.files import load_yaml
+from trainer.files import load_json, load_yaml
 from trainer.results.compare.sources.compared_run import (
     REQUIRED_SETTINGS,
     ComparedRun,
@@ -157,7 +157,7 @@ def _run_folders(folder: Path, depth: int = DEPTH) -> list[Path]:
 
 def _read_record(path: Path) -> RecordValues:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.files import load_json
 from trainer.results.compare.sources.compared_run import (
     REQUIRED_SETTINGS,
     ComparedRun,
@@ -176,7 +176,7 @@ def _run_from_mlflow(
         commit=tags.get("git.commit"),
         mlflow=(uri, info.run_id),
         experiment=experiment,
-        fold=json.loads(tags["egmf.folds"]) if "egmf.folds" in tags else None,
+        fold=load_json(tags["egmf.folds"]) if "egmf.folds" in tags else None,
     )
 
 
