@@ -48,7 +48,8 @@ LIBRARIES = (
     "pyarrow.dataset", "sklearn.metrics", "scipy.stats", "scipy.optimize", "matplotlib.figure", "matplotlib.backends.backend_svg",
     "matplotlib.backends.backend_agg", "mlflow", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "alembic.command",
     "sqlalchemy.dialects.sqlite", "git", "jinja2", "typer", "rich.table", "rich.progress", "rich.logging", "pydantic", "omegaconf",
-    "yaml", "deepspeed", "deepspeed.ops.adam", "deepspeed.runtime.zero.stage3", "setuptools",
+    "yaml", "deepspeed", "deepspeed.ops.adam", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer", "setuptools",
 )  # fmt: skip
 OWN = ("trainer", "launch", "tests", "benchmarks", "sitecustomize")
 READ_LATE = (  # how the variables begin that no library reads at its import, or that are the same by then
@@ -233,11 +234,12 @@ def serve(folder: Path, owner: int) -> None:
 
 
 def _fill_caches() -> None:
-    """What every process would compute anew, from the imported libraries alone."""
+    """What every process would find out anew, of the imported libraries and of this machine."""
     nowhere = compile("", "<nowhere>", "exec")
     inspect.getmodule(nowhere)  # notes the file of every module: registering an operator of torch looks for one
     conversion_mapping = importlib.import_module("transformers.conversion_mapping")
     conversion_mapping.get_checkpoint_conversion_mapping("qwen2")  # renamings of all families
+    _ = sys.modules["deepspeed"].ops.__compatible_ops__  # asks the compiler several times
 
 
 def _fork_child(execute: Callable[..., None], base: list[str], known: dict[str, str]) -> Callable[..., None]:
