@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import atexit
 import gc
+import resource
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,15 @@ GROUPS = (
 )
 
 
+USED = pytest.StashKey[float]()  # the seconds of CPU before what runs now
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpu", action="store_true", help="print the seconds of CPU of each file and of the longest tests"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until all tests are imported: see trainer/distributed/light_imports.py
     if not hasattr(config, "workerinput"):  # the process that the workers of pytest-xdist belong to, or the only one
@@ -60,10 +72,41 @@ def pytest_configure(config: pytest.Config) -> None:
         fork_server.offer(folder)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     atexit.register(gc.unfreeze)
     gc.enable()
+    session.config.stash[USED] = cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it waited for, forked ones among them."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used) + sum(fork_server.cpu_seconds)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """The seconds of CPU of set-up, test and tear-down, the fixtures that they need first and last included."""
+    report = yield
+    before, item.config.stash[USED] = item.config.stash[USED], cpu_seconds()
+    report.cpu = item.config.stash[USED] - before
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--cpu"):
+        return
+    files, tests = Counter[str](), Counter[str]()
+    for report in (
+        report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "cpu")
+    ):
+        files[report.nodeid.partition("::")[0]] += report.cpu
+        tests[f"{report.when:8} {report.nodeid}"] += report.cpu
+    terminalreporter.section(f"{files.total():.0f} seconds of CPU")
+    for counted in (files, tests):
+        for name, seconds in counted.most_common(40):
+            terminalreporter.write_line(f"{seconds:7.1f}s {name}")
 
 
 class GroupScheduling(LoadScopeScheduling):

@@ -108,8 +108,12 @@ SUPPORTED = tuple(  # the table in docs/clusters.md; what is left out here is re
 )
 WEIGHED = ("train.class_weights=inverse", "train.label_smoothing=0.1", "data.sampling=sqrt")
 OBJECTIVES = (
-    Case("zero2-weighed", WEIGHED, ("train.zero=2",)),
-    Case("zero3-weighed-numbers", ("task=simsv2", *WEIGHED, "train.regression_loss=0.7", *NF4), ("train.zero=3",)),
+    Case("zero2-weighed", (*ONE_EXPERT, *WEIGHED), ("train.zero=2",)),
+    Case(
+        "zero3-weighed-numbers",
+        (*ONE_EXPERT, "task=simsv2", *WEIGHED, "train.regression_loss=0.7", *NF4),
+        ("train.zero=3",),
+    ),
     Case(
         "zero2-weighed-two-tasks",
         (*TWO, "train.class_weights=effective", "train.regression_loss=0.7"),

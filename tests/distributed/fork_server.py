@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -47,7 +48,8 @@ LIBRARIES = (
     "pyarrow.dataset", "sklearn.metrics", "scipy.stats", "scipy.optimize", "matplotlib.figure", "matplotlib.backends.backend_svg",
     "matplotlib.backends.backend_agg", "mlflow", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "alembic.command",
     "sqlalchemy.dialects.sqlite", "git", "jinja2", "typer", "rich.table", "rich.progress", "rich.logging", "pydantic", "omegaconf",
-    "yaml", "deepspeed", "deepspeed.ops.adam", "deepspeed.runtime.zero.stage3", "setuptools",
+    "yaml", "deepspeed", "deepspeed.ops.adam", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer", "setuptools",
 )  # fmt: skip
 OWN = ("trainer", "launch", "tests", "benchmarks", "sitecustomize")
 READ_LATE = (  # how the variables begin that no library reads at its import, or that are the same by then
@@ -56,6 +58,7 @@ READ_LATE = (  # how the variables begin that no library reads at its import, or
     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",  # set by imports
 )  # fmt: skip
 FORKED_OPTIONS = {"env", "cwd", "stdin", "stdout", "stderr", "text", "start_new_session"}
+cpu_seconds: list[float] = []  # of the forked processes that this one waited for, and of theirs
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -119,21 +122,29 @@ class ForkedProcess(subprocess.Popen[Any]):
         self._child_created = True
 
     def _number(self) -> int:
+        return int(self._answer()[0])
+
+    def _end(self) -> int:
+        code, seconds = self._answer()
+        cpu_seconds.append(float(seconds))
+        return int(code)
+
+    def _answer(self) -> list[bytes]:
         answer = self._line.recv(64)
         if not answer:
             raise RuntimeError(f"the fork server ended; see {os.environ[FOLDER]}/log.txt")
-        return int(answer)
+        return answer.split()
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
         if self.returncode is None and select.select([self._line], [], [], 0)[0]:
-            self.returncode = self._number()
+            self.returncode = self._end()
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
         if self.returncode is None:
             if not select.select([self._line], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            self.returncode = self._number()
+            self.returncode = self._end()
         return self.returncode
 
 
@@ -164,6 +175,7 @@ def serve(folder: Path, owner: int) -> None:
     os.environ.update(QUIET)
     for name in LIBRARIES:
         importlib.import_module(name)
+    _fill_caches()
     subprocess.Popen._execute_child = _fork_child(subprocess.Popen._execute_child, base, known)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the tests end, and then this process
     gc.collect()
@@ -183,9 +195,9 @@ def serve(folder: Path, owner: int) -> None:
         for watched_file in (line, watched):
             events.unregister(watched_file)
         os.close(watched)
-        _, status = os.waitpid(pid, 0)
+        _, status, used = os.wait4(pid, 0)
         with contextlib.suppress(OSError):
-            line.send(str(os.waitstatus_to_exitcode(status)).encode())
+            line.send(f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}".encode())
         line.close()
         return status
 
@@ -219,6 +231,15 @@ def serve(folder: Path, owner: int) -> None:
                 if isinstance(key.fileobj, socket.socket):  # who asked for the process is gone
                     os.kill(key.data, signal.SIGKILL)
                 forget(key.data)
+
+
+def _fill_caches() -> None:
+    """What every process would find out anew, of the imported libraries and of this machine."""
+    nowhere = compile("", "<nowhere>", "exec")
+    inspect.getmodule(nowhere)  # notes the file of every module: registering an operator of torch looks for one
+    conversion_mapping = importlib.import_module("transformers.conversion_mapping")
+    conversion_mapping.get_checkpoint_conversion_mapping("qwen2")  # renamings of all families
+    _ = sys.modules["deepspeed"].ops.__compatible_ops__  # asks the compiler several times
 
 
 def _fork_child(execute: Callable[..., None], base: list[str], known: dict[str, str]) -> Callable[..., None]:

@@ -205,7 +205,7 @@ def weights_kept_by_autograd(data: Path, out: Path, world: World) -> dict[str, A
 
 def whole_run(data: Path, out: Path, world: World) -> dict[str, Any]:
     """Training, checkpoints, continuation and evaluation of a sharded 4-bit run."""
-    from tests.distributed.cases import NF4, Case, config_of
+    from tests.distributed.cases import NF4, ONE_EXPERT, Case, config_of
     from trainer.distributed.signals import StopRequest
     from trainer.run.loop import fit
     from trainer.run.saved import open_run
@@ -218,7 +218,9 @@ def whole_run(data: Path, out: Path, world: World) -> dict[str, Any]:
             "train.save_every=1",
             "train.keep=9",
         )
-        return config_of(Case("", (*NF4, *more, "track.report=false"), ("train.zero=3",)), data, engine=True)
+        return config_of(
+            Case("", (*NF4, *ONE_EXPERT, *more, "track.report=false"), ("train.zero=3",)), data, engine=True
+        )
 
     codes = [fit(config(3), out / "through", world, stop=StopRequest())]
     saved = open_run(out / "through", world)

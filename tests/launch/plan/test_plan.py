@@ -16,7 +16,7 @@ from transformers import AutoConfig, Qwen2Config
 from launch.plan.fake_model import build_fake_model, fake_tensors
 from launch.plan.lengths import run_lengths
 from launch.plan.memory import Setting, rank_memory, wire_bytes
-from launch.plan.plan import RESERVED, Throughput, make_plan, profile_model
+from launch.plan.plan import RESERVED, MemoryPlan, Throughput, make_plan, profile_model
 from launch.plan.recorded_pass import SAMPLE_LAYERS, extrapolate_layers, record_pass
 from launch.plan.rows import Rows
 from launch.plan.tables import render
@@ -320,7 +320,8 @@ def test_samples_that_carry_all_answers_have_more_positions(tmp_path: Path) -> N
 
 def test_command(tmp_path):
     folder = qwen("0.5B", tmp_path / "model")
-    arguments = ["plan", "configs/meld.yaml", f"model.backbone.name={folder}", f"data.path={tmp_path}/none"]
+    smaller = ("model.fusion.experts=[local]", f"data.path={tmp_path}/none")
+    arguments = ["plan", "configs/meld.yaml", f"model.backbone.name={folder}", *smaller]
     result = egmf(*arguments, "--nodes", "2", "--gpus-per-node", "4", "--gpu-memory", "24", "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
@@ -363,13 +364,20 @@ def test_says_which_files_of_a_folder_a_run_would_refuse(tmp_path: Path) -> None
     assert not [note for note in run_lengths(config, 1).assumptions if "refuse" in note]
 
 
-def test_shows_what_does_not_fit(tmp_path):
+@pytest.fixture(scope="module")
+def plan_of_7b(tmp_path_factory: pytest.TempPathFactory) -> MemoryPlan:
+    """A 7B model in bf16 with LoRA on 8 GPUs of 80 GiB, a step of fewer micro-batches than GPUs."""
+    folder = tmp_path_factory.mktemp("7B")
     config = config_of(
-        model__backbone__name=str(qwen("0.5B", tmp_path)),
+        model__backbone={"name": str(qwen("7B", folder)), "quantization": "none"}, data__path=str(folder / "none"),
         model__fusion__experts=["local"],
-        data__path=str(tmp_path / "none"),
-    )
-    lines = [part for part in render(make_plan(config, 1, 8, 0.5, Throughput())) if isinstance(part, str)]
+    )  # fmt: skip
+    return make_plan(config, 1, 8, 80, Throughput())
+
+
+def test_shows_what_does_not_fit(plan_of_7b):
+    plan = dataclasses.replace(plan_of_7b, gpu_memory=0.5)
+    lines = [part for part in render(plan) if isinstance(part, str)]
     assert any(part.startswith("nothing fits: the smallest needs") for part in lines)
     assert any(part.startswith("left out:") for part in lines)
     assert any("train.micro_tokens=1024 (now 2048)" in part for part in lines)
@@ -379,17 +387,11 @@ def test_shows_what_does_not_fit(tmp_path):
     )
 
 
-def test_recommends_what_fits(tmp_path):
-    """A 7B model in bf16 with LoRA: 24 GiB hold it whole only with checkpointing, 8 GiB on 8 GPUs only cut up."""
-    config = config_of(
-        model__backbone={"name": str(qwen("7B", tmp_path)), "quantization": "none"}, data__path=str(tmp_path / "none"),
-        train__global_batch=64, model__fusion__experts=["local"],
-    )  # fmt: skip
-
-    plan = make_plan(config, 1, 8, 80, Throughput())
+def test_recommends_what_fits(plan_of_7b):
+    """24 GiB hold the model whole only with checkpointing, 12 GiB only cut up."""
 
     def chosen(memory: float) -> tuple[int, bool, bool] | None:
-        option = dataclasses.replace(plan, gpu_memory=memory).recommended
+        option = dataclasses.replace(plan_of_7b, gpu_memory=memory).recommended
         return None if option is None else (option.stage, option.offload, option.checkpointing)
 
     assert chosen(80) == (2, False, False)
