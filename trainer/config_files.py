@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.files import check_depth, load_yaml
+from trainer.files import check_nesting, load_yaml
 from trainer.schema import dotted
 from trainer.shipped import locate, nearest_config
 
@@ -38,7 +38,7 @@ def read_mapping(path: Path, expected: str) -> DictConfig:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        check_depth(text)
+        check_nesting(text)
         node = OmegaConf.load(io.StringIO(text))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import yaml
 
 DEEPEST = 100  # levels of a YAML text
+LARGEST = 1_000_000  # values of one, each alias counted as what it stands for
 
 
 def plain(value: str) -> str:
@@ -43,15 +44,21 @@ def load_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise ValueError("it has a number of thousands of digits") from error
 
 
 def load_yaml(text: str) -> object:
     """What ``yaml.safe_load`` gives (plain values alone), by libyaml where PyYAML has it: seven times as fast.
 
     Raises:
-        yaml.YAMLError: `text` is not YAML, or is nested deeper than :data:`DEEPEST`: libyaml would exhaust the stack.
+        yaml.YAMLError: `text` is not YAML, or not such as :func:`check_nesting` takes: libyaml would exhaust the stack.
     """
-    check_depth(text)
+    check_nesting(text)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         value: object = loader.get_single_data()
@@ -60,23 +67,39 @@ def load_yaml(text: str) -> object:
         loader.dispose()
 
 
-def check_depth(text: str) -> None:
-    """Refuse YAML that is nested deeper than :data:`DEEPEST`.
+def check_nesting(text: str) -> None:
+    """Refuse YAML that is nested deeper than :data:`DEEPEST`, or that aliases make larger than :data:`LARGEST` values.
 
-    Events are counted, which needs no stack, only where the text has signs enough to be nested that deep.
+    Events are counted, which needs neither stack nor memory, and only where the text has the signs for it.
 
     Raises:
         yaml.YAMLError: it is.
     """
     flow = text.count("[") + text.count("{")
     block = max((len(line) - len(line.lstrip(" -?:\t")) for line in text.splitlines()), default=0)
-    if flow + block <= DEEPEST:
+    if flow + block <= DEEPEST and not ("&" in text and "*" in text):
         return
-    depth = 0
+    open_collections: list[tuple[str | None, int]] = []  # the anchor of each, and how many values there were before it
+    sizes: dict[str, int] = {}
+    values = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_collections.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_collections.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in {anchor for anchor, _ in open_collections}:
+                raise yaml.YAMLError(f"&{event.anchor} holds itself")
+            values += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+        if len(open_collections) > DEEPEST:
             raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
+        if values > LARGEST:
+            raise yaml.YAMLError(f"its aliases make it larger than {LARGEST} values")
 
 
 def sync(path: Path) -> None:

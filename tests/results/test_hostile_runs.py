@@ -13,7 +13,7 @@ import yaml
 
 from tests.distributed.processes import ROOT, egmf, environment
 from tests.results.seeded import make_seeded
-from trainer.files import DEEPEST, check_depth, load_json, load_yaml
+from trainer.files import DEEPEST, LARGEST, check_nesting, load_json, load_yaml
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
@@ -91,9 +91,11 @@ def test_yaml_is_read_to_its_depth_and_no_deeper(signs: str) -> None:
     per = 2 if signs == "[{a: " else 1
     for levels in (1, DEEPEST // per):
         text = signs * levels + "x" + close * levels
-        assert load_yaml(text) == yaml.safe_load(text)
+        if signs != "? ":  # a key that is no plain value
+            assert load_yaml(text) == yaml.safe_load(text)
+        check_nesting(text)
     with pytest.raises(yaml.YAMLError, match="nested deeper than 100 levels"):
-        check_depth(signs * (DEEPEST + 1) + "x" + close * (DEEPEST + 1))
+        check_nesting(signs * (DEEPEST + 1) + "x" + close * (DEEPEST + 1))
     for endless in (signs * 10**6, signs * 10**6 + "x"):
         with pytest.raises(yaml.YAMLError):
             load_yaml(endless)
@@ -109,3 +111,16 @@ def test_json_that_is_too_deep_is_a_value_error() -> None:
     for text in (DEEP, '{"a":' * 100_000):
         with pytest.raises(ValueError, match="nested too deep"):
             load_json(text)
+
+
+def test_aliases_may_stand_for_much_and_not_for_everything() -> None:
+    for text in ("a: &a [1, 2]\nb: [*a, *a]\nc: {<<: {d: 1}}", "a: &x 1\nb: *x"):
+        assert load_yaml(text) == yaml.safe_load(text)
+    rows = LARGEST // 1000
+    check_nesting("a: &a [" + "x," * 900 + "]\nb: [" + "*a," * rows + "]")
+    with pytest.raises(yaml.YAMLError, match="larger than 1000000 values"):
+        check_nesting("a: &a [" + "x," * 1100 + "]\nb: [" + "*a," * rows + "]")
+    with pytest.raises(yaml.YAMLError, match="holds itself"):
+        load_yaml("a: &a [1, *a]")
+    with pytest.raises(yaml.YAMLError, match="larger than"):
+        load_yaml(LAUGHS)
