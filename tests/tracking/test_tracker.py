@@ -474,16 +474,23 @@ def test_system_metrics_go_through_the_journal(tmp_path: Path) -> None:
     assert_same_as_journal(tracker.uri, tracker.run_id, out)
 
 
-def test_long_parameters_are_cut_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_values_are_cut_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     chosen = config()
     chosen.deepspeed = {"note": "x" * 9000}
+    chosen.track.tags["note"] = "长" * 9000
     with caplog.at_level(logging.WARNING):
         tracker = started(chosen, tmp_path / "run")
-    tracker.finish("done")
-    value = mlflow.MlflowClient(tracker.uri).get_run(str(tracker.run_id)).data.params["deepspeed.note"]
-    assert len(value) == 6000
-    assert value.endswith("x…")
-    assert "deepspeed.note is cut" in caplog.text
+        tracker.finish("done")
+        again = started(chosen, tmp_path / "run")  # continued
+        again.finish("done")
+    data = mlflow.MlflowClient(tracker.uri).get_run(str(tracker.run_id)).data
+    assert (len(data.params["deepspeed.note"]), data.params["deepspeed.note"][-2:]) == (6000, "x…")
+    assert (len(data.tags["note"]), data.tags["note"][-2:]) == (8000, "长…")
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == [
+        "MLflow gets the beginning of parameter track.tags.note (9000 characters, at most 6000), parameter deepspeed.note (9000 characters, "
+        "at most 6000), tag note (9000 characters, at most 8000); config.yaml has all of it"
+    ]
 
 
 def test_other_ranks_record_nothing_and_switched_off_runs_only_the_journal(tmp_path: Path) -> None:

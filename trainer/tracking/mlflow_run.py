@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -94,11 +94,20 @@ class MlflowRun:
                 self.client.delete_run(twin)
 
     def start(self, params: dict[str, str], tags: dict[str, str]) -> None:
-        """Parameters that the run does not have yet (MLflow never changes one), tags, and the state running."""
+        """Parameters that the run does not have yet (MLflow never changes one), tags, and the state running.
+
+        A value that is longer than MLflow takes is cut, and that is told when it is first sent.
+        """
         from mlflow.entities import Param, RunTag
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
         run = self.client.get_run(self.run_id)
         known = run.data.params
+        short, short_tags = _cut(params, MAX_PARAM_VAL_LENGTH), _cut(tags, MAX_TAG_VAL_LENGTH)
+        news = _news_of_cut(params, short, known, "parameter") + _news_of_cut(tags, short_tags, run.data.tags, "tag")
+        if news:
+            log.warning("MLflow gets the beginning of %s; config.yaml has all of it", ", ".join(news))
+        params, tags = short, short_tags
         changed = [key for key, value in params.items() if known.get(key, value) != value]
         if changed:
             log.warning("MLflow keeps the first values of parameters that have changed: %s", ", ".join(changed))
@@ -194,6 +203,20 @@ class MlflowRun:
         if name not in self._refused_names:
             self._refused_names.add(name)
             log.warning("MLflow does not get the %s %s: %s", what, name, why)
+
+
+def _cut(values: Mapping[str, str], longest: int) -> dict[str, str]:
+    """The values, those that are too long cut."""
+    return {key: value if len(value) <= longest else f"{value[: longest - 1]}…" for key, value in values.items()}
+
+
+def _news_of_cut(given: Mapping[str, str], cut: Mapping[str, str], known: Mapping[str, str], what: str) -> list[str]:
+    """The values that were cut, and that the server does not have so yet."""
+    return [
+        f"{what} {key} ({len(value)} characters, at most {len(cut[key])})"
+        for key, value in given.items()
+        if cut[key] != value and known.get(key) != cut[key]
+    ]
 
 
 def _milliseconds(seconds: float) -> int:

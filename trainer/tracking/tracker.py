@@ -13,8 +13,6 @@ from trainer.tracking.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 
-PARAMETER_LIMIT = 6000  # characters of a parameter's value that every MLflow store takes
-
 
 class Tracker:
     """The record of a run, on rank 0: every number goes to ``journal.jsonl``, and from there to MLflow by a thread.
@@ -60,7 +58,7 @@ class Tracker:
         """Record the resolved config as parameters (long ones cut, with a warning) and `tags`."""
         if self._journal is None:
             return
-        params = {key: _shorten(key, value) for key, value in flatten(config).items()}
+        params = {key: str(value) for key, value in flatten(config).items()}
         texts = {key: str(value) for key, value in {**tags, **config.track.tags}.items()}
         self._journal.note({"kind": "start", "params": params, "tags": texts})
 
@@ -109,11 +107,3 @@ class Tracker:
                 self.uri,
                 self._out,
             )
-
-
-def _shorten(key: str, value: object) -> str:
-    text = str(value)
-    if len(text) > PARAMETER_LIMIT:
-        log.warning("parameter %s is cut to %d characters in MLflow; config.yaml has it whole", key, PARAMETER_LIMIT)
-        text = text[: PARAMETER_LIMIT - 1] + "…"
-    return text
