@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,13 @@ def _driver_too_old(facts: Facts) -> bool:
 def _no_cuda_library(facts: Facts) -> bool:
     if not (facts.cuda and facts.bitsandbytes_libraries):
         return False
-    return f"libbitsandbytes_cuda{facts.cuda.major}{facts.cuda.minor}.so" not in facts.bitsandbytes_libraries
+    wanted = f"libbitsandbytes_cuda{facts.cuda.major}{facts.cuda.minor}.so"
+    if facts.has("bitsandbytes", "<0.50"):
+        return wanted not in facts.bitsandbytes_libraries
+    same_major = re.compile(
+        rf"libbitsandbytes_cuda{facts.cuda.major}\d\.so"
+    )  # 0.50 takes the nearest of the same major
+    return not any(map(same_major.fullmatch, facts.bitsandbytes_libraries))
 
 
 PAIRS = (

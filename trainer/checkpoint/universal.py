@@ -74,10 +74,21 @@ def load_universal(engine: DeepSpeedEngine, place: Path) -> str | None:
         engine._config.load_universal_checkpoint = before
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
-    for state in engine.basic_optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+    own_steps(engine.basic_optimizer)
     return loaded
+
+
+def own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter a count of steps of its own, where its optimizer wants it: DeepSpeed leaves one tensor for all on the CPU.
+
+    A fused or capturable optimizer has it beside the parameter, as `torch.optim.Optimizer.load_state_dict` puts it. The groups
+    are asked for the kind alone: those of ZeRO-3 hold parameters during a step only.
+    """
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if isinstance(step := state.get("step"), torch.Tensor):
+            own = step.detach().clone()
+            state["step"] = own.to(parameter.device, torch.float32) if beside else own
 
 
 def _convert(folder: Path, out: Path) -> None:

@@ -142,7 +142,7 @@ BAD = {
     ),
     "bitsandbytes and CUDA": (
         Facts({}, cuda=Version("13.2"), bitsandbytes_libraries=frozenset({"libbitsandbytes_cuda128.so"}), quantized=True),
-        Facts({}, cuda=Version("12.8"), bitsandbytes_libraries=frozenset({"libbitsandbytes_cuda128.so"}), quantized=True),
+        Facts({}, cuda=Version("12.9"), bitsandbytes_libraries=frozenset({"libbitsandbytes_cuda128.so"}), quantized=True),
     ),
     "bitsandbytes and torch": (
         Facts({"bitsandbytes": Version("0.50"), "torch": Version("2.3.1+cu121")}),
@@ -380,3 +380,24 @@ def test_bf16_without_instructions_for_it_is_told(
     assert slow is None or (slow in str(found) and "set train.precision=fp32" in str(found))
     assert slow_precision(config, torch.device("cuda")) is None
     assert slow_precision(load_config("meld-cpu"), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "libraries", "bad"),
+    [
+        ("0.50.2", "13.2", {"cuda130"}, False),
+        ("0.50.2", "13.0", {"cuda128", "cuda130"}, False),
+        ("0.50.2", "12.1", {"cuda128"}, False),
+        ("0.50.2", "13.0", {"cuda128"}, True),
+        ("0.50.2", "1.3", {"cuda130"}, True),
+        ("0.48.1", "12.9", {"cuda128"}, True),
+        ("0.48.1", "12.8", {"cuda128"}, False),
+        ("0.50.2", "13.0", set(), False),
+    ],
+)
+def test_a_bitsandbytes_of_the_same_cuda_major_will_do(version: str, cuda: str, libraries: set[str], bad: bool) -> None:
+    """Those before 0.50 load the exact one alone."""
+    names = frozenset(f"libbitsandbytes_{name}.so" for name in libraries)
+    facts = Facts({"bitsandbytes": Version(version)}, cuda=Version(cuda), bitsandbytes_libraries=names, quantized=True)
+    pair = next(pair for pair in PAIRS if pair.name == "bitsandbytes and CUDA")
+    assert pair.bad(facts) == bad
