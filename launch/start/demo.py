@@ -38,6 +38,13 @@ def demo(runs: Path, procs: int) -> int:
     return 0
 
 
+def usual_processes() -> int:
+    """Two, which a CPU computes one after the other; on GPUs one for each of at most two."""
+    import torch
+
+    return min(2, torch.cuda.device_count() or 2)
+
+
 def _table(runs: Path, data: Path) -> Table:
     predictions = {
         name: pd.read_parquet(runs / config / "predictions" / "test.parquet") for name, config in RUNS.items()

@@ -10,13 +10,25 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from launch.start.demo import usual_processes
 from tests.distributed.processes import ROOT, environment, free_port, start
-from trainer.distributed.handshake import LONGEST, RendezvousError, SignedStore
+from trainer.distributed.handshake import (
+    LONGEST,
+    Endpoint,
+    Handshake,
+    Introduction,
+    RendezvousError,
+    SignedStore,
+    _shared_gpus,
+)
 from trainer.distributed.launcher import EGMF_SECRET
+from trainer.distributed.process_group import choose_device, gpu_identity
 from trainer.distributed.rendezvous import _open_port
 
 SECRET = "5e" * 32
@@ -69,7 +81,7 @@ def _poison(port: int, entries: dict[str, str]) -> None:
 @pytest.mark.distributed
 def test_a_stranger_who_writes_into_the_handshake_is_refused() -> None:
     """The absent rank 1 is played by somebody who does not know the secret: once with a verdict of his own, too."""
-    letter = json.dumps({"host": "x", "address": None, "port": None, "rank": 1, "versions": {}})
+    letter = json.dumps({"host": "x", "address": None, "port": None, "gpu": None, "rank": 1, "versions": {}})
     forged = json.dumps({"message": letter, "signature": "0" * 64})
     port = free_port()
     stranger = threading.Thread(target=_poison, args=(port, {"here/1": forged}), daemon=True)
@@ -172,3 +184,79 @@ def test_a_port_in_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(RendezvousError, match=f"is in use.*process {os.getpid()}"),
     ):
         _open_port("127.0.0.1", taken.getsockname()[1])
+
+
+def introduction(rank: int, host: str, gpu: str | None) -> Introduction:
+    return {"rank": rank, "host": host, "gpu": gpu, "address": None, "port": None, "versions": {}}
+
+
+def test_ranks_that_share_a_gpu_are_named_with_the_numbers() -> None:
+    alone = [
+        introduction(0, "a", "u0"),
+        introduction(1, "a", "u1"),
+        introduction(2, "b", "u0"),
+        introduction(3, "b", None),
+    ]
+    assert _shared_gpus(alone) == []
+    assert _shared_gpus([introduction(r, "a", None) for r in range(4)]) == []
+    shared = [introduction(r, "a", f"u{r % 2}") for r in range(4)] + [
+        introduction(4 + r, "b", f"u{r}") for r in range(2)
+    ]
+    (fault,) = _shared_gpus(shared)
+    assert fault.startswith(
+        "ranks 0, 2 and ranks 1, 3 share a GPU: 4 ranks on a use 2 GPUs. Start one process per GPU (2 here:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seen", "local", "index"), [(4, "3", 3), (1, "3", 0), (1, None, 0), (2, "1", 1), (8, "0", 0), (2, "3", 1)]
+)
+def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one(
+    monkeypatch: pytest.MonkeyPatch, seen: int, local: str | None, index: int
+) -> None:
+    """DeepSpeed reads LOCAL_RANK by itself: where a Slurm task sees its own GPU alone, that is not its place on the node."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if local is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert choose_device() == torch.device("cuda", index)
+    assert chosen == [index]
+    assert os.environ["LOCAL_RANK"] == str(index)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_identity(choose_device()) == "u"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    assert gpu_identity(choose_device()) == "u MIG-1"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    assert gpu_identity(choose_device()) is None
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_the_demo_starts_no_more_processes_than_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert usual_processes() == processes
+
+
+def test_both_ranks_of_a_shared_gpu_are_told() -> None:
+    store, told = dist.HashStore(), {}
+
+    def meet_as(rank: int) -> None:
+        try:
+            Handshake(store, rank, 2, SECRET).exchange(Endpoint(host="a", address=None, port=None, gpu="u"), 20)
+        except RendezvousError as error:
+            told[rank] = str(error)
+
+    ranks = [threading.Thread(target=meet_as, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert sorted(told) == [0, 1]
+    for text in told.values():
+        assert "ranks 0-1 share a GPU: 2 ranks on a use 1 GPU. Start one process per GPU (1 here:" in text

@@ -213,9 +213,12 @@ def replay(
 @app.command()
 def demo(
     runs: Annotated[Path, typer.Option(help="where data and runs go", metavar="DIR")] = Path("runs"),
-    procs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="processes; default: two, or one where there is one GPU")
+    ] = None,
 ) -> int:
     """Generate data, train EGMF in 4 bits on two processes, and show that fusion works. Needs no GPU and no download."""
     from launch.start.demo import demo as run_demo
+    from launch.start.demo import usual_processes
 
-    return run_demo(runs, procs)
+    return run_demo(runs, procs or usual_processes())

@@ -35,11 +35,12 @@ class RendezvousError(ValueError):
 
 
 class Endpoint(TypedDict):
-    """Where a rank can be reached; `address` and `port` are None where all ranks are on one machine."""
+    """Where a rank is and can be reached; `address` and `port` are None where all ranks are on one machine, `gpu` on a CPU."""
 
     host: str
     address: str | None
     port: int | None
+    gpu: str | None
 
 
 class Introduction(Endpoint):
@@ -116,7 +117,7 @@ class Handshake:
         until = time.monotonic() + seconds
         introduction: Introduction = {**own, "rank": self.rank, "versions": versions()}
         self._publish("here", introduction)
-        self._judge("here", until, _version_faults)
+        self._judge("here", until, _faults_of)
         following: Introduction = self._read("here", (self.rank + 1) % self.size)
         fault = _unreachable(self.rank, own, following) if following["host"] != own["host"] else None
         self._publish("reach", {"fault": fault})
@@ -186,6 +187,29 @@ class Handshake:
             "ranks' own output: their node is down or slow, or a launcher was given another number of processes; "
             "train.rendezvous_seconds=N waits longer"
         )
+
+
+def _faults_of(found: Sequence[Introduction]) -> list[str]:
+    return _version_faults(found) + _shared_gpus(found)
+
+
+def _shared_gpus(found: Sequence[Introduction]) -> list[str]:
+    """A fault for each machine on which several ranks use one GPU, which NCCL cannot."""
+    ranks: dict[str, dict[str, list[int]]] = {}
+    for one in found:
+        if one["gpu"] is not None:
+            ranks.setdefault(one["host"], {}).setdefault(one["gpu"], []).append(one["rank"])
+    faults = []
+    for host, of_gpu in ranks.items():
+        shared = [some for some in of_gpu.values() if len(some) > 1]
+        if shared:
+            n, gpus = sum(map(len, of_gpu.values())), len(of_gpu)
+            faults.append(
+                f"{' and '.join(map(format_ranks, shared))} share a GPU: {n} ranks on {host} use {gpus} GPU{'s' if gpus > 1 else ''}. Start one "
+                f"process per GPU ({gpus} here: --procs, --nproc-per-node, slots=, --ntasks-per-node), or show the ranks more of them "
+                "(CUDA_VISIBLE_DEVICES, --gpus-per-node)"
+            )
+    return faults
 
 
 def _version_faults(found: Sequence[Introduction]) -> list[str]:

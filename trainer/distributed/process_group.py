@@ -39,17 +39,37 @@ def start_world(seconds: float = SECONDS) -> World:
     import_libraries()
     import deepspeed
 
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local % torch.cuda.device_count())
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
-        device = torch.device("cpu")
+    device = choose_device()
+    if device.type == "cpu":
         _share_cores()
         no_shared_memory_op()
-    with rendezvous(seconds), captured_stdout():
+    with rendezvous(seconds, gpu_identity(device)), captured_stdout():
         deepspeed.init_distributed(verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def choose_device() -> torch.device:
+    """This rank's device: the GPU of its LOCAL_RANK among those that it sees, or the CPU where it sees none.
+
+    A launcher may show each rank its own GPU alone (Slurm's ``--gpus-per-task``), whose index is 0 whatever the LOCAL_RANK.
+    LOCAL_RANK becomes the index that is used, since DeepSpeed reads it by itself. Ranks that come to share a GPU are refused at the rendezvous.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) % count
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def gpu_identity(device: torch.device) -> str | None:
+    """What tells a GPU from every other of its machine, in any process; None for the CPU, and where torch does not say."""
+    if device.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    part = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # parts of one GPU may share its id
+    return None if uuid is None else f"{uuid} {part}" if part.startswith("MIG-") else str(uuid)
 
 
 def stop_world() -> None:

@@ -29,11 +29,11 @@ LAST = "egmf/address of the last rank"
 
 
 @contextlib.contextmanager
-def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
+def rendezvous(seconds: float = SECONDS, gpu: str | None = None) -> Iterator[None]:
     """Find the interface, wait for all ranks, check that they fit and reach each other; inside, make the process group.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, EGMF_SECRET; sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are
-    unset: the loopback's where all ranks are on this machine.
+    unset: the loopback's where all ranks are on this machine. `gpu` tells this rank's GPU from the others of its machine.
 
     Raises:
         RendezvousError: on every rank that is there.
@@ -51,7 +51,7 @@ def rendezvous(seconds: float = SECONDS) -> Iterator[None]:
     elif rank == size - 1 and address is not None:
         signed.put(LAST, address)
     with _listening(address) as port:
-        own = Endpoint(host=socket.gethostname(), address=address, port=port)
+        own = Endpoint(host=socket.gethostname(), address=address, port=port, gpu=gpu)
         Handshake(store, rank, size, secret).exchange(own, seconds)
     yield  # the store's server lives in rank 0 for as long as `store` does
 
