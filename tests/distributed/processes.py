@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.distributed.fork_server import run, start
 
 ROOT = Path(__file__).parent.parent.parent
+GPU_DRIVER = Path("/dev/nvidiactl")
 
 
 def restore_interrupts() -> None:
@@ -42,10 +43,13 @@ def assert_removed(names: set[str], seconds: float = 60.0) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours, without what a launcher around the tests may have set."""
+    """Ours, without what a launcher around the tests may have set; GPUs are seen where DS_ACCELERATOR=cuda asks for them alone."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     base = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**base, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **more}
+    if GPU_DRIVER.exists() and more.get("DS_ACCELERATOR") != "cuda":
+        base["CUDA_VISIBLE_DEVICES"] = ""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**base, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path, **more}
 
 
 def run_ranks(module: str, *arguments: str, procs: int = 2, timeout: float = 500, **more: str) -> None:
