@@ -37,6 +37,7 @@ from trainer.config import RunConfig
 from trainer.models.backbone.adapter import adapt
 from trainer.models.backbone.attention import choose_attention
 from trainer.models.backbone.causal_lm import Backbone
+from trainer.models.backbone.checkpointing import set_checkpointing
 from trainer.models.backbone.linear4bit import FrozenLinear4bit
 from trainer.models.backbone.loading import resolve_attention
 from trainer.models.backbone.quantization import settle
@@ -204,11 +205,7 @@ def cases(device: torch.device, sizes: dict[str, int | float | bool], seconds: f
             model = random_model(sizes, dtype, device, precision == "nf4")
             backbone = make_ready(model, folder, configured("packed"), device)
             for checkpointing in (False, True):
-                base = backbone.base
-                if checkpointing:
-                    base.activation_checkpointing_enable({"use_reentrant": False})
-                else:
-                    base.activation_checkpointing_disable()
+                set_checkpointing(backbone.base, on=checkpointing)
                 for column in COLUMNS:
                     row: Row = {"precision": precision, "checkpointing": checkpointing, "column": column}
                     try:
@@ -224,7 +221,7 @@ def cases(device: torch.device, sizes: dict[str, int | float | bool], seconds: f
                     gc.collect()
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
-            del model, backbone, base
+            del model, backbone
             gc.collect()
     return rows
 

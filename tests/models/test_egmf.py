@@ -22,6 +22,7 @@ from trainer.batch import Features
 from trainer.checkpoint.weights import trainable_tensors
 from trainer.config import AdapterConfig
 from trainer.models.backbone import packed
+from trainer.models.backbone.checkpointing import is_checkpointing
 from trainer.models.egmf import EGMF, LossOutput, ScoreOutput
 from trainer.models.generation import generate
 from trainer.models.layouts import PaddedLayout
@@ -206,7 +207,7 @@ def test_checkpointing_gives_the_same_losses_and_gradients(folders):
         out = model(train_batch())
         out.loss_B.sum().backward()
         results.append((out.loss_B.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
-        assert model.backbone.base.is_activation_checkpointing == checkpointing
+        assert is_checkpointing(model.backbone.base) == checkpointing
     torch.testing.assert_close(results[0][0], results[1][0], atol=0, rtol=0)
     for plain, recomputed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(plain, recomputed, atol=1e-6, rtol=1e-5)

@@ -24,6 +24,7 @@ from trainer.batch import Packing
 from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone.adapter import adapt
 from trainer.models.backbone.attention import choose_attention
+from trainer.models.backbone.checkpointing import is_checkpointing, set_checkpointing
 from trainer.models.backbone.fingerprint import fingerprint, measure
 from trainer.models.backbone.limits import RowLimits, row_limits
 from trainer.models.backbone.loading import BackboneError, load_model, load_tokenizer, resolve_attention
@@ -157,7 +158,7 @@ class Backbone(nn.Module):
         fp32_attention: bool,
         cache: PrefixCache | None = None,
     ) -> Tensor:
-        if cache is not None and self.base.training and getattr(self.base, "is_gradient_checkpointing", False):
+        if cache is not None and self.base.training and is_checkpointing(self.base):
             raise ValueError("gradient checkpointing takes no cache of a prefix in training: evaluate with eval()")
         options: dict[str, Any] = {"kernel": kernel, "fp32_attention": fp32_attention} if self.takes_kernels else {}
         out = self.base.get_decoder()(
@@ -330,8 +331,7 @@ def adapted_backbone(
     """A language model, with weights or of shapes only, with its adapter and its checkpointing of activations."""
     backbone = Backbone(adapt(model, adapter, dtype), tokenizer, attention)
     if config.gradient_checkpointing:
-        enable = getattr(backbone.base, "activation_checkpointing_enable", backbone.base.gradient_checkpointing_enable)
-        enable({"use_reentrant": config.reentrant})
+        set_checkpointing(backbone.base, on=True, reentrant=config.reentrant)
         if config.reentrant:  # reentrant checkpointing needs an input that requires a gradient, or the layers get none
             backbone.base.enable_input_require_grads()
     return backbone
