@@ -325,6 +325,11 @@ class TrainConfig(Section):
     )
     clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0: no clipping.")
     log_every: PositiveInt = Field(10, json_schema_extra=EXECUTION)
+    profile: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="First and last step that rank 0 profiles: a trace and a table in the run folder and MLflow.",
+        json_schema_extra=EXECUTION,
+    )
     eval_every: int | None = Field(
         None, ge=1, description="Steps between validations; default: once an epoch.", json_schema_extra=SELECTION
     )
@@ -365,6 +370,13 @@ class TrainConfig(Section):
         description="Seconds without progress on any rank, after which the run ends with every rank's stacks; 0: never.",
         json_schema_extra=EXECUTION,
     )
+
+    @field_validator("profile")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"the first step is after the last: {list(steps)}")
+        return steps
 
 
 Split = Literal["train", "valid", "test"]

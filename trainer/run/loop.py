@@ -48,6 +48,7 @@ from trainer.run.guards.dump import NonFiniteDump, StepFacts
 from trainer.run.guards.guard import NonFiniteError
 from trainer.run.guards.probe import memory_explained, probe
 from trainer.run.lengths import cut_record
+from trainer.run.profiling import ProfileCallback
 from trainer.run.record import (
     RecordValues,
     Report,
@@ -206,7 +207,9 @@ class Trainer:
         self.run, self.config, self.world, self.parts, self.engine = run, run.config, run.world, run.parts, run.engine
         progress = Progress(run.steps, enabled=run.world.is_rank_zero)
         own = (StartLogCallback(), TrackingCallback(run.tracker), ProgressCallback(progress), WatchCallback(run.watch))
-        self.callbacks: tuple[Callback, ...] = (*own, *callbacks)
+        steps = run.config.train.profile
+        profiles = () if steps is None else (ProfileCallback(*steps, run.tracker),)
+        self.callbacks: tuple[Callback, ...] = (*own, *profiles, *callbacks)
         run.step_context.contribute = self._contribute
 
     @lost_connections_typed()
