@@ -44,11 +44,9 @@ def load_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except ValueError as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
         raise ValueError("it has a number of thousands of digits") from error
 
 

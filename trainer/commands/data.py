@@ -73,10 +73,7 @@ def prepare(
     from trainer.data.preparation.summary import summary_table
     from trainer.questions import Questions, is_built_in
 
-    if drop_bad not in ("none", "train", "all"):
-        raise ValueError(f"--drop-bad is 'train' or 'all', not {drop_bad!r}")
-    if standardise not in ("none", "mean", "robust"):
-        raise ValueError(f"--standardise is 'mean', 'robust' or 'none', not {standardise!r}")
+    _check_words(drop_bad, standardise, zero_frames)
     task = _defined(name, task_file)
     if label_column is not None:
         if isinstance(task, Questions):
@@ -85,8 +82,6 @@ def prepare(
                 "the YAML file"
             )
         task = task.model_copy(update={"label_column": label_column})
-    if zero_frames not in ("mask", "keep"):
-        raise ValueError(f"--zero-frames is 'mask' or 'keep', not {zero_frames!r}")
     options: dict[str, Any] = {
         "standardise": standardise,
         "strict": strict,
@@ -123,6 +118,15 @@ def prepare(
             )  # fmt: skip
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
+
+
+def _check_words(drop_bad: str, standardise: str, zero_frames: str) -> None:
+    if drop_bad not in ("none", "train", "all"):
+        raise ValueError(f"--drop-bad is 'train' or 'all', not {drop_bad!r}")
+    if standardise not in ("none", "mean", "robust"):
+        raise ValueError(f"--standardise is 'mean', 'robust' or 'none', not {standardise!r}")
+    if zero_frames not in ("mask", "keep"):
+        raise ValueError(f"--zero-frames is 'mask' or 'keep', not {zero_frames!r}")
 
 
 @data_app.command("show")
