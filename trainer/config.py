@@ -53,6 +53,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
 
+WORKERS_PER_GPU = 2
+
+
 class DataConfig(Section):
     """Where prepared datasets lie and how samples become batches."""
 
@@ -103,6 +106,10 @@ class DataConfig(Section):
         1.0,
         description="T: a task of n samples gets a share of the steps proportional to n^(1/T); .inf: all tasks the same share.",
     )
+
+    def workers_of_rank(self, gpu: bool) -> int:
+        """How many processes collate for a rank: as configured, or 2 on a GPU and none elsewhere."""
+        return self.workers if self.workers is not None else WORKERS_PER_GPU if gpu else 0
 
     @model_validator(mode="after")
     def _shares(self) -> DataConfig:

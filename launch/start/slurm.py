@@ -16,7 +16,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,6 +26,13 @@ from trainer.files import write_text
 
 FOLDER = "slurm"  # inside a run folder: script, config and logs of its jobs
 EARLY = 60  # seconds that Slurm may send the signal before it was asked to (man sbatch, --signal)
+
+
+ASKS_FOR_GPUS = re.compile(r"--(gpus\b|gpus-per-|gres=.*\bgpu|tres-per-task=.*\bgpu)|-G")  # of sbatch's options
+ASKS_FOR_CORES = re.compile(r"--cpus-per-(task|gpu)\b|-c")
+NCCL_CORES = 1  # its proxy, which moves the data of collectives
+OWN_CORES = 1  # threads of the run: the watch, the journal and its outbox, the tokenizer's
+OFFLOAD_CORES = 4  # the optimizer's steps in host memory
 
 
 class SlurmError(ValueError):
@@ -45,7 +52,7 @@ class Resources:
     qos: str | None = None
     constraint: str | None = None
     mem: str | None = None
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = None  # 0: the cluster's default too
 
     def directives(self) -> list[str]:
         """The lines for ``#SBATCH``."""
@@ -54,7 +61,7 @@ class Resources:
             # one is Slurm's default, and written down it makes 22.05 take MIN nodes of MIN-MAX although more are idle
             "ntasks-per-node": self.procs_per_node if self.procs_per_node > 1 else None,
             "gpus-per-node": self.gpus_per_node,
-            "cpus-per-task": self.cpus_per_task,
+            "cpus-per-task": self.cpus_per_task or None,
             "mem": self.mem,
             "time": self.time,
             "partition": self.partition,
@@ -141,6 +148,11 @@ class Job:
         return self.layout.members[0].config
 
     @property
+    def asks_for_gpus(self) -> bool:
+        """Whether the processes get GPUs, by an option of ours or of sbatch's."""
+        return self.resources.gpus_per_node is not None or any(map(ASKS_FOR_GPUS.match, self.sbatch_options))
+
+    @property
     def script(self) -> Path:
         return self.layout.folder / FOLDER / "job.sbatch"
 
@@ -149,6 +161,15 @@ class Job:
         """The signal that is passed on to the processes: one that the run stops on, by choice none that others send too."""
         chosen = self.config.train.stop_signals
         return next((name for name in ("SIGUSR1", "SIGUSR2") if name in chosen), chosen[0]).removeprefix("SIG")
+
+
+def needed_cores(config: RunConfig, gpus: bool) -> int:
+    """The CPU cores of a process: itself, its data workers, and beside a GPU NCCL's proxy, the run's threads, and an offloaded optimizer.
+
+    Slurm gives one core per task where none are asked for, on which all of these would take turns.
+    """
+    beside = (NCCL_CORES + OWN_CORES + (OFFLOAD_CORES if config.train.offload == "cpu" else 0)) if gpus else 0
+    return 1 + config.data.workers_of_rank(gpus) + beside
 
 
 def check(job: Job) -> None:
@@ -217,7 +238,7 @@ def render(job: Job) -> str:
     limit = "" if layout.limit is None else f"%{layout.limit}"
     directives = [
         f"--job-name={shlex.quote('egmf-' + layout.name)}",
-        *job.resources.directives(),
+        *_resources(job).directives(),
         f"--chdir={shlex.quote(str(Path.cwd()))}",
         f"--output={shlex.quote(layout.log)}",
         "--open-mode=append",
@@ -250,6 +271,14 @@ def render(job: Job) -> str:
         setup=job.setup,
         srun_options=job.srun_options,
     )
+
+
+def _resources(job: Job) -> Resources:
+    """What is asked of Slurm, with as many cores as the run needs where nothing was said of them."""
+    asked = job.resources
+    said = asked.cpus_per_task is not None or any(map(ASKS_FOR_CORES.match, job.sbatch_options))
+    cores = max(needed_cores(member.config, job.asks_for_gpus) for member in job.layout.members)
+    return asked if said or cores == 1 else replace(asked, cpus_per_task=cores)
 
 
 def _directive(option: str) -> str:

@@ -40,6 +40,7 @@ HUNG = {
     "stopped": "rank 1 did not answer",
     "stopped first": "rank 0 did not answer",
     "mismatched": "the ranks wait in different collectives; rank 0 is in all_reduce",
+    "other kind": "the ranks wait in different collectives; rank 0 is in all_reduce",
     "native": "rank 1 did not answer",
     "alone": "no rank waits for another; rank 0 is at tests/distributed/watch_worker.py",
 }

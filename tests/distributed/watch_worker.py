@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.processes import free_port
+from trainer.distributed.flight import turn_on
 from trainer.distributed.watch import Watch
 from trainer.distributed.world import World
 from trainer.files import write_json
@@ -45,6 +46,8 @@ def step(number: int, rank: int, case: str, watch: Watch) -> None:
         load_sample(rank, case)
         if case == "mismatched" and rank == 1:
             dist.barrier()
+        if case == "other kind" and rank == 1:
+            dist.broadcast(torch.ones(3), 0)
         if case == "slow" and rank == 1:  # the other waits longer than is allowed, and this one moves
             for part in range(12):
                 watch.heartbeat(f"step {number}, part {part}")
@@ -58,6 +61,7 @@ def work(rank: int, size: int, case: str, out: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(out / f"fault{rank}.json")
     os.dup2(os.open(out / f"stderr{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+    turn_on(os.environ, nccl=False)
     dist.init_process_group("gloo")
     set_up_logging(out, rank)
     world = World(rank, size, torch.device("cpu"))
@@ -78,7 +82,16 @@ def work(rank: int, size: int, case: str, out: Path, port: int) -> None:
     os._exit(0)
 
 
-CASES = {"sleeps": 2, "stopped": 2, "stopped first": 2, "mismatched": 2, "native": 2, "slow": 2, "alone": 1}
+CASES = {
+    "sleeps": 2,
+    "stopped": 2,
+    "stopped first": 2,
+    "mismatched": 2,
+    "other kind": 2,
+    "native": 2,
+    "slow": 2,
+    "alone": 1,
+}
 
 
 def main(folder: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tests.distributed.processes import free_port, install_packages
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 PACKAGES = ("slurm-wlm", "munge", "iproute2")
 NET, BRIDGE, NODE_PORT = "10.79.0", "slbr0", 17818
+GPUS, CPUS_PER_GPU = 4, 6  # of the node that has GPUs
 NODE_TIMEOUT = 10  # SlurmdTimeout: seconds until Slurm marks a silent node down
 
 CONF = """
@@ -56,7 +58,9 @@ SlurmdLogFile={folder}/%n/slurmd.log
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdParameters=config_overrides
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+PartitionName=debug Nodes={plain} Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes={with_gpus} MaxTime=INFINITE State=UP
 """
 
 
@@ -78,11 +82,13 @@ def missing() -> str | None:
 
 
 class Lab:
-    """The cluster; use as a context. Its `environment` makes Slurm's commands find it."""
+    """The cluster: plain nodes, and one with GPUs in the partition `gpu`; use as a context. Its `environment` makes Slurm's commands find it."""
 
     def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4) -> None:
-        self.folder, self.cpus = folder, cpus
-        self.nodes = [f"node{i + 1}" for i in range(nodes)]
+        self.folder = folder
+        self.cpus = {f"node{i + 1}": cpus for i in range(nodes)} | {f"node{nodes + 1}": GPUS * CPUS_PER_GPU}
+        self.nodes = list(self.cpus)
+        self.gpu_node = self.nodes[-1]
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = contextlib.ExitStack()
@@ -157,12 +163,21 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir()
         host = socket.gethostname().partition(".")[0]
-        lines = [CONF.format(host=host, net=NET, port=free_port(), folder=self.folder, timeout=NODE_TIMEOUT).strip()]
+        partitions = {"plain": ",".join(self.nodes[:-1]), "with_gpus": self.gpu_node}
+        values = {"host": host, "net": NET, "port": free_port(), "folder": self.folder, "timeout": NODE_TIMEOUT}
+        *lines, debug, gpu = CONF.format(**values, **partitions).strip().splitlines()
         for i, node in enumerate(self.nodes, 1):
             (self.folder / node).mkdir()
             (self.folder / node / "hosts").write_text(f"127.0.0.1 localhost\n{NET}.{i} {node}\n{NET}.254 {host}\n")
-            lines.append(f"NodeName={node} NodeAddr={NET}.{i} Port={NODE_PORT} CPUs={self.cpus} RealMemory=4000")
-        (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+            gpus = f" Gres=gpu:{GPUS}" if node == self.gpu_node else ""
+            own = f"NodeName={node} NodeAddr={NET}.{i} Port={NODE_PORT} CPUs={self.cpus[node]} RealMemory=4000{gpus}"
+            lines.append(own)
+        (self.folder / "slurm.conf").write_text("\n".join([*lines, debug, gpu]) + "\n")
+        for i in range(GPUS):  # Slurm asks no more of a GPU than a device's file: a null device here
+            os.mknod(self.folder / f"gpu{i}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        (self.folder / "gres.conf").write_text(
+            f"NodeName={self.gpu_node} Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n"
+        )
         # slurmd loads a cgroup plugin although nothing uses it; only v1's loads without systemd
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 

@@ -233,7 +233,7 @@ def test_what_slurm_refuses_is_an_error_and_leaves_nothing(lab: Lab, work: Path)
     cases = {
         ("2", "--procs-per-node", "1", "--partition", "gpus"): ("partition", "partitions here: debug"),
         ("9", "--procs-per-node", "1"): ("node", "3 nodes of 4 CPUs"),
-        ("2", "--gpus-per-node", "8"): ("generic resource", "3 nodes of 4 CPUs"),
+        ("2", "--gpus-per-node", "8"): ("node configuration", "3 nodes of 4 CPUs"),
     }
     for asked, words in cases.items():
         refused = egmf(*arguments, *asked, **lab.environment)

@@ -38,7 +38,10 @@ class SlurmOptions:
     qos: Annotated[str | None, typer.Option()] = None
     constraint: Annotated[str | None, typer.Option()] = None
     mem: Annotated[str | None, typer.Option(help="memory of each node, such as 200G")] = None
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPU cores of each process")] = None
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option(min=0, help="CPU cores of each process; default: what the config needs; 0: the cluster's default"),
+    ] = None
     signal_seconds: Annotated[
         int, typer.Option(min=10, help="seconds before the time limit at which the run stops")
     ] = 120

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed.compiled_ops import extensions_folder, no_shared_memory_op
+from trainer.distributed.flight import turn_on
 from trainer.distributed.launcher import RENDEZVOUS_VARIABLES
 from trainer.distributed.light_imports import import_libraries
 from trainer.distributed.rendezvous import SECONDS, local_size, rendezvous
@@ -43,6 +44,7 @@ def start_world(seconds: float = SECONDS) -> World:
     if device.type == "cpu":
         _share_cores()
         no_shared_memory_op()
+    turn_on(os.environ, nccl=device.type == "cuda")
     with rendezvous(seconds, gpu_identity(device)), captured_stdout():
         deepspeed.init_distributed(verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from trainer.distributed.flight import FlightRecord, difference
 from trainer.distributed.messages import format_ranks
 
 PACKAGE = Path(__file__).parents[1]
@@ -55,6 +56,7 @@ class RankSnapshot(BaseModel):
     seconds: float  # since it last made progress
     threads: dict[str, list[Frame]]
     entered: dict[str, int]  # process group -> collectives that this rank has entered
+    flight: FlightRecord = Field(default_factory=dict)  # its last collectives
 
     @property
     def main(self) -> list[Frame]:
@@ -106,7 +108,15 @@ def take_snapshot(rank: int, doing: str, seconds: float, hidden: Iterable[int | 
 
 
 def headline(snapshots: Mapping[int, RankSnapshot], silent: Iterable[int], seconds: float) -> str:
-    """Who is to blame, in one sentence: the ranks that do not answer, else those that are not where the others wait."""
+    """Who is to blame, in one sentence: the ranks that do not answer, else those that are not where the others wait.
+
+    Behind it stands which collective of which rank differs, where torch's flight recorder shows one.
+    """
+    found = difference({rank: one.flight for rank, one in snapshots.items()})
+    return _blame(snapshots, silent, seconds) + (f"; {found}" if found else "")
+
+
+def _blame(snapshots: Mapping[int, RankSnapshot], silent: Iterable[int], seconds: float) -> str:
     silent = sorted(silent)
     head = f"no progress for {seconds:.0f} s"
     waiting = [r for r, one in snapshots.items() if one.collective]

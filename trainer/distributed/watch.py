@@ -26,6 +26,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 
 from trainer.distributed.faults import report_to_launcher
+from trainer.distributed.flight import FOLDER, keep_files_in, take_flight_record
 from trainer.distributed.rank_snapshots import RankSnapshot, format_stacks, headline, take_snapshot
 from trainer.distributed.world import World
 
@@ -83,6 +84,8 @@ class Watch:
         self._lives: dict[int, tuple[str, float]] = {}  # rank -> what it last wrote, and when that was first read
 
     def __enter__(self) -> Watch:
+        if self.world.device.type == "cuda" and self.world.size > 1:
+            keep_files_in(self.out, os.environ)
         if not self.seconds:
             return self
         self._lengthen_timeouts()
@@ -191,11 +194,14 @@ class Watch:
     def _abort(self, judge: int) -> None:
         """Answer the alarm, report what was found, and end this process."""
         self._alarmed.set()
-        hidden = [threading.get_ident(), *([self._store.thread.ident] if self._store else [])]
-        own = take_snapshot(self.world.rank, self._doing, self._pause(), hidden)
         deadline = threading.Timer(3 * self.patience + 2 * LEAVE, os._exit, (1,))  # whatever hangs from here on
         deadline.daemon = True
         deadline.start()
+        hidden = [threading.get_ident(), deadline.ident, *([self._store.thread.ident] if self._store else [])]
+        own = take_snapshot(self.world.rank, self._doing, self._pause(), hidden)
+        if self._store is not None:
+            file = self.out / FOLDER / f"rank{self.world.rank}.json"
+            own.flight = take_flight_record(file, self.patience / 3)
         try:
             self._report(judge, own)
         finally:

@@ -10,13 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.batch import Batch, PackedBatch
-from trainer.config import STOP_SIGNALS, RunConfig
+from trainer.config import STOP_SIGNALS
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView
 from trainer.data.sampling import GlobalBatch, MicroBatch
 
 AHEAD = 2  # micro-batches that each worker keeps ready
-WORKERS_PER_GPU = 2
 
 
 Wanted = tuple[GlobalBatch, MicroBatch]
@@ -105,9 +104,3 @@ def _ignore_stop_signals(worker: int) -> None:
     for name in (*STOP_SIGNALS, "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def workers(config: RunConfig, device: torch.device) -> int:
-    """How many processes collate: as configured, or `WORKERS_PER_GPU` on a GPU and none elsewhere."""
-    configured = config.data.workers
-    return configured if configured is not None else WORKERS_PER_GPU if device.type == "cuda" else 0

@@ -22,7 +22,6 @@ from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
 from trainer.run.engine import Schedule, build_engine
 from trainer.run.guards.guard import Guard, LossMonitor
-from trainer.run.prefetch import workers
 from trainer.run.step import StepContext
 from trainer.tracking.tracker import Tracker
 
@@ -66,7 +65,9 @@ class Run:
         self.health = LossMonitor(train.spike)
         self.selection = Selection({name: task.greater_is_better for name, task in parts.tasks.items()})
         self.step_context = StepContext(self.engine, parts, config, world, self.guard, self.stop, self.watch.heartbeat)
-        self.step_context.prefetcher.work_ahead(workers(config, world.device), self._planned, self.steps)
+        self.step_context.prefetcher.work_ahead(
+            config.data.workers_of_rank(world.device.type == "cuda"), self._planned, self.steps
+        )
 
     def _planned(self, step: int) -> tuple[GlobalBatch, list[MicroBatch]]:
         batch = self.order.step(step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.start.slurm import Job, Resources, check, limit_seconds, one_run
+from launch.start.slurm import Job, Resources, check, limit_seconds, one_run, render
 from tests.distributed.processes import ROOT, egmf
 from trainer.config import load_config
 
@@ -48,6 +48,44 @@ def test_the_script_asks_for_what_was_given_and_is_bash(tmp_path: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if line.startswith("run="))
     printed = subprocess.run(["bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True)
     assert printed.stdout == str(out)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "cores"),
+    [
+        (
+            {"gpus_per_node": 2},
+            ("train.offload=none",),
+            5,
+        ),  # the training, two workers, NCCL's proxy, the run's threads
+        ({"gpus_per_node": 2}, ("data.workers=6",), 9),
+        ({"gpus_per_node": 2}, ("train.offload=cpu", "train.zero=2"), 9),
+        ({"gpus_per_node": 2, "cpus_per_task": 3}, (), 3),
+        ({"gpus_per_node": 2, "cpus_per_task": 0}, (), None),
+        ({}, (), None),  # on CPUs without workers: one core, which is Slurm's default
+        ({}, ("data.workers=3",), 4),
+    ],
+)
+def test_the_cores_follow_the_config_where_none_are_named(
+    asked: dict[str, int], words: tuple[str, ...], cores: int | None
+) -> None:
+    layout = one_run(load_config(CONFIG, words), Path("runs/one"))
+    job = Job(layout, Resources(nodes="1", procs_per_node=2, **asked))
+    assert directives(render(job)).get("cpus-per-task") == (None if cores is None else str(cores))
+
+
+@pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpus=8", "--gres=gpu:a100:4", "--gres=fs:1,gpu:2", "-G 8"])
+def test_gpus_that_an_option_of_sbatch_asks_for_count_too(option: str) -> None:
+    layout = one_run(load_config(CONFIG), Path("runs/one"))
+    asked = Resources(nodes="1", procs_per_node=4)
+    assert directives(render(Job(layout, asked, sbatch_options=(option,)))).get("cpus-per-task") == "5"
+    for other in ("--cpus-per-gpu=4", "-c 8", "--cpus-per-task=7"):
+        lines = [
+            line for line in render(Job(layout, asked, sbatch_options=(option, other))).splitlines() if "SBATCH" in line
+        ]
+        assert sum("cpus-per-task" in line for line in lines) == (other == "--cpus-per-task=7")
+    none = Job(layout, asked, sbatch_options=("--gres=fs:1", "--comment=--gpus=2"))
+    assert "cpus-per-task" not in directives(render(none))
 
 
 def test_without_requeue_nothing_is_put_back(tmp_path: Path) -> None:
