@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.answers.scores import SplitScores
-from trainer.data.sampling import micro_batches
+from trainer.data.sampling import all_micro_batches
 from trainer.distributed.deepspeed_config import slow_precision
 from trainer.distributed.watch import Watch
 from trainer.run.evaluate import flatten_metrics
@@ -189,16 +189,19 @@ def _log_layout(run: Run) -> None:
     samples = positions = idle = 0
     for step in steps:
         batch = run.order.step(step)
-        micros = micro_batches(batch.indices, run.step_context.sizes[batch.task], run.step_context.limits, 0, 1)
+        context = run.step_context
+        micros = all_micro_batches(batch.indices, context.sizes[batch.task], context.limits, run.world.size)
         samples += len(batch.indices)
         positions += sum(run.step_context.positions(batch.task, micro) for micro in micros)
         idle = max(idle, run.world.size - len(micros))
     log.info("%s: %.1f positions a sample through the backbone", run.config.data.layout, positions / samples)
     if idle > 0:
         log.warning(
-            "%d of %d ranks are idle in some steps: a global batch has too few micro-batches. Set "
-            "train.micro_batch=%d, or raise train.global_batch",
-            idle, run.world.size, -(-run.config.train.global_batch // run.world.size),
+            "%d of %d ranks are idle in some steps: a global batch has too few %s",
+            idle, run.world.size,
+            "samples. Raise train.global_batch" if run.step_context.limits.even
+            else f"micro-batches. Set train.micro_batch={-(-run.config.train.global_batch // run.world.size)}, leave it out "
+            "(null), or raise train.global_batch",
         )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class StepContext:
             for name, collate in parts.collators.items()
             if collate.objective.weight_C is not None
         }
-        self.limits = Limits.of_training(self.config)
+        self.limits = Limits.of_training(self.config, self.world.device.type)
         self.prefetcher = BatchPrefetcher(
             Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators),
             pin=self.world.device.type == "cuda",
