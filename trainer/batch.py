@@ -108,6 +108,7 @@ class Batch:
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
     answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
     share_BC: Tensor | None = None  # of the trie's answers in the target; then there are no answer tokens
+    most_samples: int = 0  # of the batches that all ranks pass through the model at once; 0: not known
 
     def __len__(self) -> int:
         return int(self.input_ids_BL.shape[0])
@@ -161,6 +162,7 @@ class PackedBatch:
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
     answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
     share_BC: Tensor | None = None  # of the trie's answers in the target; then there are no answer tokens
+    most_samples: int = 0  # of the batches that all ranks pass through the model at once; 0: not known
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -202,6 +204,8 @@ class AnswerTrie:
     the path to node `leaf_C[c]`, followed by the token `end`. `ancestors_NN[n, m]`: node n sees node m (itself included).
     `value_C` are the numbers that the answers mean; None where they are labels.
 
+    `next_m` are the tokens of the nodes and then `end`; `path_CD` the nodes of each answer from the first on, N behind its last.
+
     `given_N` marks the nodes that are not answers but what is asked, as "joy:" is in "joy: yes" and "joy: no" of a multi-label
     task: answers are conditional on them, and they cost nothing. None: there are none.
     """
@@ -215,6 +219,21 @@ class AnswerTrie:
     answers: list[str]
     value_C: Tensor | None = None
     given_N: Tensor | None = None
+    next_m: Tensor = None  # type: ignore[assignment]  # by default from the others, on the host
+    path_CD: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.path_CD is None:
+            self.next_m = torch.cat([self.token_N, self.token_N.new_tensor([self.end])])
+            parents, paths = self.parent_N.tolist(), []
+            for leaf in self.leaf_C.tolist():
+                path = [leaf]
+                while (above := parents[path[0]]) >= 0:
+                    path.insert(0, above)
+                paths.append(path)
+            longest = max(map(len, paths))
+            rows = [path + [len(parents)] * (longest - len(path)) for path in paths]
+            self.path_CD = self.token_N.new_tensor(rows)
 
     def to(self, device: torch.device | str) -> AnswerTrie:
         return _to(self, device)

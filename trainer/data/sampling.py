@@ -40,12 +40,14 @@ class MicroBatch:
     """What one rank passes through the model at once. A filler has weight 0: it keeps the ranks' steps in number.
 
     The samples stand in groups of like length, of `groups` samples each, that the fusion network reads one by one; a group
-    of 0 samples is a call without use that another rank's micro-batch needs.
+    of 0 samples is a call without use that another rank's micro-batch needs. `most_samples`: of the micro-batches that all ranks
+    pass through the model at once; 0: not known.
     """
 
     indices: tuple[int, ...]
     weight: float
     groups: tuple[int, ...] = ()
+    most_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,9 @@ def micro_batches(indices: Sequence[int], sizes: Sizes, limits: Limits, rank: in
         together = grouped[start : start + world]
         most = max(len(groups) for _, groups in together)
         chosen, groups = together[rank] if rank < len(together) else ((indices[0],), (1,))
-        out.append(MicroBatch(chosen, float(rank < len(together)), groups + (0,) * (most - len(groups))))
+        groups += (0,) * (most - len(groups))
+        samples = max(len(chosen) for chosen, _ in together)
+        out.append(MicroBatch(chosen, float(rank < len(together)), groups, samples))
     return out
 
 

@@ -54,7 +54,7 @@ class Backbone(nn.Module):
 
     Attributes: `model` (the language model, inside peft's wrapper with LoRA), `tokenizer`, `attention` (the kernel in
     use), `vocabulary` (V), `hidden_size`, `embedding_norm` (mean L2 norm of an input embedding), `fingerprint` (of the frozen weights),
-    `limits` (how long rows may be).
+    `limits` (how long rows may be), `scored_logits` (entries of logits that scoring may hold at a time, where that is more than usual).
     """
 
     embedding_norm: float
@@ -70,6 +70,7 @@ class Backbone(nn.Module):
         self._scale_logits = _logit_scale(self.base.config)
         self._logged: set[str] = set()
         self.limits = RowLimits()
+        self.scored_logits = 0
 
     @property
     def base(self) -> PreTrainedModel:

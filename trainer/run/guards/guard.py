@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+HELD = 2**25  # elements of gradients that are kept for one look at all of them
+
+
 class NonFiniteError(ValueError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
@@ -35,6 +38,8 @@ class Guard:
 
     def __init__(self, engine: DeepSpeedEngine, device: torch.device, *, gradients: bool) -> None:
         self._sum = torch.zeros((), device=device)
+        self._watched: list[Tensor] = []
+        self._elements = 0
         self._frozen = False
         if gradients:
             for parameter in engine.module.parameters():
@@ -49,10 +54,24 @@ class Guard:
         optimizer.step = guarded
 
     def _watch(self, gradient: Tensor) -> None:
-        self._sum += gradient.detach().sum(dtype=torch.float32) * 0.0  # 0, or nan where any element is inf or nan
+        """Keep a gradient to be looked at with many others: a kernel for each would be hundreds in a micro-step."""
+        if not gradient.numel():
+            return
+        self._watched.append(gradient.detach())
+        self._elements += gradient.numel()
+        if self._elements > HELD:
+            self._look()
+
+    def _look(self) -> None:
+        """Add 0 to the sum, or nan where any element of the gradients that are kept is inf or nan."""
+        if self._watched:
+            largest = torch._foreach_norm(self._watched, float("inf"))  # nan if any element is
+            self._sum += torch.stack([value.float() for value in largest]).sum() * 0.0
+        self._watched, self._elements = [], 0
 
     def found(self) -> Tensor:
         """Whether a local gradient since the last call held inf or nan (1 or 0, on the device)."""
+        self._look()
         bad = torch.isfinite(self._sum).logical_not().double()
         self._sum.zero_()
         return bad
