@@ -8,7 +8,7 @@ step runs, but its optimizer does not move. The schedule and the order of sample
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class Guard:
 
     def __init__(self, engine: DeepSpeedEngine, device: torch.device, *, gradients: bool) -> None:
         self._sum = torch.zeros((), device=device)
-        self._watched: list[Tensor] = []
+        self._watched: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._elements = 0
         self._frozen = False
         if gradients:
@@ -57,17 +57,18 @@ class Guard:
         """Keep a gradient to be looked at with many others: a kernel for each would be hundreds in a micro-step."""
         if not gradient.numel():
             return
-        self._watched.append(gradient.detach())
+        self._watched[gradient.dtype].append(gradient.detach())
         self._elements += gradient.numel()
         if self._elements > HELD:
             self._look()
 
     def _look(self) -> None:
         """Add 0 to the sum, or nan where any element of the gradients that are kept is inf or nan."""
-        if self._watched:
-            largest = torch._foreach_norm(self._watched, float("inf"))  # nan if any element is
-            self._sum += torch.stack([value.float() for value in largest]).sum() * 0.0
-        self._watched, self._elements = [], 0
+        for gradients in self._watched.values():
+            largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # nan if any element is
+            self._sum += largest.sum(dtype=torch.float32) * 0.0
+        self._watched.clear()
+        self._elements = 0
 
     def found(self) -> Tensor:
         """Whether a local gradient since the last call held inf or nan (1 or 0, on the device)."""
