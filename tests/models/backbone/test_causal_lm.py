@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.models.tiny_models import FAMILIES, TEXTS, brute_force, load, make_batch, make_model, make_trie, save_family
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
@@ -71,6 +71,48 @@ def test_families_that_scale_logits_or_attend_in_windows_are_reproduced(tmp_path
     with torch.no_grad():
         got = model(batch, make_trie(ANSWERS)).logprob_BC
         torch.testing.assert_close(got, brute_force(model, batch, ANSWERS), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def dropping_sdpa(monkeypatch):
+    """transformers 5.17: Gemma 2 attends through sdpa, which drops the soft cap of its scores without a word."""
+    from transformers import Gemma2PreTrainedModel
+    from transformers.integrations import sdpa_attention
+
+    def dropped(*arguments, softcap=None, **options):
+        return sdpa_attention.sdpa_attention_forward(*arguments, **options)
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    monkeypatch.setattr("trainer.models.backbone.packed.sdpa_attention_forward", dropped)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", dropped)
+
+
+@pytest.mark.parametrize("asked", ["auto", "eager"])
+def test_a_soft_cap_of_scores_is_kept(tmp_path, dropping_sdpa, asked):
+    folder = save_family("gemma2", tmp_path / "m", attn_logit_softcapping=0.5)
+    backbone = build(folder, attention=asked).eval()
+    assert backbone.attention == "eager"
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(ids, use_cache=False).logits
+        got = backbone.logits(backbone.hidden(backbone.embed(ids), torch.arange(38)[None]))
+    torch.testing.assert_close(got, own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "blocks", "varlen"])
+def test_attention_that_leaves_out_a_soft_cap_is_refused(tmp_path, dropping_sdpa, asked):
+    folder = save_family("gemma2", tmp_path / "m", attn_logit_softcapping=0.5)
+    with pytest.raises(
+        BackboneError, match=f"cap their attention's scores softly, which .*attention={asked} leaves out"
+    ):
+        build(folder, attention=asked)
+
+
+def test_the_probe_notices_a_cap_that_is_dropped(tmp_path, dropping_sdpa, monkeypatch):
+    folder = save_family("gemma2", tmp_path / "m", attn_logit_softcapping=0.05)
+    monkeypatch.setattr("trainer.models.backbone.loading._with_soft_cap", lambda config, shape, attention: "sdpa")
+    with pytest.raises(BackboneError, match="'gemma2' are not supported: logits differ from the model's own"):
+        build(folder, attention="sdpa")
 
 
 def test_a_family_whose_layers_cannot_see_a_tree_is_refused_by_name(tmp_path):

@@ -5,17 +5,19 @@ Shapes: V vocabulary, T tokens of a packed row.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trainer.batch import Packing
 from trainer.models.backbone.limits import has_experts
 from trainer.models.backbone.loading import BackboneError
-from trainer.models.backbone.packed import HALF, PackedRow, PrefixCache, install
+from trainer.models.backbone.packed import HALF, NAME, PackedRow, PrefixCache, install
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,21 @@ def choose_attention(backbone: Attending, asked: str, usable: str | None, name: 
     raise BackboneError(f"{name}: packed rows cannot be attended to: {'; '.join(faults)}{advice}")
 
 
+@contextlib.contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block a model that attends through sdpa does so by the family's own formula ("eager"): what sdpa left out, a soft
+    cap of the scores for one, would be left out on both sides of the comparison."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config, name in before:
+            config._attn_implementation = "eager" if name in ("sdpa", NAME) else name
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
 class _Probe:
     """Six tokens, as two rows that share their first two, through the model's own forward and through this backbone's."""
 
@@ -112,7 +129,7 @@ class _Probe:
 
     @torch.no_grad()
     def check_masks(self) -> None:
-        """The model's own logits against the backbone's, the two rows as branches of one.
+        """The model's own logits, by its plain attention, against the backbone's, the two rows as branches of one.
 
         Raises:
             BackboneError: they differ, or the model cannot be run.
@@ -122,7 +139,8 @@ class _Probe:
         row = PackedRow(self.packing)
         try:
             branches = torch.stack([ids[[0, 1, 2, 2, 2]], ids[[0, 1, 3, 4, 5]]])
-            own = backbone.base(input_ids=branches, use_cache=False).logits.float()
+            with _plain_attention(backbone.base):
+                own = backbone.base(input_ids=branches, use_cache=False).logits.float()
             self.want_TV = torch.cat([own[0, :3], own[1, 2:]])
             hidden = backbone.hidden(backbone.embed(ids[None]), row.positions_R[None], row.mask_RK[None, None])
             error_size = self._error(backbone.logits(hidden)[0])

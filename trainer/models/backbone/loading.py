@@ -140,6 +140,7 @@ def load_model(
     ranks = ranks or SingleProcess()
     _check_files(config, source, ranks)
     shape = load_shape(config, folder)
+    attention = _with_soft_cap(config, shape, attention)
     four_bit = None
     if config.quantization == "nf4":
         quantization.check_sizes(shape, config.name, config.trust_remote_code)
@@ -171,6 +172,23 @@ def load_model(
     if four_bit is not None:
         quantization.settle(model, config.name)
     return Loaded(model, measured)
+
+
+def _with_soft_cap(config: BackboneConfig, shape: PretrainedConfig, attention: str | None) -> str | None:
+    """The attention of a family that caps its scores softly (Gemma 2), which only the eager one here does: some versions of
+    transformers drop the cap under sdpa without a word.
+
+    Raises:
+        BackboneError: another was asked for.
+    """
+    if not getattr(shape, "attn_logit_softcapping", None):
+        return attention
+    if attention not in (None, "eager"):
+        raise BackboneError(
+            f"{config.name}: models of type {shape.model_type!r} cap their attention's scores softly, which "
+            f"model.backbone.attention={config.attention} leaves out: use auto, or eager"
+        )
+    return "eager"
 
 
 def _check_files(config: BackboneConfig, source: str, ranks: Ranks) -> None:
