@@ -23,7 +23,7 @@ from trainer.checkpoint.weights import load_weights, trainable_state
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.sampling import GlobalBatch
 from trainer.distributed.consistency import check_consistency
-from trainer.distributed.deepspeed_config import check_machine, dtype_of
+from trainer.distributed.deepspeed_config import check_machine, dtype_of, for_world
 from trainer.distributed.faults import report_to_launcher
 from trainer.distributed.launcher import STOPPED
 from trainer.distributed.signals import StopRequest, StopRequested
@@ -110,11 +110,12 @@ def fit(
             last = checkpoints.newest(repair=True)
             saved = None if last is None else read_state(last)
             joining = "running" if saved is None else saved.joining
-            parts = assemble(config, out, world, dtype_of(config), partition=True, joining=joining)
+            trained = for_world(config, world, None if saved is None else saved.zero)
+            parts = assemble(trained, out, world, dtype_of(config), partition=True, joining=joining)
             if world.is_rank_zero:
                 warn_of_raw_features(config, parts.data)
             base = parts.model.backbone.fingerprint
-            identity = identify(config, data=parts.fingerprints, base=base, world_size=world.size)
+            identity = identify(trained, data=parts.fingerprints, base=base, world_size=world.size)
             if saved is not None and last is not None:
                 check_fit(saved, identity, last, force=force)
             with world.on_rank_zero() as first:
@@ -128,7 +129,7 @@ def fit(
             run_id = (tracked["run_id"] if tracked else None) or (saved.mlflow_run if saved else None)
             tracker = Tracker(config, out, enabled=world.is_rank_zero, run_id=run_id)
             run = Run(
-                config, out, world, parts, identity, tracker=tracker, checkpoints=checkpoints, watch=watch, stop=stop
+                trained, out, world, parts, identity, tracker=tracker, checkpoints=checkpoints, watch=watch, stop=stop
             )
             record.update(
                 {

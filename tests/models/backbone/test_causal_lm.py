@@ -148,6 +148,8 @@ def test_auto_attention_takes_flash_only_where_it_runs(monkeypatch):
     assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash_attention_2"
     assert resolve_attention("auto", CUDA, torch.float32) is None
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    assert resolve_attention("auto", CUDA, torch.bfloat16) == "varlen"  # PyTorch's own
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # an older torch has none
     assert resolve_attention("auto", CUDA, torch.bfloat16) is None
     with pytest.raises(BackboneError, match="lacks its CUDA extension"):
         resolve_attention("flash_attention_2", CUDA, torch.bfloat16)

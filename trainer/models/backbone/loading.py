@@ -312,18 +312,19 @@ def load_shape(config: BackboneConfig, folder: Path | None = None) -> Pretrained
 
 
 def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention to use: `auto` is flash-attn where it can run, else None: what serves the family best without it.
+    """The attention to use: `auto` is flash-attn where it can run, else on a GPU PyTorch's own kernel for unequal lengths, else None:
+    what serves the family best without them.
 
     Raises:
         UnusableAttention: what was asked for cannot run here, with every reason.
     """
-    wanted = "flash_attention_2" if asked == "auto" else asked
-    reasons = _why_not(wanted, device, dtype)
-    if not reasons:
-        return wanted
     if asked == "auto":
-        return None
-    raise UnusableAttention(asked, reasons)
+        kernels = ("flash_attention_2", "varlen") if device.type == "cuda" else ()
+        return next((kernel for kernel in kernels if not _why_not(kernel, device, dtype)), None)
+    reasons = _why_not(asked, device, dtype)
+    if reasons:
+        raise UnusableAttention(asked, reasons)
+    return asked
 
 
 def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
