@@ -229,7 +229,7 @@ def test_exact_values_in_half_precision_do_not_hang_on_neighbours(backbones, bac
 def test_sliding_windows_are_right_or_refused(tmp_path, family, sizes, asked):
     folder = save_family(family, tmp_path / "m", **sizes)
     if family == "gemma2" and asked not in ("auto", "eager"):  # its soft-capped scores are eager's alone
-        with pytest.raises(BackboneError, match="cap their attention.s scores softly"):
+        with pytest.raises(BackboneError, match=r"cap their attention.s scores softly"):
             load(folder, attention=asked)
         return
     backbone = load(folder, attention=asked).eval()
