@@ -42,6 +42,7 @@ from trainer.models.backbone.adapter import adapt
 from trainer.models.backbone.attention import choose_attention
 from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.backbone.checkpointing import set_checkpointing
+from trainer.models.backbone.fingerprint import BaseFingerprint
 from trainer.models.backbone.linear4bit import FrozenLinear4bit
 from trainer.models.backbone.loading import resolve_attention
 from trainer.models.backbone.quantization import settle
@@ -115,7 +116,7 @@ def make_ready(
     norm = float(embedding[:4096].float().norm(dim=1).mean())
     backbone = Backbone(adapt(model, config.model.adapter, dtype), AutoTokenizer.from_pretrained(folder), "sdpa")
     backbone.to(device)
-    backbone.embedding_norm, backbone.fingerprint = norm, ""
+    backbone.embedding_norm, backbone.fingerprints = norm, BaseFingerprint("", "", exact=True)
     choose_attention(backbone, attention, resolve_attention(attention, device, dtype), "the random model")
     return backbone
 

@@ -114,10 +114,10 @@ def fit(
             parts = assemble(trained, out, world, dtype_of(config), partition=True, joining=joining)
             if world.is_rank_zero:
                 warn_of_raw_features(config, parts.data)
-            base = parts.model.backbone.fingerprint
-            identity = identify(trained, data=parts.fingerprints, base=base, world_size=world.size)
+            base = parts.model.backbone.fingerprints
+            identity = identify(trained, data=parts.fingerprints, base=base.source, world_size=world.size)
             if saved is not None and last is not None:
-                check_fit(saved, identity, last, force=force)
+                check_fit(saved, identity, last, force=force, base=base)
             with world.on_rank_zero() as first:
                 if first:
                     write_text(out / "config.yaml", dump_config(config))
