@@ -24,6 +24,7 @@ GROUPS = (
     "tests/slurm/",
     "tests/multinode/",
     "tests/test_clean_clone.py",
+    "tests/project/test_oldest.py",
     "tests/distributed/test_kill.py",
     "tests/distributed/test_zero.py::test_every_supported_combination",
     "tests/distributed/test_zero.py",

@@ -174,7 +174,8 @@ def serve(folder: Path, owner: int) -> None:
     base, known = sys.path[1:], dict(os.environ)
     os.environ.update(QUIET)
     for name in LIBRARIES:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # of later releases than the oldest
+            importlib.import_module(name)
     _fill_caches()
     subprocess.Popen._execute_child = _fork_child(subprocess.Popen._execute_child, base, known)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the tests end, and then this process

@@ -47,6 +47,7 @@ from trainer.text import encode, end_token
 
 log = logging.getLogger(__name__)
 
+NO_ATTENTION = "{name} cannot attend with {attention}: set model.backbone.attention=auto, or eager"
 CONVERT = (  # shown to users; transformers reads pickles with weights_only
     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
     "M.from_pretrained('{source}', dtype='auto').save_pretrained('converted'); "
@@ -145,6 +146,10 @@ def load_model(
     if config.quantization == "nf4":
         quantization.check_sizes(shape, config.name, config.trust_remote_code)
         four_bit = quantization.nf4_config(dtype, config.double_quantization)
+    if attention != "eager" and getattr(shape.get_text_config(), "attn_logit_softcapping", None):
+        if attention is not None:
+            raise BackboneError(NO_ATTENTION.format(name=config.name, attention=config.attention))
+        attention = "eager"  # transformers before 5.21 chooses sdpa, which leaves the soft cap out
     stream = StreamingLoad(four_bit, None if zero3 is None else Partitioner(zero3), dtype, device)
     options: dict[str, Any] = {
         "config": shape,
@@ -393,7 +398,7 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             "and set model.backbone.trust_remote_code=true and model.backbone.revision=<the commit you read>"
         )
     if "does not support" in text and "attention" in text:
-        return f"{config.name} cannot attend with {config.attention}: set model.backbone.attention=auto, or eager"
+        return NO_ATTENTION.format(name=config.name, attention=config.attention)
     if isinstance(error, ImportError):
         return f"the {what} of {config.name} needs a library that is not here: {text}"
     if isinstance(error, SafetensorError) or "SafetensorError" in text:  # of another rank
