@@ -47,7 +47,6 @@ from trainer.text import encode, end_token
 
 log = logging.getLogger(__name__)
 
-NO_ATTENTION = "{name} cannot attend with {attention}: set model.backbone.attention=auto, or eager"
 CONVERT = (  # shown to users; transformers reads pickles with weights_only
     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
     "M.from_pretrained('{source}', dtype='auto').save_pretrained('converted'); "
@@ -146,10 +145,6 @@ def load_model(
     if config.quantization == "nf4":
         quantization.check_sizes(shape, config.name, config.trust_remote_code)
         four_bit = quantization.nf4_config(dtype, config.double_quantization)
-    if attention != "eager" and getattr(shape.get_text_config(), "attn_logit_softcapping", None):
-        if attention is not None:
-            raise BackboneError(NO_ATTENTION.format(name=config.name, attention=config.attention))
-        attention = "eager"  # transformers before 5.21 chooses sdpa, which leaves the soft cap out
     stream = StreamingLoad(four_bit, None if zero3 is None else Partitioner(zero3), dtype, device)
     options: dict[str, Any] = {
         "config": shape,
@@ -180,13 +175,13 @@ def load_model(
 
 
 def _with_soft_cap(config: BackboneConfig, shape: PretrainedConfig, attention: str | None) -> str | None:
-    """The attention of a family that caps its scores softly (Gemma 2), which only the eager one here does: some versions of
-    transformers drop the cap under sdpa without a word.
+    """The attention of a family that caps its scores softly (Gemma 2), which only the eager one here does: transformers
+    before 5.21 chooses sdpa for it, which drops the cap without a word.
 
     Raises:
         BackboneError: another was asked for.
     """
-    if not getattr(shape, "attn_logit_softcapping", None):
+    if not getattr(shape.get_text_config(), "attn_logit_softcapping", None):
         return attention
     if attention not in (None, "eager"):
         raise BackboneError(
@@ -398,7 +393,7 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             "and set model.backbone.trust_remote_code=true and model.backbone.revision=<the commit you read>"
         )
     if "does not support" in text and "attention" in text:
-        return NO_ATTENTION.format(name=config.name, attention=config.attention)
+        return f"{config.name} cannot attend with {config.attention}: set model.backbone.attention=auto, or eager"
     if isinstance(error, ImportError):
         return f"the {what} of {config.name} needs a library that is not here: {text}"
     if isinstance(error, SafetensorError) or "SafetensorError" in text:  # of another rank
