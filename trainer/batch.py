@@ -122,12 +122,17 @@ class Batch:
     def inputs(self) -> list[FusionInput]:
         return [FusionInput(self.text_ids_BS, self.text_mask_BS, self.audio, self.video)]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, trie: AnswerTrie | None = None
+    ) -> Batch:
         """The batch on `device`; `dtype` is that of the features (times, targets and weights stay float32).
 
         A model takes features in float32 whatever its own precision is: its encoders standardise them before they cast.
+        `trie`: the batch's own as it is on the device already, where it has one.
         """
-        return _cast(_to(self, device), dtype)
+        if trie is None or self.trie is None:
+            return _cast(_to(self, device), dtype)
+        return replace(_cast(_to(replace(self, trie=None), device), dtype), trie=trie)
 
     def pin_memory(self) -> Batch:
         return _map(self, lambda t: t.pin_memory())
@@ -176,9 +181,14 @@ class PackedBatch:
         """Positions that pass through the backbone, the prefix included."""
         return self.packing.prefix + self.packing.total
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, trie: AnswerTrie | None = None
+    ) -> PackedBatch:
         """As :meth:`Batch.to`."""
-        return _cast(_to(self, device), dtype)
+        if trie is None or self.packing.trie is None:
+            return _cast(_to(self, device), dtype)
+        moved = _cast(_to(replace(self, packing=replace(self.packing, trie=None)), device), dtype)
+        return replace(moved, packing=replace(moved.packing, trie=trie))
 
     def pin_memory(self) -> PackedBatch:
         return _map(self, lambda t: t.pin_memory())

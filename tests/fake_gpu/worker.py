@@ -103,6 +103,11 @@ class Collated:
         yield from self.batches
 
 
+def trie_to(trie: AnswerTrie, device: torch.device) -> AnswerTrie:
+    """A trie that was made outside of fake tensors, on a device inside of them."""
+    return _to(on_host(trie), device)
+
+
 class FakeCollator:
     """A collator inside fake tensors: it collates outside of them."""
 
@@ -185,7 +190,7 @@ def train(parts: RunComponents, config: RunConfig) -> dict[str, Any]:
         with recorded(answer=0.0) as recorder, lists_count_once(recorder):
             engine: Any = PlainEngine(parts.model, config, recorder)
             guard = Guard(engine, DEVICE, gradients=True)
-            with mock.patch("trainer.run.step.BatchPrefetcher"):
+            with mock.patch("trainer.run.step.BatchPrefetcher"), mock.patch.object(AnswerTrie, "to", trie_to):
                 training = StepContext(engine, parts, config, world, guard, StopRequest())
             training.prefetcher = Collated([on_host(rows) for rows in collated])  # type: ignore[assignment]
             for step in range(2):
@@ -213,7 +218,7 @@ def answer(parts: RunComponents, config: RunConfig) -> dict[str, Any]:
         to_device(parts.model)
         parts.model.eval()
         with torch.no_grad(), recorded(answer=0.0) as recorder, lists_count_once(recorder):
-            with mock.patch.object(AnswerTrie, "to", lambda trie, device: _to(on_host(trie), device)):
+            with mock.patch.object(AnswerTrie, "to", trie_to):
                 scorer = Scorer(parts.model, parts, config, name, World(0, 1, DEVICE))
             scorer.collate = FakeCollator(scorer.collate)  # type: ignore[assignment]
             (micro, *_) = scorer.batches(view, view.lengths())

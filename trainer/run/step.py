@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from trainer.batch import AnswerTrie
 from trainer.checkpoint.random_state import derive_seed
 from trainer.config import RunConfig
 from trainer.data.imbalance import answer_indices
@@ -41,6 +42,7 @@ class StepContext:
     sizes: dict[str, Sizes] = field(init=False)  # of the training samples, by task
     weights: dict[str, np.ndarray] = field(init=False)  # of the training samples, by task; none where all weigh 1
     limits: Limits = field(init=False)
+    tries: dict[str, AnswerTrie] = field(init=False)  # that training batches carry, by task, on the device
     prefetcher: BatchPrefetcher = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,8 @@ class StepContext:
             for name, collate in parts.collators.items()
             if collate.objective.weight_C is not None
         }
+        tries = {name: collate.objective.trie_in_batch for name, collate in parts.collators.items()}
+        self.tries = {name: trie.to(self.world.device) for name, trie in tries.items() if trie is not None}
         self.limits = Limits.of_training(self.config, self.world.device.type)
         self.prefetcher = BatchPrefetcher(
             Samples({name: data["train"] for name, data in parts.data.items()}, parts.collators),
@@ -99,7 +103,7 @@ def train_step(training: StepContext, batch: GlobalBatch, step: int, dump: NonFi
     scalars = StepScalars(world)
     for place, (micro, rows) in enumerate(zip(micros, training.prefetcher.step(step, batch, micros), strict=True)):
         training.heartbeat(f"step {step + 1}, micro-batch {place + 1} of {len(micros)}")
-        rows = rows.to(world.device)
+        rows = rows.to(world.device, trie=training.tries.get(batch.task))
         torch.manual_seed(derive_seed(config.train.seed, step, place, world.rank))
         engine.set_gradient_accumulation_boundary(place == len(micros) - 1)
         output = engine(rows)
