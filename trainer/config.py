@@ -297,11 +297,11 @@ class TrainConfig(Section):
     )
     micro_batch: PositiveInt | None = Field(
         None,
-        description="Samples that one rank trains at once, at most: limits memory further.",
+        description="Samples that one rank trains at once, at most: limits memory further. Without it every rank gets an even part of a step.",
         json_schema_extra=EXECUTION,
     )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero: Literal[0, 1, 2, 3] = 2
+    zero: Literal[0, 1, 2, 3] = Field(2, description="Stage of ZeRO; one GPU alone trains at 0 where it is 1 or 2.")
     offload: Literal["none", "cpu"] = Field("none", description="Where ZeRO keeps the optimizer's states.")
     lr: LearningRates = Field(default_factory=LearningRates)
     weight_decay: float = Field(0.01, ge=0.0)
