@@ -330,6 +330,11 @@ class TrainConfig(Section):
         description="First and last step that rank 0 profiles: a trace and a table in the run folder and MLflow.",
         json_schema_extra=EXECUTION,
     )
+    deterministic: bool = Field(
+        False,
+        description="The same bits in every run on the same GPUs, and after a continuation; slower there. On CPUs it is so anyhow.",
+        json_schema_extra=EXECUTION,
+    )
     eval_every: int | None = Field(
         None, ge=1, description="Steps between validations; default: once an epoch.", json_schema_extra=SELECTION
     )

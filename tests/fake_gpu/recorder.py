@@ -90,6 +90,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
+        self.sums_of_floats = 0  # running ones, which have no fixed order
         self.answer = answer
 
     def wait(self, what: str) -> None:
@@ -97,6 +98,7 @@ class Recorder(TorchDispatchMode):
         self.waits[f"{what} at {_place()}"] += 1
 
     def reset(self) -> None:
+        self.sums_of_floats = 0
         self.launches.clear()
         self.waits.clear()
 
@@ -121,6 +123,7 @@ class Recorder(TorchDispatchMode):
         made = any(isinstance(t, torch.Tensor) and t.device.type == "cuda" for t in tree_leaves(out))
         if (on_device or made) and name not in VIEWS:
             self.launches[name] += _launches(name, args)
+            self.sums_of_floats += name in ("cumsum", "logcumsumexp") and args[0].is_floating_point()
         return out
 
     @staticmethod

@@ -36,6 +36,17 @@ DETECTIONS = {  # waits, and launches or the error
 }  # fmt: skip
 
 
+NOT_DETERMINISTIC = {  # on CUDA, by the documentation of torch.use_deterministic_algorithms
+    "bincount", "histc", "kthvalue", "median", "put_", "put", "scatter_reduce", "embedding_bag", "_embedding_bag", "ctc_loss", "_ctc_loss",
+    "nll_loss2d_forward", "nll_loss2d_backward", "grid_sampler_2d_backward", "grid_sampler_3d_backward", "max_unpool2d",
+    "avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
+    "max_pool3d_with_indices_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward",
+    "upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward", "replication_pad1d_backward",
+    "replication_pad2d_backward", "replication_pad3d_backward",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Case -> what was seen; all of them in one process, which loads the device before torch."""
@@ -61,6 +72,14 @@ def test_a_step_waits_for_the_device_once(found: Any, case: Case) -> None:
     assert list(seen["waits"].values()) == [1], seen["waits"]  # the numbers of the step, reduced over ranks
     boundary = seen["launches"] - sum(launches for launches, _, _ in seen["micro_steps"])
     assert boundary < 100  # the guard, the numbers, the optimizer: not one for each parameter
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_operator_lacks_a_deterministic_algorithm(found: Any, case: Case) -> None:
+    """train.deterministic would end in an error on a GPU; torch looks for these inside its CUDA kernels alone."""
+    seen = found[case.name]
+    assert set(seen["by_operator"]) & NOT_DETERMINISTIC == set()
+    assert seen["sums_of_floats"] == 0
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.what != "train"], ids=lambda case: case.name)

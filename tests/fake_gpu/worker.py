@@ -203,6 +203,7 @@ def train(parts: RunComponents, config: RunConfig) -> dict[str, Any]:
         "micro_steps": engine.micro_steps,
         "launches": recorder.total,
         "by_operator": dict(recorder.launches),
+        "sums_of_floats": recorder.sums_of_floats,
         "waits": dict(recorder.waits),
         "skipped": result.skipped,
         "without_gradient": engine.without_gradient,
@@ -230,7 +231,14 @@ def answer(parts: RunComponents, config: RunConfig) -> dict[str, Any]:
             else:
                 shape = list(scorer._output(samples, micro).logprob_BC.shape)
     expected = [len(samples), len(parts.tries[name].answers)]
-    return {"launches": recorder.total, "waits": dict(recorder.waits), "shape": shape, "expected": expected}
+    return {
+        "launches": recorder.total,
+        "by_operator": dict(recorder.launches),
+        "sums_of_floats": recorder.sums_of_floats,
+        "waits": dict(recorder.waits),
+        "shape": shape,
+        "expected": expected,
+    }
 
 
 def large(folder: Path) -> dict[str, Any]:

@@ -52,6 +52,15 @@ def test_a_run_keeps_the_stage_at_which_it_began(runs: Path) -> None:
         assert torch.equal(found, expected[name]), name
 
 
+def test_a_deterministic_run_is_the_same_run_and_says_so(runs: Path) -> None:
+    """On a CPU nothing else is computed; what torch would refuse there shows as an error."""
+    assert record(runs / "deterministic")["deterministic"] is True
+    assert record(runs / "stage0")["deterministic"] is True  # a CPU repeats anyhow
+    expected = weights(runs / "stage0")
+    for name, found in weights(runs / "deterministic").items():
+        assert torch.equal(found, expected[name]), name
+
+
 @pytest.mark.parametrize(
     ("overrides", "size", "device", "saved", "stage"),
     [

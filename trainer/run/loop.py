@@ -41,6 +41,7 @@ from trainer.run.callbacks import (
     TrackingCallback,
     WatchCallback,
 )
+from trainer.run.determinism import deterministic_algorithms
 from trainer.run.evaluate import evaluate, format_selection_metrics, selecting_metrics, selection_values
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import archive_previous_run, open_folder
@@ -97,7 +98,11 @@ def fit(
     """
     check_machine(config, world.device)
     check_consistency(config, out, world)
-    with open_folder(out, world), _watch(config, out, world) as watch:
+    with (
+        deterministic_algorithms(config.train.deterministic),
+        open_folder(out, world),
+        _watch(config, out, world) as watch,
+    ):
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _archive_stale_run(config, out, world, checkpoints)
         record = RunRecord(out, enabled=world.is_rank_zero)
@@ -134,6 +139,7 @@ def fit(
             record.update(
                 {
                     "precision": config.train.precision,
+                    "deterministic": config.train.deterministic or world.device.type == "cpu",
                     "seed": config.train.seed,
                     "steps": run.steps,
                     "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,

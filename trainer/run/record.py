@@ -70,6 +70,7 @@ class RecordValues(TypedDict, total=False):
     pid: int
     host: str
     precision: str
+    deterministic: bool  # a continuation, or another run on the same devices, gives the same bits
     seed: int
     steps: int
     mlflow: MlflowPlace | None

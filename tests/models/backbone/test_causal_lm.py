@@ -199,7 +199,7 @@ def test_a_kernel_without_masks_leaves_scoring_to_sdpa(qwen, monkeypatch):
     embeds, positions = model.backbone.embed(batch.input_ids_BL), torch.arange(14).expand(3, 14)
     calls = []
 
-    def flash_attn_func(query, key, value, *, dropout_p, softmax_scale, causal):
+    def flash_attn_func(query, key, value, *, dropout_p, softmax_scale, causal, deterministic):
         calls.append(query.shape)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(

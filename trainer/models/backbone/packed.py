@@ -102,7 +102,10 @@ def causal_flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float | No
     """:func:`causal` by flash-attn."""
     flash: Any = importlib.import_module("flash_attn")
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    out: Tensor = flash.flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True)
+    out: Tensor = flash.flash_attn_func(
+        query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     return out
 
 
