@@ -16,10 +16,10 @@ from trainer.distributed.world import World
 
 quiet_deepspeed()
 
-STEPS, KEPT = 8, 4
+STEPS, KEPT = 12, 6
 SCALING = "deepspeed.fp16."
 # overflows at once; a scale that grows every other step shows whether a continued run has the scaler's counters
-HIGH = (f"{SCALING}initial_scale_power=19", f"{SCALING}loss_scale_window=2")
+HIGH = (f"{SCALING}initial_scale_power=13", f"{SCALING}loss_scale_window=2")
 
 
 def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any
             result, total = finished.result, hashlib.sha256()
             for name, tensor in sorted(trainable_state(run.engine.module, world).items()):
                 if "usage" not in name:
-                    total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             steps.append(
                 {
                     "loss": result.loss,
@@ -58,7 +58,7 @@ def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any
         [
             "task=meld", f"data.path={data}/meld", "model.backbone.tiny.vocab_size=400", "model.adapter.dropout=0", "model.fusion.dropout=0",
             "track.mlflow=false", "track.report=false", "train.precision=fp16", "train.global_batch=16", "train.micro_batch=8",
-            f"train.steps={STEPS}", "train.keep=9", f"train.save_every={KEPT}", "train.warmup=0.25", "train.log_every=1",
+            f"train.steps={STEPS}", "train.keep=9", f"train.eval_every={KEPT}", "train.warmup=0.25", "train.log_every=1",
             "train.lr.fusion=2e-4", "train.lr.backbone=2e-4", *overrides,
         ],
     )  # fmt: skip

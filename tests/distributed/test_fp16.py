@@ -15,8 +15,6 @@ from transformers import get_cosine_schedule_with_warmup
 from tests.distributed.fp16_worker import KEPT, STEPS
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
-from trainer.config import check_config
-from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.tracking.journal import read_journal
 
 STAGES = ("0", "1", "2", "3")
@@ -64,7 +62,6 @@ def test_no_step_is_lost_at_the_scale_that_runs_begin_with(found: Any, stage: st
     assert {step["scale"] for step in run["steps"]} == {256.0}
     exact = found[0]["fp32"]["steps"]
     same(run["steps"], exact, "loss", rtol=1e-2)
-    same(run["steps"], exact, "norm", rtol=3e-2)
     moved = abs(exact[-1]["loss"] - exact[0]["loss"])
     assert abs(run["steps"][-1]["loss"] - exact[-1]["loss"]) < 0.02 * moved
 
@@ -100,6 +97,7 @@ def test_the_stages_take_the_same_steps(found: Any, stage: str) -> None:
     assert overflows(zero) == overflows(other)
     assert [step["scale"] for step in zero] == [step["scale"] for step in other]
     same(zero, other, "loss", rtol=5e-3)
+    same(zero, other, "norm", rtol=5e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -121,4 +119,4 @@ def test_an_overflow_that_no_smaller_scale_cures_ends_the_run(found: Any) -> Non
 def test_the_schedule_of_the_reference_is_what_is_expected() -> None:
     assert factors()[0] == 0.0
     assert max(factors()) == 1.0
-    assert math.isclose(factors()[-1], 0.5 * (1 + math.cos(math.pi * 5 / 6)))
+    assert math.isclose(factors()[-1], 0.5 * (1 + math.cos(math.pi * 8 / 9)))

@@ -55,12 +55,19 @@ class LossScale:
         return scale > float(least)
 
     def gradient_norm(self, scale: float | None) -> float | None:
-        """The L2 norm of the last step's gradient, which was made with `scale`; DeepSpeed leaves S in it at stage 0."""
+        """The L2 norm of the last step's gradient, which was made with `scale`.
+
+        DeepSpeed (0.19) leaves S in it at stage 0, and at stage 3 divides by the S that is in force after the step.
+        """
         norm = self._engine.get_global_grad_norm()
-        if norm is None:
-            return None
-        unfused = self._is_active and type(self._engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
-        return float(norm) / (scale or 1.0) if unfused else float(norm)
+        if norm is None or not self._is_active or scale is None:
+            return None if norm is None else float(norm)
+        kind = type(self._engine.optimizer).__name__
+        if kind == "FP16_UnfusedOptimizer":
+            return float(norm) / scale
+        if kind in ("FP16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"):
+            return float(norm) * (self.value or 1.0) / scale
+        return float(norm)
 
     def prepare(self) -> None:
         """Before a step: an overflow at the least scale is no bare exception, see :meth:`can_fall`."""
