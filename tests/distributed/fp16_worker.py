@@ -1,4 +1,4 @@
-"""fp16 on a CPU: DeepSpeed is told that the CPU can, the trainer's own refusal is left out. Runs of every stage, results as JSON."""
+"""fp16 on a CPU: DeepSpeed is told that the CPU can, the trainer's own refusal is left out. One rank trains at every stage, afresh and continued; several train once."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any
     from trainer.checkpoint.weights import trainable_state
     from trainer.config import load_config
     from trainer.distributed.signals import StopRequest
+    from trainer.logs import set_up_logging
     from trainer.run.callbacks import Callback, FinishedStep
     from trainer.run.run import Run
 
@@ -62,6 +63,7 @@ def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any
             "train.lr.fusion=2e-4", "train.lr.backbone=2e-4", *overrides,
         ],
     )  # fmt: skip
+    set_up_logging(out, world.rank)
     with StopRequest() as stop:
         try:
             code: int | str = trainer.run.loop.fit(config, out, world, stop=stop, callbacks=[Notes()])
@@ -78,15 +80,16 @@ def main(data: Path, out: Path, wanted: list[str]) -> None:
     results: dict[str, Any] = {}
     for stage in wanted:
         zero = f"train.zero={stage}"
+        if world.size > 1:
+            results[f"{stage}-high"] = train(data, out / f"{stage}-high", world, zero, *HIGH)
+            continue
         results[f"{stage}-default"] = train(data, out / f"{stage}-default", world, zero)
         results[f"{stage}-high"] = train(data, out / f"{stage}-high", world, zero, *HIGH)
-        if world.is_rank_zero:
-            shutil.copytree(out / f"{stage}-high", out / f"{stage}-again")
-            shutil.rmtree(out / f"{stage}-again" / "checkpoints" / f"step-{STEPS:08d}")
-            (out / f"{stage}-again" / "checkpoints" / "best").unlink(missing_ok=True)
-        world.barrier()
+        shutil.copytree(out / f"{stage}-high", out / f"{stage}-again")
+        shutil.rmtree(out / f"{stage}-again" / "checkpoints" / f"step-{STEPS:08d}")
+        (out / f"{stage}-again" / "checkpoints" / "best").unlink(missing_ok=True)
         results[f"{stage}-again"] = train(data, out / f"{stage}-again", world, zero, *HIGH)
-    if "0" in wanted:
+    if world.size == 1:
         fixed = ("train.zero=0", f"{SCALING}loss_scale=1e9", "train.max_skipped=3", "train.probe=false")
         results["fixed"] = train(data, out / "fixed", world, *fixed)
         results["fp32"] = train(data, out / "fp32", world, "train.zero=0", "train.precision=fp32")

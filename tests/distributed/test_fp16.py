@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -98,6 +99,24 @@ def test_the_stages_take_the_same_steps(found: Any, stage: str) -> None:
     assert [step["scale"] for step in zero] == [step["scale"] for step in other]
     same(zero, other, "loss", rtol=5e-3)
     same(zero, other, "norm", rtol=5e-3)
+
+
+def test_an_overflow_on_either_of_two_ranks_is_one_on_both(data: Path, tmp_path: Path) -> None:
+    """At which steps it is another question than with one rank: a rank's own gradient is made at the scale, then averaged."""
+    stages = ("0", "2")
+    run_ranks("tests.distributed.fp16_worker", str(data), str(tmp_path), *stages, procs=2, timeout=500)
+    ranks = json.loads((tmp_path / "results.json").read_text())
+    for stage in stages:
+        one, other = (rank[f"{stage}-high"]["steps"] for rank in ranks)
+        lost = overflows(one)
+        assert any(lost)
+        assert not all(lost)
+        for key in ("overflowed", "scale", "lr", "usage"):
+            assert [step[key] for step in one] == [step[key] for step in other], key
+        waited = [2e-4 * factors()[place - sum(lost[:place])] for place in range(STEPS)]
+        assert [step["lr"] for step in one] == pytest.approx(waited, rel=1e-12)
+        moved = [step["weights"] != before["weights"] for before, step in itertools.pairwise(one)]
+        assert moved == [step["lr"] > 0 and not step["overflowed"] for step in one[1:]]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -37,7 +37,7 @@ class LossScale:
         """
         scale = self.value
         if scale is not None and not self._is_zero() and loss.requires_grad:
-            loss.register_hook(lambda gradient: torch.full_like(gradient, scale))
+            loss.register_hook(lambda gradient: torch.full_like(gradient, scale))  # type: ignore[no-untyped-call]
         return loss
 
     def overflowed(self) -> bool:
