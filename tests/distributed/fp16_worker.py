@@ -13,6 +13,7 @@ import torch
 
 from trainer.distributed.process_group import quiet_deepspeed, start_world, stop_world
 from trainer.distributed.world import World
+from trainer.logs import set_up_logging
 
 quiet_deepspeed()
 
@@ -72,22 +73,31 @@ def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any
     return {"code": code, "steps": steps}
 
 
+def halved(run: Path, copy: Path) -> None:
+    """A copy of a run without its last checkpoint."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
+    (copy / "checkpoints" / "best").unlink(missing_ok=True)
+
+
 def main(data: Path, out: Path, wanted: list[str]) -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     CPU_Accelerator.is_fp16_supported = lambda self: True
     world = start_world()
+    set_up_logging(None, world.rank)
     results: dict[str, Any] = {}
     for stage in wanted:
         zero = f"train.zero={stage}"
         if world.size > 1:
-            results[f"{stage}-high"] = train(data, out / f"{stage}-high", world, zero, *HIGH)
+            if (out / f"{stage}-others").exists():  # one rank's run, half of it
+                results[f"{stage}-others"] = train(data, out / f"{stage}-others", world, zero, *HIGH)
+            else:
+                results[f"{stage}-high"] = train(data, out / f"{stage}-high", world, zero, *HIGH)
             continue
         results[f"{stage}-default"] = train(data, out / f"{stage}-default", world, zero)
         results[f"{stage}-high"] = train(data, out / f"{stage}-high", world, zero, *HIGH)
-        shutil.copytree(out / f"{stage}-high", out / f"{stage}-again")
-        shutil.rmtree(out / f"{stage}-again" / "checkpoints" / f"step-{STEPS:08d}")
-        (out / f"{stage}-again" / "checkpoints" / "best").unlink(missing_ok=True)
+        halved(out / f"{stage}-high", out / f"{stage}-again")
         results[f"{stage}-again"] = train(data, out / f"{stage}-again", world, zero, *HIGH)
     if world.size == 1:
         fixed = ("train.zero=0", f"{SCALING}loss_scale=1e9", "train.max_skipped=3", "train.probe=false")

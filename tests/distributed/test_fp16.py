@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tests.distributed.fp16_worker import KEPT, STEPS
+from tests.distributed.fp16_worker import KEPT, STEPS, halved
 from tests.distributed.processes import run_ranks
 from tests.toy import prepare_toy
 from trainer.tracking.journal import read_journal
@@ -117,6 +117,22 @@ def test_an_overflow_on_either_of_two_ranks_is_one_on_both(data: Path, tmp_path:
         assert [step["lr"] for step in one] == pytest.approx(waited, rel=1e-12)
         moved = [step["weights"] != before["weights"] for before, step in itertools.pairwise(one)]
         assert moved == [step["lr"] > 0 and not step["overflowed"] for step in one[1:]]
+
+
+def test_the_scale_and_its_counters_go_with_a_run_to_another_number_of_ranks(
+    found: Any, data: Path, tmp_path: Path
+) -> None:
+    results, out = found
+    stages = ("0", "2", "3")
+    for stage in stages:
+        halved(out / f"{stage}-high", tmp_path / f"{stage}-others")
+    run_ranks("tests.distributed.fp16_worker", str(data), str(tmp_path), *stages, procs=2, timeout=500)
+    continued = json.loads((tmp_path / "results.json").read_text())[0]
+    for stage in stages:
+        steps, alone = continued[f"{stage}-others"]["steps"], results[f"{stage}-high"]["steps"]
+        assert [step["scale"] for step in steps][:2] == [step["scale"] for step in alone][KEPT : KEPT + 2], stage
+        assert steps[0]["loss"] == pytest.approx(alone[KEPT]["loss"], rel=1e-3)
+        assert steps[0]["lr"] == alone[KEPT]["lr"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
