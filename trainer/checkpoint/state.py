@@ -46,6 +46,7 @@ class LossMonitorState(BaseModel):
     in_a_row: int = 0
     spikes: int = 0
     recent: list[float] = []
+    overflowed: int = 0  # steps that fp16's loss scaling skipped, for which the schedule waited
 
 
 class CheckpointState(RunIdentity):

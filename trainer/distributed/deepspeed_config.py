@@ -17,6 +17,12 @@ log = logging.getLogger(__name__)
 
 UNSHARDED_ALONE = ("cuda",)  # types of devices of which one alone trains at stage 0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALING = {
+    # 2^8 in place of DeepSpeed's 2^16, at which gradients above 1 overflow: of those that clipping at norm 1 leaves to some 40 million weights (1.6e-4 on average)
+    # elements down to 2.4e-7 keep their full precision, down to 2.3e-10 some of it; the scale doubles every 1,000 steps that allow it
+    "initial_scale_power": 8,
+    "hysteresis": 1,  # the first overflow halves the scale, as stage 0 does: with 2 another step is lost to the same scale
+}
 ZERO_DEFAULTS = {  # elements; what DeepSpeed takes where `zero_optimization` does not say
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
@@ -47,6 +53,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = OmegaConf.to_container(OmegaConf.merge(derived, config.deepspeed))
     assert isinstance(merged, dict)
+    if merged["fp16"].get("enabled"):
+        merged["fp16"] = {**LOSS_SCALING, **merged["fp16"]}
     return {str(key): value for key, value in merged.items()}
 
 

@@ -135,11 +135,13 @@ class TrackingCallback(Callback):
             SPEED: result.samples / finished.seconds,
             "train/positions_per_sample": result.positions / result.samples,
         }
-        marks = {"train/skipped": result.skipped, "train/spike": finished.spike}
+        marks = {"train/skipped": result.skipped, "train/overflow": result.overflowed, "train/spike": finished.spike}
         values.update({name: 1.0 for name, present in marks.items() if present})
-        norm = run.engine.get_global_grad_norm()
-        if norm is not None and not result.skipped:
-            values["train/gradient_norm"] = float(norm)
+        if result.loss_scale is not None:
+            values["train/loss_scale"] = result.loss_scale
+        norm = run.step_context.loss_scale.gradient_norm(result.loss_scale)
+        if norm is not None and not (result.skipped or result.overflowed):
+            values["train/gradient_norm"] = norm
         if run.parts.model.fusion is not None:
             names = run.parts.model.fusion.experts_built
             values.update({f"gate/{name}": usage for name, usage in zip(names, result.usage, strict=True)})
@@ -154,9 +156,15 @@ class TrackingCallback(Callback):
 
 
 def is_logged(run: Run, finished: FinishedStep) -> bool:
-    """Whether a step's numbers are recorded: every `train.log_every`, the first and last, skipped steps and spikes."""
+    """Whether a step's numbers are recorded: every `train.log_every`, the first and last, skipped steps, overflows and spikes."""
     step, result = finished.step, finished.result
-    return step % run.config.train.log_every == 0 or step in (1, run.steps) or result.skipped or finished.spike
+    return (
+        step % run.config.train.log_every == 0
+        or step in (1, run.steps)
+        or result.skipped
+        or result.overflowed
+        or finished.spike
+    )
 
 
 def _log_sizes(run: Run, start: int) -> None:

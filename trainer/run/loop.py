@@ -10,7 +10,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -157,7 +157,8 @@ def fit(
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
             watch.closing = functools.partial(close_stuck_run, out, record, tracker) if world.is_rank_zero else None
-            state = Trainer(run, callbacks).train(last, saved)
+            with _skips_recorded(run, record):
+                state = Trainer(run, callbacks).train(last, saved)
         except BaseException as error:
             watch.block_while_aborting()
             report_to_launcher(error)
@@ -169,6 +170,16 @@ def fit(
             if begun:
                 close_run(out, record, tracker, state, report if world.is_rank_zero else None)
     return 0 if state == "done" else STOPPED
+
+
+@contextlib.contextmanager
+def _skips_recorded(run: Run, record: RunRecord) -> Iterator[None]:
+    """At the block's end, however it ends, the record says how many of the run's steps moved nothing, and why."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            record.update({"steps_skipped": {"not_finite": run.health.skipped, "loss_scale": run.health.overflowed}})
 
 
 def _watch(config: RunConfig, out: Path, world: World) -> Watch:
@@ -286,17 +297,25 @@ class Trainer:
 
     def _take_step(self, step: int) -> StepResult:
         began = time.perf_counter()
-        self.run.schedule.set(step)
+        self.run.schedule.set(step - self.run.health.overflowed)
         rates = self.engine.get_lr()
         batch, dump = self.run.order.step(step), NonFiniteDump()
         what = f"a micro-batch of step {step + 1}"
         with memory_explained(what, "train.micro_tokens", self.config.train.micro_tokens):
             result = train_step(self.run.step_context, batch, step, dump)
-        spike = self.run.health.step(result.loss, result.skipped)
+        spike = self.run.health.step(result.loss, result.skipped, result.overflowed)
         if spike:
             log.warning("step %d: the loss jumped to %.4f", step + 1, result.loss)
         if result.skipped:
             self._report_skipped(step, batch, dump)
+        if result.overflowed:
+            log.warning(
+                "step %d: a gradient overflowed at loss scale %g: no update, the schedule waits (%d such steps in all); the scale is %g now",
+                step + 1,
+                result.loss_scale,
+                self.run.health.overflowed,
+                self.run.step_context.loss_scale.value,
+            )
         self.run.steps_done = step + 1
         finished = FinishedStep(step + 1, result, spike, rates, time.perf_counter() - began)
         for callback in self.callbacks:

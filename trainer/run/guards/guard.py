@@ -2,7 +2,8 @@
 
 DeepSpeed's own checks differ between ZeRO stages and precisions (deepspeed 0.19: stage 0 in fp32 and stages 1 and 2 in
 bf16 have none), so one decision is made for all ranks before the step, and it works the same at every stage: the whole
-step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had.
+step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had. Overflows of fp16's
+loss scaling are another thing (:mod:`trainer.run.loss_scale`): the schedule waits for them.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Guard:
 
 
 class LossMonitor:
-    """Counts skipped steps, and losses far above the recent ones. Part of a checkpoint.
+    """Counts skipped steps, those that overflowed at a loss scale, and losses far above the recent ones. Part of a checkpoint.
 
     A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
     The deviation counts as `FLOOR` at least: small fluctuations near zero are not flagged.
@@ -98,11 +99,14 @@ class LossMonitor:
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
-        self.skipped = self.in_a_row = self.spikes = 0
+        self.skipped = self.in_a_row = self.spikes = self.overflowed = 0
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
 
-    def step(self, loss: float, skipped: bool) -> bool:
+    def step(self, loss: float, skipped: bool, overflowed: bool = False) -> bool:
         """Count a step; whether its loss is a spike."""
+        if overflowed:
+            self.overflowed += 1
+            return False
         if skipped:
             self.skipped += 1
             self.in_a_row += 1
@@ -120,9 +124,14 @@ class LossMonitor:
 
     def state(self) -> LossMonitorState:
         return LossMonitorState(
-            skipped=self.skipped, in_a_row=self.in_a_row, spikes=self.spikes, recent=list(self._recent)
+            skipped=self.skipped,
+            in_a_row=self.in_a_row,
+            spikes=self.spikes,
+            recent=list(self._recent),
+            overflowed=self.overflowed,
         )
 
     def restore(self, state: LossMonitorState) -> None:
         self.skipped, self.in_a_row, self.spikes = state.skipped, state.in_a_row, state.spikes
+        self.overflowed = state.overflowed
         self._recent.extend(state.recent)

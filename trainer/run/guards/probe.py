@@ -18,6 +18,7 @@ from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
 from trainer.run.guards.guard import Guard
+from trainer.run.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -58,7 +59,7 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
                 output = engine(batch)
                 loss = output.loss_B.mean()
                 engine.backward(loss + output.auxiliary_B.mean() + output.unused_param_zero, scale_wrt_gas=False)
-                with guard.freeze_optimizer(True):
+                with guard.freeze_optimizer(True), LossScale(engine).preserved():
                     engine.step()
             if not math.isfinite(float(loss.detach())):
                 ids = ", ".join(sample.id for sample in samples)
