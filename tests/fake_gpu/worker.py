@@ -72,6 +72,9 @@ class PlainEngine:
         self._forward = self._recorder.total - sum(all for all, _, _ in self.micro_steps)
         return output
 
+    def fp16_enabled(self) -> bool:
+        return False
+
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         pass
 
