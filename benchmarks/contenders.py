@@ -91,7 +91,7 @@ class EgmfContender:
         self.order = GlobalBatchSampler({name: self.lengths}, global_batch=config.train.global_batch, seed=0)
         self.sizes = self.collate.sizes(samples)
         train = config.train
-        self.limits = Limits(train.micro_tokens, train.micro_batch, config.data.layout == "packed")
+        self.limits = Limits.of_training(config, self.world.device.type)
         groups = parameter_groups(self.model, train.lr.fusion, train.lr.backbone, train.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.counter = Counter(backbone.base.get_decoder())

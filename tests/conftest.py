@@ -36,6 +36,7 @@ GROUPS = (
     "tests/distributed/test_sharded.py",
     "tests/distributed/test_faults.py",
     "tests/launch/plan/test_plan.py",
+    "tests/fake_gpu/",
     "tests/test_extending.py",
     "tests/launch/plan/test_plan_memory.py",
     "tests/launch/doctor/test_preflight.py",

@@ -108,6 +108,7 @@ class Batch:
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
     answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
     share_BC: Tensor | None = None  # of the trie's answers in the target; then there are no answer tokens
+    most_samples: int = 0  # of the batches that all ranks pass through the model at once; 0: not known
 
     def __len__(self) -> int:
         return int(self.input_ids_BL.shape[0])
@@ -121,12 +122,17 @@ class Batch:
     def inputs(self) -> list[FusionInput]:
         return [FusionInput(self.text_ids_BS, self.text_mask_BS, self.audio, self.video)]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, trie: AnswerTrie | None = None
+    ) -> Batch:
         """The batch on `device`; `dtype` is that of the features (times, targets and weights stay float32).
 
         A model takes features in float32 whatever its own precision is: its encoders standardise them before they cast.
+        `trie`: the batch's own as it is on the device already, where it has one.
         """
-        return _cast(_to(self, device), dtype)
+        if trie is None or self.trie is None:
+            return _cast(_to(self, device), dtype)
+        return replace(_cast(_to(replace(self, trie=None), device), dtype), trie=trie)
 
     def pin_memory(self) -> Batch:
         return _map(self, lambda t: t.pin_memory())
@@ -161,6 +167,7 @@ class PackedBatch:
     error_weight: float = 0.0  # of the expected absolute error over the trie's numbers in the loss
     answer_B: Tensor | None = None  # index of the answer among the task's; None in a batch for scoring
     share_BC: Tensor | None = None  # of the trie's answers in the target; then there are no answer tokens
+    most_samples: int = 0  # of the batches that all ranks pass through the model at once; 0: not known
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -174,9 +181,14 @@ class PackedBatch:
         """Positions that pass through the backbone, the prefix included."""
         return self.packing.prefix + self.packing.total
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, trie: AnswerTrie | None = None
+    ) -> PackedBatch:
         """As :meth:`Batch.to`."""
-        return _cast(_to(self, device), dtype)
+        if trie is None or self.packing.trie is None:
+            return _cast(_to(self, device), dtype)
+        moved = _cast(_to(replace(self, packing=replace(self.packing, trie=None)), device), dtype)
+        return replace(moved, packing=replace(moved.packing, trie=trie))
 
     def pin_memory(self) -> PackedBatch:
         return _map(self, lambda t: t.pin_memory())
@@ -202,6 +214,8 @@ class AnswerTrie:
     the path to node `leaf_C[c]`, followed by the token `end`. `ancestors_NN[n, m]`: node n sees node m (itself included).
     `value_C` are the numbers that the answers mean; None where they are labels.
 
+    `next_m` are the tokens of the nodes and then `end`; `path_CD` the nodes of each answer from the first on, N behind its last.
+
     `given_N` marks the nodes that are not answers but what is asked, as "joy:" is in "joy: yes" and "joy: no" of a multi-label
     task: answers are conditional on them, and they cost nothing. None: there are none.
     """
@@ -215,6 +229,21 @@ class AnswerTrie:
     answers: list[str]
     value_C: Tensor | None = None
     given_N: Tensor | None = None
+    next_m: Tensor = None  # type: ignore[assignment]  # by default from the others, on the host
+    path_CD: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.path_CD is None:
+            self.next_m = torch.cat([self.token_N, self.token_N.new_tensor([self.end])])
+            parents, paths = self.parent_N.tolist(), []
+            for leaf in self.leaf_C.tolist():
+                path = [leaf]
+                while (above := parents[path[0]]) >= 0:
+                    path.insert(0, above)
+                paths.append(path)
+            longest = max(map(len, paths))
+            rows = [path + [len(parents)] * (longest - len(path)) for path in paths]
+            self.path_CD = self.token_N.new_tensor(rows)
 
     def to(self, device: torch.device | str) -> AnswerTrie:
         return _to(self, device)

@@ -304,11 +304,11 @@ class TrainConfig(Section):
     )
     micro_batch: PositiveInt | None = Field(
         None,
-        description="Samples that one rank trains at once, at most: limits memory further.",
+        description="Samples that one rank trains at once, at most: limits memory further. Without it every rank gets an even part of a step.",
         json_schema_extra=EXECUTION,
     )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero: Literal[0, 1, 2, 3] = 2
+    zero: Literal[0, 1, 2, 3] = Field(2, description="Stage of ZeRO; one GPU alone trains at 0 where it is 1 or 2.")
     offload: Literal["none", "cpu"] = Field("none", description="Where ZeRO keeps the optimizer's states.")
     lr: LearningRates = Field(default_factory=LearningRates)
     weight_decay: float = Field(0.01, ge=0.0)
@@ -335,6 +335,11 @@ class TrainConfig(Section):
     profile: tuple[PositiveInt, PositiveInt] | None = Field(
         None,
         description="First and last step that rank 0 profiles: a trace and a table in the run folder and MLflow.",
+        json_schema_extra=EXECUTION,
+    )
+    deterministic: bool = Field(
+        False,
+        description="The same bits in every run on the same GPUs, and after a continuation; slower there. On CPUs it is so anyhow.",
         json_schema_extra=EXECUTION,
     )
     eval_every: int | None = Field(

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.large --out large.json
     python -m benchmarks.gpu.large --device cpu --tiny        # that it runs
+    python -m benchmarks.gpu.large --precision nf4 --column ours --attention blocks --cudnn --micro-batch 8     # one way of many
 
 Qwen3-8B's shape with random weights, made on the device layer by layer, in bf16 and in NF4 (bitsandbytes, double
 quantisation), LoRA of rank 16 on all linear layers, with and without gradient checkpointing. MELD's shapes, optimizer
@@ -18,9 +19,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -38,6 +42,7 @@ from trainer.models.backbone.adapter import adapt
 from trainer.models.backbone.attention import choose_attention
 from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.backbone.checkpointing import set_checkpointing
+from trainer.models.backbone.fingerprint import BaseFingerprint
 from trainer.models.backbone.linear4bit import FrozenLinear4bit
 from trainer.models.backbone.loading import resolve_attention
 from trainer.models.backbone.quantization import settle
@@ -52,6 +57,7 @@ TINY = {
     "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 8192,
 }  # fmt: skip
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16, dense, by the makers' data sheets
+PRECISIONS = ("bf16", "nf4")
 GLOBAL_BATCH, SAMPLES, LORA_RANK, STD = 64, 128, 16, 0.02
 
 
@@ -101,33 +107,38 @@ def _quantised(module: nn.Linear, dtype: torch.dtype, device: torch.device) -> F
     return layer
 
 
-def make_ready(model: Qwen3ForCausalLM, folder: Path, config: RunConfig, device: torch.device) -> Backbone:
-    """The model with LoRA and the tokenizer of `folder`, its attention chosen as for any backbone."""
+def make_ready(
+    model: Qwen3ForCausalLM, folder: Path, config: RunConfig, device: torch.device, attention: str
+) -> Backbone:
+    """The model with LoRA and the tokenizer of `folder`, its attention checked, or chosen, as for any backbone."""
     dtype = model.dtype
     embedding = model.get_input_embeddings().weight
     norm = float(embedding[:4096].float().norm(dim=1).mean())
     backbone = Backbone(adapt(model, config.model.adapter, dtype), AutoTokenizer.from_pretrained(folder), "sdpa")
     backbone.to(device)
-    backbone.embedding_norm, backbone.fingerprint = norm, ""
-    choose_attention(backbone, "auto", resolve_attention("auto", device, dtype), "the random model")
+    backbone.embedding_norm, backbone.fingerprints = norm, BaseFingerprint("", "", exact=True)
+    choose_attention(backbone, attention, resolve_attention(attention, device, dtype), "the random model")
     return backbone
 
 
-def configured(layout: str) -> RunConfig:
+def configured(layout: str, micro_batch: int | None = None) -> RunConfig:
     config = RunConfig(task="meld")
     config.data.layout = layout  # type: ignore[assignment]
     config.model.adapter.rank, config.model.adapter.alpha, config.model.adapter.dropout = LORA_RANK, 2 * LORA_RANK, 0.0
-    config.train.global_batch = GLOBAL_BATCH
+    config.train.global_batch, config.train.micro_batch = GLOBAL_BATCH, micro_batch
     return config
 
 
-def contender(column: str, backbone: Backbone, folder: Path, device: torch.device) -> Contender:
+def contender(
+    column: str, backbone: Backbone, folder: Path, device: torch.device, micro_batch: int | None
+) -> Contender:
     """A column on a backbone that the columns share, each with its own part before it."""
     shape = SHAPES["meld"]
     samples = make_samples(shape, SAMPLES)
     torch.manual_seed(0)
     if column != "padded":
-        return EgmfContender(shape, samples, backbone, configured("padded" if column == "ours padded" else "packed"))
+        layout = "padded" if column == "ours padded" else "packed"
+        return EgmfContender(shape, samples, backbone, configured(layout, micro_batch))
     data = PaddedData(shape, samples, folder)
     return Padded(shape, data, PaddedModel(backbone.model, data, shape).to(device), GLOBAL_BATCH)
 
@@ -186,7 +197,16 @@ def measure(made: Contender, device: torch.device, seconds: float) -> Row:
     }
 
 
-def cases(device: torch.device, sizes: dict[str, int | float | bool], seconds: float) -> list[Row]:
+def cases(
+    device: torch.device,
+    sizes: dict[str, int | float | bool],
+    seconds: float,
+    *,
+    precisions: Sequence[str],
+    columns: Sequence[str],
+    attention: str,
+    micro_batch: int | None,
+) -> list[Row]:
     """Every precision, with and without checkpointing, every column; printed as they come."""
     dtype = torch.bfloat16
     rows = []
@@ -200,16 +220,16 @@ def cases(device: torch.device, sizes: dict[str, int | float | bool], seconds: f
     )
     with tempfile.TemporaryDirectory() as work:
         folder = make_backbone(Path(work) / "tokenizer", 8192)
-        for precision in ("bf16", "nf4"):
+        for precision in precisions:
             torch.manual_seed(0)
             model = random_model(sizes, dtype, device, precision == "nf4")
-            backbone = make_ready(model, folder, configured("packed"), device)
+            backbone = make_ready(model, folder, configured("packed"), device, attention)
             for checkpointing in (False, True):
                 set_checkpointing(backbone.base, on=checkpointing)
-                for column in COLUMNS:
+                for column in columns:
                     row: Row = {"precision": precision, "checkpointing": checkpointing, "column": column}
                     try:
-                        row |= measure(contender(column, backbone, folder, device), device, seconds)
+                        row |= measure(contender(column, backbone, folder, device, micro_batch), device, seconds)
                         row["attention"] = backbone.attention
                         row["utilisation"] = row["positions_per_second"] * flops / peak if peak else None
                     except torch.OutOfMemoryError as error:
@@ -248,22 +268,36 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of toy size: to see that it runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timed steps per case")
+    parser.add_argument("--precision", choices=PRECISIONS, help="one of them; default: both")
+    parser.add_argument("--column", choices=COLUMNS, help="one of them; default: all")
+    parser.add_argument("--attention", default="auto", help="model.backbone.attention")
+    parser.add_argument("--cudnn", action="store_true", help="let torch take cuDNN's attention, which runs leave out")
+    parser.add_argument("--micro-batch", type=int, help="train.micro_batch; by default a step is one row")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
+    torch.backends.cuda.enable_cudnn_sdp(args.cudnn)
     print(HEAD)
     sizes = TINY if args.tiny else QWEN3_8B
     began = time.perf_counter()
     report = {
         "date": today(),
-        "command": "python -m benchmarks.gpu.large" + (" --tiny" if args.tiny else "") + f" --device {args.device}",
+        "command": shlex.join(["python", "-m", "benchmarks.gpu.large", *sys.argv[1:]]),
         "machine": {
             **describe("torch", "transformers", "peft", "bitsandbytes"),
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
             "cuda": torch.version.cuda,
         },
         "model": sizes,
-        "rows": cases(device, sizes, 0.0 if args.tiny else args.seconds),
+        "rows": cases(
+            device,
+            sizes,
+            0.0 if args.tiny else args.seconds,
+            precisions=[args.precision] if args.precision else PRECISIONS,
+            columns=[args.column] if args.column else COLUMNS,
+            attention=args.attention,
+            micro_batch=args.micro_batch,
+        ),
     }
     report["seconds"] = time.perf_counter() - began
     if args.out:

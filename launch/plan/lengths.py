@@ -25,7 +25,7 @@ from trainer.data.folds import fold_choice
 from trainer.data.imbalance import training_sampler
 from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.folder import read_record
-from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, micro_batches
+from trainer.data.sampling import GlobalBatchSampler, Limits, MicroBatch, Sizes, all_micro_batches
 from trainer.models.backbone.loading import BackboneError, faults_of_present_files, load_tokenizer
 from trainer.models.backbone.positions import PositionLimit, position_limit, skeleton
 from trainer.questions import RunTask, tasks_of_run
@@ -133,7 +133,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
     for one in asked:
         found = _needs(config, one, tokenizer, limit, notes)
         needs[one.task.name] = found if positions is None else _stated(found, positions, notes)
-    limits = Limits.of_training(config)
+    limits = Limits.of_training(config, "cuda")
     order = _order(config, needs)
     steps = [] if order is None else [order.step(i) for i in range(min(order.steps_per_epoch, STEPS_LOOKED_AT))]
     batches: list[tuple[str, Sequence[int]]] = [(step.task, step.indices) for step in steps]
@@ -144,7 +144,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
     planned = [
         [
             needs[name].rows(micro, needs[name].sizes, limits.packed)
-            for micro in _cut(indices, needs[name].sizes, limits)
+            for micro in all_micro_batches(indices, needs[name].sizes, limits, ranks)
         ]
         for name, indices in batches
     ]
@@ -154,7 +154,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
         per_epoch = math.ceil(samples / config.train.global_batch)
         notes.append(f"{samples} training samples, as stated")
     return Lengths(
-        largest=_largest([rows for step in planned for rows in step], needs, limits, config.train.global_batch),
+        largest=_largest([rows for step in planned for rows in step], needs, limits, config.train.global_batch, ranks),
         widths={name: _widths(need.data) for name, need in needs.items()},
         answers={one.task.name: len(one.task.answers(config.data.answers)) for one in asked},
         positions_per_sample=step_positions / float(np.mean([len(indices) for _, indices in batches])),
@@ -175,11 +175,6 @@ def _shared(config: RunConfig, asked: Sequence[RunTask]) -> dict[str, str]:
     return {one.task.name: first[path] for one, path in zip(asked, paths, strict=True) if paths.count(path) > 1}
 
 
-def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[MicroBatch]:
-    """All micro-batches of a step; how many ranks share them changes none."""
-    return micro_batches(indices, sizes, limits, 0, 1)
-
-
 def _order(config: RunConfig, needs: dict[str, _Needs]) -> GlobalBatchSampler | None:
     data = {name: need.data for name, need in needs.items() if need.data is not None}
     if len(data) < len(needs):
@@ -187,13 +182,13 @@ def _order(config: RunConfig, needs: dict[str, _Needs]) -> GlobalBatchSampler | 
     return training_sampler(config, {name: opened["train"] for name, opened in data.items()})
 
 
-def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, most: int) -> list[Rows]:
+def _largest(planned: Sequence[Rows], needs: dict[str, _Needs], limits: Limits, most: int, ranks: int) -> list[Rows]:
     """Of the steps' micro-batches, and of those that a run tries before its first step, the ones that need most."""
     every = list(planned)
     for need in needs.values():
         for sizes in (need.sizes, need.extreme):
             if sizes is not None:
-                every += [need.rows(micro, sizes, limits.packed) for micro in largest(sizes, limits, most)]
+                every += [need.rows(micro, sizes, limits.packed) for micro in largest(sizes, limits, most, ranks)]
     most_of = (lambda rows: rows.positions, lambda rows: rows.read, lambda rows: len(rows.own) * rows.longest)
     return list(dict.fromkeys(max(every, key=need) for need in most_of))
 

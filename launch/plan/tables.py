@@ -65,8 +65,8 @@ def _idle(plan: MemoryPlan) -> Iterator[str]:
         return
     advice = "raise train.global_batch"
     each = math.ceil(train.global_batch / plan.ranks)
-    if train.micro_batch is None or train.micro_batch > each:
-        advice += f", or cut it finer with train.micro_batch={each}"
+    if train.micro_batch is not None and train.micro_batch > each:
+        advice += f", or cut it finer with train.micro_batch={each}, or null"
     yield f"warning: {idle} of {plan.ranks} GPUs have nothing to do: {advice}"
 
 

@@ -14,8 +14,10 @@ from trainer.data.sampling import (
     GlobalBatchSampler,
     Limits,
     Sizes,
+    all_micro_batches,
     dropped_modalities,
     group,
+    largest_micro_batch,
     micro_batches,
 )
 
@@ -113,6 +115,45 @@ def test_rows_are_filled_first_fit_within_their_budget(samples: int | None) -> N
     assert [m.indices for m in alone] == [(i,) for i in order[:3]]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize(("n", "budget"), [(1, 256), (16, 256), (31, 512), (64, 4096), (64, 10)])
+def test_without_a_limit_every_rank_gets_as_much_as_the_others(n: int, budget: int, world: int, packed: bool) -> None:
+    """The fewest rows that have room, by hand: a row for each rank, more only where the samples do not fit."""
+    held = sizes(200)
+    batch = np.random.default_rng(2).permutation(200)[:n].tolist()
+    limits = Limits(budget, packed=packed, even=True)
+    ranks = [micro_batches(batch, held, limits, rank, world) for rank in range(world)]
+    every = all_micro_batches(batch, held, limits, world)
+    assert len({len(r) for r in ranks}) == 1
+    real = [m.indices for r in ranks for m in r if m.weight]
+    assert sorted(real) == sorted(m.indices for m in every)
+    assert sorted(i for cut in real for i in cut) == sorted(batch)
+    assert all(sum(m.groups) == len(m.indices) for m in every)
+    largest = [largest_micro_batch(np.argsort(-held.tokens_N)[:n].tolist(), held, limits, world)]
+    held_by = [held.positions(m.indices, packed) for m in every]
+    if packed:
+        assert max(held_by) <= max(held.positions(m.indices, packed) for m in largest)
+        tokens = [int(held.tokens_N[list(m.indices)].sum()) for m in every]
+        if n >= world:
+            assert len(every) % world == 0 or budget == 10
+            assert max(tokens) - min(tokens) <= int(held.tokens_N[batch].max())  # or one could be moved
+        fewest = -(-int(held.tokens_N[batch].sum()) // max(budget - held.prefix, 1))
+        rows = -(-len(every) // world)
+        assert rows == 1 or rows <= -(-fewest // world) + 1 or budget == 10
+    assert all(len(m.indices) == 1 or held.positions(m.indices, packed) <= budget for m in every)
+    if not packed:
+        assert max(len(m.indices) for m in every) <= -(-n // world)
+
+
+def test_a_gpu_reads_a_row_in_one_group_where_a_cpu_reads_it_in_several() -> None:
+    held = Sizes(20, np.full(40, 30), np.repeat([[10, 500, 100], [5, 20, 4]], 20, axis=0))
+    (on_cpu,) = micro_batches(range(40), held, Limits(4096, even=True), 0, 1)
+    (on_gpu,) = micro_batches(range(40), held, Limits(4096, even=True, group_cost=GROUP_COST["cuda"]), 0, 1)
+    assert (on_cpu.groups, on_gpu.groups) == ((20, 20), (40,))
+    assert on_cpu.indices == on_gpu.indices
+
+
 def test_padded_batches_stay_within_their_budget() -> None:
     held = sizes(60, seed=4)
     got = micro_batches(range(60), held, Limits(400, 6, packed=False), 0, 1)
@@ -127,7 +168,7 @@ def test_padded_batches_stay_within_their_budget() -> None:
 def cost(read_n3: np.ndarray, groups: list[int]) -> int:
     stops = np.cumsum(groups)
     parts = [read_n3[stop - n : stop] for n, stop in zip(groups, stops, strict=True)]
-    return sum(len(part) * np.maximum(part, 1).max(0).sum() + GROUP_COST for part in parts)
+    return sum(len(part) * np.maximum(part, 1).max(0).sum() + GROUP_COST["cpu"] for part in parts)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -225,6 +225,7 @@ def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one(
         monkeypatch.setenv("LOCAL_RANK", local)
     assert choose_device() == torch.device("cuda", index)
     assert chosen == [index]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it makes a plan for every new shape
     assert os.environ["LOCAL_RANK"] == str(index)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -61,7 +61,7 @@ def test_a_micro_step_never_waits_for_the_gpu(data: Path, tmp_path: Path, layout
     device = torch.device("cuda")
     parts = assemble(config, tmp_path, World(0, 1, device), torch.bfloat16)
     view, collate, model = parts.data["meld"]["train"], parts.collators["meld"], parts.model.train()
-    limits = Limits(config.train.micro_tokens, config.train.micro_batch, layout == "packed")
+    limits = Limits.of_training(config, "cuda")
     micro = micro_batches(range(24), collate.sizes(view), limits, 0, 1)[0]
     batch = collate.training([view[i] for i in micro.indices], micro, 0).pin_memory().to(device, torch.bfloat16)
     for watched in (False, True):  # the first pass compiles and allocates

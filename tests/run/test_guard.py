@@ -166,3 +166,26 @@ def test_a_batch_larger_than_memory_is_an_error_with_the_setting_to_change(tmp_p
     assert found, done.stderr
     assert "does not fit into memory" in done.stderr
     assert f"train.micro_tokens={int(found[1]) // 2} (now 99999)" in done.stderr  # what it held, not what it might
+
+
+def test_an_overflow_counts_apart_and_is_no_step_of_the_others() -> None:
+    health = LossMonitor(8.0)
+    health.step(1.0, True)
+    assert not health.step(50.0, False, overflowed=True)
+    assert (health.skipped, health.in_a_row, health.overflowed) == (1, 1, 1)
+    other = LossMonitor(8.0)
+    other.restore(health.state())
+    assert other.state() == health.state()
+
+
+def test_fp16_begins_at_a_scale_of_its_own_and_other_precisions_know_none() -> None:
+    from trainer.config import check_config
+    from trainer.distributed.deepspeed_config import deepspeed_config
+
+    def section(**values: object) -> object:
+        return deepspeed_config(check_config({"task": "meld", **values}))["fp16"]
+
+    assert section(train={"precision": "bf16"}) == {"enabled": False}
+    assert section(train={"precision": "fp16"}) == {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    raw = section(train={"precision": "fp16"}, deepspeed={"fp16": {"initial_scale_power": 12}})
+    assert raw == {"enabled": True, "initial_scale_power": 12, "hysteresis": 1}

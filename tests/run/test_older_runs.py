@@ -24,6 +24,7 @@ from trainer.checkpoint.weights import CheckpointError
 from trainer.config import ConfigError, RunConfig, TrainConfig, saved_config
 from trainer.data.dataset import open_dataset
 from trainer.distributed.world import World
+from trainer.models.backbone.fingerprint import SOURCE
 from trainer.results.predict import Options, predict
 from trainer.run.saved import open_run
 
@@ -82,6 +83,8 @@ def test_a_run_of_version_0_1_is_continued_evaluated_and_predicts(tmp_path: Path
     assert f"continuing from {run}/{LAST}" in done.stderr
     assert "trained again" not in done.stderr
     assert_as_undisturbed(run, V01 / "zero2-whole")
+    assert not read_state(V01 / "zero2-stopped" / LAST).base.startswith(SOURCE)  # as stored
+    assert read_state(run / "checkpoints/step-00000008").base.startswith(SOURCE)
     opened = open_run(run, ALONE)
     metrics = json.loads((run / "metrics.json").read_text())
     assert opened.evaluate("test")[1] == metrics["test"]
@@ -120,6 +123,23 @@ def test_a_stopped_run_of_version_0_1_is_evaluated_as_it_is(tmp_path: Path) -> N
     validated = read_state(run / LAST).selection.validations["step-00000004"]
     for task, key in (("meld", "wf1"), ("simsv2", "acc2")):
         np.testing.assert_allclose(metrics[task][key], validated[task], rtol=0 if same_arithmetic() else 1e-3)
+
+
+@pytest.mark.parametrize("doubly", [True, False])
+def test_another_hash_of_what_is_stored_is_a_warning_where_threads_may_have_made_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, doubly: bool
+) -> None:
+    run = stopped_run("zero2", tmp_path)
+    edit_settings(run, lambda settings: settings.update({"model.backbone.double_quantization": doubly}))
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        edit_state(checkpoint, lambda state: state.update({"base": "0" * 64}))
+    if not doubly:
+        with pytest.raises(CheckpointError, match="was trained on another frozen backbone"):
+            open_run(run, ALONE, data=f"{tmp_path}/data/{{task}}")
+        return
+    with caplog.at_level(logging.WARNING):
+        assert open_run(run, ALONE, data=f"{tmp_path}/data/{{task}}").checkpoint.name == "step-00000004"
+    assert "hangs on the number of threads and the kind of GPU" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from trainer.checkpoint.identity import RunIdentity, completed_settings
 from trainer.checkpoint.weights import CheckpointError
 from trainer.config import OFF
 from trainer.files import load_json
+from trainer.models.backbone.fingerprint import SOURCE, BaseFingerprint
 from trainer.text import Joining
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class LossMonitorState(BaseModel):
     in_a_row: int = 0
     spikes: int = 0
     recent: list[float] = []
+    overflowed: int = 0  # steps that fp16's loss scaling skipped, for which the schedule waited
 
 
 class CheckpointState(RunIdentity):
@@ -108,8 +110,40 @@ def read_state(checkpoint: Path) -> CheckpointState:
         ) from error
 
 
-def check_fit(state: CheckpointState, expected: RunIdentity, checkpoint: Path, *, force: bool = False) -> None:
-    """Refuse to continue `checkpoint` in a run that differs from it in any of `expected`.
+def is_other_base(state: CheckpointState, now: BaseFingerprint, checkpoint: Path) -> bool:
+    """Whether a checkpoint's frozen base is another than `now`'s.
+
+    Earlier versions recorded the hash of what is stored. Of doubly quantised weights that hangs on threads and devices, so another hash may
+    be the same model: which it is cannot be told, and is a warning.
+    """
+    if state.base in (now.source, now.stored):
+        return False
+    before = state.settings
+    doubly = before.get("model.backbone.quantization") == "nf4" and before.get(
+        "model.backbone.double_quantization", True
+    )
+    if state.base.startswith(SOURCE) or now.exact or not doubly:
+        return True
+    log.warning(
+        "%s was written by an earlier version, whose hash of doubly quantised weights (%s, here %s) hangs on the number of threads and the kind "
+        "of GPU: the same model may have another one. Whether the weights of model.backbone.name are those of the training cannot be told; "
+        "see that they are. Checkpoints from now on hold a hash that tells",
+        checkpoint,
+        state.base,
+        now.stored,
+    )
+    return False
+
+
+def check_fit(
+    state: CheckpointState,
+    expected: RunIdentity,
+    checkpoint: Path,
+    *,
+    force: bool = False,
+    base: BaseFingerprint | None = None,
+) -> None:
+    """Refuse to continue `checkpoint` in a run that differs from it in any of `expected`; `base` has the older fingerprint too.
 
     Another number of ranks fits always. A setting that the checkpoint's version did not have counts as the schema's default;
     one that this version does not have is left out where its value says that it was not used (:data:`trainer.config.OFF`).
@@ -118,10 +152,13 @@ def check_fit(state: CheckpointState, expected: RunIdentity, checkpoint: Path, *
     Raises:
         CheckpointError: every difference, and what to do.
     """
+    differing = {key: getattr(state, key) != getattr(expected, key) for key in ("tasks", "base", "zero")}
+    if base is not None:
+        differing["base"] = is_other_base(state, base, checkpoint)
     faults = [
         f"  {key}: the checkpoint has {getattr(state, key)!r}, this run {getattr(expected, key)!r}"
-        for key in ("tasks", "base", "zero")
-        if getattr(state, key) != getattr(expected, key)
+        for key, differs in differing.items()
+        if differs
     ]
     forced = _setting_differences(state, expected, checkpoint)
     if state.data != expected.data:

@@ -200,8 +200,11 @@ class Collator:
     def training(self, samples: Sequence[Sample], micro: MicroBatch, epoch: int | None) -> Batch | PackedBatch:
         """A training batch of a micro-batch's samples, in the layout of the config."""
         if self.config.layout == "packed":
-            return self.pack(samples, micro.groups, weight=micro.weight, epoch=epoch)
-        return self(samples, weight=micro.weight, epoch=epoch)
+            batch: Batch | PackedBatch = self.pack(samples, micro.groups, weight=micro.weight, epoch=epoch)
+        else:
+            batch = self(samples, weight=micro.weight, epoch=epoch)
+        batch.most_samples = micro.most_samples
+        return batch
 
     def sizes(self, samples: SplitView | Sequence[Sample], *, nodes: int | None = None, cached: bool = False) -> Sizes:
         """What every sample needs in training, its answer (or all answers) included, or to be scored over `nodes`.

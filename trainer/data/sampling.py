@@ -1,16 +1,17 @@
 """The order of samples: global, resumable, length-bucketed, independent of the number of processes.
 
-The order is a function of ``(seed, epoch)`` alone. A *global batch* belongs to one task; it is cut into micro-batches
-in an order that does not know the world size, and these are dealt to the ranks in turn.
+The order is a function of ``(seed, epoch)`` alone. A *global batch* belongs to one task; it is cut into micro-batches, and these
+are dealt to the ranks in turn. How it is cut changes no result beyond rounding (and no draw of dropout but that of modules).
 
 Shapes: N samples of a split.
 """
 
 from __future__ import annotations
 
+import heapq
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +19,9 @@ import numpy as np
 from trainer.config import RunConfig
 
 BUCKET = 16  # global batches that are sorted by length together
-GROUP_COST = 256  # of one more call of the fusion network, in frames of padding
+# Of one more call of the fusion network, in frames of padding: about what computes as long. On a CPU that was measured. On a GPU a
+# call is some 1,200 kernels (tests/fake_gpu), milliseconds of the host, in which tens of thousands of frames are computed.
+GROUP_COST = {"cpu": 256, "cuda": 32_768}
 MOST_GROUPS = 4  # calls of the fusion network in a micro-batch
 WIDTH = 0.25  # of a class of lengths that count as equal, in octaves: sorting finer saves little and sorts contents
 
@@ -37,12 +40,14 @@ class MicroBatch:
     """What one rank passes through the model at once. A filler has weight 0: it keeps the ranks' steps in number.
 
     The samples stand in groups of like length, of `groups` samples each, that the fusion network reads one by one; a group
-    of 0 samples is a call without use that another rank's micro-batch needs.
+    of 0 samples is a call without use that another rank's micro-batch needs. `most_samples`: of the micro-batches that all ranks
+    pass through the model at once; 0: not known.
     """
 
     indices: tuple[int, ...]
     weight: float
     groups: tuple[int, ...] = ()
+    most_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,24 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest micro-batch: positions, padding included, and samples. A sample alone may exceed them."""
+    """The largest micro-batch: positions, padding included, and samples. A sample alone may exceed them.
+
+    `even`: every rank gets as much of a global batch as the others, in as few micro-batches as these limits allow. Else they are
+    filled one after the other, whatever the number of ranks. `group_cost`: see `GROUP_COST`.
+    """
 
     tokens: int
     samples: int | None = None
     packed: bool = True
+    even: bool = False
+    group_cost: int = GROUP_COST["cpu"]
 
     @classmethod
-    def of_training(cls, config: RunConfig) -> Limits:
-        return cls(config.train.micro_tokens, config.train.micro_batch, config.data.layout == "packed")
+    def of_training(cls, config: RunConfig, device: str) -> Limits:
+        """Those of a run on a type of device."""
+        train = config.train
+        packed = config.data.layout == "packed"
+        return cls(train.micro_tokens, train.micro_batch, packed, train.micro_batch is None, GROUP_COST[device])
 
 
 class GlobalBatchSampler:
@@ -182,17 +196,77 @@ class GlobalBatchSampler:
 def micro_batches(indices: Sequence[int], sizes: Sizes, limits: Limits, rank: int, world: int) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch; their number, and that of their groups, is the same on all ranks.
 
-    How the samples are put together depends on their order and sizes alone. Micro-batches are dealt to the ranks in turn.
+    How the samples are put together depends on their order and sizes, and with `limits.even` on the number of ranks. Micro-batches
+    are dealt to the ranks in turn.
     """
-    cuts = _fill(indices, sizes, limits) if limits.packed else _cut(indices, sizes, limits)
-    grouped = [group(cut, sizes.read_N3) if limits.packed else (tuple(cut), (len(cut),)) for cut in cuts]
+    grouped = _grouped(indices, sizes, limits, world)
     out = []
     for start in range(0, len(grouped), world):
         together = grouped[start : start + world]
         most = max(len(groups) for _, groups in together)
         chosen, groups = together[rank] if rank < len(together) else ((indices[0],), (1,))
-        out.append(MicroBatch(chosen, float(rank < len(together)), groups + (0,) * (most - len(groups))))
+        groups += (0,) * (most - len(groups))
+        samples = max(len(chosen) for chosen, _ in together)
+        out.append(MicroBatch(chosen, float(rank < len(together)), groups, samples))
     return out
+
+
+def all_micro_batches(indices: Sequence[int], sizes: Sizes, limits: Limits, world: int) -> list[MicroBatch]:
+    """The micro-batches of all ranks, without fillers."""
+    return [MicroBatch(chosen, 1.0, groups) for chosen, groups in _grouped(indices, sizes, limits, world)]
+
+
+def largest_micro_batch(order: Sequence[int], sizes: Sizes, limits: Limits, world: int) -> MicroBatch:
+    """A micro-batch of the first of `order`, all samples of a global batch, that no other exceeds."""
+    if not limits.packed:
+        first = _cut(order, sizes, limits, _even_samples(len(order), limits, world))[0]
+        return MicroBatch(tuple(first), 1.0, (len(first),))
+    tokens = limits.tokens
+    if limits.even:
+        longest = np.sort(sizes.tokens_N)[::-1][: len(order)]
+        rows = _even(range(len(longest)), replace(sizes, tokens_N=longest), limits, world)
+        if len(rows) <= world:  # no row is full: none has more than the fullest of those of the longest samples
+            tokens = min(tokens, sizes.prefix + max(int(longest[row].sum()) for row in rows))
+    first = _fill(order, sizes, replace(limits, tokens=tokens))[0]
+    chosen, groups = group(first, sizes.read_N3, limits.group_cost)
+    return MicroBatch(chosen, 1.0, groups)
+
+
+def _grouped(
+    indices: Sequence[int], sizes: Sizes, limits: Limits, world: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The samples of every micro-batch and the sizes of their groups."""
+    if not limits.packed:
+        cuts = _cut(indices, sizes, limits, _even_samples(len(indices), limits, world))
+        return [(tuple(cut), (len(cut),)) for cut in cuts]
+    rows = _even(indices, sizes, limits, world) if limits.even else _fill(indices, sizes, limits)
+    return [group(row, sizes.read_N3, limits.group_cost) for row in rows]
+
+
+def _even(indices: Sequence[int], sizes: Sizes, limits: Limits, world: int) -> list[list[int]]:
+    """As few rows for each rank as have room, filled evenly: the samples with most tokens first, each into the row with least."""
+    order = sorted(indices, key=lambda i: -int(sizes.tokens_N[i]))
+    room = limits.tokens - sizes.prefix
+    total = int(sizes.tokens_N[list(indices)].sum())
+    count = world * max(1, -(-total // (world * room)) if room > 0 else 1)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [(0, r) for r in range(count)]
+        for i in order:
+            least, r = filled[0]
+            need = least + int(sizes.tokens_N[i])
+            if rows[r] and need > room:
+                break
+            rows[r].append(i)
+            heapq.heapreplace(filled, (need, r))
+        else:
+            return [row for row in rows if row]
+        count += world
+
+
+def _even_samples(samples: int, limits: Limits, world: int) -> int | None:
+    """Samples of a padded micro-batch, at most."""
+    return -(-samples // world) if limits.even else limits.samples
 
 
 def _fill(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[list[int]]:
@@ -213,13 +287,13 @@ def _fill(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[list[int
     return rows
 
 
-def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[list[int]]:
+def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits, samples: int | None) -> list[list[int]]:
     """Neighbours together, as many as fit when all are padded to the longest."""
     cuts: list[list[int]] = []
     longest = 0
     for i in indices:
         longest = max(longest, sizes.prefix + int(sizes.tokens_N[i]))
-        full = not cuts or len(cuts[-1]) == limits.samples or (len(cuts[-1]) + 1) * longest > limits.tokens
+        full = not cuts or len(cuts[-1]) == samples or (len(cuts[-1]) + 1) * longest > limits.tokens
         if full:
             cuts.append([])
             longest = sizes.prefix + int(sizes.tokens_N[i])
@@ -227,10 +301,12 @@ def _cut(indices: Sequence[int], sizes: Sizes, limits: Limits) -> list[list[int]
     return cuts
 
 
-def group(indices: Sequence[int], read_N3: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def group(
+    indices: Sequence[int], read_N3: np.ndarray, price: int = GROUP_COST["cpu"]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The samples, longest first, and the sizes of groups of neighbours that waste least.
 
-    A group costs its samples times the sum of the longest text, audio and video among them, and GROUP_COST; at most
+    A group costs its samples times the sum of the longest text, audio and video among them, and `price`; at most
     MOST_GROUPS. Exact, by dynamic programming over the sorted samples.
     """
     chosen = np.asarray(indices)
@@ -240,7 +316,7 @@ def group(indices: Sequence[int], read_N3: np.ndarray) -> tuple[tuple[int, ...],
     cost_nn = np.full((n, n), np.inf)  # of the group from i to j
     for j in range(n):
         longest = np.maximum.accumulate(read_n3[j::-1], axis=0)[::-1].sum(1)
-        cost_nn[: j + 1, j] = longest * np.arange(j + 1, 0, -1) + GROUP_COST
+        cost_nn[: j + 1, j] = longest * np.arange(j + 1, 0, -1) + price
     best = cost_nn[0]  # of the samples to j, in as many groups as rounds of the loop
     starts: list[np.ndarray] = []
     found = [float(best[-1])]

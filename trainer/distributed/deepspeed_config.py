@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,18 @@ from omegaconf import OmegaConf
 
 from trainer.config import RunConfig
 from trainer.distributed.compiled_ops import missing_build_tools
+from trainer.distributed.world import World
 
+log = logging.getLogger(__name__)
+
+UNSHARDED_ALONE = ("cuda",)  # types of devices of which one alone trains at stage 0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALING = {
+    # 2^8 in place of DeepSpeed's 2^16, at which gradients above 1 overflow: of those that clipping at norm 1 leaves to some 40 million weights (1.6e-4 on average)
+    # elements down to 2.4e-7 keep their full precision, down to 2.3e-10 some of it; the scale doubles every 1,000 steps that allow it
+    "initial_scale_power": 8,
+    "hysteresis": 1,  # the first overflow halves the scale, as stage 0 does: with 2 another step is lost to the same scale
+}
 ZERO_DEFAULTS = {  # elements; what DeepSpeed takes where `zero_optimization` does not say
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
@@ -42,6 +53,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = OmegaConf.to_container(OmegaConf.merge(derived, config.deepspeed))
     assert isinstance(merged, dict)
+    if merged["fp16"].get("enabled"):
+        merged["fp16"] = {**LOSS_SCALING, **merged["fp16"]}
     return {str(key): value for key, value in merged.items()}
 
 
@@ -53,6 +66,28 @@ def accumulates_fp32(stage: int, dtype: torch.dtype) -> bool:
 def zero_elements(zero: Mapping[str, Any], key: str) -> int:
     """A size or threshold of the `zero_optimization` section, in elements; DeepSpeed's default where it does not say."""
     return int(float(zero.get(key, ZERO_DEFAULTS[key])))
+
+
+def for_world(config: RunConfig, world: World, saved: int | None) -> RunConfig:
+    """The config as this world trains it. One GPU has nothing to shard, and the hooks of ZeRO 1 and 2 cost the host time in every
+    micro-step: it trains at stage 0, unless the optimizer is offloaded or `deepspeed.zero_optimization` is written out. A run that is
+    continued keeps the stage of its checkpoint, `saved`.
+    """
+    train = config.train
+    if (
+        train.zero not in (1, 2)
+        or offloads_optimizer(deepspeed_config(config))
+        or "zero_optimization" in config.deepspeed
+    ):
+        return config
+    alone = world.size == 1 and world.device.type in UNSHARDED_ALONE
+    stage = saved if saved in (0, train.zero) else 0 if alone else train.zero
+    if stage == train.zero:
+        return config
+    if world.is_rank_zero:
+        why = "as its checkpoint was" if saved is not None else "since one GPU has nothing to shard"
+        log.info("train.zero=%d: trained at stage 0, %s", train.zero, why)
+    return config.model_copy(update={"train": train.model_copy(update={"zero": stage})})
 
 
 def zero_stage(config: RunConfig) -> int:

@@ -62,6 +62,8 @@ def choose_device() -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", 0)) % count
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
+    # cuDNN's attention, which torch prefers on compute capability 9.0, makes a plan for every new shape, and each micro-batch has one
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", index)
 
 

@@ -124,4 +124,5 @@ class EGMF(nn.Module):
     def _scores(self, layout: Layout, hidden: Tensor) -> Tensor:
         """log p `[B, C]` of every answer of the layout's trie."""
         assert layout.trie is not None
-        return answer_logprobs(self.backbone, layout.at_trie(hidden), layout.trie, self.ranks)
+        at_trie = layout.at_trie(hidden)
+        return answer_logprobs(self.backbone, at_trie, layout.trie, self.ranks, layout.batch.most_samples)

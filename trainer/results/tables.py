@@ -11,7 +11,7 @@ from trainer.results.runs import last_sign, parse_time, state_of, steps_text
 from trainer.results.task_results import Example, GateGroup, Robustness, TaskResults
 from trainer.run.expert_load import DEAD
 
-MARKS = ("train/skipped", "train/spike")  # metrics that mark a step rather than measure it
+MARKS = ("train/skipped", "train/spike", "train/overflow")  # metrics that mark a step rather than measure it
 
 
 def facts(run: RunFolder) -> list[tuple[str, str]]:
@@ -203,8 +203,10 @@ def training(run: RunFolder) -> Table | None:
         if name.startswith(("train/", "gate/")) and name not in MARKS and series:
             values = [value for _, value in series]
             table.rows.append([name, *(f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values)))])
-    skipped, spikes = (sum(bool(value) for _, value in run.journal.get(name, [])) for name in MARKS)
+    skipped, spikes, overflows = (sum(bool(value) for _, value in run.journal.get(name, [])) for name in MARKS)
     table.note = f"Steps skipped: {skipped}; spikes of the loss: {spikes}."
+    if overflows:
+        table.note += f" Steps that overflowed at the loss scale of fp16, and moved nothing: {overflows}."
     return table if table.rows else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.answers.scores import SplitScores
-from trainer.data.sampling import micro_batches
+from trainer.data.sampling import all_micro_batches
 from trainer.distributed.deepspeed_config import slow_precision
 from trainer.distributed.watch import Watch
 from trainer.run.evaluate import flatten_metrics
@@ -135,11 +135,13 @@ class TrackingCallback(Callback):
             SPEED: result.samples / finished.seconds,
             "train/positions_per_sample": result.positions / result.samples,
         }
-        marks = {"train/skipped": result.skipped, "train/spike": finished.spike}
+        marks = {"train/skipped": result.skipped, "train/overflow": result.overflowed, "train/spike": finished.spike}
         values.update({name: 1.0 for name, present in marks.items() if present})
-        norm = run.engine.get_global_grad_norm()
-        if norm is not None and not result.skipped:
-            values["train/gradient_norm"] = float(norm)
+        if result.loss_scale is not None:
+            values["train/loss_scale"] = result.loss_scale
+        norm = run.step_context.loss_scale.gradient_norm(result.loss_scale)
+        if norm is not None and not (result.skipped or result.overflowed):
+            values["train/gradient_norm"] = norm
         if run.parts.model.fusion is not None:
             names = run.parts.model.fusion.experts_built
             values.update({f"gate/{name}": usage for name, usage in zip(names, result.usage, strict=True)})
@@ -154,9 +156,15 @@ class TrackingCallback(Callback):
 
 
 def is_logged(run: Run, finished: FinishedStep) -> bool:
-    """Whether a step's numbers are recorded: every `train.log_every`, the first and last, skipped steps and spikes."""
+    """Whether a step's numbers are recorded: every `train.log_every`, the first and last, skipped steps, overflows and spikes."""
     step, result = finished.step, finished.result
-    return step % run.config.train.log_every == 0 or step in (1, run.steps) or result.skipped or finished.spike
+    return (
+        step % run.config.train.log_every == 0
+        or step in (1, run.steps)
+        or result.skipped
+        or result.overflowed
+        or finished.spike
+    )
 
 
 def _log_sizes(run: Run, start: int) -> None:
@@ -189,16 +197,19 @@ def _log_layout(run: Run) -> None:
     samples = positions = idle = 0
     for step in steps:
         batch = run.order.step(step)
-        micros = micro_batches(batch.indices, run.step_context.sizes[batch.task], run.step_context.limits, 0, 1)
+        context = run.step_context
+        micros = all_micro_batches(batch.indices, context.sizes[batch.task], context.limits, run.world.size)
         samples += len(batch.indices)
         positions += sum(run.step_context.positions(batch.task, micro) for micro in micros)
         idle = max(idle, run.world.size - len(micros))
     log.info("%s: %.1f positions a sample through the backbone", run.config.data.layout, positions / samples)
     if idle > 0:
         log.warning(
-            "%d of %d ranks are idle in some steps: a global batch has too few micro-batches. Set "
-            "train.micro_batch=%d, or raise train.global_batch",
-            idle, run.world.size, -(-run.config.train.global_batch // run.world.size),
+            "%d of %d ranks are idle in some steps: a global batch has too few %s",
+            idle, run.world.size,
+            "samples. Raise train.global_batch" if run.step_context.limits.even
+            else f"micro-batches. Set train.micro_batch={-(-run.config.train.global_batch // run.world.size)}, leave it out "
+            "(null), or raise train.global_batch",
         )  # fmt: skip
 
 

@@ -23,10 +23,11 @@ from trainer.answers.scores import SplitScores, TaskScores, metric_value
 from trainer.batch import Sample
 from trainer.config import RunConfig
 from trainer.data.dataset import SplitView
-from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
+from trainer.data.sampling import GROUP_COST, Limits, MicroBatch, Sizes, micro_batches
 from trainer.distributed.world import World
 from trainer.models.backbone.packed import PrefixCache
 from trainer.models.generation import generate
+from trainer.models.trie_scores import logits_in_free_memory
 from trainer.run.assemble import RunComponents
 from trainer.run.lengths import GENERATED_BEYOND
 
@@ -121,7 +122,9 @@ class Scorer:
         self.task, self.collate = parts.tasks[name], parts.collators[name]
         self.trie = parts.tries[name].to(world.device)
         packed = config.data.layout == "packed" and config.eval.mode == "score"
-        self.limits = Limits(config.eval.tokens, config.eval.batch, packed)
+        cost = GROUP_COST[world.device.type]
+        self.limits = Limits(config.eval.tokens, config.eval.batch, packed, group_cost=cost)
+        parts.model.backbone.scored_logits = logits_in_free_memory(parts.model.backbone, world)
         self._prefix: PrefixCache | None = None
 
     def sizes(self, samples: SplitView | Sequence[Sample]) -> Sizes:
@@ -148,9 +151,11 @@ class Scorer:
         device = self.world.device
         if not self.limits.packed:
             batch = self.collate(samples, answers=False, weight=micro.weight).to(device)
+            batch.most_samples = micro.most_samples
             return self.forward(batch, self.trie)
         row = self.collate.pack(samples, micro.groups, trie=self.parts.tries[self.task.name], weight=micro.weight)
         row = row.to(device)
+        row.most_samples = micro.most_samples
         if self._prefix is None:
             self._prefix = self.parts.model.prefix(row.prefix_ids_P)
         return self.forward(row, None, self._prefix)

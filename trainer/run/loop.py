@@ -10,7 +10,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,7 @@ from trainer.checkpoint.weights import load_weights, trainable_state
 from trainer.config import RunConfig, dump_config, saved_config
 from trainer.data.sampling import GlobalBatch
 from trainer.distributed.consistency import check_consistency
-from trainer.distributed.deepspeed_config import check_machine, dtype_of
+from trainer.distributed.deepspeed_config import check_machine, dtype_of, for_world
 from trainer.distributed.faults import report_to_launcher
 from trainer.distributed.launcher import STOPPED
 from trainer.distributed.signals import StopRequest, StopRequested
@@ -41,6 +41,7 @@ from trainer.run.callbacks import (
     TrackingCallback,
     WatchCallback,
 )
+from trainer.run.determinism import deterministic_algorithms
 from trainer.run.evaluate import evaluate, format_selection_metrics, selecting_metrics, selection_values
 from trainer.run.expert_load import warn_of_dead
 from trainer.run.folder import archive_previous_run, open_folder
@@ -97,7 +98,11 @@ def fit(
     """
     check_machine(config, world.device)
     check_consistency(config, out, world)
-    with open_folder(out, world), _watch(config, out, world) as watch:
+    with (
+        deterministic_algorithms(config.train.deterministic),
+        open_folder(out, world),
+        _watch(config, out, world) as watch,
+    ):
         checkpoints = Checkpoints(out / "checkpoints", world, config.train.keep)
         _archive_stale_run(config, out, world, checkpoints)
         record = RunRecord(out, enabled=world.is_rank_zero)
@@ -110,13 +115,14 @@ def fit(
             last = checkpoints.newest(repair=True)
             saved = None if last is None else read_state(last)
             joining = "running" if saved is None else saved.joining
-            parts = assemble(config, out, world, dtype_of(config), partition=True, joining=joining)
+            trained = for_world(config, world, None if saved is None else saved.zero)
+            parts = assemble(trained, out, world, dtype_of(config), partition=True, joining=joining)
             if world.is_rank_zero:
                 warn_of_raw_features(config, parts.data)
-            base = parts.model.backbone.fingerprint
-            identity = identify(config, data=parts.fingerprints, base=base, world_size=world.size)
+            base = parts.model.backbone.fingerprints
+            identity = identify(trained, data=parts.fingerprints, base=base.source, world_size=world.size)
             if saved is not None and last is not None:
-                check_fit(saved, identity, last, force=force)
+                check_fit(saved, identity, last, force=force, base=base)
             with world.on_rank_zero() as first:
                 if first:
                     write_text(out / "config.yaml", dump_config(config))
@@ -128,11 +134,12 @@ def fit(
             run_id = (tracked["run_id"] if tracked else None) or (saved.mlflow_run if saved else None)
             tracker = Tracker(config, out, enabled=world.is_rank_zero, run_id=run_id)
             run = Run(
-                config, out, world, parts, identity, tracker=tracker, checkpoints=checkpoints, watch=watch, stop=stop
+                trained, out, world, parts, identity, tracker=tracker, checkpoints=checkpoints, watch=watch, stop=stop
             )
             record.update(
                 {
                     "precision": config.train.precision,
+                    "deterministic": config.train.deterministic or world.device.type == "cpu",
                     "seed": config.train.seed,
                     "steps": run.steps,
                     "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id} if tracker.enabled else None,
@@ -150,7 +157,8 @@ def fit(
             tracker.start(config, _tags(record.values))
             tracker.artifact(out / "config.yaml")
             watch.closing = functools.partial(close_stuck_run, out, record, tracker) if world.is_rank_zero else None
-            state = Trainer(run, callbacks).train(last, saved)
+            with _skips_recorded(run, record):
+                state = Trainer(run, callbacks).train(last, saved)
         except BaseException as error:
             watch.block_while_aborting()
             report_to_launcher(error)
@@ -162,6 +170,16 @@ def fit(
             if begun:
                 close_run(out, record, tracker, state, report if world.is_rank_zero else None)
     return 0 if state == "done" else STOPPED
+
+
+@contextlib.contextmanager
+def _skips_recorded(run: Run, record: RunRecord) -> Iterator[None]:
+    """At the block's end, however it ends, the record says how many of the run's steps moved nothing, and why."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            record.update({"steps_skipped": {"not_finite": run.health.skipped, "loss_scale": run.health.overflowed}})
 
 
 def _watch(config: RunConfig, out: Path, world: World) -> Watch:
@@ -279,17 +297,25 @@ class Trainer:
 
     def _take_step(self, step: int) -> StepResult:
         began = time.perf_counter()
-        self.run.schedule.set(step)
+        self.run.schedule.set(step - self.run.health.overflowed)
         rates = self.engine.get_lr()
         batch, dump = self.run.order.step(step), NonFiniteDump()
         what = f"a micro-batch of step {step + 1}"
         with memory_explained(what, "train.micro_tokens", self.config.train.micro_tokens):
             result = train_step(self.run.step_context, batch, step, dump)
-        spike = self.run.health.step(result.loss, result.skipped)
+        spike = self.run.health.step(result.loss, result.skipped, result.overflowed)
         if spike:
             log.warning("step %d: the loss jumped to %.4f", step + 1, result.loss)
         if result.skipped:
             self._report_skipped(step, batch, dump)
+        if result.overflowed:
+            log.warning(
+                "step %d: a gradient overflowed at loss scale %g: no update, the schedule waits (%d such steps in all); the scale is %g now",
+                step + 1,
+                result.loss_scale,
+                self.run.health.overflowed,
+                self.run.step_context.loss_scale.value,
+            )
         self.run.steps_done = step + 1
         finished = FinishedStep(step + 1, result, spike, rates, time.perf_counter() - began)
         for callback in self.callbacks:

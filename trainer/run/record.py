@@ -25,6 +25,13 @@ RECORD = "run.json"
 State = Literal["running", "done", "stopped", "failed"]
 
 
+class SkippedSteps(TypedDict):
+    """How many steps moved nothing: their loss or gradient was not finite, or a gradient overflowed at fp16's loss scale."""
+
+    not_finite: int
+    loss_scale: int
+
+
 class MlflowPlace(TypedDict):
     """Where a run is recorded; `run_id` is None while the server has not been reached."""
 
@@ -70,8 +77,10 @@ class RecordValues(TypedDict, total=False):
     pid: int
     host: str
     precision: str
+    deterministic: bool  # a continuation, or another run on the same devices, gives the same bits
     seed: int
     steps: int
+    steps_skipped: SkippedSteps
     mlflow: MlflowPlace | None
     tasks: list[str]
     select: dict[str, str]  # task -> the metric that chooses the checkpoint

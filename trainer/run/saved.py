@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from trainer.answers.scores import SplitScores
-from trainer.checkpoint.state import read_state
+from trainer.checkpoint.state import is_other_base, read_state
 from trainer.checkpoint.store import Checkpoints
 from trainer.checkpoint.weights import CheckpointError, load_weights
 from trainer.config import RunConfig, saved_config
@@ -97,10 +97,9 @@ def open_run(
     partition = world.size > 1
     state = read_state(chosen)
     parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True, joining=state.joining)
-    expected, found = state.base, parts.model.backbone.fingerprint
-    if expected != found:
+    if is_other_base(state, parts.model.backbone.fingerprints, chosen):
         raise CheckpointError(
-            f"{chosen} was trained on another frozen backbone (hash {expected}, here {found}): "
+            f"{chosen} was trained on another frozen backbone (hash {state.base}, here {parts.model.backbone.fingerprint}): "
             f"model.backbone.name={config.model.backbone.name} no longer gives the same weights"
         )
     load_weights(parts.model, chosen)

@@ -46,7 +46,11 @@ class StepScalars:
         """Reduce over ranks: one all-reduce, and the only moment of a step at which the host waits for the device."""
         size = self._world.size
         parts = [part / size if self._reduction[name] == "mean" else part for name, part in self._local.items()]
-        vector = torch.cat([part.to(self._device) for part in parts])
+        on_host = [part if part.device.type == "cpu" else torch.zeros(len(part), dtype=part.dtype) for part in parts]
+        vector = torch.cat(on_host).to(self._device, non_blocking=True)  # one copy of what is on the host
+        for place, part in zip(torch.split(vector, [len(part) for part in parts]), parts, strict=True):
+            if part.device.type != "cpu":
+                place.copy_(part)
         self._world.sum(vector)
         lengths = [len(part) for part in self._local.values()]
         numbers = iter(vector.tolist())

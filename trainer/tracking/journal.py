@@ -119,7 +119,7 @@ class Journal:
         if self.differences == 1:
             log.warning(
                 "step %d, trained again, gives another %s: %r, and %r before; the first is kept, and further differences "
-                "are only counted (equal values need the same world size, devices, code and libraries)",
+                "are only counted (equal values need the same world size, devices, code and libraries, and on a GPU train.deterministic=true)",
                 step,
                 name,
                 now,

@@ -29,7 +29,7 @@ from trainer.batch import Batch, PackedBatch
 from trainer.config import AdapterConfig, RunConfig, check_config
 from trainer.data.collate import Collator
 from trainer.data.dataset import open_dataset
-from trainer.data.sampling import GlobalBatchSampler, Limits, micro_batches
+from trainer.data.sampling import GlobalBatchSampler, Limits, all_micro_batches
 from trainer.distributed.deepspeed_config import ZERO_DEFAULTS
 from trainer.models.backbone.loading import load_tokenizer
 from trainer.run.guards.probe import largest
@@ -255,12 +255,12 @@ def test_counts_positions_of_prepared_data(tmp_path, layout, limits, history):
         get_task("meld"), load_tokenizer(config.model.backbone), config.data,
         widths=view.widths, rates=view.rates, pseudo_tokens=3, modalities=("text", "audio", "video"),
     )  # fmt: skip
-    chosen = Limits(config.train.micro_tokens, config.train.micro_batch, layout == "packed")
+    chosen = Limits.of_training(config, "cuda")
     order, sizes = GlobalBatchSampler({"meld": view.lengths()}, global_batch=10, seed=0), collate.sizes(view)
     steps = [
         [collate.training([view[i] for i in micro.indices], micro, None) for micro in cut]
         for step in range(order.steps_per_epoch)
-        for cut in [micro_batches(order.step(step).indices, sizes, chosen, 0, 1)]
+        for cut in [all_micro_batches(order.step(step).indices, sizes, chosen, 2)]
     ]
     positions = [sum(batch.positions for batch in step) for step in steps]
     assert lengths.step_positions == pytest.approx(np.mean(positions))
@@ -268,7 +268,7 @@ def test_counts_positions_of_prepared_data(tmp_path, layout, limits, history):
     assert lengths.micro_batches == np.mean([len(step) for step in steps])
     assert lengths.micro_steps == np.mean([-(-len(step) // 2) for step in steps])
     every = [batch for step in steps for batch in step]
-    for micro in largest(sizes, chosen, 10):  # what a run tries before its first step
+    for micro in largest(sizes, chosen, 10, 2):  # what a run tries before its first step
         every.append(collate.training([view[i] for i in micro.indices], micro, None))
     assert max(rows.positions for rows in lengths.largest) == max(batch.positions for batch in every)
     assert max(rows.read for rows in lengths.largest) == max(map(reading, every))
@@ -295,8 +295,8 @@ def test_packed_rows_hold_the_instruction_once(tmp_path):
     packed = run_lengths(config, 2)
     prefix, own = packed.largest[0].prefix, packed.largest[0].own[0]
     each = (1024 - prefix) // own
-    assert packed.micro_batches == math.ceil(64 / each)
-    assert packed.micro_steps == math.ceil(packed.micro_batches / 2)
+    assert packed.micro_steps == math.ceil(64 / 2 / each)  # even, so as many for both
+    assert packed.micro_batches == 2 * packed.micro_steps
     assert packed.step_positions == 64 * own + packed.micro_batches * prefix
     config.data.layout = "padded"
     padded = run_lengths(config, 2)
@@ -370,7 +370,7 @@ def plan_of_7b(tmp_path_factory: pytest.TempPathFactory) -> MemoryPlan:
     folder = tmp_path_factory.mktemp("7B")
     config = config_of(
         model__backbone={"name": str(qwen("7B", folder)), "quantization": "none"}, data__path=str(folder / "none"),
-        model__fusion__experts=["local"],
+        model__fusion__experts=["local"], train__micro_batch=16,
     )  # fmt: skip
     return make_plan(config, 1, 8, 80, Throughput())
 
@@ -382,7 +382,7 @@ def test_shows_what_does_not_fit(plan_of_7b):
     assert any(part.startswith("left out:") for part in lines)
     assert any("train.micro_tokens=1024 (now 2048)" in part for part in lines)
     assert any(
-        "GPUs have nothing to do: raise train.global_batch, or cut it finer with train.micro_batch=4" in part
+        "GPUs have nothing to do: raise train.global_batch, or cut it finer with train.micro_batch=4, or null" in part
         for part in lines
     )
 

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.models.tiny_models import FAMILIES, TEXTS, brute_force, load, make_batch, make_model, make_trie, save_family
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
@@ -73,6 +73,48 @@ def test_families_that_scale_logits_or_attend_in_windows_are_reproduced(tmp_path
         torch.testing.assert_close(got, brute_force(model, batch, ANSWERS), atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def dropping_sdpa(monkeypatch):
+    """transformers 5.17: Gemma 2 attends through sdpa, which drops the soft cap of its scores without a word."""
+    from transformers import Gemma2PreTrainedModel
+    from transformers.integrations import sdpa_attention
+
+    def dropped(*arguments, softcap=None, **options):
+        return sdpa_attention.sdpa_attention_forward(*arguments, **options)
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    monkeypatch.setattr("trainer.models.backbone.packed.sdpa_attention_forward", dropped)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", dropped)
+
+
+@pytest.mark.parametrize("asked", ["auto", "eager"])
+def test_a_soft_cap_of_scores_is_kept(tmp_path, dropping_sdpa, asked):
+    folder = save_family("gemma2", tmp_path / "m", attn_logit_softcapping=0.5)
+    backbone = build(folder, attention=asked).eval()
+    assert backbone.attention == "eager"
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(ids, use_cache=False).logits
+        got = backbone.logits(backbone.hidden(backbone.embed(ids), torch.arange(38)[None]))
+    torch.testing.assert_close(got, own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "blocks", "varlen"])
+def test_attention_that_leaves_out_a_soft_cap_is_refused(tmp_path, dropping_sdpa, asked):
+    folder = save_family("gemma2", tmp_path / "m", attn_logit_softcapping=0.5)
+    with pytest.raises(
+        BackboneError, match=f"cap their attention's scores softly, which .*attention={asked} leaves out"
+    ):
+        build(folder, attention=asked)
+
+
+def test_the_probe_notices_a_cap_that_is_dropped(tmp_path, dropping_sdpa, monkeypatch):
+    folder = save_family("gemma2", tmp_path / "m", attn_logit_softcapping=0.05)
+    monkeypatch.setattr("trainer.models.backbone.loading._with_soft_cap", lambda config, shape, attention: "sdpa")
+    with pytest.raises(BackboneError, match="'gemma2' are not supported: logits differ from the model's own"):
+        build(folder, attention="sdpa")
+
+
 def test_a_family_whose_layers_cannot_see_a_tree_is_refused_by_name(tmp_path):
     folder = save_family("qwen3_next", tmp_path / "m")
     with pytest.raises(BackboneError, match=r"'qwen3_next' are not supported: .*linear_attention"):
@@ -106,6 +148,8 @@ def test_auto_attention_takes_flash_only_where_it_runs(monkeypatch):
     assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash_attention_2"
     assert resolve_attention("auto", CUDA, torch.float32) is None
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    assert resolve_attention("auto", CUDA, torch.bfloat16) == "varlen"  # PyTorch's own
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # an older torch has none
     assert resolve_attention("auto", CUDA, torch.bfloat16) is None
     with pytest.raises(BackboneError, match="lacks its CUDA extension"):
         resolve_attention("flash_attention_2", CUDA, torch.bfloat16)
@@ -155,7 +199,7 @@ def test_a_kernel_without_masks_leaves_scoring_to_sdpa(qwen, monkeypatch):
     embeds, positions = model.backbone.embed(batch.input_ids_BL), torch.arange(14).expand(3, 14)
     calls = []
 
-    def flash_attn_func(query, key, value, *, dropout_p, softmax_scale, causal):
+    def flash_attn_func(query, key, value, *, dropout_p, softmax_scale, causal, deterministic):
         calls.append(query.shape)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -334,14 +378,16 @@ def test_the_embedding_norm_is_the_mean_length_of_the_tokens_in_use(qwen):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_fingerprint_knows_every_frozen_weight(copy, quantization):
     first = build(copy, quantization=quantization)
-    assert first.fingerprint == base_fingerprint(first) == build(copy, quantization=quantization).fingerprint
+    assert first.fingerprints.stored == base_fingerprint(first)
+    assert first.fingerprints == build(copy, quantization=quantization).fingerprints
+    assert (first.fingerprint == first.fingerprints.stored) == (quantization == "none")
     with torch.no_grad():
         for parameter in first.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
-    assert base_fingerprint(first) == first.fingerprint  # trained weights are no part of it
+    assert base_fingerprint(first) == first.fingerprints.stored  # trained weights are no part of it
     frozen = build(copy, AdapterConfig(kind="frozen"), quantization=quantization)
-    assert frozen.fingerprint == first.fingerprint
+    assert frozen.fingerprints == first.fingerprints
     state = load_file(copy / "model.safetensors")
     for name in (
         "model.layers.1.mlp.down_proj.weight",

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.models.tiny_models import FAMILIES, load, make_trie, save_family
 from trainer.batch import Packing
+from trainer.models.backbone import packed
 from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.backbone.loading import BackboneError
 from trainer.models.backbone.packed import PackedRow
@@ -229,7 +230,7 @@ def test_exact_values_in_half_precision_do_not_hang_on_neighbours(backbones, bac
 def test_sliding_windows_are_right_or_refused(tmp_path, family, sizes, asked):
     folder = save_family(family, tmp_path / "m", **sizes)
     if family == "gemma2" and asked not in ("auto", "eager"):  # its soft-capped scores are eager's alone
-        with pytest.raises(BackboneError, match="cannot attend with"):
+        with pytest.raises(BackboneError, match=r"cap their attention.s scores softly"):
             load(folder, attention=asked)
         return
     backbone = load(folder, attention=asked).eval()
@@ -406,6 +407,29 @@ def test_a_family_that_drops_the_kernel_attends_by_the_mask(backbones, monkeypat
     assert "attention: sdpa (auto, without blocks: " in caplog.text
     with pytest.raises(BackboneError, match=r"packed rows cannot be attended to: blocks: .*attention=auto, or sdpa"):
         load(backbones.folder("qwen3"), attention="blocks")
+
+
+def test_a_kernel_with_wrong_gradients_is_refused(tmp_path, monkeypatch):
+    """Its values are right, so that no forward pass shows it."""
+    own = packed.varlen_loop
+
+    def wrong(query, key, value, *arguments, **options):
+        return own(query, key, value.detach(), *arguments, **options)
+
+    monkeypatch.setattr(packed, "varlen_loop", wrong)
+    folder = save_family("qwen3", tmp_path / "m")
+    with pytest.raises(BackboneError, match="varlen: its gradients differ from those under a mask by"):
+        load(folder, attention="varlen")
+    monkeypatch.setattr(packed, "varlen_loop", own)
+    assert load(folder, attention="varlen").attention == "varlen"
+
+
+def test_flex_attention_may_be_compiled_for_many_shapes():
+    from torch._dynamo import config
+
+    packed._compiled_flex()
+    limit = config.recompile_limit if hasattr(config, "recompile_limit") else config.cache_size_limit
+    assert limit >= packed.FLEX_SHAPES
 
 
 @pytest.mark.parametrize("fault", ["leak", "no prefix"])

@@ -5,17 +5,20 @@ Shapes: V vocabulary, T tokens of a packed row.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trainer.batch import Packing
 from trainer.models.backbone.limits import has_experts
 from trainer.models.backbone.loading import BackboneError
-from trainer.models.backbone.packed import HALF, PackedRow, PrefixCache, install
+from trainer.models.backbone.packed import CAUSAL_ONLY, HALF, MASKED, NAME, PackedRow, PrefixCache, install
+from trainer.models.backbone.sharded import is_partitioned
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,21 @@ def choose_attention(backbone: Attending, asked: str, usable: str | None, name: 
     raise BackboneError(f"{name}: packed rows cannot be attended to: {'; '.join(faults)}{advice}")
 
 
+@contextlib.contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block a model that attends through sdpa does so by the family's own formula ("eager"): what sdpa left out, a soft
+    cap of the scores for one, would be left out on both sides of the comparison."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config, name in before:
+            config._attn_implementation = "eager" if name in ("sdpa", NAME) else name
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
 class _Probe:
     """Six tokens, as two rows that share their first two, through the model's own forward and through this backbone's."""
 
@@ -108,11 +126,12 @@ class _Probe:
         first, rows = next(backbone.parameters()), backbone.vocabulary
         self.limit = 1e-3 if first.dtype == torch.float32 else 0.1
         self.ids_T = torch.tensor([rows // divisor for divisor in (7, 5, 3, 2, 4, 6)], device=first.device)
+        self.partitioned = any(is_partitioned(p) for p in backbone.parameters())
         self.packing = Packing(PREFIX, torch.tensor(LENGTHS, device=first.device), sum(LENGTHS), max(LENGTHS))
 
     @torch.no_grad()
     def check_masks(self) -> None:
-        """The model's own logits against the backbone's, the two rows as branches of one.
+        """The model's own logits, by its plain attention, against the backbone's, the two rows as branches of one.
 
         Raises:
             BackboneError: they differ, or the model cannot be run.
@@ -122,7 +141,8 @@ class _Probe:
         row = PackedRow(self.packing)
         try:
             branches = torch.stack([ids[[0, 1, 2, 2, 2]], ids[[0, 1, 3, 4, 5]]])
-            own = backbone.base(input_ids=branches, use_cache=False).logits.float()
+            with _plain_attention(backbone.base):
+                own = backbone.base(input_ids=branches, use_cache=False).logits.float()
             self.want_TV = torch.cat([own[0, :3], own[1, 2:]])
             hidden = backbone.hidden(backbone.embed(ids[None]), row.positions_R[None], row.mask_RK[None, None])
             error_size = self._error(backbone.logits(hidden)[0])
@@ -137,7 +157,7 @@ class _Probe:
     @torch.no_grad()
     def fault_of_packed(self) -> str | None:
         """What is wrong with the backbone's packed rows, on its device: other values than the model's own, samples that
-        see each other, a cached prefix that counts for something else."""
+        see each other, other gradients (of kernels that take no mask), a cached prefix that counts for something else."""
         backbone = self.backbone
         try:
             hidden_TH = backbone.packed(backbone.embed(self.ids_T), self.packing)
@@ -149,6 +169,10 @@ class _Probe:
             moved_TH = backbone.packed(backbone.embed(other_T), self.packing)
             if self._differ(moved_TH[PREFIX + 1 :], hidden_TH[PREFIX + 1 :]):
                 return "samples see each other"
+            if not self.partitioned and backbone.attention in CAUSAL_ONLY:
+                error_size = self._gradient_error()
+                if not error_size < self.limit:
+                    return f"its gradients differ from those under a mask by {error_size:.2g} (relative)"
             cache = backbone.prefix(backbone.embed(self.ids_T[:PREFIX]))
             behind_TH = backbone.packed(backbone.embed(self.ids_T[PREFIX:]), self.packing, cache)
             error_size = self._error(backbone.logits(torch.cat([hidden_TH[:PREFIX], behind_TH])))
@@ -157,6 +181,26 @@ class _Probe:
         except EXPECTED as error:
             return str(error).strip().partition("\n")[0]
         return None
+
+    def _gradient_error(self) -> float:
+        """Of the gradients of the row's embeddings, against those of the attention that takes a mask."""
+        backbone, kernel = self.backbone, self.backbone.attention
+
+        def gradients() -> Tensor:
+            with torch.enable_grad():
+                embeds_TH = backbone.embed(self.ids_T).detach().requires_grad_()
+                hidden_TH = backbone.packed(embeds_TH, self.packing)
+                weight_TH = torch.linspace(-1, 1, hidden_TH.numel(), device=hidden_TH.device).view_as(hidden_TH)
+                (got_TH,) = torch.autograd.grad((hidden_TH.float() * weight_TH).sum(), embeds_TH)
+            return got_TH.float()
+
+        got_TH = gradients()
+        try:
+            backbone.attention = MASKED[0]
+            want_TH = gradients()
+        finally:
+            backbone.attention = kernel
+        return float((got_TH - want_TH).norm() / want_TH.norm().clamp_min(1e-6))
 
     def _differ(self, moved: Tensor, hidden: Tensor) -> bool:
         """Whether a sample's values hang on another sample: in a dense model not by a bit, since all shapes are the same. Experts

@@ -25,7 +25,7 @@ from trainer.config import AdapterConfig, BackboneConfig
 from trainer.models.backbone.adapter import adapt
 from trainer.models.backbone.attention import choose_attention
 from trainer.models.backbone.checkpointing import is_checkpointing, set_checkpointing
-from trainer.models.backbone.fingerprint import fingerprint, measure
+from trainer.models.backbone.fingerprint import BaseFingerprint, fingerprint, measure, source_fingerprint
 from trainer.models.backbone.limits import RowLimits, row_limits
 from trainer.models.backbone.loading import BackboneError, load_model, load_tokenizer, resolve_attention
 from trainer.models.backbone.packed import (
@@ -53,12 +53,13 @@ class Backbone(nn.Module):
     """A causal language model with its adapter.
 
     Attributes: `model` (the language model, inside peft's wrapper with LoRA), `tokenizer`, `attention` (the kernel in
-    use), `vocabulary` (V), `hidden_size`, `embedding_norm` (mean L2 norm of an input embedding), `fingerprint` (of the frozen weights),
-    `limits` (how long rows may be).
+    use), `vocabulary` (V), `hidden_size`, `embedding_norm` (mean L2 norm of an input embedding), `fingerprint` (of the frozen weights as read),
+    `fingerprints` (the same, and the one of an earlier version),
+    `limits` (how long rows may be), `scored_logits` (entries of logits that scoring may hold at a time, where that is more than usual).
     """
 
     embedding_norm: float
-    fingerprint: str
+    fingerprints: BaseFingerprint
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str) -> None:
         super().__init__()
@@ -70,12 +71,18 @@ class Backbone(nn.Module):
         self._scale_logits = _logit_scale(self.base.config)
         self._logged: set[str] = set()
         self.limits = RowLimits()
+        self.scored_logits = 0
 
     @property
     def base(self) -> PreTrainedModel:
         """The language model itself, inside peft's wrapper or not."""
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return model
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the frozen weights as they were read: the same on every device, at every number of threads and of ranks."""
+        return self.fingerprints.source
 
     @property
     def takes_kernels(self) -> bool:
@@ -307,8 +314,10 @@ def build_backbone(
             f"{config.name}: its tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocabulary}"
         )
     backbone.embedding_norm = loaded.embedding_norm(len(tokenizer))
-    backbone.fingerprint = fingerprint((name, loaded.measured[name]) for name in _frozen(backbone))
-    _check_same_base(config.name, backbone.fingerprint, ranks)
+    frozen = [(name, loaded.measured[name]) for name in _frozen(backbone)]
+    exact = config.quantization == "none" or not config.double_quantization
+    backbone.fingerprints = BaseFingerprint(source_fingerprint(frozen), fingerprint(frozen), exact)
+    _check_same_base(config.name, backbone.fingerprints, ranks)
     backbone.limits = row_limits(
         backbone.base,
         lambda twin: Backbone(twin, tokenizer, str(twin.config._attn_implementation)),
@@ -341,9 +350,9 @@ def base_fingerprint(backbone: Backbone) -> str:
     """sha256 over all frozen weights as they are stored: names, dtypes, shapes, bytes; of 4-bit weights the packed bytes
     and their scales too. Any changed bit changes it.
 
-    It is the same with and without LoRA, and differs between dtypes, and may between CPU and CUDA (rounding of 4-bit
-    weights). Weights must be whole: of those that ZeRO-3 partitioned the loader made it (`Backbone.fingerprint`). About 1 s
-    per GB and core, tensors in parallel.
+    It is the same with and without LoRA, and differs between dtypes. Of doubly quantised weights it may differ between numbers of threads and
+    devices (:class:`trainer.models.backbone.fingerprint.BaseFingerprint`). Weights must be whole: of those that ZeRO-3 partitioned the
+    loader made it (`Backbone.fingerprints.stored`). About 1 s per GB and core, tensors in parallel.
     """
     frozen = _frozen(backbone)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -357,18 +366,26 @@ def _frozen(backbone: Backbone) -> dict[str, nn.Parameter]:
     return {n.replace(".base_layer.", "."): p for n, p in parameters if not p.requires_grad and "lora_" not in n}
 
 
-def _check_same_base(name: str, own: str, ranks: Ranks) -> None:
-    """Every rank must have read the same weights; `own` is the fingerprint of those that this one read.
+def _check_same_base(name: str, own: BaseFingerprint, ranks: Ranks) -> None:
+    """Every rank must have read the same weights; `own` are the fingerprints of those that this one read.
 
     Raises:
         BackboneError: some read others, with the ranks.
     """
-    fingerprints = ranks.gather_all(own)
-    differing = [str(rank) for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    everyone = ranks.gather_all(own)
+    differing = [str(rank) for rank, found in enumerate(everyone) if found.source != everyone[0].source]
     if differing:
         raise BackboneError(
             f"{name}: rank {', '.join(differing)} read other weights than rank 0: the files differ between nodes, or changed "
             "while they were read. Bring the same to all, or use model.backbone.read=rank0"
+        )
+    rounded = [str(rank) for rank, found in enumerate(everyone) if found.stored != everyone[0].stored]
+    if rounded and ranks.is_rank_zero:
+        log.warning(
+            "%s: rank %s rounded the scales of 4-bit weights in another way than rank 0, from the same weights: other devices or numbers of "
+            "threads do so. The ranks' frozen weights differ in last bits",
+            name,
+            ", ".join(rounded),
         )
 
 

@@ -47,7 +47,6 @@ from trainer.text import encode, end_token
 
 log = logging.getLogger(__name__)
 
-NO_ATTENTION = "{name} cannot attend with {attention}: set model.backbone.attention=auto, or eager"
 CONVERT = (  # shown to users; transformers reads pickles with weights_only
     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
     "M.from_pretrained('{source}', dtype='auto').save_pretrained('converted'); "
@@ -141,14 +140,11 @@ def load_model(
     ranks = ranks or SingleProcess()
     _check_files(config, source, ranks)
     shape = load_shape(config, folder)
+    attention = _with_soft_cap(config, shape, attention)
     four_bit = None
     if config.quantization == "nf4":
         quantization.check_sizes(shape, config.name, config.trust_remote_code)
         four_bit = quantization.nf4_config(dtype, config.double_quantization)
-    if attention != "eager" and getattr(shape.get_text_config(), "attn_logit_softcapping", None):
-        if attention is not None:
-            raise BackboneError(NO_ATTENTION.format(name=config.name, attention=config.attention))
-        attention = "eager"  # transformers before 5.21 chooses sdpa, which leaves the soft cap out
     stream = StreamingLoad(four_bit, None if zero3 is None else Partitioner(zero3), dtype, device)
     options: dict[str, Any] = {
         "config": shape,
@@ -176,6 +172,23 @@ def load_model(
     if four_bit is not None:
         quantization.settle(model, config.name)
     return Loaded(model, measured)
+
+
+def _with_soft_cap(config: BackboneConfig, shape: PretrainedConfig, attention: str | None) -> str | None:
+    """The attention of a family that caps its scores softly (Gemma 2), which only the eager one here does: transformers
+    before 5.21 chooses sdpa for it, which drops the cap without a word.
+
+    Raises:
+        BackboneError: another was asked for.
+    """
+    if not getattr(shape.get_text_config(), "attn_logit_softcapping", None):
+        return attention
+    if attention not in (None, "eager"):
+        raise BackboneError(
+            f"{config.name}: models of type {shape.model_type!r} cap their attention's scores softly, which "
+            f"model.backbone.attention={config.attention} leaves out: use auto, or eager"
+        )
+    return "eager"
 
 
 def _check_files(config: BackboneConfig, source: str, ranks: Ranks) -> None:
@@ -299,18 +312,19 @@ def load_shape(config: BackboneConfig, folder: Path | None = None) -> Pretrained
 
 
 def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention to use: `auto` is flash-attn where it can run, else None: what serves the family best without it.
+    """The attention to use: `auto` is flash-attn where it can run, else on a GPU PyTorch's own kernel for unequal lengths, else None:
+    what serves the family best without them.
 
     Raises:
         UnusableAttention: what was asked for cannot run here, with every reason.
     """
-    wanted = "flash_attention_2" if asked == "auto" else asked
-    reasons = _why_not(wanted, device, dtype)
-    if not reasons:
-        return wanted
     if asked == "auto":
-        return None
-    raise UnusableAttention(asked, reasons)
+        kernels = ("flash_attention_2", "varlen") if device.type == "cuda" else ()
+        return next((kernel for kernel in kernels if not _why_not(kernel, device, dtype)), None)
+    reasons = _why_not(asked, device, dtype)
+    if reasons:
+        raise UnusableAttention(asked, reasons)
+    return asked
 
 
 def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -379,7 +393,7 @@ def _explain(config: BackboneConfig, source: str, what: str, error: Exception) -
             "and set model.backbone.trust_remote_code=true and model.backbone.revision=<the commit you read>"
         )
     if "does not support" in text and "attention" in text:
-        return NO_ATTENTION.format(name=config.name, attention=config.attention)
+        return f"{config.name} cannot attend with {config.attention}: set model.backbone.attention=auto, or eager"
     if isinstance(error, ImportError):
         return f"the {what} of {config.name} needs a library that is not here: {text}"
     if isinstance(error, SafetensorError) or "SafetensorError" in text:  # of another rank

@@ -34,6 +34,7 @@ NAME = "egmf_attention"  # of :func:`attend`, in transformers' registry
 HALF = (torch.bfloat16, torch.float16)
 MASKED = ("sdpa", "eager")  # the backends that take the mask of a whole row
 CAUSAL_ONLY = ("flash_attention_2", "varlen", "flex")  # no answer trie, and half precision as it is
+FLEX_SHAPES = 64  # that flex attention may be compiled for
 FLEX_BLOCK = 128  # torch's own; rows padded to it have few shapes, each of which is compiled
 
 
@@ -101,7 +102,10 @@ def causal_flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float | No
     """:func:`causal` by flash-attn."""
     flash: Any = importlib.import_module("flash_attn")
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    out: Tensor = flash.flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True)
+    out: Tensor = flash.flash_attn_func(
+        query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     return out
 
 
@@ -422,9 +426,13 @@ def varlen_flash(
 
 @cache
 def _compiled_flex() -> Any:
-    """Compiled once for all shapes. As one whole graph: else torch would go on without the kernel after some recompilations."""
+    """Compiled for a few shapes at most, since rows are whole blocks. As one whole graph: else torch would go on without the kernel
+    after some recompilations; and with room for more of them than torch's 8, beyond which a whole graph is an error."""
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention
 
+    key = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(config, key, max(getattr(config, key), FLEX_SHAPES))
     return torch.compile(flex_attention, fullgraph=True)
 
 

@@ -27,7 +27,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from trainer.models.backbone.fingerprint import Measured, count_non_finite, is_finite, measure
+from trainer.models.backbone.fingerprint import Measured, count_non_finite, is_finite, measure, measure_read
 from trainer.models.backbone.linear4bit import FrozenLinear4bit
 
 log = logging.getLogger(__name__)
@@ -81,17 +81,19 @@ class StreamingLoad(QuantizationConfigMixin):
     def take(self, model: PreTrainedModel, name: str, value: Tensor) -> nn.Parameter:
         """Store a whole weight under `name`: in 4 bits where its layer asks for it, measured, partitioned."""
         module, leaf = _owner(model, name)
-        old = module.get_parameter(leaf)
+        old, read = module.get_parameter(leaf), None
         if value.shape != old.shape:
             self.shapes[name] = tuple(value.shape), tuple(old.shape)
         if isinstance(module, Linear4bit) and leaf == "weight":
             options = {key: option for key, option in vars(old).items() if not key.startswith("_")}
-            self._check_finite(name, value, is_finite(value))
             packed: Any = Params4bit(value, **{**options, "requires_grad": False})
+            read, finite = measure_read(value, _quantised_as(packed, module))
+            self._check_finite(name, value, finite)
             parameter: Any = packed.to(self.device)  # quantises
         else:
             parameter = nn.Parameter(value.to(self.device), requires_grad=value.is_floating_point())
-        parameter.measured = measure(parameter, rows=isinstance(module, nn.Embedding) or name in _tied_names(model))
+        rows = isinstance(module, nn.Embedding) or name in _tied_names(model)
+        parameter.measured = measure(parameter, rows=rows, read=read)
         self._check_finite(name, parameter.data, parameter.measured.finite)
         if self.partition is not None:
             self.partition(parameter)
@@ -226,6 +228,12 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _quantised_as(weight: Any, layer: Linear4bit) -> str:
+    """How a 4-bit weight is quantised, stored and computed with, in words of which each setting makes others."""
+    scales = "quantised again" if weight.compress_statistics else "float32"
+    return f"{weight.quant_type} blocks {weight.blocksize} scales {scales} stored {weight.quant_storage} computed {layer.compute_dtype}"
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -2,13 +2,14 @@
 
 DeepSpeed's own checks differ between ZeRO stages and precisions (deepspeed 0.19: stage 0 in fp32 and stages 1 and 2 in
 bf16 have none), so one decision is made for all ranks before the step, and it works the same at every stage: the whole
-step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had.
+step runs, but its optimizer does not move. The schedule and the order of samples go on as if it had. Overflows of fp16's
+loss scaling are another thing (:mod:`trainer.run.loss_scale`): the schedule waits for them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from trainer.checkpoint.state import LossMonitorState
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+HELD = 2**25  # elements of gradients that are kept for one look at all of them
 
 
 class NonFiniteError(ValueError):
@@ -35,6 +39,8 @@ class Guard:
 
     def __init__(self, engine: DeepSpeedEngine, device: torch.device, *, gradients: bool) -> None:
         self._sum = torch.zeros((), device=device)
+        self._watched: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        self._elements = 0
         self._frozen = False
         if gradients:
             for parameter in engine.module.parameters():
@@ -49,10 +55,25 @@ class Guard:
         optimizer.step = guarded
 
     def _watch(self, gradient: Tensor) -> None:
-        self._sum += gradient.detach().sum(dtype=torch.float32) * 0.0  # 0, or nan where any element is inf or nan
+        """Keep a gradient to be looked at with many others: a kernel for each would be hundreds in a micro-step."""
+        if not gradient.numel():
+            return
+        self._watched[gradient.dtype].append(gradient.detach())
+        self._elements += gradient.numel()
+        if self._elements > HELD:
+            self._look()
+
+    def _look(self) -> None:
+        """Add 0 to the sum, or nan where any element of the gradients that are kept is inf or nan."""
+        for gradients in self._watched.values():
+            largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # nan if any element is
+            self._sum += largest.sum(dtype=torch.float32) * 0.0
+        self._watched.clear()
+        self._elements = 0
 
     def found(self) -> Tensor:
         """Whether a local gradient since the last call held inf or nan (1 or 0, on the device)."""
+        self._look()
         bad = torch.isfinite(self._sum).logical_not().double()
         self._sum.zero_()
         return bad
@@ -68,7 +89,7 @@ class Guard:
 
 
 class LossMonitor:
-    """Counts skipped steps, and losses far above the recent ones. Part of a checkpoint.
+    """Counts skipped steps, those that overflowed at a loss scale, and losses far above the recent ones. Part of a checkpoint.
 
     A loss is a spike when it exceeds median + `factor` · 1.4826 · MAD of the last `WINDOW` losses (of `LEAST` or more).
     The deviation counts as `FLOOR` at least: small fluctuations near zero are not flagged.
@@ -78,11 +99,14 @@ class LossMonitor:
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
-        self.skipped = self.in_a_row = self.spikes = 0
+        self.skipped = self.in_a_row = self.spikes = self.overflowed = 0
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
 
-    def step(self, loss: float, skipped: bool) -> bool:
+    def step(self, loss: float, skipped: bool, overflowed: bool = False) -> bool:
         """Count a step; whether its loss is a spike."""
+        if overflowed:
+            self.overflowed += 1
+            return False
         if skipped:
             self.skipped += 1
             self.in_a_row += 1
@@ -100,9 +124,14 @@ class LossMonitor:
 
     def state(self) -> LossMonitorState:
         return LossMonitorState(
-            skipped=self.skipped, in_a_row=self.in_a_row, spikes=self.spikes, recent=list(self._recent)
+            skipped=self.skipped,
+            in_a_row=self.in_a_row,
+            spikes=self.spikes,
+            recent=list(self._recent),
+            overflowed=self.overflowed,
         )
 
     def restore(self, state: LossMonitorState) -> None:
         self.skipped, self.in_a_row, self.spikes = state.skipped, state.in_a_row, state.spikes
+        self.overflowed = state.overflowed
         self._recent.extend(state.recent)

@@ -13,11 +13,12 @@ import torch
 
 from trainer.batch import Batch, PackedBatch
 from trainer.config import RunConfig
-from trainer.data.sampling import Limits, MicroBatch, Sizes, micro_batches
+from trainer.data.sampling import Limits, MicroBatch, Sizes, largest_micro_batch
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import Scorer
 from trainer.run.guards.guard import Guard
+from trainer.run.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -48,8 +49,8 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
     train = config.train
     for name in parts.tasks:
         view, collate = parts.data[name]["train"], parts.collators[name]
-        limits = Limits.of_training(config)
-        for micro in largest(collate.sizes(view), limits, train.global_batch):
+        limits = Limits.of_training(config, world.device.type)
+        for micro in largest(collate.sizes(view), limits, train.global_batch, world.size):
             samples = [view[i] for i in micro.indices]
             batch = collate.training(samples, micro, None).to(world.device)
             what = f"task {name}: the largest micro-batch ({_shape(batch)})"
@@ -58,7 +59,7 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
                 output = engine(batch)
                 loss = output.loss_B.mean()
                 engine.backward(loss + output.auxiliary_B.mean() + output.unused_param_zero, scale_wrt_gas=False)
-                with guard.freeze_optimizer(True):
+                with guard.freeze_optimizer(True), LossScale(engine).preserved():
                     engine.step()
             if not math.isfinite(float(loss.detach())):
                 ids = ", ".join(sample.id for sample in samples)
@@ -75,8 +76,8 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
         raise ValueError("\n".join(faults))
 
 
-def largest(sizes: Sizes, limits: Limits, most: int) -> list[MicroBatch]:
-    """The micro-batches of at most `most` samples that need most: by prompt, by what the fusion network reads, and the
+def largest(sizes: Sizes, limits: Limits, most: int, world: int = 1) -> list[MicroBatch]:
+    """The micro-batches of a global batch of at most `most` samples over `world` ranks that need most: by prompt, by what the fusion network reads, and the
     longest prompt among the shortest, to whose length attention may pad them."""
     orders = [np.argsort(-need_N, kind="stable") for need_N in (sizes.tokens_N, sizes.read_N3.sum(1))]
     orders.append(np.roll(orders[0][::-1], 1))
@@ -84,7 +85,7 @@ def largest(sizes: Sizes, limits: Limits, most: int) -> list[MicroBatch]:
     for order in orders:
         if not len(order):
             return []
-        first = micro_batches(order[:most].tolist(), sizes, limits, 0, 1)[0]
+        first = largest_micro_batch(order[:most].tolist(), sizes, limits, world)
         if first not in out:
             out.append(first)
     return out
