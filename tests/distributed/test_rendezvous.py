@@ -216,6 +216,8 @@ def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one(
 ) -> None:
     """DeepSpeed reads LOCAL_RANK by itself: where a Slurm task sees its own GPU alone, that is not its place on the node."""
     chosen: list[int] = []
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -227,6 +229,13 @@ def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one(
     assert chosen == [index]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it makes a plan for every new shape
     assert os.environ["LOCAL_RANK"] == str(index)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # what the user set stays
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        choose_device()
+        assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ("max_split_size_mb:64" if "CUDA" in name else None)
+        monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_identity(choose_device()) == "u"

@@ -63,6 +63,22 @@ def test_a_hung_run_ends_on_every_rank_and_names_the_right_one(runs: Path, case:
             assert "the step failed" not in output(runs, case, "log.txt" if rank == 0 else f"log.rank{rank}.txt")
 
 
+DIFFERS = {
+    "sleeps": "rank 1 did not enter collective 6, all_reduce of Float[4]",
+    "mismatched": "collective 6 differs: rank 0 entered all_reduce of Float[4], rank 1 entered barrier",
+    "other kind": "collective 6 differs: rank 0 entered all_reduce of Float[4], rank 1 entered broadcast of Float[3]",
+}
+
+
+@pytest.mark.parametrize("case", DIFFERS)
+def test_the_collective_that_differs_is_named_and_all_are_kept(runs: Path, case: str) -> None:
+    failure = json.loads(output(runs, case, "run.json"))["failure"]
+    assert failure.endswith(f"process group 0 default_pg: {DIFFERS[case]}")
+    for rank in (0, 1):
+        entries = json.loads(output(runs, case, f"flight/rank{rank}.json"))["entries"]
+        assert {entry["profiling_name"] for entry in entries} >= {"gloo:all_reduce"}
+
+
 def test_the_report_shows_the_stacks_of_all_ranks(runs: Path) -> None:
     result = output(runs, "sleeps", "log.txt")
     waiting, sleeping = result.split("\nrank 1: in no collective")

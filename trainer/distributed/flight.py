@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping

@@ -23,6 +23,8 @@ from trainer.distributed.rendezvous import SECONDS, local_size, rendezvous
 from trainer.distributed.world import World
 from trainer.logs import captured_stdout
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the name that every version reads, and the newer one
+
 
 def start_world(seconds: float = SECONDS) -> World:
     """Join the run's ranks (or be the only one), through DeepSpeed's own initialisation.
@@ -59,6 +61,9 @@ def choose_device() -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return torch.device("cpu")
+    if not any(name in os.environ for name in ALLOCATOR):
+        # rows of every length would leave gaps behind; read when the device is first used
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     index = int(os.environ.get("LOCAL_RANK", 0)) % count
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
