@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from trainer.config import load_config
+from trainer.distributed.deepspeed_config import check_machine
 from trainer.run.determinism import deterministic_algorithms
 
 
@@ -43,6 +45,18 @@ def test_everything_is_set_and_given_back(monkeypatch: pytest.MonkeyPatch, given
     assert state() == before
     with deterministic_algorithms(False):
         assert state() == before
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_kernels_that_are_chosen_by_timing_are_refused_on_a_gpu(device: str) -> None:
+    words = ["train.deterministic=true", "model.backbone.attention=flex", "model.fusion.compile=true"]
+    config = load_config("meld", words)
+    if device == "cpu":
+        check_machine(config, torch.device(device))  # flex attention is refused there for another reason, later
+        return
+    with pytest.raises(ValueError, match="attention=flex, whose compiled .*\n.*compile=true, whose compiled"):
+        check_machine(config, torch.device(device))
+    check_machine(load_config("meld", words[1:]), torch.device(device))
 
 
 def test_a_workspace_with_which_cublas_does_not_repeat_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,11 +125,20 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
 
     Raises:
         ValueError: fp16 on a CPU (DeepSpeed has no such path); an optimizer in host memory without what compiles it;
-            combinations that docs/clusters.md names as refused.
+            combinations that docs/clusters.md names as refused; kernels that train.deterministic cannot repeat.
     """
     faults = _refused(config)
     if dtype_of(config) is torch.float16 and device.type == "cpu":
         faults.append("train.precision=fp16 needs a GPU: on a CPU use train.precision=fp32 or bf16")
+    if config.train.deterministic and device.type == "cuda":
+        for key, chosen in {
+            "model.backbone.attention=flex": config.model.backbone.attention == "flex",
+            "model.fusion.compile=true": config.model.fusion.compile,
+        }.items():
+            if chosen:
+                faults.append(
+                    f"train.deterministic=true does not go with {key}, whose compiled kernels are chosen by timing: leave one of the two out"
+                )
     if offloads_optimizer(deepspeed_config(config)) and (missing := missing_build_tools()):
         faults.append(
             f"train.offload=cpu compiles DeepSpeed's CPU Adam, and there is no {' and no '.join(missing)} on PATH: "
