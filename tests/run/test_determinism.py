@@ -54,7 +54,7 @@ def test_kernels_that_are_chosen_by_timing_are_refused_on_a_gpu(device: str) -> 
     if device == "cpu":
         check_machine(config, torch.device(device))  # flex attention is refused there for another reason, later
         return
-    with pytest.raises(ValueError, match="attention=flex, whose compiled .*\n.*compile=true, whose compiled"):
+    with pytest.raises(ValueError, match=r"attention=flex, whose compiled .*\n.*compile=true, whose compiled"):
         check_machine(config, torch.device(device))
     check_machine(load_config("meld", words[1:]), torch.device(device))
 
