@@ -48,7 +48,9 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
     return clock() - began
 
 
-def attention_pass(device: torch.device, B: int, L: int, P: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], list[Tensor]]:
+def attention_pass(
+    device: torch.device, B: int, L: int, P: int, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], list[Tensor]]:
     """A function that attends with a mask, as packed rows do in blocks, and returns the gradients of queries, keys and values."""
     draw = torch.Generator().manual_seed(0)
     tensors = [
@@ -112,7 +114,10 @@ def cost_of_new_shapes(device: torch.device, shapes: list[tuple[int, int, int]])
         row = {"cudnn": cudnn, "new_ms": 1e3 * statistics.median(first), "again_ms": 1e3 * statistics.median(again)}
         rows.append(row)
         words = f"cuDNN's attention {'allowed' if cudnn else 'left out'}"
-        print(f"{words}: a new shape {row['new_ms']:.2f} ms, again {row['again_ms']:.2f} ms (forward and backward)", flush=True)
+        print(
+            f"{words}: a new shape {row['new_ms']:.2f} ms, again {row['again_ms']:.2f} ms (forward and backward)",
+            flush=True,
+        )
     return rows
 
 
@@ -164,7 +169,10 @@ def step_on_the_cpu(device: torch.device) -> dict[str, Any]:
         row["right"] = bool(torch.allclose(parameter.detach().cpu().double(), twin.detach(), rtol=1e-6))
     except Exception as error:  # noqa: BLE001  the question is which
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    print(f"fused AdamW with its step count on the CPU: {row['error'] or ('right' if row['right'] else 'WRONG VALUES')}", flush=True)
+    print(
+        f"fused AdamW with its step count on the CPU: {row['error'] or ('right' if row['right'] else 'WRONG VALUES')}",
+        flush=True,
+    )
     return row
 
 
@@ -175,7 +183,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="one shape, two repeats: to see that it runs")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need, before the first
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # what deterministic matrix products need, before the first
     device = torch.device(asked.device)
     result: dict[str, Any] = {
         "date": today(),

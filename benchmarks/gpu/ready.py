@@ -78,7 +78,9 @@ def main() -> int:
     print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in NEEDED.values()))
     if asked.device == "cuda":
         torch = importlib.import_module("torch")
-        print(f"{torch.cuda.get_device_name()}, compute capability {torch.cuda.get_device_capability()}, CUDA {torch.version.cuda}")
+        print(
+            f"{torch.cuda.get_device_name()}, compute capability {torch.cuda.get_device_capability()}, CUDA {torch.version.cuda}"
+        )
     return 0
 
 
