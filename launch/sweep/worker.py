@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 def main() -> None:
     quiet_deepspeed()
     from trainer.distributed.process_group import start_world, stop_world
+    from trainer.run.determinism import set_variables
+
+    set_variables()  # any of the runs may be deterministic, and cuBLAS reads them once
     from trainer.distributed.signals import StopRequest
     from trainer.logs import set_up_logging
 

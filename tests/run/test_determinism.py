@@ -10,7 +10,7 @@ from torch.utils import deterministic
 
 from trainer.config import load_config
 from trainer.distributed.deepspeed_config import check_machine
-from trainer.run.determinism import deterministic_algorithms
+from trainer.run.determinism import deterministic_algorithms, set_variables
 
 
 def state() -> tuple[object, ...]:
@@ -45,6 +45,17 @@ def test_everything_is_set_and_given_back(monkeypatch: pytest.MonkeyPatch, given
     assert state() == before
     with deterministic_algorithms(False):
         assert state() == before
+
+
+def test_what_libraries_read_once_is_set_before_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")  # by the user
+    set_variables()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+    with deterministic_algorithms(True):
+        pass
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -60,6 +60,10 @@ def train(
             say(f"done: {folder}")
         return code
 
+    if loaded.train.deterministic:
+        from trainer.run.determinism import set_variables
+
+        set_variables()
     with stop:
         return run_as_rank(work, debug, loaded.train.rendezvous_seconds)
 

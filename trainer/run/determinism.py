@@ -14,6 +14,14 @@ WORKSPACES = (
     ":16:8",
 )  # with which cuBLAS repeats its sums (NVIDIA, cuBLAS library, results reproducibility)
 FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # of transformers, where a model attends through flash-attn by itself
+NVLS = "NCCL_NVLS_ENABLE"  # sums inside the switch, whose order is not known
+
+
+def set_variables() -> None:
+    """Set what libraries read when they are first used, in a process that is to train deterministically: before it joins the others.
+    What the user has set stays."""
+    os.environ.setdefault(WORKSPACE, WORKSPACES[0])
+    os.environ.setdefault(NVLS, "0")
 
 
 @contextlib.contextmanager
