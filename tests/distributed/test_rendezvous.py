@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from launch.start.demo import usual_processes
 from tests.distributed.processes import ROOT, environment, free_port, start
+from trainer.distributed import versions
 from trainer.distributed.handshake import (
     LONGEST,
     Endpoint,
@@ -229,12 +230,12 @@ def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one(
     assert chosen == [index]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it makes a plan for every new shape
     assert os.environ["LOCAL_RANK"] == str(index)
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # what the user set stays
-        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
         monkeypatch.setenv(name, "max_split_size_mb:64")
         choose_device()
-        assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ("max_split_size_mb:64" if "CUDA" in name else None)
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if "CUDA" in name else "max_split_size_mb:64")
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -243,6 +244,17 @@ def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one(
     assert gpu_identity(choose_device()) == "u MIG-1"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
     assert gpu_identity(choose_device()) is None
+
+
+def test_the_allocators_settings_are_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert versions.environment()["allocator"] is None
+    for value, name in enumerate(
+        ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    ):  # the later is what torch reads first
+        monkeypatch.setenv(name, f"max_split_size_mb:{value}")
+        assert versions.environment()["allocator"] == f"max_split_size_mb:{value}"
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (2, 2), (8, 2)])

@@ -23,7 +23,7 @@ from trainer.distributed.rendezvous import SECONDS, local_size, rendezvous
 from trainer.distributed.world import World
 from trainer.logs import captured_stdout
 
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the name that every version reads, and the newer one
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the name, and its older ones
 
 
 def start_world(seconds: float = SECONDS) -> World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -29,6 +30,7 @@ class Environment(TypedDict):
     versions: dict[str, str | None]
     platform: str
     device: str
+    allocator: str | None  # settings of torch's on a GPU
     git: GitState
     command: list[str]
 
@@ -57,6 +59,7 @@ def environment() -> Environment:
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"cpu x {torch.get_num_threads()} threads",
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF")),
         "git": git_state(),
         "command": sys.argv,
     }
