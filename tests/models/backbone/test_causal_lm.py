@@ -148,6 +148,9 @@ def test_auto_attention_takes_flash_only_where_it_runs(monkeypatch):
     assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash_attention_2"
     assert resolve_attention("auto", CUDA, torch.float32) is None
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    recent = types.ModuleType("torch.nn.attention.varlen")
+    recent.varlen_attn = lambda query, key, value, *, window_size=None, enable_gqa=False: None
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", recent)
     assert resolve_attention("auto", CUDA, torch.bfloat16) == "varlen"  # PyTorch's own
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # an older torch has none
     assert resolve_attention("auto", CUDA, torch.bfloat16) is None
