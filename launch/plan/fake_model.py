@@ -85,7 +85,7 @@ def build_fake_model(
         model = build_model(
             config.model.fusion, backbone, widths, answers, dtype, device, statistics=statistics, shared=shared
         )
-    _replace_meta_tensors(model)
+    to_fake(model)
     model.train()
     return model
 
@@ -105,13 +105,13 @@ def _attention(base: PreTrainedModel, asked: str) -> str:
     return own
 
 
-def _replace_meta_tensors(model: nn.Module) -> None:
-    """Give every meta tensor of a model a fake one on the CPU instead; a weight shared by two modules stays shared."""
+def to_fake(model: nn.Module, device: str = "cpu") -> None:
+    """Give every tensor of a model a fake one on `device` instead; a weight shared by two modules stays shared."""
     made: dict[int, Any] = {}
 
     def fake(tensor: Any) -> Any:
         if id(tensor) not in made:
-            new: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
+            new: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, tensor.requires_grad)
             state = getattr(tensor, "quant_state", None)
@@ -119,7 +119,7 @@ def _replace_meta_tensors(model: nn.Module) -> None:
                 for part in (state, state.state2):
                     for key, value in vars(part).items() if part is not None else ():
                         if isinstance(value, Tensor):
-                            setattr(part, key, torch.empty(value.shape, dtype=value.dtype))
+                            setattr(part, key, torch.empty(value.shape, dtype=value.dtype, device=device))
                 new.quant_state = state
             made[id(tensor)] = new
         return made[id(tensor)]

@@ -29,7 +29,6 @@ def train(data: Path, out: Path, world: World, *overrides: str) -> dict[str, Any
     from trainer.checkpoint.weights import trainable_state
     from trainer.config import load_config
     from trainer.distributed.signals import StopRequest
-    from trainer.logs import set_up_logging
     from trainer.run.callbacks import Callback, FinishedStep
     from trainer.run.run import Run
 

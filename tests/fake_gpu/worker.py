@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoTokenizer, Qwen2Config
 
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
-from launch.plan.fake_model import build_fake_model, fake_tensors
+from launch.plan.fake_model import build_fake_model, fake_tensors, to_fake
 from tests.distributed.cases import LABEL_TASKS
+from tests.fake_gpu.batches import on_host
 from tests.fake_gpu.cases import CASES, Case
-from tests.fake_gpu.models import on_host, to_device
 from tests.fake_gpu.recorder import Recorder, recorded
 from tests.toy import prepare_toy
 from trainer.batch import AnswerTrie, Batch, PackedBatch, _to
@@ -188,7 +188,7 @@ def train(parts: RunComponents, config: RunConfig) -> dict[str, Any]:
     micros = micro_batches(batch.indices, collate.sizes(view), limits, 0, 1)
     collated = [collate.training([view[i] for i in micro.indices], micro, 0) for micro in micros]
     with fake_tensors():
-        to_device(parts.model)
+        to_fake(parts.model, "cuda")
         parts.model.train()
         with recorded(answer=0.0) as recorder, lists_count_once(recorder):
             engine: Any = PlainEngine(parts.model, config, recorder)
@@ -219,7 +219,7 @@ def answer(parts: RunComponents, config: RunConfig) -> dict[str, Any]:
     (name,) = parts.tasks
     view = parts.data[name]["valid"]
     with fake_tensors():
-        to_device(parts.model)
+        to_fake(parts.model, "cuda")
         parts.model.eval()
         with torch.no_grad(), recorded(answer=0.0) as recorder, lists_count_once(recorder):
             with mock.patch.object(AnswerTrie, "to", trie_to):

@@ -178,21 +178,10 @@ def _triton() -> Any:
     return importlib.import_module(_TRITON)
 
 
-# ---- the operator and its backward; their schemas are written out, since torch before 2.7 infers none from `list[Tensor]`
-
-_SHARED = "Tensor[] values, Tensor modality_logits, Tensor expert_logits, Tensor valid, Tensor residual, Tensor weight"
-_SCHEMA = (
-    f"({_SHARED}, float temperature, float eps, bool mean_modality, bool mean_expert, str kernel)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_SCHEMA_OF_BACKWARD = (
-    f"({_SHARED}, Tensor expert, Tensor modality, Tensor rstd, Tensor d_mixed, Tensor d_expert, Tensor d_modality,"
-    " float temperature, bool mean_modality, bool mean_expert, str kernel)"
-    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)"
-)
+# ---- the operator and its backward
 
 
-@torch.library.custom_op("egmf::gate_mix", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op("egmf::gate_mix", mutates_args=())
 def _mix(
     values: list[Tensor],
     modality_logits: Tensor,
@@ -232,7 +221,7 @@ def _mix(
     return mixed_BKD, expert_BKE, modality_BKEM, rstd_BK
 
 
-@torch.library.custom_op("egmf::gate_mix_backward", mutates_args=(), schema=_SCHEMA_OF_BACKWARD)
+@torch.library.custom_op("egmf::gate_mix_backward", mutates_args=())
 def _mix_backward(
     values: list[Tensor],
     modality_logits: Tensor,

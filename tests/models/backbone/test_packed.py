@@ -428,8 +428,7 @@ def test_flex_attention_may_be_compiled_for_many_shapes():
     from torch._dynamo import config
 
     packed._compiled_flex()
-    limit = config.recompile_limit if hasattr(config, "recompile_limit") else config.cache_size_limit
-    assert limit >= packed.FLEX_SHAPES
+    assert config.recompile_limit >= packed.FLEX_SHAPES
 
 
 @pytest.mark.parametrize("fault", ["leak", "no prefix"])

@@ -431,8 +431,7 @@ def _compiled_flex() -> Any:
     from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention
 
-    key = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    setattr(config, key, max(getattr(config, key), FLEX_SHAPES))
+    config.recompile_limit = max(config.recompile_limit, FLEX_SHAPES)
     return torch.compile(flex_attention, fullgraph=True)
 
 
