@@ -18,11 +18,12 @@ from torch import nn
 
 from benchmarks.padded import PaddedData, PaddedModel, answered, build_padded
 from benchmarks.shapes import Shape
-from trainer.answers.trie import task_trie
+from trainer.answers.tree import task_tree
 from trainer.batch import Batch, PackedBatch, Sample
 from trainer.config import AdapterConfig, BackboneConfig, RunConfig
 from trainer.data.collate import Collator
 from trainer.data.dataset import SplitView
+from trainer.data.objective import Objective
 from trainer.data.sampling import GlobalBatchSampler, Limits, micro_batches
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
@@ -80,13 +81,15 @@ class EgmfContender:
         fusion = Fusion(fusion_config, {self.task.name: widths}, H, H, backbone.embedding_norm, answers)
         self.model = EGMF(backbone, fusion.to(device=self.world.device, dtype=self.dtype))
         tokenizer = backbone.tokenizer
+        tree = task_tree(self.task, tokenizer, config.data.answers, self.task.language)
         self.collate = Collator(
             self.task, tokenizer, config.data, widths=widths, rates=rates, pseudo_tokens=fusion_config.pseudo_tokens,
-            modalities=fusion_config.modalities,
+            modalities=fusion_config.modalities, objective=Objective(tree=tree, loss=config.train.loss, score=config.eval.score),
         )  # fmt: skip
-        trie = task_trie(self.task, tokenizer, config.data.answers, self.task.language)
         name = self.task.name
-        self.parts = RunComponents({name: self.task}, {}, {name: self.collate}, {name: trie}, self.model)
+        self.parts = RunComponents(
+            {name: self.task}, {}, {name: self.collate}, {name: tree.trie(config.eval.score)}, self.model
+        )
         self.lengths = samples.lengths() if isinstance(samples, SplitView) else _lengths(samples)
         self.order = GlobalBatchSampler({name: self.lengths}, global_batch=config.train.global_batch, seed=0)
         self.sizes = self.collate.sizes(samples)

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.tokenizers import FAMILIES, MARKED, in_python
-from trainer.answers.trie import AnswerError, build_trie, task_trie
+from trainer.answers.tree import AnswerError, build_tree, task_tree
 from trainer.batch import Sample
 from trainer.config import DataConfig
 from trainer.data.collate import Collator, prompt_texts
@@ -123,7 +123,7 @@ def test_a_batch_joins_pieces_and_the_tree_joins_answers_alike(
 ) -> None:
     name, tokenizer = family
     question, config = BUILT_IN[task], DataConfig(history=2)
-    trie = task_trie(question, tokenizer, "words", question.language)
+    tree = task_tree(question, tokenizer, "words", question.language)
     collate = Collator(question, tokenizer, config, widths={}, rates={}, pseudo_tokens=0, modalities=("text",))
     history = (("Ross", "I know that."), ("", "so\nso"))
     sample = Sample(id="a", text="see there", target=1.0, history=history)  # type: ignore[arg-type]
@@ -138,9 +138,7 @@ def test_a_batch_joins_pieces_and_the_tree_joins_answers_alike(
     else:
         assert tokenizer.decode(batch.input_ids_BL[0, :length]) == tokenizer.decode(whole)
     assert collate.sizes([sample]).tokens_N[0] + len(collate.prefix) == batch.input_ids_BL.shape[1]
-    for answer, leaf in zip(collate.answers, trie.leaf_C.tolist(), strict=True):
-        path = trie.token_N[trie.ancestors_NN[leaf]].tolist()
-        assert path == answer[:-1], name
+    assert [list(tokens) for tokens in tree.tokens] == collate.answers, name
 
 
 def test_no_answer_begins_with_two_spaces() -> None:
@@ -174,10 +172,10 @@ def test_a_tokenizer_without_offsets_will_do(tmp_path: Path) -> None:
 def test_labels_that_a_normalizer_makes_equal_are_named() -> None:
     tokenizer = FAMILIES["stripping"]()
     with pytest.raises(AnswerError, match="' Joy' and ' joy' have the same tokens"):
-        build_trie([" Joy", " joy", " anger"], Pieces(tokenizer).following, end_token(tokenizer))
+        build_tree([" Joy", " joy", " anger"], Pieces(tokenizer).following, end_token(tokenizer))
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=FAMILIES["llama3"]().backend_tokenizer)
     with pytest.raises(ValueError, match="names no end-of-sequence token"):
-        task_trie(BUILT_IN["meld"], tokenizer, "words", "en")
+        task_tree(BUILT_IN["meld"], tokenizer, "words", "en")

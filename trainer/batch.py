@@ -1,8 +1,8 @@
 """What travels between the rooms: `data` makes samples, batches and answer tries; `models` reads them.
 
 Shapes: B samples, L positions of a padded row, T frames or tokens of a packed row, P prefix tokens, K pseudo tokens, S text
-tokens, A answer tokens, F features of a frame, n answer tokens of all samples, W choices at one of them, N nodes of an
-answer trie, C answers.
+tokens, A answer tokens, F features of a frame, n answer tokens of all samples, N nodes of an answer trie, Q places of choices in
+it, W options of a choice, m tokens that are options, C answers, D choices of an answer.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Batch:
 
     A row is `prefix, K pseudo-token places, history and text, cue, answer without its end token`. Its first
     `pseudo_start` tokens are the task's constant prefix, the same in every row; ids at the K places are meaningless.
-    `answer_ids_BA` are the targets, end token included: target a is predicted at position `context_length_B - 1 + a`.
+    `answer_ids_BA` are the targets, end token included (of a constrained loss: up to the last choice between answers): target a is
+    predicted at position `context_length_B - 1 + a`.
     A batch for scoring has no answers: A is 0 and rows end with the cue.
     """
 
@@ -142,10 +143,10 @@ class Batch:
 class PackedBatch:
     """Samples of one task in one row without padding: the task's constant prefix once, then the samples.
 
-    A sample's own tokens are `K pseudo-token places, history and text, cue`, then its answer without the end token
+    A sample's own tokens are `K pseudo-token places, history and text, cue`, then its predicted tokens without the last one
     (training) or the nodes of an answer trie (scoring: `packing.trie`). A training sample whose loss needs the
     probabilities of all answers carries the trie too: its answer's tokens are then those of the trie. Every index counts own tokens, the prefix left
-    out. The n answer tokens of all samples, end tokens included, stand one behind another: the token at `answer_at_n`
+    out. The n predicted tokens of all samples stand one behind another: the token at `answer_at_n`
     predicts `answer_id_n`, which is entry `answer_slot_n` of a flat `[B, A]`.
     """
 
@@ -196,54 +197,44 @@ class PackedBatch:
 
 @dataclass
 class Choices:
-    """The tokens that could stand in the place of each answer token: those that continue, or end, some answer of the task.
+    """The options at each answer token: the tokens that continue, or end, some answer of the task there.
 
-    `share` of every target is spread evenly over them.
+    `option_nW` counts tokens of `token_m`. `share` of every target is spread evenly over the options. `chosen_n`: which option the
+    answer's token is, where its probability is one among the options alone; None: among the vocabulary.
     """
 
-    token_nW: Tensor
+    token_m: Tensor
+    option_nW: Tensor
     mask_nW: Tensor
     share: float
+    chosen_n: Tensor | None = None
 
 
 @dataclass
 class AnswerTrie:
-    """All answers of a task as one tree of tokens, shared beginnings stored once, parents before children.
+    """What a row carries of all answers of a task, and how their scores add up; :mod:`trainer.answer_tree` makes it.
 
-    Node n holds `token_N[n]`, at depth `depth_N[n]` (0: follows the cue), under `parent_N[n]` (-1: the cue). Answer c is
-    the path to node `leaf_C[c]`, followed by the token `end`. `ancestors_NN[n, m]`: node n sees node m (itself included).
-    `value_C` are the numbers that the answers mean; None where they are labels.
+    Node n holds `token_N[n]`, at depth `depth_N[n]` (0: follows the cue); parents stand before children, and node n sees node m
+    (itself included) where `ancestors_NN[n, m]`. `depth` is the depth of the deepest, counted from 1; 0: there are none.
 
-    `next_m` are the tokens of the nodes and then `end`; `path_CD` the nodes of each answer from the first on, N behind its last.
-
-    `given_N` marks the nodes that are not answers but what is asked, as "joy:" is in "joy: yes" and "joy: no" of a multi-label
-    task: answers are conditional on them, and they cost nothing. None: there are none.
+    Place `place_Q[q]` (0: the cue's end, n + 1: node n) has the options ``token_m[option_QW[q]]`` where `mask_QW[q]`. Answer c is the
+    options `step_CD[c]`, counted through the Q x W of all places; Q x W itself stands behind its last, and adds nothing. Their
+    probabilities are those among a place's options (`constrained`), or in the vocabulary. `value_C` are the numbers that the
+    answers mean; None where they are labels.
     """
 
     token_N: Tensor
-    parent_N: Tensor
     depth_N: Tensor
-    leaf_C: Tensor
     ancestors_NN: Tensor
-    end: int
+    depth: int
+    place_Q: Tensor
+    token_m: Tensor
+    option_QW: Tensor
+    mask_QW: Tensor
+    step_CD: Tensor
+    constrained: bool
     answers: list[str]
     value_C: Tensor | None = None
-    given_N: Tensor | None = None
-    next_m: Tensor = None  # type: ignore[assignment]  # by default from the others, on the host
-    path_CD: Tensor = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.path_CD is None:
-            self.next_m = torch.cat([self.token_N, self.token_N.new_tensor([self.end])])
-            parents, paths = self.parent_N.tolist(), []
-            for leaf in self.leaf_C.tolist():
-                path = [leaf]
-                while (above := parents[path[0]]) >= 0:
-                    path.insert(0, above)
-                paths.append(path)
-            longest = max(map(len, paths))
-            rows = [path + [len(parents)] * (longest - len(path)) for path in paths]
-            self.path_CD = self.token_N.new_tensor(rows)
 
     def to(self, device: torch.device | str) -> AnswerTrie:
         return _to(self, device)

@@ -324,6 +324,11 @@ class TrainConfig(Section):
         0.0,
         description="Share of an answer token's target that is spread over all tokens that continue some answer of the task.",
     )
+    loss: Literal["full", "constrained"] = Field(
+        "full",
+        description="Over what the probability of an answer's token is taken: full: the vocabulary; constrained: the tokens that continue, or end, "
+        "some answer of the task, so that nothing else is trained.",
+    )
     regression_loss: float = Field(
         0.0,
         ge=0.0,
@@ -402,6 +407,15 @@ class EvalConfig(Section):
     mode: Literal["score", "generate"] = Field(
         "score", description="score: score every possible answer; generate: generate text and parse it."
     )
+    score: Literal["constrained", "full"] = Field(
+        "constrained",
+        description="Over what the probability of an answer's token is taken in scores: constrained: the tokens that continue, or end, some answer "
+        "of the task; full: the vocabulary, which costs a pass through the whole head.",
+    )
+    generation: Literal["free", "constrained"] = Field(
+        "free",
+        description="Text that mode=generate may write: free: any; constrained: the task's answers alone, so that none is invalid.",
+    )
     prediction: Literal["expectation", "mode"] = Field(
         "expectation",
         description="Prediction from a regression task's number grid: its expectation, or its most probable value.",
@@ -469,6 +483,15 @@ class RunConfig(Section):
         # a run keeps its config: a task's own file must be found from anywhere
         whole = [str(Path(n).resolve()) if n.endswith((".yaml", ".yml")) else n for n in names]
         return whole[0] if isinstance(value, str) else whole
+
+    @model_validator(mode="after")
+    def _generated_as_trained(self) -> RunConfig:
+        if self.train.loss == "constrained" and self.eval.mode == "generate" and self.eval.generation == "free":
+            raise ValueError(
+                "eval.mode=generate writes free text, and train.loss=constrained trains no token but where answers differ: set "
+                "eval.generation=constrained, or train.loss=full"
+            )
+        return self
 
     @property
     def tasks(self) -> list[str]:

@@ -99,20 +99,20 @@ def _check_model(findings: Findings, resolved: ResolvedConfig, scratch: Path) ->
 
 
 def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any) -> None:
-    from trainer.answers.trie import task_trie
+    from trainer.answers.tree import task_tree
     from trainer.data.collate import prompt_language
 
     for name, task in resolved.tasks.items():
         with findings.explained(PART, f"answers of {name}"):
-            trie = task_trie(task, tokenizer, resolved.config.data.answers, prompt_language(task, resolved.config.data))
+            tree = task_tree(task, tokenizer, resolved.config.data.answers, prompt_language(task, resolved.config.data))
             findings.add(
-                PART, f"answers of {name}", "ok", f"{len(trie.answers)} answers, all distinct under the tokenizer"
+                PART, f"answers of {name}", "ok", f"{len(tree.answers)} answers, all distinct under the tokenizer"
             )
 
 
 def _check_lengths(findings: Findings, resolved: ResolvedConfig, tokenizer: Any, folder: Path) -> None:
     """Whether every sample of every split fits into the model's positions, and which texts are cut."""
-    from trainer.answers.trie import AnswerError
+    from trainer.answers.tree import AnswerError
     from trainer.models.backbone.positions import position_limit, skeleton
     from trainer.run.assemble import make_collators
     from trainer.run.lengths import check_positions, log_lines, measure_splits, splits_of_run

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from launch.plan.rows import Rows, RowsRecord
-from trainer.answers.trie import task_trie
+from trainer.answers.tree import task_tree
 from trainer.config import MODALITIES, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, open_dataset
@@ -215,16 +215,17 @@ def _needs(
     if tokenizer is None or data is None:
         return _assumed(config, task, tokenizer, data, notes)
     fusion = config.model.fusion
-    trie = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data))
+    tree = task_tree(task, tokenizer, config.data.answers, prompt_language(task, config.data))
     collate = Collator(
         task, tokenizer, config.data, widths=data.widths, rates=data.rates, pseudo_tokens=fusion.pseudo_tokens,
         modalities=fusion.modalities, seed=config.train.seed,
-        objective=make_objective(config, task, trie, data["train"]),
+        objective=make_objective(config, task, tree, data["train"]),
     )  # fmt: skip
-    if collate.objective.trie_in_batch is not None:
-        notes.append(_riding(task, len(trie.token_N)))
+    if (carried := collate.objective.trie_in_batch) is not None and len(carried.token_N):
+        notes.append(_riding(task, len(carried.token_N)))
     name, splits = task.name, splits_of_run(config)
-    found = measure_splits(config, {name: data}, {name: collate}, {name: trie}, splits, limit)
+    tries = {name: tree.trie(config.eval.score)}
+    found = measure_splits(config, {name: data}, {name: collate}, tries, splits, limit)
     notes.extend(log_lines(found, config))
     try:
         notes.extend(check_positions(found, limit, config))
@@ -235,7 +236,7 @@ def _needs(
 
 def _riding(task: Task, nodes: int, about: str = "") -> str:
     return (
-        f"task {task.name}: train.regression_loss puts {about}{nodes} positions of answers behind every sample; they are "
+        f"task {task.name}: the training loss puts {about}{nodes} positions of answers behind every sample; they are "
         "counted, the logits at them are not"
     )
 

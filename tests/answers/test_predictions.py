@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.answers.predictions import parse_answer, parse_answers, predict
-from trainer.answers.trie import AnswerError
+from trainer.answers.tree import AnswerError
 from trainer.tasks import BUILT_IN, define_task
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.toy import prepare_toy
-from trainer.answers.trie import task_trie
+from trainer.answers.tree import task_tree
 from trainer.batch import Sample
 from trainer.config import BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator, prompt_texts
@@ -113,7 +113,10 @@ def test_a_packed_row_is_its_pieces_token_by_token(tokenizer: PreTrainedTokenize
 
 
 def test_a_row_to_be_scored_carries_the_trie(tokenizer: PreTrainedTokenizerBase) -> None:
-    collate, trie = collator(tokenizer, "mosei"), task_trie(BUILT_IN["mosei"], tokenizer, "words", "en")
+    collate, trie = (
+        collator(tokenizer, "mosei"),
+        task_tree(BUILT_IN["mosei"], tokenizer, "words", "en").trie("constrained"),
+    )
     samples = [sample(0), sample(1, "well, well")]
     row = collate.pack(samples, trie=trie)
     nodes = trie.token_N.tolist()
@@ -135,7 +138,7 @@ def test_sizes_are_those_of_the_batches(
     view = open_dataset(path, history=history)["train"]
     config = DataConfig(history=history, max_text_tokens=9)
     collate = collator(tokenizer, task, config=config, widths=view.widths)
-    trie = task_trie(BUILT_IN[task], tokenizer, "words", "en")
+    trie = task_tree(BUILT_IN[task], tokenizer, "words", "en").trie("constrained")
     samples = list(view)
     for given in (view, samples):
         train, scored = collate.sizes(given), collate.sizes(given, nodes=len(trie.token_N), cached=True)
@@ -211,8 +214,9 @@ def test_modalities_that_the_model_does_not_use_are_not_shown(tokenizer: PreTrai
 
 
 def test_samples_without_a_truth_are_scored_whatever_the_objective(tokenizer: PreTrainedTokenizerBase) -> None:
-    trie = task_trie(BUILT_IN["meld"], tokenizer, "words", "en")
-    collate = collator(tokenizer, objective=Objective(np.arange(7, dtype=np.float32), 0.1, 0.0, trie))
+    tree = task_tree(BUILT_IN["meld"], tokenizer, "words", "en")
+    trie = tree.trie("full")
+    collate = collator(tokenizer, objective=Objective(np.arange(7, dtype=np.float32), 0.1, 0.0, tree))
     held = [sample(0), sample(3)]
     assert collate.pack(held).weight_B.tolist() == collate(held).weight_B.tolist() == [0.0, 3.0]
     assert collate.pack(held, weight=0.0).weight_B.tolist() == [0.0, 0.0]

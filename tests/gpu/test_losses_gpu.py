@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.answers.trie import task_trie
+from trainer.answer_tree import Score
+from trainer.answers.tree import task_tree
 from trainer.batch import Sample
 from trainer.config import AdapterConfig, BackboneConfig, DataConfig, TinyConfig
 from trainer.data.collate import Collator
@@ -24,9 +25,10 @@ TEXTS = ["so happy", "what on earth are you doing there", "no", "I know! I know,
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("loss", "score"), [("full", "full"), ("full", "constrained"), ("constrained", "constrained")])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_losses_and_gradients_are_those_of_the_cpu(
-    tmp_path: Path, layout: str, dtype: torch.dtype, tolerance: float
+    tmp_path: Path, layout: str, dtype: torch.dtype, tolerance: float, loss: Score, score: Score
 ) -> None:
     build_tiny(TinyConfig(vocab_size=400), [*TEXTS, "-1.0 0.3"], tmp_path)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -40,10 +42,10 @@ def test_losses_and_gradients_are_those_of_the_cpu(
             if "lora" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
         model = EGMF(backbone, None).train()
-        trie = task_trie(BUILT_IN["mosei"], backbone.tokenizer, "words", "en")
+        tree = task_tree(BUILT_IN["mosei"], backbone.tokenizer, "words", "en")
         collate = Collator(
             BUILT_IN["mosei"], backbone.tokenizer, DataConfig(), widths={}, rates={}, pseudo_tokens=0,
-            modalities=("text",), objective=Objective(np.linspace(0.5, 2.0, 61, dtype=np.float32), 0.1, 1.0, trie),
+            modalities=("text",), objective=Objective(np.linspace(0.5, 2.0, 61, dtype=np.float32), 0.1, 1.0, tree, loss=loss, score=score),
         )  # fmt: skip
         sample_list = [Sample(f"s{i}", text, (i - 1) / 2) for i, text in enumerate(TEXTS)]
         batch = copy.deepcopy(collate.pack(sample_list) if layout == "packed" else collate(sample_list)).to(

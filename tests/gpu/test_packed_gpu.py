@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.answer_tree import AnswerTree
 from trainer.batch import AnswerTrie, Packing
 from trainer.config import AdapterConfig, BackboneConfig, TinyConfig
 from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
@@ -134,16 +135,7 @@ def test_a_cached_prefix_and_rows_of_many_lengths(build: Build, way: str) -> Non
 
 @pytest.mark.parametrize("way", WAYS)
 def test_scoring_a_tree_is_blocks_in_float32(build: Build, way: str) -> None:
-    see = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    trie = AnswerTrie(
-        torch.tensor([5, 6, 7]),
-        torch.tensor([-1, 0, -1]),
-        torch.tensor([0, 1, 0]),
-        torch.tensor([1, 2]),
-        see,
-        0,
-        ["a", "b"],
-    )
+    trie = AnswerTree(("a", "b", "c"), ((5, 6, 0), (5, 6, 8, 0), (7, 9, 0))).trie("full")
     packing = packing_of(30, (12, 20), trie.to("cuda"))
     backbone, masked = build(way).eval(), build("sdpa").eval()
     embeds = embeds_of(masked, packing)

@@ -28,6 +28,8 @@ from trainer.models.generation import generate
 from trainer.models.layouts import PaddedLayout
 
 ANSWERS = [[5], [5, 6], [7, 8, 9], [7, 8, 10], [11]]  # one begins another, two share two tokens
+FLAT = [[5], [7], [11]]  # told apart by their first token
+SCORES = ("full", "constrained")
 LENGTHS = [9, 6, 14, 7]
 
 
@@ -47,10 +49,10 @@ def train_batch(pad=0):
     return make_batch(LENGTHS, [[*answer, 0] for answer in ANSWERS[:4]], pad=pad)
 
 
-def scores(model, batch, answers=ANSWERS):
+def scores(model, batch, answers=ANSWERS, score="full"):
     model.eval()
     with torch.no_grad():
-        out = model(batch, make_trie(answers))
+        out = model(batch, make_trie(answers, score=score))
     assert isinstance(out, ScoreOutput)
     return out.logprob_BC
 
@@ -60,26 +62,60 @@ def scores(model, batch, answers=ANSWERS):
 def test_scores_equal_brute_force(folders, family, quantization):
     model = make_model(folders(family), quantization=quantization)
     batch = make_batch(LENGTHS, pad=3)
-    got = scores(model, batch)
+    for score in SCORES:
+        for answers in (ANSWERS, FLAT):
+            got = scores(model, batch, answers, score)
+            with torch.no_grad():
+                want = brute_force(model, batch, answers, score)
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+            assert want.std() > 0.5  # the answers differ: agreement means something
+            assert score == "full" or got.exp().sum(1).tolist() == pytest.approx([1.0] * len(batch), abs=1e-5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "phi"])
+def test_heads_that_scale_cap_or_shift_are_read_row_by_row(tmp_path, family, score):
+    sizes = {"cohere": {"logit_scale": 0.25}, "gemma2": {"final_logit_softcapping": 3.0}, "phi": {}}[family]
+    model = make_model(save_family(family, tmp_path / "m", **sizes), fusion=False).eval()
+    batch = make_batch([9, 6], pseudo=0)
     with torch.no_grad():
-        want = brute_force(model, batch, ANSWERS)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    assert want.std() > 1  # the answers differ: agreement means something
+        want = brute_force(model, batch, ANSWERS, score)
+        torch.testing.assert_close(scores(model, batch, ANSWERS, score), want, atol=1e-5, rtol=0)
+    assert model.backbone.reads_rows
 
 
+def test_a_head_of_another_kind_is_read_whole(folders, monkeypatch):
+    """A head with anything around it is called as it is; here one that doubles what it says."""
+
+    class Loud(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = make_model(folders("qwen3"))
+    monkeypatch.setattr(model.backbone.base.get_output_embeddings(), "__class__", Loud)
+    assert not model.backbone.reads_rows
+    batch = make_batch(LENGTHS)
+    with torch.no_grad():
+        want = brute_force(model.eval(), batch, ANSWERS, "constrained")
+    monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 320 * 2)  # in several parts
+    torch.testing.assert_close(scores(model, batch, ANSWERS, "constrained"), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_do_not_hang_on_neighbours_or_padding(folders, attention, dtype):
+def test_scores_do_not_hang_on_neighbours_or_padding(folders, attention, dtype, score):
     model = make_model(folders("qwen3"), dtype, attention=attention)
     batch = make_batch(LENGTHS).to("cpu", dtype)
-    alone = torch.cat([scores(model, rows_of(batch, [row])) for row in range(len(batch))])
+    answers = FLAT if score == "constrained" and attention == "sdpa" else ANSWERS
+    alone = torch.cat([scores(model, rows_of(batch, [row]), answers, score) for row in range(len(batch))])
     padded = make_batch(LENGTHS, pad=9).to("cpu", dtype)
     # scores reach -40, where a float32 logit has a unit in the last place of 3.8e-6: matrix products of other sizes round
     # otherwise
     limits = {"atol": 1e-5, "rtol": 2e-7} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 0.0}
-    torch.testing.assert_close(scores(model, batch), alone, **limits)
-    torch.testing.assert_close(scores(model, padded), alone, **limits)
+    torch.testing.assert_close(scores(model, batch, answers, score), alone, **limits)
+    torch.testing.assert_close(scores(model, padded, answers, score), alone, **limits)
 
 
 def test_bfloat16_scores_equal_brute_force_through_the_same_kernel(folders, monkeypatch):

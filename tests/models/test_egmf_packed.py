@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny_models import load, save_family
-from trainer.answers.trie import task_trie
+from trainer.answer_tree import Score
+from trainer.answers.tree import task_tree
 from trainer.batch import Sample
 from trainer.config import AdapterConfig, DataConfig, FusionConfig
 from trainer.data.collate import Collator
+from trainer.data.objective import Objective
 from trainer.models.egmf import EGMF, LossOutput, ScoreOutput
 from trainer.models.fusion.network import Fusion
 from trainer.tasks import BUILT_IN
@@ -43,10 +45,10 @@ def make(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> EG
     return EGMF(backbone, fusion.to(dtype))
 
 
-def collator(model: EGMF, task: str = "meld") -> Collator:
+def collator(model: EGMF, task: str = "meld", objective: Objective | None = None) -> Collator:
     return Collator(
         BUILT_IN[task], model.backbone.tokenizer, DataConfig(),
-        widths=WIDTHS, rates={}, pseudo_tokens=3, modalities=("text", "audio", "video"),
+        widths=WIDTHS, rates={}, pseudo_tokens=3, modalities=("text", "audio", "video"), objective=objective,
     )  # fmt: skip
 
 
@@ -159,12 +161,13 @@ def test_groups_and_fillers_leave_gates_in_order(folder: Path) -> None:
     assert whole.gate_expert_BKE.std(0).max() > 0.01
 
 
+@pytest.mark.parametrize("score", ["full", "constrained"])
 @pytest.mark.parametrize("task", ["meld", "mosei"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_equal_those_of_padded_batches(folder: Path, task: str, dtype: torch.dtype) -> None:
+def test_scores_equal_those_of_padded_batches(folder: Path, task: str, dtype: torch.dtype, score: Score) -> None:
     model = make(folder, dtype).eval()
     collate, sample_list = collator(model, task), samples(task)
-    trie = task_trie(BUILT_IN[task], model.backbone.tokenizer, "words", "en")
+    trie = task_tree(BUILT_IN[task], model.backbone.tokenizer, "words", "en").trie(score)
     with torch.no_grad():
         row = collate.pack(sample_list, [2, 4], trie=trie).to("cpu", dtype)
         prefix = model.prefix(row.prefix_ids_P)
@@ -216,7 +219,8 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     rows = {int(np.prod(shape[:-1])) for shape in seen.shapes}
     assert wanted in rows
     assert max(rows) <= wanted < batch.positions / 4
-    trie = task_trie(BUILT_IN["meld"], model.backbone.tokenizer, "words", "en")
+    tree = task_tree(BUILT_IN["meld"], model.backbone.tokenizer, "words", "en")
+    trie = tree.trie("full")
     monkeypatch.setattr("trainer.models.trie_scores.MAX_LOGITS", 8 * V)
     model.eval()
     given = (
@@ -225,6 +229,16 @@ def test_logits_exist_for_answers_alone(tmp_path: Path, layout: str, monkeypatch
     with torch.no_grad(), Logits(model) as seen:
         model(*given)
     assert max(int(np.prod(shape[:-1])) for shape in seen.shapes) <= 8
+    trie, collate = (
+        tree.trie("constrained"),
+        collator(model, objective=Objective(None, 0.1, tree=tree, loss="constrained")),
+    )
+    scored = collate.pack(sample_list, trie=trie) if layout == "packed" else collate(sample_list, answers=False)
+    trained = collate.pack(sample_list) if layout == "packed" else collate(sample_list)
+    with Logits(model) as seen:
+        model(scored, None if layout == "packed" else trie).logprob_BC.sum().backward()
+        model(trained).loss_B.sum().backward()
+    assert not seen.shapes  # not one row of logits over the vocabulary
 
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")

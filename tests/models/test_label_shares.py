@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.models.tiny_models import load, save_family
+from trainer.answer_tree import Score
 from trainer.answers.predictions import predict
-from trainer.answers.trie import task_trie
+from trainer.answers.tree import task_tree
 from trainer.batch import Sample
 from trainer.config import DataConfig, FusionConfig
 from trainer.data.collate import Collator
@@ -51,52 +52,63 @@ def samples(task: Task) -> list[Sample]:
     ]
 
 
-def collator(model: EGMF, task: Task, smoothing: float = 0.0, style: str = "words", pseudo_tokens: int = 0) -> Collator:
+def collator(
+    model: EGMF, task: Task, smoothing: float = 0.0, style: str = "words", pseudo_tokens: int = 0, loss: Score = "full"
+) -> Collator:
     tokenizer = model.backbone.tokenizer
-    trie = task_trie(task, tokenizer, style, "en")
+    tree = task_tree(task, tokenizer, style, "en")
     return Collator(
         task, tokenizer, DataConfig(answers=style), widths=WIDTHS, rates={}, pseudo_tokens=pseudo_tokens,
-        modalities=("text", "audio", "video"), objective=Objective(smoothing=smoothing, trie=trie, shared=True),
+        modalities=("text", "audio", "video"), objective=Objective(smoothing=smoothing, tree=tree, shared=True, loss=loss),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def answer_logprob(model: EGMF, collate: Collator, sample: Sample, asked: str, answer: str) -> float:
-    """log p of what follows `asked` in `answer`, end token included, in a row of its own and in float64."""
+def answer_logprob(
+    model: EGMF, collate: Collator, sample: Sample, others: list[str], answer: str, given: bool, score: Score
+) -> float:
+    """log p of an answer, end token included, in a row of its own and in float64: in the vocabulary, or among the tokens with which it
+    or one of `others` goes on; `given`, of what it has not in common with them."""
     batch = collate([sample])
     prompt = batch.input_ids_BL[0, : int(batch.context_length_B[0])].tolist()
-    tokens = [*encode(model.backbone.tokenizer, answer), collate.end]
-    given = 0
-    if asked:
-        other = encode(model.backbone.tokenizer, asked)
-        while tokens[given] == other[given]:
-            given += 1
-    logits = model.backbone.base(input_ids=torch.tensor([prompt + tokens])).logits[0].double().log_softmax(-1)
-    at = range(len(prompt) - 1 + given, len(prompt) - 1 + len(tokens))
-    return sum(float(logits[i, token]) for i, token in zip(at, tokens[given:], strict=True))
+    tokens, *rows = ([*encode(model.backbone.tokenizer, text), collate.end] for text in [answer, *others])
+    start = 0
+    while given and all(tokens[start] == row[start] for row in rows):
+        start += 1
+    logits = model.backbone.base(input_ids=torch.tensor([prompt + tokens])).logits[0].double()[len(prompt) - 1 :]
+    total = 0.0
+    for i in range(start, len(tokens)):
+        following = sorted({row[i] for row in [tokens, *rows] if row[:i] == tokens[:i]})
+        among = logits[i] if score == "full" else logits[i, following]
+        total += float(logits[i, tokens[i]] - among.logsumexp(0))
+    return total
 
 
-def by_hand(model: EGMF, collate: Collator, sample: Sample) -> np.ndarray:
-    """[C]: log p of every answer of the task; of a multi-label task, given its label."""
+def by_hand(model: EGMF, collate: Collator, sample: Sample, score: Score = "full") -> np.ndarray:
+    """[C]: the score of every answer of the task; of a multi-label task, given its label."""
     texts = collate.task.answer_texts(collate.config.answers, "en")
-    other = [texts[i ^ 1] if collate.task.kind == "multilabel" else "" for i in range(len(texts))]
-    return np.array([answer_logprob(model, collate, sample, o, t) for o, t in zip(other, texts, strict=True)])
+    pairs = collate.task.kind == "multilabel"
+    others = [[texts[i ^ 1]] if pairs else [t for t in texts if t != text] for i, text in enumerate(texts)]
+    return np.array(
+        [answer_logprob(model, collate, sample, o, t, pairs, score) for o, t in zip(others, texts, strict=True)]
+    )
 
 
+@pytest.mark.parametrize("loss", ["full", "constrained"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize(
     ("task", "smoothing", "style"),
     [(SETS, 0.0, "words"), (SETS, 0.2, "indices"), (SHARES, 0.0, "words"), (SHARES, 0.2, "words")],
 )
 def test_the_loss_is_the_cross_entropy_of_answers_in_rows_of_their_own(
-    folder: Path, task: Task, smoothing: float, style: str, layout: str
+    folder: Path, task: Task, smoothing: float, style: str, layout: str, loss: Score
 ) -> None:
     model = text_model(folder).eval()
-    collate, listed = collator(model, task, smoothing, style), samples(task)
+    collate, listed = collator(model, task, smoothing, style, loss=loss), samples(task)
     batch = collate.pack(listed) if layout == "packed" else collate(listed)
     expected = []
     for sample in listed:
-        logprob_C = by_hand(model, collate, sample)
+        logprob_C = by_hand(model, collate, sample, loss)
         if task.kind == "multilabel":
             applies = np.array([int(sample.target) >> i & 1 for i in range(len(LABELS))], float)
             share_C = np.stack([applies, 1 - applies], 1).ravel() * (1 - smoothing) + smoothing / 2
@@ -130,11 +142,12 @@ def test_a_sample_with_one_label_has_the_loss_of_its_answer_and_its_gradient(fol
         torch.testing.assert_close(gradient, of_answer_gradients[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("score", ["full", "constrained"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_the_probability_of_a_label_is_that_of_yes_against_no(folder: Path, layout: str) -> None:
+def test_the_probability_of_a_label_is_that_of_yes_against_no(folder: Path, layout: str, score: Score) -> None:
     model = text_model(folder).eval()
     collate, listed = collator(model, SETS), samples(SETS)
-    trie = task_trie(SETS, model.backbone.tokenizer, "words", "en")
+    trie = task_tree(SETS, model.backbone.tokenizer, "words", "en").trie(score)
     with torch.no_grad():
         out = (
             model(collate.pack(listed, trie=trie))
@@ -143,7 +156,7 @@ def test_the_probability_of_a_label_is_that_of_yes_against_no(folder: Path, layo
         )
     predictions = predict(SETS, out.logprob_BC)
     for b, sample in enumerate(listed):
-        yes_C, no_C = by_hand(model, collate, sample).reshape(-1, 2).T
+        yes_C, no_C = by_hand(model, collate, sample, score).reshape(-1, 2).T
         expected = 1 / (1 + np.exp(no_C - yes_C))
         assert predictions.probability_BC[b] == pytest.approx(expected, abs=1e-5)
         assert predictions.value_B[b] == encode_set(np.flatnonzero(expected >= 0.5).tolist())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.models.test_egmf_packed import WIDTHS, Logits, Waits, magnitudes, make, samples
 from tests.models.tiny_models import save_family
-from trainer.answers.trie import task_trie
+from trainer.answer_tree import Score
+from trainer.answers.tree import task_tree
 from trainer.config import DataConfig
 from trainer.data.collate import Collator
 from trainer.data.objective import Objective
@@ -22,11 +23,16 @@ from trainer.tasks import BUILT_IN
 
 Answer = tuple[int, ...]
 
-OBJECTIVES = [
-    pytest.param("meld", 0.2, 0.0, id="smoothed-classes"),
-    pytest.param("mosei", 0.2, 0.0, id="smoothed-numbers"),
-    pytest.param("mosei", 0.0, 1.5, id="error", marks=pytest.mark.slow),  # a part of the next
-    pytest.param("mosei", 0.1, 0.7, id="smoothed-and-error"),
+OBJECTIVES = [  # task, smoothing, weight of the error, the loss, and what the error's probabilities are
+    pytest.param("meld", 0.2, 0.0, "full", "full", id="smoothed-classes"),
+    pytest.param("mosei", 0.2, 0.0, "full", "full", id="smoothed-numbers"),
+    pytest.param("mosei", 0.0, 1.5, "full", "full", id="error", marks=pytest.mark.slow),  # a part of the next
+    pytest.param("mosei", 0.1, 0.7, "full", "full", id="smoothed-and-error"),
+    pytest.param("mosei", 0.1, 0.7, "full", "constrained", id="constrained-error"),
+    pytest.param("meld", 0.0, 0.0, "constrained", "constrained", id="constrained-classes"),
+    pytest.param("meld", 0.2, 0.0, "constrained", "constrained", id="smoothed-constrained-classes"),
+    pytest.param("mosei", 0.1, 0.7, "constrained", "constrained", id="constrained-numbers-and-error"),
+    pytest.param("mosei", 0.0, 0.7, "constrained", "full", id="constrained-numbers-and-full-error"),
 ]
 
 
@@ -35,15 +41,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
 
 
-def collator(model: EGMF, task: str, smoothing: float = 0.0, error: float = 0.0) -> Collator:
-    trie = task_trie(BUILT_IN[task], model.backbone.tokenizer, "words", "en")
+def collator(
+    model: EGMF, task: str, smoothing: float = 0.0, error: float = 0.0, loss: Score = "full", score: Score = "full"
+) -> Collator:
+    tree = task_tree(BUILT_IN[task], model.backbone.tokenizer, "words", "en")
     return Collator(
         BUILT_IN[task], model.backbone.tokenizer, DataConfig(), widths=WIDTHS, rates={}, pseudo_tokens=3,
-        modalities=("text", "audio", "video"), objective=Objective(None, smoothing, error, trie),
+        modalities=("text", "audio", "video"), objective=Objective(None, smoothing, error, tree, loss=loss, score=score),
     )  # fmt: skip
 
 
-def plain_loss(model: EGMF, collate: Collator, sample: Any, smoothing: float, error: float) -> Tensor:
+def plain_loss(
+    model: EGMF, collate: Collator, sample: Any, smoothing: float, error: float, kind: Score, score: Score
+) -> Tensor:
     """By the definition: no tree, no packing, no padding, a row per answer."""
     task, answers = collate.task, [tuple(answer) for answer in collate.answers]
     batch = Collator(
@@ -51,14 +61,19 @@ def plain_loss(model: EGMF, collate: Collator, sample: Any, smoothing: float, er
     )([sample], answers=False)
     context = model.embed(PaddedLayout(batch))[0][0]
     truth = task.answer_index(sample.target)
-    logprob = answer_logprobs(model, context, answers if error else [answers[truth]])
+    found = answer_logprobs(model, context, answers if error else [answers[truth]])
+
+    def logprobs(answer: Answer, i: int, kind: Score) -> dict[int, Tensor]:
+        others = sorted({a[i] for a in answers if a[:i] == answer[:i]})
+        listed = found[answer][i, others]
+        return dict(zip(others, listed if kind == "full" else listed.log_softmax(0), strict=True))
+
     loss = torch.zeros((), dtype=torch.float64)
     for i, token in enumerate(answers[truth]):
-        others = {a[i] for a in answers if a[:i] == answers[truth][:i]}
-        even = sum(logprob[answers[truth]][i, other] for other in others) / len(others)
-        loss = loss - (1 - smoothing) * logprob[answers[truth]][i, token] - smoothing * even
+        at = logprobs(answers[truth], i, kind)
+        loss = loss - (1 - smoothing) * at[token] - smoothing * sum(at.values()) / len(at)
     if error:
-        scores = [sum(logprob[a][i, token] for i, token in enumerate(a)) for a in answers]
+        scores = [sum(logprobs(a, i, score)[token] for i, token in enumerate(a)) for a in answers]
         probability = torch.stack(scores).softmax(0)
         distance = torch.tensor([abs(value - sample.target) for value in task.grid.values], dtype=torch.float64)
         loss = loss + error * (probability * distance).sum()
@@ -88,13 +103,15 @@ def gradients(model: EGMF, loss_B: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-@pytest.mark.parametrize(("task", "smoothing", "error"), OBJECTIVES)
+@pytest.mark.parametrize(("task", "smoothing", "error", "loss", "score"), OBJECTIVES)
 def test_packed_padded_and_single_samples_give_the_defined_loss_and_gradients(
-    folder: Path, task: str, smoothing: float, error: float
+    folder: Path, task: str, smoothing: float, error: float, loss: Score, score: Score
 ) -> None:
     model = make(folder).train()
-    collate, sample_list = collator(model, task, smoothing, error), samples(task)
-    expected_B = torch.stack([plain_loss(model, collate, sample, smoothing, error) for sample in sample_list])
+    collate, sample_list = collator(model, task, smoothing, error, loss, score), samples(task)
+    expected_B = torch.stack(
+        [plain_loss(model, collate, sample, smoothing, error, loss, score) for sample in sample_list]
+    )
     scale = magnitudes(model, list(weighted(expected_B)))
     reference = gradients(model, expected_B)
     ways = {
@@ -122,7 +139,8 @@ def test_smoothing_leaves_tokens_without_a_choice_alone(folder: Path) -> None:
     choices = collate.pack(samples()).choices
     assert choices is not None
     starts = {answer[0] for answer in collate.answers}
-    rows = [row[mask].tolist() for row, mask in zip(choices.token_nW, choices.mask_nW, strict=True)]
+    tokens = choices.token_m[choices.option_nW]
+    rows = [row[mask].tolist() for row, mask in zip(tokens, choices.mask_nW, strict=True)]
     assert set(rows[0]) == starts
     logits = torch.randn(len(rows), 320)
     from trainer.models.losses import token_nll
@@ -137,15 +155,17 @@ def test_smoothing_leaves_tokens_without_a_choice_alone(folder: Path) -> None:
 
 def test_smoothing_never_waits_for_the_device(folder: Path) -> None:
     model = make(folder).train()
-    for batch in (collator(model, "meld", 0.2).pack(samples()), collator(model, "meld", 0.2)(samples())):
-        with Waits() as seen:
-            model(batch).loss_B.sum().backward()
-        assert seen.found == []
+    for loss in ("full", "constrained"):
+        collate = collator(model, "meld", 0.2, loss=loss)
+        for batch in (collate.pack(samples()), collate(samples())):
+            with Waits() as seen:
+                model(batch).loss_B.sum().backward()
+            assert seen.found == []
 
 
 def test_scoring_knows_nothing_of_the_objective(folder: Path) -> None:
     model = make(folder).eval()
-    trie = task_trie(BUILT_IN["mosei"], model.backbone.tokenizer, "words", "en")
+    trie = task_tree(BUILT_IN["mosei"], model.backbone.tokenizer, "words", "en").trie("constrained")
     with torch.no_grad():
         scores = [
             model(collator(model, "mosei", *extra).pack(samples("mosei"), trie=trie)).logprob_BC

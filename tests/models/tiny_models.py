@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trainer.answer_tree import AnswerTree, Score
 from trainer.batch import AnswerTrie, Batch, Features
 from trainer.config import AdapterConfig, BackboneConfig, FusionConfig, TinyConfig
 from trainer.models.backbone.causal_lm import Backbone, build_backbone, build_tiny
@@ -148,27 +149,17 @@ def rows_of(batch: Batch, keep: Sequence[int]) -> Batch:
     )
 
 
-def make_trie(answers: Sequence[Sequence[int]], end: int = 0) -> AnswerTrie:
-    """The tree of token sequences, written as plainly as can be."""
-    nodes: list[tuple[int, ...]] = []
-    for answer in answers:
-        for stop in range(1, len(answer) + 1):
-            if tuple(answer[:stop]) not in nodes:
-                nodes.append(tuple(answer[:stop]))
-    nodes.sort(key=len)
-    return AnswerTrie(
-        token_N=torch.tensor([path[-1] for path in nodes]),
-        parent_N=torch.tensor([nodes.index(path[:-1]) if len(path) > 1 else -1 for path in nodes]),
-        depth_N=torch.tensor([len(path) - 1 for path in nodes]),
-        leaf_C=torch.tensor([nodes.index(tuple(answer)) for answer in answers]),
-        ancestors_NN=torch.tensor([[path[: len(other)] == other for other in nodes] for path in nodes]),
-        end=end,
-        answers=[" ".join(map(str, answer)) for answer in answers],
-    )
+def make_trie(answers: Sequence[Sequence[int]], end: int = 0, score: Score = "full") -> AnswerTrie:
+    return AnswerTree(tuple(map(str, answers)), tuple((*answer, end) for answer in answers)).trie(score)
 
 
-def brute_force(model: EGMF, batch: Batch, answers: Sequence[Sequence[int]]) -> torch.Tensor:
-    """log p of every answer and the end token, each as its own unpadded row through the language model's own forward."""
+def brute_force(
+    model: EGMF, batch: Batch, answers: Sequence[Sequence[int]], score: Score = "full", end: int | None = None
+) -> torch.Tensor:
+    """The score of every answer with its end token, each as its own unpadded row through the language model's own forward. A token's
+    probability is that in the vocabulary, or that among the tokens with which some answer goes on behind the same beginning."""
+    end = model.end if end is None else end
+    rows = [(*answer, end) for answer in answers]
     embeds_BLH, _ = model.embed(PaddedLayout(batch))
     scores = torch.zeros(len(batch), len(answers))
     for b in range(len(batch)):
@@ -176,6 +167,9 @@ def brute_force(model: EGMF, batch: Batch, answers: Sequence[Sequence[int]]) -> 
         for c, answer in enumerate(answers):
             row = torch.cat([context, model.backbone.embed(torch.tensor(answer))])[None]
             logits = model.backbone.model(inputs_embeds=row, use_cache=False).logits[0].float()
-            logprob = logits.double().log_softmax(-1)[len(context) - 1 :]
-            scores[b, c] = sum(logprob[i, t] for i, t in enumerate([*answer, model.end]))
+            logits_LV = logits.double()[len(context) - 1 :]
+            for i, token in enumerate(rows[c]):
+                following = sorted({other[i] for other in rows if other[:i] == rows[c][:i]})
+                among = logits_LV[i] if score == "full" else logits_LV[i, following]
+                scores[b, c] += logits_LV[i, token] - among.logsumexp(0)
     return scores

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import softmax
 from torch import Tensor
 
-from trainer.answers.trie import AnswerError
+from trainer.answers.tree import AnswerError
 from trainer.label_sets import encode_sets
 from trainer.tasks import AnswerStyle, Task
 

@@ -56,12 +56,12 @@ class _Encoded:
     texts: list[list[int]]  # the samples' own texts, for the fusion network
     contexts: list[list[int]]  # from the first place of a pseudo token to the cue's end
     chosen: list[int]  # index of every sample's answer; empty where samples are scored, or have shares of answers
-    answers: list[list[int]]  # with the end token; of no tokens where `chosen` is empty
+    answers: list[list[int]]  # their tokens that are predicted; of no tokens where `chosen` is empty
     dropped: list[set[str]]  # modalities that modality dropout removes
     objective: Objective
 
     def own_tokens(self, trie: AnswerTrie | None) -> list[list[int]]:
-        """What a packed row holds of every sample: its context, then the nodes of a trie, or its answer without the end."""
+        """What a packed row holds of every sample: its context, then the nodes of a trie, or its answer without the last token."""
         if trie is not None:
             nodes = trie.token_N.tolist()
             return [context + nodes for context in self.contexts]
@@ -69,7 +69,7 @@ class _Encoded:
 
     def answer_places(self, cues: Sequence[int]) -> list[int]:
         """Where in a packed row each answer token is predicted, with samples whose contexts end at `cues`."""
-        if self.chosen and self.objective.trie_in_batch is not None:  # an answer's tokens are then those of the trie
+        if self.chosen and self.objective.trie_in_batch is not None:  # an answer's tokens are then nodes of the trie
             places = [self.objective.places[c] for c in self.chosen]
         else:
             places = [list(range(len(answer))) for answer in self.answers]
@@ -88,7 +88,7 @@ class Collator:
         pseudo_tokens: K.
         modalities: those the model uses; the text of a model without text is empty.
         seed: of the run, for modality dropout.
-        objective: what the training loss asks of batches with answers.
+        objective: what the training loss asks of batches with answers; its tree, where it has one, is that of the task's answers.
         joining: how the prompt's pieces are tokenised; see :class:`trainer.text.Pieces`.
     """
 
@@ -121,6 +121,7 @@ class Collator:
         self.answers = [
             [*self.pieces.following(text), self.end] for text in task.answer_texts(config.answers, language)
         ]
+        self.targets = [self.objective.target(answer, c) for c, answer in enumerate(self.answers)]
         self._tokens: dict[str, list[int]] = {}
 
     def __call__(
@@ -220,7 +221,7 @@ class Collator:
             nodes = len(self.objective.trie_in_batch.token_N)
         if nodes is None:
             targets = view.targets() if view is not None else [s.target for s in samples]
-            longer = np.array([len(answer) - 1 for answer in self.answers])
+            longer = np.array([len(target) - 1 for target in self.targets])
             tokens_N += longer[[self.task.answer_index(target) for target in targets]]
         frames = [
             view.frames(name) if view is not None else [_frames(getattr(s, f"{name}_TF")) for s in samples]
@@ -250,7 +251,7 @@ class Collator:
             texts,
             [places + history + text + self.suffix for history, text in said],
             chosen,
-            [self.answers[c] for c in chosen] if one else [[] for _ in samples],
+            [self.targets[c] for c in chosen] if one else [[] for _ in samples],
             [self._dropped(sample, text, epoch) for sample, text in zip(samples, texts, strict=True)],
             self.objective if answers else Objective(),  # what is scored may have no truth
         )

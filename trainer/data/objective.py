@@ -1,6 +1,6 @@
-"""What a training loss asks of its batches beside the answers: weights of samples, choices at an answer's tokens, the tree.
+"""What a training loss asks of its batches beside the answers: weights of samples, options at an answer's tokens, the tree.
 
-Shapes: B samples, C answers of a task, W choices.
+Shapes: B samples, C answers of a task, W options at a token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.answer_tree import AnswerTree, Score, Step
 from trainer.batch import AnswerTrie, Choices, Sample
 from trainer.label_sets import decode_sets
 from trainer.tasks import Task
@@ -26,20 +27,39 @@ class Objective:
         weight_C: weight of a sample by its answer; None: 1.
         smoothing: share of every target that is spread evenly over the tokens which continue some answer there.
         error_weight: of the expected absolute error over the number grid.
-        trie: the task's answers, for all but the weights.
+        tree: the task's answers, for all but the weights.
         shared: samples have a share of every answer as their target: annotators disagree, or a sample has several labels.
+        loss: over what the probabilities of the answer's tokens are taken.
+        score: the same of the probabilities of numbers, of which the expected error is a mean.
     """
 
     weight_C: np.ndarray | None = None
     smoothing: float = 0.0
     error_weight: float = 0.0
-    trie: AnswerTrie | None = None
+    tree: AnswerTree | None = None
     shared: bool = False
+    loss: Score = "full"
+    score: Score = "full"
+
+    @cached_property
+    def trie_in_batch(self) -> AnswerTrie | None:
+        """What every training sample carries of all answers: the loss needs their probabilities."""
+        if not (self.error_weight or self.shared):
+            return None
+        assert self.tree is not None
+        return self.tree.trie(self.loss if self.shared else self.score, every_node=self._every_node)
 
     @property
-    def trie_in_batch(self) -> AnswerTrie | None:
-        """The tree whose nodes every training sample carries: the loss needs the probabilities of all answers."""
-        return self.trie if self.error_weight or self.shared else None
+    def _every_node(self) -> bool:
+        """Whether rows carry all nodes, so that an answer's own tokens are among them."""
+        return self.loss == "full" and not self.shared
+
+    def target(self, tokens: Sequence[int], answer: int) -> list[int]:
+        """The tokens of an answer that are predicted; of a constrained loss those up to its last choice."""
+        if self.loss == "full":
+            return list(tokens)
+        assert self.tree is not None
+        return list(tokens[: len(self.tree.steps(answer, self.loss)[-1].before) + 1])
 
     def shares(self, task: Task, samples: Sequence[Sample]) -> Tensor | None:
         """`[B, C]`, float32: the share of every answer in the target of each sample; None where a target is one answer.
@@ -72,45 +92,45 @@ class Objective:
 
     @cached_property
     def places(self) -> list[list[int]]:
-        """Of every answer: where its tokens are predicted, the end token included; 0 is the cue's end, n + 1 node n."""
-        assert self.trie is not None
-        return [[0, *(node + 1 for node in path)] for path in _paths(self.trie)]
+        """Of every answer: where its predicted tokens are predicted among a row's places; 0 is the cue's end, n + 1 node n."""
+        assert self.tree is not None
+        place = {node: i for i, node in enumerate(self.tree.row_nodes(self.score, self._every_node), 1)}
+        return [
+            [place.get(tuple(row[:depth]), 0) for depth in range(len(self.target(row, c)))]
+            for c, row in enumerate(self.tree.tokens)
+        ]
 
     @cached_property
-    def _following(self) -> list[list[int]]:
-        """Of every place: the tokens that continue, or end, some answer."""
-        trie = self.trie
-        assert trie is not None
-        out: list[list[int]] = [[] for _ in range(len(trie.token_N) + 1)]
-        for token, parent in zip(trie.token_N.tolist(), trie.parent_N.tolist(), strict=True):
-            out[parent + 1].append(token)
-        for leaf in trie.leaf_C.tolist():
-            out[leaf + 1].append(trie.end)
-        return out
+    def _steps(self) -> list[list[Step]]:
+        """Of every answer: its predicted tokens and what else might stand in their places."""
+        tree = self.tree
+        assert tree is not None
+        return [tree.steps(c, "full")[: len(self.target(row, c))] for c, row in enumerate(tree.tokens)]
+
+    @cached_property
+    def _option(self) -> dict[int, int]:
+        """token -> its place among all options."""
+        tokens = dict.fromkeys(token for steps in self._steps for step in steps for token in step.options)
+        return {token: i for i, token in enumerate(tokens)}
 
     def choices(self, answers: Sequence[int], longest: int | None = None) -> Choices | None:
-        """What could stand at every token of these answers, one behind another; with `longest`, padded to so many each."""
-        if not self.smoothing or self.shared:
+        """What could stand at every token of these answers, one behind another; with `longest`, padded to so many each, by tokens
+        without an alternative."""
+        constrained = self.loss == "constrained"
+        if self.shared or not (self.smoothing or constrained) or not answers:
             return None
-        rows: list[list[int]] = []
+        rows: list[Step] = []
         for answer in answers:
-            following = [self._following[place] for place in self.places[answer]]
-            rows += following + [[]] * (0 if longest is None else longest - len(following))
-        token = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
-        mask = torch.zeros(token.shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            token[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = True
-        return Choices(token, mask, self.smoothing)
+            rows += self._steps[answer]
+            rows += [_NOTHING] * (0 if longest is None else longest - len(self._steps[answer]))
+        widest = max(len(step.options) for step in rows)
+        option = torch.zeros(len(rows), widest, dtype=torch.long)
+        mask = torch.zeros(option.shape, dtype=torch.bool)
+        for i, step in enumerate(rows):
+            option[i, : len(step.options)] = torch.tensor([self._option.get(token, 0) for token in step.options])
+            mask[i, : len(step.options)] = True
+        chosen = torch.tensor([step.chosen for step in rows]) if constrained else None
+        return Choices(torch.tensor(list(self._option)), option, mask, self.smoothing, chosen)
 
 
-def _paths(trie: AnswerTrie) -> list[list[int]]:
-    """Of every answer: its nodes, from the first token's to the last one's."""
-    parents = trie.parent_N.tolist()
-    out = []
-    for leaf in trie.leaf_C.tolist():
-        path = [leaf]
-        while parents[path[0]] >= 0:
-            path.insert(0, parents[path[0]])
-        out.append(path)
-    return out
+_NOTHING = Step((), (-1,), 0)  # a token that nothing else can stand for

@@ -18,7 +18,7 @@ from trainer.models.backbone.packed import PrefixCache
 from trainer.models.fusion.groups import fuse_groups
 from trainer.models.fusion.network import Fusion, FusionOutput
 from trainer.models.layouts import Layout, PackedLayout, PaddedLayout
-from trainer.models.losses import distribution_nll, expected_error, token_nll
+from trainer.models.losses import distribution_nll, expected_error, option_nll, token_nll
 from trainer.models.ranks import Ranks, SingleProcess
 from trainer.models.trie_scores import answer_logprobs
 from trainer.text import end_token
@@ -27,7 +27,7 @@ from trainer.text import end_token
 class LossOutput(NamedTuple):
     """Per-sample losses, unweighted, float32.
 
-    `loss_B` = -sum log p of the answer's tokens, end token included (smoothed, and with an expected error, where the batch asks
+    `loss_B` = minus the answer's score under `train.loss` (smoothed, and with an expected error, where the batch asks
     for it), or the cross-entropy with the shares of all answers; `auxiliary_B` are the fusion network's own terms, already times their weights: the gate's balance, the experts'
     answers, the gate's trust in them. `unused_param_zero` is 0 and belongs in the sum, so that every parameter has a gradient.
     """
@@ -40,7 +40,8 @@ class LossOutput(NamedTuple):
 
 
 class ScoreOutput(NamedTuple):
-    """`logprob_BC`: log p of every answer with its end token, float32, not normalised over the answers."""
+    """`logprob_BC`: the score of every answer (:mod:`trainer.answer_tree`), float32. Constrained ones are log-probabilities among the
+    answers; full ones, log p of all tokens, are not normalised over them."""
 
     logprob_BC: Tensor
     gate_expert_BKE: Tensor | None
@@ -64,7 +65,7 @@ class EGMF(nn.Module):
     def forward(
         self, batch: Batch | PackedBatch, trie: AnswerTrie | None = None, prefix: PrefixCache | None = None
     ) -> LossOutput | ScoreOutput:
-        """With a trie the log-probability of each of its answers, else the loss of the batch's own answers.
+        """With a trie the score of each of its answers, else the loss of the batch's own answers.
 
         A packed batch without answers is scored over the trie it was packed with. `prefix`, of :meth:`prefix`, stands for its
         prefix.
@@ -105,7 +106,7 @@ class EGMF(nn.Module):
             self.train(was_training)
 
     def _loss(self, layout: Layout, hidden: Tensor) -> Tensor:
-        """The loss `[B]` of the batch's own answers; no logits but those of their tokens, or of the trie's, are made."""
+        """The loss `[B]` of the batch's own answers; logits are made at their places, or the trie's, alone."""
         if layout.trie is not None and layout.batch.share_BC is not None:
             return distribution_nll(self._scores(layout, hidden), layout.batch.share_BC)
         at_answers = layout.at_answers(hidden)
@@ -113,8 +114,12 @@ class EGMF(nn.Module):
             raise ValueError(
                 "a batch without answers has no loss: collate it with answers, or score it over a trie of answers"
             )
-        logits_nV = self.backbone.logits(at_answers).float().flatten(0, -2)
-        loss_B = layout.sum_by_sample(token_nll(logits_nV, layout.answer_id_n, layout.batch.choices))
+        choices = layout.batch.choices
+        if choices is not None and choices.chosen_n is not None:
+            nll_n = option_nll(self.backbone.token_logits(at_answers, choices.token_m).flatten(0, -2), choices)
+        else:
+            nll_n = token_nll(self.backbone.logits(at_answers).float().flatten(0, -2), layout.answer_id_n, choices)
+        loss_B = layout.sum_by_sample(nll_n)
         if layout.trie is None or not layout.batch.error_weight:
             return loss_B
         assert layout.trie.value_C is not None
@@ -122,7 +127,7 @@ class EGMF(nn.Module):
         return loss_B + layout.batch.error_weight * error_B
 
     def _scores(self, layout: Layout, hidden: Tensor) -> Tensor:
-        """log p `[B, C]` of every answer of the layout's trie."""
+        """The score `[B, C]` of every answer of the layout's trie."""
         assert layout.trie is not None
         at_trie = layout.at_trie(hidden)
         return answer_logprobs(self.backbone, at_trie, layout.trie, self.ranks, layout.batch.most_samples)

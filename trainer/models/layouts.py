@@ -3,8 +3,8 @@
 All that differs between packed and padded batches is here. Losses and scores (egmf.py) ask a layout for hidden states.
 
 Shapes: B samples, L positions of a padded row, T own tokens of a packed row, H backbone hidden size, K pseudo tokens, A answer
-tokens, n answer tokens of all samples, N nodes of the answer trie, P = N + 1 places that predict a token of the trie: the
-last token before the answer, then the nodes.
+tokens, n answer tokens of all samples, N nodes of the answer trie, Q places at which it has a choice, among the last token before
+the answer and the nodes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Layout(ABC):
 
     @abstractmethod
     def at_trie(self, hidden: Tensor) -> Tensor:
-        """The hidden states `[B, P, H]` that predict the trie's tokens."""
+        """The hidden states `[B, Q, H]` at the trie's places."""
 
 
 class PackedLayout(Layout):
@@ -101,9 +101,8 @@ class PackedLayout(Layout):
 
     def at_trie(self, hidden: Tensor) -> Tensor:
         assert self.trie is not None
-        places_P = torch.arange(self.trie.token_N.shape[0] + 1, device=hidden.device)
-        at_BP = self.batch.cue_at_B[:, None] + places_P
-        return hidden.index_select(0, at_BP.flatten()).unflatten(0, tuple(at_BP.shape))
+        at_BQ = self.batch.cue_at_B[:, None] + self.trie.place_Q
+        return hidden.index_select(0, at_BQ.flatten()).unflatten(0, tuple(at_BQ.shape))
 
 
 class PaddedLayout(Layout):
@@ -130,8 +129,8 @@ class PaddedLayout(Layout):
     def hidden(self, backbone: Backbone, embeds: Tensor) -> Tensor:
         B, L, _ = embeds.shape
         positions_BL = torch.arange(L, device=embeds.device).expand(B, L)
-        if self.trie is None:
-            return backbone.hidden(embeds, positions_BL)
+        if self.trie is None or not self.trie.token_N.shape[0]:
+            return backbone.hidden(embeds, positions_BL, fp32_attention=self.scored)
         trie, context_B = self.trie, self.batch.context_length_B
         nodes_BNH = backbone.embed(trie.token_N)[None].expand(B, trie.token_N.shape[0], -1)
         positions_BL = torch.cat([positions_BL, context_B[:, None] + trie.depth_N], 1)
@@ -153,9 +152,10 @@ class PaddedLayout(Layout):
 
     def at_trie(self, hidden: Tensor) -> Tensor:
         assert self.trie is not None
-        B, N = len(self.batch), self.trie.token_N.shape[0]
-        nodes_BN = (self.batch.input_ids_BL.shape[1] + torch.arange(N, device=hidden.device)).expand(B, N)
-        return gather_positions(hidden, torch.cat([self.batch.context_length_B[:, None] - 1, nodes_BN], 1))
+        place_Q, cue_B1 = self.trie.place_Q, self.batch.context_length_B[:, None] - 1
+        return gather_positions(
+            hidden, torch.where(place_Q > 0, self.batch.input_ids_BL.shape[1] - 1 + place_Q, cue_B1)
+        )
 
 
 def trie_mask(context_length_B: Tensor, length: int, trie: AnswerTrie) -> Tensor:

@@ -1,7 +1,7 @@
-"""Log-probabilities of all answers of a task from one pass over their trie.
+"""Scores of all answers of a task from one pass over what a row carries of their tree.
 
-Shapes: B samples, H backbone hidden size, V vocabulary, N nodes of the trie, P = N + 1 places that predict a token of it (0: the
-last token before the answer, i + 1: node i), C answers, r some of all places, m tokens of the trie and its end token.
+Shapes: B samples, H backbone hidden size, V vocabulary, Q places at which a choice is made, W options of a place, C answers, D choices
+of an answer, r some of all B x Q places, m tokens that are options.
 """
 
 from __future__ import annotations
@@ -13,44 +13,51 @@ from torch.utils.checkpoint import checkpoint
 from trainer.batch import AnswerTrie
 from trainer.models.backbone.causal_lm import Backbone
 from trainer.models.backbone.sharded import is_partitioned
+from trainer.models.losses import masked_log_softmax
 from trainer.models.ranks import Ranks
 
-MAX_LOGITS = 2**25  # entries of [B x P, V] in memory at a time; Backbone.scored_logits may allow more without gradients
+MAX_LOGITS = 2**25  # entries of [B x Q, V] in memory at a time; Backbone.scored_logits may allow more without gradients
 LOGIT_BYTES = 12  # of an entry: in half precision, in float32, and what the sum of exponentials holds beside
 
 
 def answer_logprobs(
-    backbone: Backbone, hidden_BPH: Tensor, trie: AnswerTrie, ranks: Ranks, most_samples: int = 0
+    backbone: Backbone, hidden_BQH: Tensor, trie: AnswerTrie, ranks: Ranks, most_samples: int = 0
 ) -> Tensor:
-    """log p `[B, C]` of every answer with its end token, float32, not normalised over the answers.
+    """The score `[B, C]` of every answer (:mod:`trainer.answer_tree`), float32, from the hidden states at the trie's places.
 
-    Where a trie has tokens that are given, p is conditional on them. `most_samples`: see :class:`trainer.batch.Batch`. No host waits
-    for a device here, where they are known.
+    `most_samples`: see :class:`trainer.batch.Batch`. No host waits for a device here, where they are known.
     """
-    B, P, _ = hidden_BPH.shape
-    next_m = trie.next_m
+    logprob_BQW = _option_logprobs(backbone, hidden_BQH, trie, ranks, most_samples)
+    option_Bo = nn.functional.pad(logprob_BQW.flatten(1), (0, 1))  # what stands behind an answer's last choice adds 0
+    total_BC = option_Bo.new_zeros(())
+    for option_C in trie.step_CD.unbind(1):
+        total_BC = total_BC + option_Bo.index_select(1, option_C)
+    return total_BC.float()
 
-    def next_logprobs(hidden_rH: Tensor) -> Tensor:
-        logits_rV = backbone.logits(hidden_rH).float()
-        # in float64: sums reach -50 and below
-        return logits_rV[:, next_m].double() - logits_rV.logsumexp(-1, keepdim=True).double()
+
+def _option_logprobs(
+    backbone: Backbone, hidden_BQH: Tensor, trie: AnswerTrie, ranks: Ranks, most_samples: int
+) -> Tensor:
+    """log p `[B, Q, W]` of every option, among a place's options or in the vocabulary, float64: sums reach -50 and below."""
+    B, Q, _ = hidden_BQH.shape
+    place_Q1 = torch.arange(Q, device=hidden_BQH.device)[:, None]
+    if trie.constrained and backbone.reads_rows:
+        logits_BQW = backbone.token_logits(hidden_BQH, trie.token_m)[:, place_Q1, trie.option_QW]
+        return masked_log_softmax(logits_BQW.double(), trie.mask_QW)
+
+    def token_logprobs(hidden_rH: Tensor) -> Tensor:
+        logits_rV = backbone.logits(hidden_rH)
+        logits_rm = logits_rV[:, trie.token_m].double()
+        return logits_rm if trie.constrained else logits_rm - logits_rV.float().logsumexp(-1, keepdim=True).double()
 
     rows = []
-    for hidden_rH in hidden_BPH.flatten(0, 1).tensor_split(_chunks(backbone, B, P, ranks, most_samples)):
+    for hidden_rH in hidden_BQH.flatten(0, 1).tensor_split(_chunks(backbone, B, Q, ranks, most_samples)):
         if torch.is_grad_enabled():  # logits are recomputed in the backward pass: all of them at once would be too many
-            rows.append(checkpoint(next_logprobs, hidden_rH, use_reentrant=False, preserve_rng_state=False))
+            rows.append(checkpoint(token_logprobs, hidden_rH, use_reentrant=False, preserve_rng_state=False))
         else:
-            rows.append(next_logprobs(hidden_rH))
-    logprob_BPm = torch.cat(rows).unflatten(0, (B, P))
-    from_N = trie.parent_N + 1  # the place that predicts a node
-    node_BN = logprob_BPm[:, from_N, torch.arange(P - 1, device=from_N.device)]
-    if trie.given_N is not None:
-        node_BN = node_BN.masked_fill(trie.given_N, 0.0)
-    node_BN = nn.functional.pad(node_BN, (0, 1))  # what stands behind an answer's last token adds 0
-    total_BC = node_BN.new_zeros(())
-    for node_C in trie.path_CD.unbind(1):
-        total_BC = total_BC + node_BN.index_select(1, node_C)
-    return (total_BC + logprob_BPm[..., -1].index_select(1, trie.leaf_C + 1)).float()
+            rows.append(token_logprobs(hidden_rH))
+    value_BQW = torch.cat(rows).unflatten(0, (B, Q))[:, place_Q1, trie.option_QW]
+    return masked_log_softmax(value_BQW, trie.mask_QW) if trie.constrained else value_BQW
 
 
 def logits_in_free_memory(backbone: Backbone, ranks: Ranks) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.answers.trie import AnswerError, task_trie
+from trainer.answer_tree import AnswerTree
+from trainer.answers.tree import AnswerError, task_tree
 from trainer.batch import AnswerTrie
 from trainer.config import FusionConfig, RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
@@ -252,7 +253,7 @@ def make_collators(
     tokenizer: PreTrainedTokenizerBase,
     joining: Joining = "running",
 ) -> tuple[dict[str, Collator], dict[str, AnswerTrie]]:
-    """Each task's collator and tree of answers.
+    """Each task's collator, and what its samples carry of the tree of answers to be scored.
 
     Raises:
         ValueError: every task with answers that the tokenizer cannot tell apart.
@@ -260,10 +261,11 @@ def make_collators(
     collators, tries, faults = {}, {}, []
     for name, task in tasks.items():
         try:
-            tries[name] = task_trie(task, tokenizer, config.data.answers, prompt_language(task, config.data), joining)
+            tree = task_tree(task, tokenizer, config.data.answers, prompt_language(task, config.data), joining)
         except AnswerError as error:
             faults.append(f"task {name}: {error}")
             continue
+        tries[name] = tree.trie(config.eval.score)
         collators[name] = Collator(
             task,
             tokenizer,
@@ -273,10 +275,10 @@ def make_collators(
             pseudo_tokens=config.model.fusion.pseudo_tokens,
             modalities=config.model.fusion.modalities,
             seed=config.train.seed,
-            objective=make_objective(config, task, tries[name], data[name]["train"]),
+            objective=make_objective(config, task, tree, data[name]["train"]),
             joining=joining,
         )
-        if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tries[name].answers)):
+        if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tree.answers)):
             faults.append(
                 f"task {name}: the tokenizer does not give {changed} back as written, so that generated answers would never be these: set "
                 "eval.mode=score, or rename the labels"
@@ -301,16 +303,16 @@ def _check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]],
         resolve_kernel(config.gate.kernel, world.device.type, config.width, len(experts) * len(modalities))
 
 
-def make_objective(config: RunConfig, task: Task, trie: AnswerTrie, samples: SplitView) -> Objective:
+def make_objective(config: RunConfig, task: Task, tree: AnswerTree, samples: SplitView) -> Objective:
     """The training loss of `task` with these training samples."""
     train = config.train
     weight_C = None
     if train.class_weights != "none":
         class_N = answer_indices(task, samples.targets())
-        weight_C = class_weights(class_N, len(trie.answers), train.class_weights, train.class_weight_beta)
+        weight_C = class_weights(class_N, len(tree.answers), train.class_weights, train.class_weight_beta)
     error_weight = train.regression_loss if task.kind == "regression" else 0.0
     shared = task.kind == "multilabel" or samples.shared
-    return Objective(weight_C, train.label_smoothing, error_weight, trie, shared)
+    return Objective(weight_C, train.label_smoothing, error_weight, tree, shared, train.loss, config.eval.score)
 
 
 def tiny_texts(config: RunConfig, tasks: dict[str, Task], data: dict[str, PreparedDataset]) -> list[str]:

@@ -140,8 +140,11 @@ class Scorer:
         """The answer to each sample of a batch."""
         if self.config.eval.mode == "generate":
             batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device)
-            longest = max(map(len, self.collate.answers)) + GENERATED_BEYOND
-            texts = generate(self.parts.model, batch, longest)
+            longest = max(map(len, self.collate.answers))
+            if self.config.eval.generation == "constrained":
+                texts = generate(self.parts.model, batch, longest, self.collate.objective.tree)
+            else:
+                texts = generate(self.parts.model, batch, longest + GENERATED_BEYOND)
             return sample_answers(self.task, parse_answers(self.task, texts, self.config.data.answers))
         output = self._output(samples, micro)
         predictions = predict(self.task, output.logprob_BC, self.config.data.answers, self.config.eval.prediction)

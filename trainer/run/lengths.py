@@ -72,13 +72,13 @@ def measure(
     """
     ids = samples.ids if isinstance(samples, SplitView) else [sample.id for sample in samples]
     prefix, longest, text_N = len(collate.prefix), max(map(len, collate.answers)) - 1, collate.text_lengths(samples)
-    carried = use == "scored" or (use == "trained" and collate.objective.trie_in_batch is not None)
-    if use == "trained" and not carried:
+    carried = {"trained": collate.objective.trie_in_batch, "scored": trie, "generated": None}[use]
+    if use == "trained" and carried is None:
         tokens_N, behind = collate.sizes(samples).tokens_N, 0
     else:
-        behind = longest + (GENERATED_BEYOND if use == "generated" else 0)
-        if carried and limit is not None and limit.kind == "rotary":
-            behind = len(trie.token_N)
+        behind = longest + GENERATED_BEYOND if carried is None else carried.depth
+        if carried is not None and limit is not None and limit.kind == "rotary":
+            behind = len(carried.token_N)
         tokens_N = collate.sizes(samples, nodes=0).tokens_N
     least = prefix + collate.pseudo_tokens + len(collate.suffix) + max(behind, longest)
     return SplitLengths(collate.task.name, split, ids, prefix + tokens_N + behind, text_N, least)

@@ -40,7 +40,7 @@ from trainer.models.backbone.packed import (
     causal_flash,
     placeholder,
 )
-from trainer.models.backbone.sharded import gathered_by_layer
+from trainer.models.backbone.sharded import gathered_by_layer, is_partitioned
 from trainer.models.backbone.tiny import build_tiny
 from trainer.models.ranks import Ranks, SingleProcess
 
@@ -113,7 +113,8 @@ class Backbone(nn.Module):
         if mask_B1LL is not None:
             mask = self._layer_masks(mask_B1LL, positions_BL, positions_BL, embeds_BLH.dtype)
         elif self.takes_kernels and self._within_window(embeds_BLH.shape[1]):
-            kernel = causal_flash if self.attention == "flash_attention_2" else causal
+            flash = self.attention == "flash_attention_2" and not fp32_attention
+            kernel = causal_flash if flash else causal
         return self._decode(embeds_BLH, positions_BL, mask, kernel, fp32_attention)
 
     def packed(
@@ -186,7 +187,7 @@ class Backbone(nn.Module):
             self._log_once("samples longer than the layers' sliding window attend by a mask of the whole row")
             return None
         backend = self.attention
-        if backend in CAUSAL_ONLY and row.packing.trie is not None:
+        if backend in CAUSAL_ONLY and row.nodes:
             self._log_once(f"{backend} takes no answer trie: scoring uses blocks")
             backend = "blocks"
         elif backend in CAUSAL_ONLY and fp32_attention and dtype in HALF:
@@ -227,6 +228,21 @@ class Backbone(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., H]`."""
         logits = self.base.get_output_embeddings()(hidden)
+        return logits if self._scale_logits is None else self._scale_logits(logits)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether :meth:`token_logits` reads the head's rows of these tokens alone: where the head is a plain layer, and whole."""
+        head: Any = self.base.get_output_embeddings()
+        return type(head) is nn.Linear and not is_partitioned(head.weight)
+
+    def token_logits(self, hidden: Tensor, token_m: Tensor) -> Tensor:
+        """Logits `[..., m]` of some tokens, float32: those of :meth:`logits`, but for rounding in half precision."""
+        if not self.reads_rows:
+            return self.logits(hidden)[..., token_m].float()
+        head: Any = self.base.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[token_m].float()
+        logits = nn.functional.linear(hidden.float(), head.weight[token_m].float(), bias)
         return logits if self._scale_logits is None else self._scale_logits(logits)
 
     def _layer_masks(

@@ -182,8 +182,8 @@ class PackedRow:
         )
         self.offset_T = torch.arange(self.total, device=device) - start_B[self.sample_T]
         self.start_B = start_B
-        nodes = 0 if packing.trie is None else packing.trie.token_N.shape[0]
-        self.context_B = length_B - nodes
+        self.nodes = 0 if packing.trie is None else packing.trie.token_N.shape[0]
+        self.context_B = length_B - self.nodes
         self._block_masks: dict[int, Tensor] = {}  # by g: layers share them
 
     def kernel(self, backend: str) -> Kernel:
@@ -199,7 +199,7 @@ class PackedRow:
     @cached_property
     def positions_R(self) -> Tensor:
         place_T = self.offset_T
-        if self.packing.trie is not None:
+        if self.packing.trie is not None and self.nodes:
             context_T = self.context_B[self.sample_T]
             node_T = place_T - context_T
             place_T = torch.where(node_T < 0, place_T, context_T + self.packing.trie.depth_N[node_T.clamp(min=0)])
@@ -214,9 +214,9 @@ class PackedRow:
         """Whether a sample's token at offset `query` sees its token at offset `key` (all broadcast)."""
         before = key <= query
         trie = self.packing.trie
-        if trie is None:
+        if trie is None or not self.nodes:
             return before
-        last = trie.token_N.shape[0] - 1
+        last = self.nodes - 1
         node_query, node_key = query - context, key - context
         ancestor = trie.ancestors_NN[node_query.clamp(0, last), node_key.clamp(0, last)]
         return torch.where((node_query >= 0) & (node_key >= 0), ancestor, before)

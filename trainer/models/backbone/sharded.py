@@ -246,7 +246,7 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
     return {*tied.keys(), *tied.values()}
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 

@@ -1,16 +1,13 @@
-"""The answers of a task as a tree of tokens, which the model scores in one pass.
-
-Legend: C answers of the task, N nodes of the tree.
-"""
+"""The tree of a task's answers, from their texts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.batch import AnswerTrie
+from trainer.answer_tree import AnswerTree
 from trainer.tasks import AnswerStyle, Language, Task
 from trainer.text import Joining, Pieces, end_token
 
@@ -19,32 +16,22 @@ class AnswerError(ValueError):
     """Answers that a tokenizer cannot tell apart, or scores that do not belong to the task's answers."""
 
 
-def task_trie(
+def task_tree(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     style: AnswerStyle,
     language: Language,
     joining: Joining = "running",
-) -> AnswerTrie:
+) -> AnswerTree:
     """The tree of a task's answers as they follow the cue in a prompt of `language`, tokenised as in training
-    (:class:`trainer.text.Pieces`); see :func:`build_trie`."""
+    (:class:`trainer.text.Pieces`); errors as of :func:`build_tree`."""
     pieces = Pieces(tokenizer, joining)
-    trie = build_trie(task.answer_texts(style, language), pieces.following, end_token(tokenizer))
-    if task.grid is not None:
-        trie.value_C = torch.tensor(task.grid.values)
-    if task.kind == "multilabel":
-        trie.given_N = _given(trie)
-    return trie
+    tree = build_tree(task.answer_texts(style, language), pieces.following, end_token(tokenizer))
+    return replace(tree, values=None if task.grid is None else task.grid.values, pairs=task.kind == "multilabel")
 
 
-def _given(trie: AnswerTrie) -> torch.Tensor:
-    """`[N]`: the nodes above both answers of a label, which stand one behind the other."""
-    path_CN = trie.ancestors_NN[trie.leaf_C]
-    return (path_CN[0::2] & path_CN[1::2]).any(0)
-
-
-def build_trie(answers: Sequence[str], encode: Callable[[str], list[int]], end: int) -> AnswerTrie:
-    """One tree that holds every answer: shared beginnings once, parents before children, answers in the given order.
+def build_tree(answers: Sequence[str], encode: Callable[[str], list[int]], end: int) -> AnswerTree:
+    """The tree of all answers.
 
     Args:
         answers: the texts as they follow the cue (:meth:`trainer.tasks.Task.answer_texts`), tokenised apart from it.
@@ -56,24 +43,7 @@ def build_trie(answers: Sequence[str], encode: Callable[[str], list[int]], end: 
     """
     tokens = [list(map(int, encode(text))) for text in answers]
     _check_tokens(answers, tokens, end)
-    nodes: dict[tuple[int, ...], int] = {}
-    for row in tokens:
-        for stop in range(1, len(row) + 1):
-            nodes.setdefault(tuple(row[:stop]), len(nodes))
-    parents = [nodes.get(path[:-1], -1) for path in nodes]
-    ancestors_NN = torch.eye(len(nodes), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            ancestors_NN[node] |= ancestors_NN[parent]
-    return AnswerTrie(
-        token_N=torch.tensor([path[-1] for path in nodes]),
-        parent_N=torch.tensor(parents),
-        depth_N=torch.tensor([len(path) - 1 for path in nodes]),
-        leaf_C=torch.tensor([nodes[tuple(row)] for row in tokens]),
-        ancestors_NN=ancestors_NN,
-        end=end,
-        answers=[text.strip() for text in answers],
-    )
+    return AnswerTree(tuple(text.strip() for text in answers), tuple((*row, end) for row in tokens))
 
 
 def _check_tokens(answers: Sequence[str], tokens: Sequence[Sequence[int]], end: int) -> None:
