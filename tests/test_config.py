@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from trainer.checkpoint.identity import effect_of, training_settings
-from trainer.config import ConfigError, check_config, dump_config, flatten, load_config, saved_config
+from trainer.config import ConfigError, check_config, dump_config, flatten, load_config
+from trainer.saved_config import saved_config
 from trainer.tasks import get_task
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -106,8 +106,8 @@ class AnswerTree:
         for i, node in enumerate(nodes):
             if parent := place[node[:-1]]:
                 ancestors_NN[i] |= ancestors_NN[parent - 1]
-        choices = {(step.before, step.options): 0 for row in steps for step in row}
-        choices = {choice: q for q, choice in enumerate(choices)}
+        listed = dict.fromkeys((step.before, step.options) for row in steps for step in row)
+        choices = {choice: q for q, choice in enumerate(sorted(listed, key=lambda choice: place[choice[0]]))}
         options = {token: i for i, token in enumerate(dict.fromkeys(t for _, listed in choices for t in listed))}
         widest = max(len(listed) for _, listed in choices)
         at = [[choices[step.before, step.options] * widest + step.chosen for step in row] for row in steps]

@@ -5,10 +5,9 @@ Every fault is reported in one message, unknown keys with the nearest valid name
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from pydantic import (
@@ -24,12 +23,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from trainer.config_files import ConfigError, merge, parse_overrides, read_layers, read_plain
-from trainer.files import load_json
-from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, is_text, nest
+from trainer.config_files import ConfigError, merge, parse_overrides, read_layers
+from trainer.schema import EXECUTION, RECORD, SCORING, SELECTION, describe, dotted, is_text
 from trainer.shipped import locate
-
-log = logging.getLogger(__name__)
 
 Modality = Literal["text", "audio", "video"]
 StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
@@ -42,9 +38,6 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 FoldName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 2 in YAML is "2"
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-# values of a setting that mean that it is not used
-OFF: Final[tuple[Any, ...]] = (None, False, 0, "", "none", "auto", [], {})
 
 
 class Section(BaseModel):
@@ -507,46 +500,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the files and overrides, each with its dotted key.
     """
-    over = parse_overrides(overrides, _is_text)
+    over = parse_overrides(overrides, is_text_setting)
     return check_config(merge(read_layers(locate(path)), over, str(path)), where=str(path))
 
 
-def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = None) -> RunConfig:
-    """The config a run was trained with, by this version or another: what it does not say has its default.
-
-    A setting that this version does not have is left out where its value says that it is not used (:data:`OFF`).
-
-    Raises:
-        ValueError: `run` is not a run folder, or uses a setting that this version does not have.
-    """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
-    path_of_data = [] if data is None else ["data.path=" + data.replace("${", r"\${")]
-    over = parse_overrides([*overrides, *path_of_data], _is_text)
-    kept, unknown = nest(RunConfig, dotted(read_plain(path)))
-    used = {key: value for key, value in unknown.items() if value not in OFF}
-    if used:
-        names = ", ".join(f"{key}={value!r}" for key, value in used.items())
-        raise ConfigError(
-            f"{path} has settings that this version of egmf-trainer does not have: {names}; use the version that wrote it"
-            f"{_version_of(run)}, or take them out of the file to leave them out"
-        )
-    if unknown:
-        log.info("%s: not used and left out, since this version does not have them: %s", path, ", ".join(unknown))
-    return check_config(merge(kept, over, str(path)), where=str(path))
-
-
-def _is_text(key: str) -> bool:
+def is_text_setting(key: str) -> bool:
+    """Whether the value of a dotted key is text, so that an override of it is not read as YAML."""
     return is_text(RunConfig, key)
-
-
-def _version_of(run: Path) -> str:
-    """The version that a run folder's record names, in brackets; empty where it names none."""
-    try:
-        return f" ({load_json((run / 'run.json').read_text(encoding='utf-8'))['versions']['egmf-trainer']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def check_config(raw: Any, where: str = "config") -> RunConfig:

@@ -11,10 +11,11 @@ from typing import Any, TypedDict
 from launch.start.local import run_state
 from launch.sweep.grid import planned_settings
 from trainer.checkpoint.identity import training_settings
-from trainer.config import RunConfig, dump_config, saved_config
+from trainer.config import RunConfig, dump_config
 from trainer.data.folds import fold_labels
 from trainer.files import load_json, write_text
 from trainer.questions import tasks_of_run
+from trainer.saved_config import saved_config
 from trainer.tracking.outbox import tracking_uri
 
 RECORD = "sweep.json"

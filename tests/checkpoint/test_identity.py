@@ -61,3 +61,15 @@ def test_an_infinite_setting_is_saved_and_agrees_again(tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "state.json").write_text(json.dumps(state.model_dump(mode="json"), allow_nan=False))
     check_fit(read_state(tmp_path), identity, tmp_path)
+
+
+def test_how_numbers_are_scored_is_trained_where_the_loss_has_their_expected_error() -> None:
+    plain, error = ({"task": "mosei", "train": {"regression_loss": weight}} for weight in (0.0, 0.5))
+    assert "eval.score" not in training_settings(check_config(plain))
+    saved = training_settings(check_config(error))
+    assert saved["eval.score"] == "constrained"
+    assert completed_settings(saved) == (saved, {})
+    older = {
+        key: value for key, value in saved.items() if key != "eval.score"
+    }  # of a version that knew full scores alone
+    assert completed_settings(older)[0] == saved | {"eval.score": "full"}

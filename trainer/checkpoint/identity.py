@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, field_serializer
 
 from trainer.config import RunConfig, flatten
 from trainer.distributed.deepspeed_config import zero_stage
-from trainer.schema import Effect, defaults_of_missing, find
+from trainer.saved_config import unsaid
+from trainer.schema import Effect, find
 
 
 class RunIdentity(BaseModel):
@@ -59,15 +60,20 @@ def effect_of(key: str) -> Effect:
 
 def training_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what is trained: dotted key -> value."""
-    return {key: value for key, value in flatten(config).items() if effect_of(key) == "training"}
+    return _that_train(flatten(config))
+
+
+def _that_train(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of all settings; how numbers are scored decides it where the loss has their expected error."""
+    also = {"eval.score"} if settings.get("train.regression_loss") else set()
+    return {key: value for key, value in settings.items() if key in also or effect_of(key) == "training"}
 
 
 def completed_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """:func:`training_settings` that another version may have saved, as this version has them, and those it does not have.
 
-    A key that was not known then has the schema's default; saved values are not checked.
+    A key that was not known then has the value of :func:`trainer.saved_config.unsaid`; saved values are not checked.
     """
     known = {key: value for key, value in saved.items() if find(RunConfig, key) is not None}
-    known |= defaults_of_missing(known, training_settings(RunConfig(task="any")))
     unknown = {key: value for key, value in saved.items() if key not in known}
-    return {key: value for key, value in known.items() if effect_of(key) == "training"}, unknown
+    return _that_train(known | unsaid(known)), unknown

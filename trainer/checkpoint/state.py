@@ -11,9 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.checkpoint.identity import RunIdentity, completed_settings
 from trainer.checkpoint.weights import CheckpointError
-from trainer.config import OFF
 from trainer.files import load_json
 from trainer.models.backbone.fingerprint import SOURCE, BaseFingerprint
+from trainer.saved_config import OFF
 from trainer.text import Joining
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def check_fit(
     """Refuse to continue `checkpoint` in a run that differs from it in any of `expected`; `base` has the older fingerprint too.
 
     Another number of ranks fits always. A setting that the checkpoint's version did not have counts as the schema's default;
-    one that this version does not have is left out where its value says that it was not used (:data:`trainer.config.OFF`).
+    one that this version does not have is left out where its value says that it was not used (:data:`trainer.saved_config.OFF`).
     With `force`, other settings and other data are a warning; another base or ZeRO stage never is.
 
     Raises:

@@ -47,7 +47,7 @@ def robustness(
 
     Writes robustness.json and robustness.parquet into the run folder. Works on several processes too.
     """
-    from trainer.config import saved_config
+    from trainer.saved_config import saved_config
 
     saved_config(run, overrides or [])
     try:

@@ -80,7 +80,7 @@ def evaluate(
     debug: Debug = False,
 ) -> int:
     """Score a split with a run's best checkpoint. Works on several processes too, under any launcher."""
-    from trainer.config import saved_config
+    from trainer.saved_config import saved_config
 
     saved_config(run, overrides or [], data)
 
@@ -147,8 +147,8 @@ def predict(
 
     Faulty samples are left out and reported on stderr with their place and the reasons; the exit code is then 1.
     """
-    from trainer.config import saved_config
     from trainer.data.unlabelled.inputs import PredictError, check_places
+    from trainer.saved_config import saved_config
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
     saved_config(run, chosen)

@@ -46,9 +46,9 @@ def _option_logprobs(
         return masked_log_softmax(logits_BQW.double(), trie.mask_QW)
 
     def token_logprobs(hidden_rH: Tensor) -> Tensor:
-        logits_rV = backbone.logits(hidden_rH)
+        logits_rV = backbone.logits(hidden_rH).float()
         logits_rm = logits_rV[:, trie.token_m].double()
-        return logits_rm if trie.constrained else logits_rm - logits_rV.float().logsumexp(-1, keepdim=True).double()
+        return logits_rm if trie.constrained else logits_rm - logits_rV.logsumexp(-1, keepdim=True).double()
 
     rows = []
     for hidden_rH in hidden_BQH.flatten(0, 1).tensor_split(_chunks(backbone, B, Q, ranks, most_samples)):

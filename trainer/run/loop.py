@@ -20,7 +20,7 @@ from trainer.checkpoint.identity import identify, training_settings
 from trainer.checkpoint.state import CheckpointState, Position, SelectionState, check_fit, read_state, this_version
 from trainer.checkpoint.store import Checkpoints, resume_engine, step_name
 from trainer.checkpoint.weights import load_weights, trainable_state
-from trainer.config import RunConfig, dump_config, saved_config
+from trainer.config import RunConfig, dump_config
 from trainer.data.sampling import GlobalBatch
 from trainer.distributed.consistency import check_consistency
 from trainer.distributed.deepspeed_config import check_machine, dtype_of, for_world
@@ -64,6 +64,7 @@ from trainer.run.record import (
 from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
 from trainer.run.step import StepResult, train_step
+from trainer.saved_config import as_begun, saved_config
 from trainer.tracking.journal import JOURNAL, MEDIAN_SPEED, SPEED, read_journal
 from trainer.tracking.progress import Progress
 from trainer.tracking.tracker import Tracker
@@ -114,6 +115,7 @@ def fit(
                 remember(config)
             last = checkpoints.newest(repair=True)
             saved = None if last is None else read_state(last)
+            config = config if last is None else as_begun(config, out)
             joining = "running" if saved is None else saved.joining
             trained = for_world(config, world, None if saved is None else saved.zero)
             parts = assemble(trained, out, world, dtype_of(config), partition=True, joining=joining)

@@ -14,7 +14,7 @@ from trainer.answers.scores import SplitScores
 from trainer.checkpoint.state import is_other_base, read_state
 from trainer.checkpoint.store import Checkpoints
 from trainer.checkpoint.weights import CheckpointError, load_weights
-from trainer.config import RunConfig, saved_config
+from trainer.config import RunConfig
 from trainer.data.folds import fold_choice
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
@@ -22,6 +22,7 @@ from trainer.run.assemble import RunComponents, assemble
 from trainer.run.engine import build_inference_engine
 from trainer.run.evaluate import Change, evaluate
 from trainer.run.lengths import check_positions, log_lines, measure_splits
+from trainer.saved_config import saved_config
 from trainer.trust import check_trust
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.config import TrackConfig, saved_config
+from trainer.config import TrackConfig
 from trainer.files import load_json, write_json
+from trainer.saved_config import saved_config
 from trainer.tracking.journal import JOURNAL, Record, entries
 from trainer.tracking.mlflow_run import METRICS, MlflowRun
 from trainer.tracking.sqlite_uri import sqlite_uri

@@ -18,10 +18,10 @@ from tests.distributed import fork_server
 from tests.distributed.processes import egmf, environment
 from tests.results.seeded import make_seeded, make_two, track
 from tests.tracking.mlflow_server import MlflowServer
-from trainer.config import saved_config
 from trainer.results.compare.comparison import compare
 from trainer.results.compare.files import Store, log_comparison, store_for, write_comparison
 from trainer.results.compare.sources.find import find_runs
+from trainer.saved_config import saved_config
 
 FILES = ("csv", "html", "json", "tex")
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.random_state import derive_seed
 from trainer.checkpoint.weights import load_trainable_state
-from trainer.config import saved_config
 from trainer.distributed.deepspeed_config import dtype_of
 from trainer.distributed.world import World
 from trainer.files import load_json
 from trainer.run.assemble import assemble
 from trainer.run.guards.dump import ABOUT, WEIGHTS, DumpFacts, load_batch
+from trainer.saved_config import saved_config
 from trainer.trust import check_trust
 
 

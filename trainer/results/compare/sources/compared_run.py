@@ -16,12 +16,11 @@ import pyarrow as pa
 import yaml
 from pyarrow import compute, parquet
 
-from trainer.config import RunConfig, flatten
 from trainer.data.folds import FoldRecord
 from trainer.questions import RunTask
 from trainer.results.run_folder import PREDICTIONS
 from trainer.results.saved_tasks import find_saved_tasks
-from trainer.schema import defaults_of_missing
+from trainer.saved_config import unsaid
 from trainer.tasks import Task, TaskError, select_by
 
 COLUMNS = ("task", "id", "label", "prediction", "valid", "kind")  # of predictions, those that are read
@@ -94,9 +93,8 @@ def same_samples(a: Answers, b: Answers) -> bool:
 
 
 def with_defaults(config: Mapping[str, str]) -> dict[str, str]:
-    """A run's config in which a key that its version did not know has the schema's default, as continuing it would give it."""
-    absent = defaults_of_missing(config, flatten(RunConfig(task="any")))
-    return {**config, **{key: str(value) for key, value in absent.items()}}
+    """A run's config in which a key that its version did not know is what that version did, as continuing it would give it."""
+    return {**config, **{key: str(value) for key, value in unsaid(config).items()}}
 
 
 def tasks_of(config: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict[str, Task]:
