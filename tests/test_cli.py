@@ -129,7 +129,11 @@ def test_a_run_can_be_evaluated_again_alone_and_with_other_settings(tmp_path: Pa
     assert json.loads(mode.stdout)["mae"] != found["mae"]
     free = egmf("evaluate", str(run), "--json", "eval.mode=generate")
     scores = json.loads(free.stdout)
-    assert 0.0 <= scores["invalid_rate"] <= 1.0
+    assert scores["invalid_rate"] > 0.0
+    answers = egmf("evaluate", str(run), "--json", "eval.mode=generate", "eval.generation=constrained")
+    assert json.loads(answers.stdout)["invalid_rate"] == 0.0
+    full = egmf("evaluate", str(run), "--json", "eval.score=full")
+    assert json.loads(full.stdout)["mae"] != pytest.approx(found["mae"], abs=1e-6)
     wrong = egmf("evaluate", str(run), "--split", "tset")
     assert wrong.returncode == 1
     assert "did you mean test" in wrong.stderr

@@ -173,3 +173,10 @@ def test_a_list_where_a_section_belongs_is_named(
     (tmp_path / "mine.yaml").write_text(f"extends: meld\n{layers[0]}\n")
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_config(tmp_path / "mine.yaml", list(layers[1]))
+
+
+def test_free_text_is_not_asked_of_a_model_that_is_trained_on_answers_alone() -> None:
+    raw = {"task": "meld", "train": {"loss": "constrained"}, "eval": {"mode": "generate"}}
+    with pytest.raises(ConfigError, match=r"eval\.generation=constrained, or train\.loss=full"):
+        check_config(raw)
+    check_config(raw | {"eval": {"mode": "generate", "generation": "constrained"}})

@@ -69,7 +69,7 @@ CASES = (
     Case("zero3-full", ("model.adapter.kind=full",), ("train.zero=3",)),
     Case("zero2-two-tasks", TWO, ("train.zero=2",)),
     Case("zero3-two-tasks-checkpointing", (*TWO, *NF4), ("train.zero=3", "model.backbone.gradient_checkpointing=true")),
-    Case("zero2-labels", LABELS, ("train.zero=2",)),
+    Case("zero2-labels", (*LABELS, "train.loss=constrained"), ("train.zero=2",)),
     Case("zero3-labels-checkpointing", (*LABELS, *NF4, "train.label_smoothing=0.1"), ("train.zero=3", *CHECKPOINTED)),
     Case("zero2-full", ("model.adapter.kind=full",), ("train.zero=2",)),
     Case("zero3-no-fusion", ("model.fusion.pseudo_tokens=0",), ("train.zero=3",)),
@@ -116,8 +116,14 @@ OBJECTIVES = (
     ),
     Case(
         "zero2-weighed-two-tasks",
-        (*TWO, "train.class_weights=effective", "train.regression_loss=0.7"),
+        (*TWO, "train.class_weights=effective", "train.regression_loss=0.7", "eval.score=full"),
         ("train.zero=2", *CHECKPOINTED),
+    ),
+    *(
+        Case(
+            f"zero{z}-constrained", (*TWO, "train.loss=constrained", "train.regression_loss=0.7"), (f"train.zero={z}",)
+        )
+        for z in (2, 3)
     ),
 )
 SETS = {

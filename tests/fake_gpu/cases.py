@@ -55,6 +55,11 @@ CASES = [
     Case("labels of a sample, heads", task="sets", overrides=("model.fusion.expert_loss_weight=0.5",)),
     Case("shares of annotators", task="shares"),
     Case("shares of annotators, heads", task="shares", overrides=("model.fusion.expert_loss_weight=0.5",)),
+    Case("constrained loss", overrides=("train.loss=constrained", "train.label_smoothing=0.1")),
+    Case("constrained loss, padded", overrides=("train.loss=constrained", *PADDED)),
+    Case("constrained loss: expected error", task="mosei", overrides=("train.loss=constrained", *REGRESSION)),
+    Case("constrained loss: labels of a sample", task="sets", overrides=("train.loss=constrained",)),
+    Case("full scores: expected error", task="mosei", overrides=("eval.score=full", *REGRESSION)),
     Case("Chinese", task="cherma"),
     *(
         Case(f"score: {name}", task, overrides, "score")
@@ -64,8 +69,11 @@ CASES = [
             ("labels of a sample", "sets", ()),
             ("nf4", "mosei", NF4),
             ("padded", "mosei", PADDED),
+            ("labels, padded", "meld", PADDED),
+            ("full", "mosei", ("eval.score=full",)),
         ]
     ),
     Case("score: varlen asked for", what="score", attention="varlen"),
     Case("generate", what="generate", overrides=("eval.mode=generate",)),
+    Case("generate: answers", "mosei", ("eval.mode=generate", "eval.generation=constrained"), "generate"),
 ]

@@ -18,6 +18,7 @@ from tests.models.tiny_models import (
     rows_of,
     save_family,
 )
+from trainer.answer_tree import AnswerTree
 from trainer.batch import Features
 from trainer.checkpoint.weights import trainable_tensors
 from trainer.config import AdapterConfig
@@ -286,6 +287,30 @@ def test_generation_equals_growing_the_row_token_by_token(folders, family, atten
                 tokens.append(token)
                 grown = torch.cat([grown, model.backbone.embed(torch.tensor([token]))])
             assert got[row] == model.backbone.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, FLAT])
+def test_constrained_generation_takes_the_likeliest_token_that_goes_on_with_an_answer(folders, answers):
+    model = make_model(folders("qwen3"))
+    rows = [(*answer, model.end) for answer in answers]
+    tree = AnswerTree(tuple(map(str, answers)), tuple(rows))
+    batch = make_batch([9, 4, 14, 7, 11, 6], pad=2)
+    got = generate(model, batch, max(map(len, rows)) + 2, tree)
+    model.eval()
+    wanted = []
+    with torch.no_grad():
+        embeds, _ = model.embed(PaddedLayout(batch))
+        for row in range(len(batch)):
+            grown, tokens = embeds[row, : batch.context_length_B[row]], ()
+            while not tokens or tokens[-1] != model.end:
+                logits = model.backbone.model(inputs_embeds=grown[None], use_cache=False).logits[0, -1]
+                following = {other[len(tokens)] for other in rows if other[: len(tokens)] == tokens}
+                tokens += (max(following, key=lambda token: float(logits[token])),)
+                grown = torch.cat([grown, model.backbone.embed(torch.tensor(tokens[-1:]))])
+            assert tokens in rows
+            wanted.append(model.backbone.tokenizer.decode(tokens[:-1]))
+    assert got == wanted
+    assert len(set(got)) > 1
 
 
 def test_generation_stops_at_the_end_token(folders):
