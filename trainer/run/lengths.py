@@ -74,13 +74,13 @@ def measure(
     prefix, longest, text_N = len(collate.prefix), max(map(len, collate.answers)) - 1, collate.text_lengths(samples)
     carried = {"trained": collate.objective.trie_in_batch, "scored": trie, "generated": None}[use]
     if use == "trained" and carried is None:
-        tokens_N, behind = collate.sizes(samples).tokens_N, 0
+        tokens_N, behind, most = collate.sizes(samples).tokens_N, 0, max(map(len, collate.targets)) - 1
     else:
         behind = longest + GENERATED_BEYOND if carried is None else carried.depth
         if carried is not None and limit is not None and limit.kind == "rotary":
             behind = len(carried.token_N)
-        tokens_N = collate.sizes(samples, nodes=0).tokens_N
-    least = prefix + collate.pseudo_tokens + len(collate.suffix) + max(behind, longest)
+        tokens_N, most = collate.sizes(samples, nodes=0).tokens_N, behind
+    least = prefix + collate.pseudo_tokens + len(collate.suffix) + most
     return SplitLengths(collate.task.name, split, ids, prefix + tokens_N + behind, text_N, least)
 
 
