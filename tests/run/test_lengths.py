@@ -138,7 +138,9 @@ def test_what_the_refusal_advises_is_enough_and_no_more_can_be_computed(
     folder: Path, tmp_path: Path, layout: str, mode: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest sample of `test` passes through the model with as many tokens as advised, and beyond the table it does not."""
-    loss = ("train.loss=constrained",) if mode == "score" else ()  # as many tokens of an answer in training as in scoring
+    loss = (
+        ("train.loss=constrained",) if mode == "score" else ()
+    )  # as many tokens of an answer in training as in scoring
     asked = (f"data.layout={layout}", f"eval.mode={mode}", *loss, *more)
     room = int(refusal(config(folder, *asked), tmp_path).split("data.max_text_tokens=")[1].split()[0])
 
