@@ -275,6 +275,7 @@ def make_collators(
             seed=config.train.seed,
             objective=make_objective(config, task, tries[name], data[name]["train"]),
             joining=joining,
+            dataset=data[name].path,
         )
         if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tries[name].answers)):
             faults.append(
