@@ -319,6 +319,6 @@ def tiny_texts(config: RunConfig, tasks: dict[str, Task], data: dict[str, Prepar
     texts: list[str] = []
     for name, task in tasks.items():
         split = data[name]["train"]
-        texts += [split[i].text for i in range(len(split))]
+        texts += split.texts()
         texts += [*prompt_texts(task, config.data), *task.answer_texts(config.data.answers)] * max(1, len(split) // 4)
     return texts
