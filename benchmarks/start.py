@@ -2,7 +2,7 @@
 
     python -m benchmarks.start [--rounds 5] [--against OTHER]
 
-Every command is a process of its own, with the files in the page cache (a first round is not counted). `cpu_s` is user and system time of
+Every command is a process of its own, with the files in the page cache (a first round is not counted), and computes on one thread. `cpu_s` is user and system time of
 the command and all processes that it starts, which other programs disturb less than `wall_s`, from the command to its end. Of the demo it is the time until
 ``log.txt`` of its run says "step 1", at which the demo is ended, with all its processes; what they have computed until then is read from
 ``/proc``. The demo's data are generated before, and its run folder is made anew in every round ("first step"), or holds a checkpoint of
@@ -69,8 +69,9 @@ class Package:
 
     @property
     def environment(self) -> dict[str, str]:
-        dropped = ("OMP_NUM_THREADS", "PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return {**{k: v for k, v in os.environ.items() if k not in dropped}, "PYTHONPATH": str(self.root)}
+        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        kept = {key: value for key, value in os.environ.items() if key not in dropped}
+        return {**kept, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
 
     def run(self, *arguments: str) -> tuple[float, float]:
         """Seconds of CPU and wall of a command."""
