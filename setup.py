@@ -43,7 +43,7 @@ setup(
         **{folder: ["*.yaml"] for folder in CONFIG_FOLDERS},
     },
     zip_safe=False,  # configs are read, and named to other processes, as files
-    entry_points={"console_scripts": ["egmf = trainer.cli:main"]},
+    entry_points={"console_scripts": ["egmf = trainer.__main__:run"]},
     install_requires=[
         "accelerate>=1.2",
         "bitsandbytes>=0.49",

@@ -358,8 +358,10 @@ class TrainConfig(Section):
         description="Signals that, sent to any rank, stop all ranks with a checkpoint; leave SIGUSR1 out where NCCL uses it.",
         json_schema_extra=EXECUTION,
     )
-    probe: bool = Field(
-        True, description="Try the largest batches of the data before the first step.", json_schema_extra=EXECUTION
+    probe: bool | Literal["always"] = Field(
+        True,
+        description="Try the largest batches of the data before the first step; always: also where the run folder says that they passed.",
+        json_schema_extra=EXECUTION,
     )
     rendezvous_seconds: PositiveFloat = Field(
         300.0, description="Seconds each rank waits for the others at start-up.", json_schema_extra=EXECUTION

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-import pandas as pd
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from launch.start.local import launch, single_node_ranks, train_command
-from trainer.data.dataset import open_dataset
-from trainer.data.generated.diagnostic import generate
+from trainer.data.generated.diagnostic import generate, is_generated
 from trainer.shipped import shipped_folder
 from trainer.terminal import literal_console
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA's driver, of it under Windows, and of AMD's
 RUNS = {"full model": "demo", "text only": "demo-text"}
 
 
@@ -23,7 +24,8 @@ def demo(runs: Path, procs: int) -> int:
     What is finished already is not done again, and what was interrupted is continued.
     """
     data = runs / "demo-data"
-    generate("diagnostic", data)
+    if not is_generated("diagnostic", data):
+        generate("diagnostic", data)
     for name, config in RUNS.items():
         out = runs / config
         _say(f"\n{name}: {out}")
@@ -40,12 +42,19 @@ def demo(runs: Path, procs: int) -> int:
 
 def usual_processes() -> int:
     """Two, which a CPU computes one after the other; on GPUs one for each of at most two."""
+    if not any(Path(device).exists() for device in GPU_DEVICES):
+        return 2  # which takes torch two seconds to say
     import torch
 
     return min(2, torch.cuda.device_count() or 2)
 
 
 def _table(runs: Path, data: Path) -> Table:
+    import pandas as pd  # slow to import, and the runs are not to wait for it
+    from rich.table import Table
+
+    from trainer.data.dataset import open_dataset
+
     predictions = {
         name: pd.read_parquet(runs / config / "predictions" / "test.parquet") for name, config in RUNS.items()
     }

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.start.demo import usual_processes
+from launch.start import demo
 from tests.distributed.processes import ROOT, environment, free_port, start
 from trainer.distributed import versions
 from trainer.distributed.handshake import (
@@ -262,7 +262,10 @@ def test_the_demo_starts_no_more_processes_than_there_are_gpus(
     monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert usual_processes() == processes
+    monkeypatch.setattr(demo, "GPU_DEVICES", ("/dev/no-such-gpu", "/dev/null"))
+    assert demo.usual_processes() == processes
+    monkeypatch.setattr(demo, "GPU_DEVICES", ("/dev/no-such-gpu",))
+    assert demo.usual_processes() == 2
 
 
 def test_both_ranks_of_a_shared_gpu_are_told() -> None:

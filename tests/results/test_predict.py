@@ -9,6 +9,8 @@ import math
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.processes import egmf, run_ranks
+from tests.distributed.processes import egmf, environment, run_ranks
 from tests.toy import WIDTHS, prepare_toy
 from trainer.batch import Sample
 from trainer.data.dataset import open_dataset
@@ -551,3 +553,27 @@ def test_no_server_is_contacted_whatever_a_foreign_run_names(run: Path, tmp_path
             assert done.returncode == 0, (command, done.stderr)
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+WITH_MODULES = """
+import sys
+from trainer.cli import main
+sys.argv = ["egmf", *sys.argv[1:]]
+try:
+    main()
+finally:
+    needless = {"deepspeed", "mlflow", "datasets", "pandas", "sklearn", "scipy.optimize", "scipy.stats", "matplotlib",
+                "torch._inductor.compile_fx"} & sys.modules.keys()
+    assert not needless, needless
+    assert {"torch", "transformers", "peft"} <= sys.modules.keys()
+"""
+
+
+def test_what_predict_has_no_use_for_is_not_imported(run: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", unlabelled(run, "meld", tmp_path)[:2])
+    command = [sys.executable, "-c", WITH_MODULES, "predict", str(run), "--input", str(path), "--out", "-"]
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True
+    )  # not forked from one that has them
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2

@@ -307,7 +307,7 @@ def test_the_probe_answers_the_largest_batches_of_every_split(
     parts = assemble(asked, tmp_path, ALONE, torch.float32)
     before = torch.get_rng_state()
     for split in ("valid", "test"):
-        probe._answer(parts.model, parts, asked, "meld", split, ALONE)  # type: ignore[arg-type]
+        probe._answer(parts.model, parts, asked, "meld", [split], ALONE)  # type: ignore[arg-type]
         assert {name.partition("-")[0] for ids in seen for name in ids} == {split}
         assert max(map(len, seen)) == 3
         assert (f"{split}-5" in {name for ids in seen for name in ids}) == (split == "test") or split == "valid"
@@ -340,7 +340,7 @@ def test_an_evaluation_batch_that_is_larger_than_memory_is_named_with_its_split(
     asked = config(folder, data="short")
     parts = assemble(asked, tmp_path, ALONE, torch.float32)
     with pytest.raises(probe.MemoryFault, match=r"(?s)the largest evaluation batch of test \(.*eval\.tokens="):
-        probe._answer(parts.model, parts, asked, "meld", "test", ALONE)  # type: ignore[arg-type]
+        probe._answer(parts.model, parts, asked, "meld", ["test"], ALONE)  # type: ignore[arg-type]
 
 
 def test_layers_that_lora_cannot_adapt_are_refused_before_weights_are_read(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from trainer.answers.metrics import BINS, compute, reliability
@@ -59,6 +58,8 @@ def fit_temperature(answer_N: np.ndarray, p_NC: np.ndarray) -> tuple[float, bool
 
     The mean of -log p is convex in 1/T, so the minimum is the only one.
     """
+    from scipy.optimize import minimize_scalar  # slow to import, and used at the end of a run
+
     log_NC = np.log(np.maximum(p_NC, _SMALLEST))
     rows_N = np.arange(len(answer_N))
 

@@ -15,7 +15,6 @@ from typing import cast
 
 import numpy as np
 from scipy.special import rel_entr
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
 from trainer.answers.scores import ClassScores, ReliabilityBin, TaskScores
 from trainer.label_sets import decode_sets
@@ -138,6 +137,11 @@ def _by_class(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> TaskScore
     classes = list(range(len(task.labels)))
     if len(truth_N) == 0:
         return {}
+    from sklearn.metrics import (
+        confusion_matrix,
+        precision_recall_fscore_support,
+    )  # slow to import, and predict needs it not
+
     columns = precision_recall_fscore_support(truth_N, guess_N, labels=classes, zero_division=np.nan)
     matrix = confusion_matrix(truth_N, guess_N, labels=[*classes, INVALID])
     return {
@@ -171,6 +175,8 @@ def _by_label(task: Task, truth_N: np.ndarray, guess_N: np.ndarray) -> TaskScore
     """Precision, recall, F1 and support of each label; an invalid prediction has none."""
     if len(truth_N) == 0:
         return {}
+    from sklearn.metrics import precision_recall_fscore_support
+
     member_NL, guess_NL = (decode_sets(values_N, len(task.labels)) for values_N in (truth_N, guess_N))
     return {
         "per_class": _class_scores(task, *precision_recall_fscore_support(member_NL, guess_NL, zero_division=np.nan))
@@ -204,6 +210,8 @@ def _calibration(task: Task, truth_N: np.ndarray, guess_N: np.ndarray, p_NC: np.
     answer_N = np.array([task.answer_index(t) for t in truth_N], dtype=int)
     nll = None
     if len(answer_N):
+        from sklearn.metrics import log_loss
+
         p_NC = p_NC / p_NC.sum(axis=1, keepdims=True)
         nll = float(log_loss(answer_N, p_NC, labels=range(p_NC.shape[1])))
     if task.kind == "regression":

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from trainer.tasks import Task
 
 if TYPE_CHECKING:  # baselines write tables without loading torch
+    import pandas as pd
     from torch import Tensor
 
     from trainer.answers.predictions import Predictions
@@ -115,6 +115,8 @@ def label_shares(task: Task, target_N: np.ndarray, shares: Sequence[object]) -> 
 
 def predictions_table(rows: Iterable[PredictionRow]) -> pd.DataFrame:
     """One row a sample, sorted by task and id."""
+    import pandas as pd  # slow to import, and predict needs no table
+
     columns = [*COLUMNS, "target", "value"]
     table = pd.DataFrame([{**vars(row), **vars(row.answer)} for row in rows], columns=columns)
     return table.sort_values(["task", "id"], kind="stable", ignore_index=True)

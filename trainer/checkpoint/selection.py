@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 class Selection:
@@ -45,6 +44,8 @@ class Selection:
 
     def _ranks(self, name: str) -> tuple[float, float]:
         """Mean ranks over the tasks, by the metric and by the negative log-likelihood."""
+        from scipy.stats import rankdata  # slow to import, and not needed before the second validation
+
         place = list(self._validations).index(name)
         by_metric = [
             rankdata([-sign * values[task] for values in self._validations.values()])[place]

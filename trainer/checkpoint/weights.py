@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import deepspeed
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,7 +26,12 @@ class CheckpointError(ValueError):
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside the block these parameters are whole on every rank, whatever the ZeRO stage; writes by rank 0 are kept."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # it has partitioned them
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
         yield
 
 

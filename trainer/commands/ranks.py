@@ -8,18 +8,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainer.commands.output import say
+from trainer.distributed.light_imports import collected_later
 
 if TYPE_CHECKING:
     from trainer.distributed.world import World
 
 
-def run_as_rank(work: Callable[[World], int], debug: bool, seconds: float | None = None) -> int:
+def run_as_rank(work: Callable[[World], int], debug: bool, seconds: float | None = None, *, trains: bool = True) -> int:
     """`work` as this process's rank of the run; its exit code. A fault names its rank and ends the process at once.
 
-    `seconds` is how long the ranks wait for each other at start-up. They end together: a launcher that ends the others
+    `seconds` is how long the ranks wait for each other at start-up. Work that does not train (`trains` false) does without DeepSpeed and
+    process group where it is one process. The ranks end together: a launcher that ends the others
     when one leaves with a code other than 0 would otherwise interrupt what rank 0 writes last.
     """
-    from trainer.distributed.process_group import quiet_deepspeed
+    with collected_later():
+        from trainer.distributed.process_group import quiet_deepspeed
 
     quiet_deepspeed()
     from trainer.distributed.faults import report_to_launcher
@@ -30,7 +33,7 @@ def run_as_rank(work: Callable[[World], int], debug: bool, seconds: float | None
 
     set_up_logging(None, int(os.environ.get("RANK", "0")), debug=debug)
     try:
-        world = start_world(seconds or SECONDS)
+        world = start_world(seconds or SECONDS, trains=trains)
     except ValueError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise

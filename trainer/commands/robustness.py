@@ -57,7 +57,6 @@ def robustness(
 
     def work(world: World) -> int:
         from trainer.logs import set_up_logging
-        from trainer.results.report.report import write_report
         from trainer.results.robustness import Options, check_options, write_robustness
         from trainer.results.robustness import robustness as measure
         from trainer.run.saved import open_run
@@ -72,6 +71,8 @@ def robustness(
         if world.is_rank_zero:
             write_robustness(run, result, table)
             if opened.config.track.report:
+                from trainer.results.report.report import write_report
+
                 write_report(run)
             if as_json:
                 print_json(result)
@@ -80,7 +81,7 @@ def robustness(
                 say(f"written: {run / 'robustness.json'}")
         return 0
 
-    return run_as_rank(work, debug)
+    return run_as_rank(work, debug, trains=False)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from trainer.commands.options import (
 )
 from trainer.commands.output import print_json, print_metrics, progress_bar, result_descriptor, say, wide
 from trainer.commands.ranks import run_as_rank
+from trainer.distributed.light_imports import collected_later
 from trainer.files import load_json
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def train(
     debug: Debug = False,
 ) -> int:
     """Train a run, evaluate its best checkpoint, record it. Continues the run folder's last checkpoint."""
-    from trainer.distributed.signals import StopRequest
+    with collected_later():  # it imports torch
+        from trainer.distributed.signals import StopRequest
 
     loaded = read_config(config, overrides)
     folder = out or default_out(config, loaded.train.seed, loaded.data.fold)
@@ -50,11 +52,10 @@ def train(
 
     def work(world: World) -> int:
         from trainer.logs import set_up_logging
-        from trainer.results.report.report import write_report
         from trainer.run.loop import fit
 
         set_up_logging(folder, world.rank, debug=debug)
-        code = fit(loaded, folder, world, stop=stop, force=force, report=write_report if loaded.track.report else None)
+        code = fit(loaded, folder, world, stop=stop, force=force, report=_report if loaded.track.report else None)
         if code == 0 and world.is_rank_zero:
             print_metrics(load_json((folder / "metrics.json").read_text(encoding="utf-8")))
             say(f"done: {folder}")
@@ -66,6 +67,13 @@ def train(
         set_variables()
     with stop:
         return run_as_rank(work, debug, loaded.train.rendezvous_seconds)
+
+
+def _report(run: Path) -> list[Path]:
+    """See :func:`trainer.results.report.report.write_report`, whose libraries the first step does not wait for."""
+    from trainer.results.report.report import write_report
+
+    return write_report(run)
 
 
 @app.command()
@@ -104,7 +112,7 @@ def evaluate(
                 print_metrics({"checkpoint": opened.checkpoint.name, split: metrics})
         return 0
 
-    return run_as_rank(work, debug)
+    return run_as_rank(work, debug, trains=False)
 
 
 def _reserve_stdout_for_dash(context: typer.Context, value: str) -> str:
@@ -182,7 +190,7 @@ def predict(
             say(f"answered: {tally.answered} sample(s); left out: {tally.bad}")
         return 1 if tally.bad else 0
 
-    return run_as_rank(work, debug)
+    return run_as_rank(work, debug, trains=False)
 
 
 @app.command()

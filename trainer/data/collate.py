@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from trainer.config import DataConfig
 from trainer.data.dataset import SplitView
 from trainer.data.objective import Objective
 from trainer.data.sampling import MicroBatch, Sizes, dropped_modalities
+from trainer.data.token_counts import TokenCounts
 from trainer.tasks import Language, Task
 from trainer.text import Joining, Pieces, end_token, start_tokens
 
@@ -90,6 +92,7 @@ class Collator:
         seed: of the run, for modality dropout.
         objective: what the training loss asks of batches with answers; its tree, where it has one, is that of the task's answers.
         joining: how the prompt's pieces are tokenised; see :class:`trainer.text.Pieces`.
+        dataset: the folder of the prepared dataset, where the counts of its texts' tokens are kept.
     """
 
     def __init__(
@@ -105,9 +108,11 @@ class Collator:
         seed: int = 0,
         objective: Objective | None = None,
         joining: Joining = "running",
+        dataset: Path | None = None,
     ) -> None:
         self.task, self.tokenizer, self.config = task, tokenizer, config
         self.pieces = Pieces(tokenizer, joining)
+        self.counts = TokenCounts(self.pieces, dataset)
         self.pseudo_tokens, self.modalities, self.seed = pseudo_tokens, tuple(modalities), seed
         self.widths = {name: widths.get(name) or 0 for name in ("audio", "video")}
         known = all(rates.get(name) for name, width in self.widths.items() if width)
@@ -236,10 +241,10 @@ class Collator:
         if "text" not in self.modalities:
             return np.zeros(len(samples), dtype=np.int64)
         if self.config.history and self.pieces.drops_ends:
-            return self.pieces.count([self._connected(sample)[-1] for sample in samples])
-        return self.pieces.count(
-            list(samples.texts()) if isinstance(samples, SplitView) else [sample.text for sample in samples]
-        )
+            texts = [self._connected(sample)[-1] for sample in samples]
+        else:
+            texts = list(samples.texts()) if isinstance(samples, SplitView) else [sample.text for sample in samples]
+        return self.counts.of(texts) if isinstance(samples, SplitView) else self.pieces.count(texts)
 
     def _encode(self, samples: Sequence[Sample], answers: bool, epoch: int | None) -> _Encoded:
         said = [self._said(sample) for sample in samples]

@@ -194,7 +194,10 @@ class SplitView:
         self._starts = [0, *np.cumsum([len(b) for b in batches]).tolist()]
         self._columns = [{name: batch.column(name) for name in batch.schema.names} for batch in batches]
         self._frames = {name: self._array(f"{name}_frames", np.int64) for name in STREAMS}
-        self._values = {name: [_buffers(columns[name]) for columns in self._columns] for name in STREAMS}
+        self._values = {
+            name: [(_numbers(columns[name].values), _numbers(columns[name].offsets)) for columns in self._columns]
+            for name in STREAMS
+        }
         self._check(dataset.record["splits"][split]["n"])
 
     def _describe(self, dataset: PreparedDataset, split: str) -> None:
@@ -307,7 +310,7 @@ class SplitView:
         return list(chosen)[:n]
 
     def _characters(self) -> np.ndarray:
-        counts = [pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False) for columns in self._columns]
+        counts = [_numbers(pc.utf8_length(columns["text"])) for columns in self._columns]
         return _join(counts, np.int64)
 
     def targets(self) -> np.ndarray:
@@ -339,7 +342,7 @@ class SplitView:
         return [value for columns in self._columns for value in columns[name].to_pylist()]
 
     def _array(self, name: str, dtype: Any) -> np.ndarray:
-        return _join([columns[name].to_numpy(zero_copy_only=False) for columns in self._columns], dtype)
+        return _join([_numbers(columns[name]) for columns in self._columns], dtype)
 
     def _history(self, i: int) -> list[tuple[str, str]]:
         limit = self._origin[1]
@@ -478,8 +481,9 @@ def _map(path: Path, split: str, sizes: dict[str, int]) -> list[pa.RecordBatch]:
     return batches
 
 
-def _buffers(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    return column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True)
+def _numbers(column: pa.Array) -> np.ndarray:
+    """The numbers of a column, a view of them where none is null: pyarrow's own ``to_numpy`` imports pandas."""
+    return column.to_numpy(zero_copy_only=False) if column.null_count else np.from_dlpack(column)
 
 
 def _share(cell: pa.ListScalar) -> np.ndarray | None:

@@ -26,25 +26,30 @@ from trainer.logs import captured_stdout
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the name, and its older ones
 
 
-def start_world(seconds: float = SECONDS) -> World:
+def start_world(seconds: float = SECONDS, *, trains: bool = True) -> World:
     """Join the run's ranks (or be the only one), through DeepSpeed's own initialisation.
 
     On CPU the backend is gloo.
 
     Args:
         seconds: that each rank waits for the others.
+        trains: false where a process that is the only one needs neither DeepSpeed nor a process group.
 
     Raises:
         ValueError: a launcher set some but not all of the variables of a rendezvous, or the rendezvous failed
             (:func:`trainer.distributed.rendezvous.rendezvous`).
     """
     _check_launcher()
-    import_libraries()
-    import deepspeed
-
+    distributed = trains or os.environ["WORLD_SIZE"] != "1"
+    import_libraries(trains=distributed)
     device = choose_device()
     if device.type == "cpu":
         _share_cores()
+    if not distributed:
+        return World(0, 1, device)
+    import deepspeed
+
+    if device.type == "cpu":
         no_shared_memory_op()
     turn_on(os.environ, nccl=device.type == "cuda")
     with rendezvous(seconds, gpu_identity(device)), captured_stdout():

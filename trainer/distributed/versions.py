@@ -65,6 +65,7 @@ def environment() -> Environment:
     }
 
 
+@functools.cache
 def git_state() -> GitState:
     """Commit and whether files differ from it, of the source this package runs from; empty when it is no checkout."""
 

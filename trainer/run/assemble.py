@@ -277,6 +277,7 @@ def make_collators(
             seed=config.train.seed,
             objective=make_objective(config, task, tree, data[name]["train"]),
             joining=joining,
+            dataset=data[name].path,
         )
         if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tree.answers)):
             faults.append(
@@ -320,6 +321,6 @@ def tiny_texts(config: RunConfig, tasks: dict[str, Task], data: dict[str, Prepar
     texts: list[str] = []
     for name, task in tasks.items():
         split = data[name]["train"]
-        texts += [split[i].text for i in range(len(split))]
+        texts += split.texts()
         texts += [*prompt_texts(task, config.data), *task.answer_texts(config.data.answers)] * max(1, len(split) // 4)
     return texts

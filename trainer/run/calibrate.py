@@ -6,15 +6,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from trainer.answers.calibration import Calibration, Scored, calibrate
 from trainer.files import write_json
 from trainer.run.assemble import RunComponents
 from trainer.run.evaluate import flatten_metrics
 from trainer.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from trainer.answers.metrics import compute, scalars
@@ -30,6 +29,9 @@ from trainer.models.generation import generate
 from trainer.models.trie_scores import logits_in_free_memory
 from trainer.run.assemble import RunComponents
 from trainer.run.lengths import GENERATED_BEYOND
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Change = Callable[[str, Sample], Sample]  # task, sample -> its replacement
 

@@ -23,6 +23,7 @@ RESULTS = (
     "metrics.json",
     "nonfinite",
     "predictions",
+    "probe.json",
     "report*",
     "run.json",
     "track*",

@@ -48,6 +48,7 @@ from trainer.run.folder import archive_previous_run, open_folder
 from trainer.run.guards.dump import NonFiniteDump, StepFacts
 from trainer.run.guards.guard import NonFiniteError
 from trainer.run.guards.probe import memory_explained, probe
+from trainer.run.guards.probe_record import once
 from trainer.run.lengths import cut_record
 from trainer.run.profiling import ProfileCallback
 from trainer.run.record import (
@@ -280,7 +281,14 @@ class Trainer:
 
     def _try_largest_batches(self) -> None:
         if self.config.train.probe and self.run.steps_done < self.run.steps:
-            probe(self.engine, self.parts, self.config, self.world, self.run.guard)
+            run = self.run
+            once(
+                run.out,
+                self.config,
+                self.parts,
+                self.world,
+                lambda: probe(self.engine, self.parts, self.config, self.world, run.guard),
+            )
             self._stop_if_asked()
 
     def _take_steps(self) -> None:

@@ -6,9 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from trainer.answers.scores import SplitScores
 from trainer.checkpoint.state import is_other_base, read_state
@@ -19,11 +17,13 @@ from trainer.data.folds import fold_choice
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents, assemble
-from trainer.run.engine import build_inference_engine
 from trainer.run.evaluate import Change, evaluate
 from trainer.run.lengths import check_positions, log_lines, measure_splits
 from trainer.saved_config import saved_config
 from trainer.trust import check_trust
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def open_run(
     load_weights(parts.model, chosen)
     forward: Callable[..., Any] = parts.model.eval()
     if zero_stage(config) == 3 and partition:
+        from trainer.run.engine import build_inference_engine  # of DeepSpeed, which is imported where it is needed
+
         engine = build_inference_engine(parts.model, config)
         engine.eval()  # gives nothing back, unlike a module's
         forward = engine

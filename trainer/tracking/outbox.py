@@ -37,6 +37,7 @@ PROGRESS = "tracking.json"
 LOCK = ".tracking.lock"
 SEND_SECONDS = 2.0  # between two readings of the journal: numbers of all steps in between share a request
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts while the server does not answer
+HOLD_SECONDS = 20.0  # that the first step is waited for, at most: importing MLflow takes seconds of a core from it
 LAST_PAUSE = 1.0  # the same while the end of the training waits for it
 PATIENCE = (1.0, 2.0)  # seconds between the attempts of egmf track sync
 
@@ -204,23 +205,30 @@ class Outbox:
 
 
 class Sender(threading.Thread):
-    """Sends a run's journal during the training; retries, ever more rarely, while the server does not take it."""
+    """Sends a run's journal during the training, from the first step on; retries, ever more rarely, while the server does not take it."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(name="mlflow-sender", daemon=True)
         self.outbox = outbox
+        self._may_begin = threading.Event()
         self._closing = threading.Event()
         self._given_up = threading.Event()
         self._trouble: float | None = None  # since when
 
+    def begin(self) -> None:
+        """Send from now on: the first step is done."""
+        self._may_begin.set()
+
     def finish(self, seconds: float) -> bool:
         """Wait up to `seconds` for the rest to be sent, then give up; whether all was."""
         self._closing.set()
+        self.begin()
         self.join(seconds)
         self._given_up.set()
         return not self.is_alive() and self._trouble is None
 
     def run(self) -> None:
+        self._may_begin.wait(HOLD_SECONDS)
         pause = SEND_SECONDS
         while not self._given_up.is_set():
             last = self._closing.is_set()  # before sending: nothing is written after it was set

@@ -68,6 +68,8 @@ class Tracker:
             return
         system = {} if self._system is None else self._system.due()
         self._journal.metrics({**values, **system}, step)
+        if self._sender is not None:
+            self._sender.begin()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file with the record, as it is when it is sent; `folder` is its place among the artifacts."""
@@ -83,7 +85,7 @@ class Tracker:
     def finish(self, state: str) -> None:
         """End the record: `state` is that of run.json. Waits up to ``track.flush_seconds`` for the server.
 
-        A run that failed waits 5 s at most: its other ranks wait for it to end.
+        A run that failed waits 5 s at most, or 10 s where the server was not reached yet: its other ranks wait for it to end.
         """
         if self._journal is None:
             return
@@ -96,7 +98,8 @@ class Tracker:
             self._journal = None
             if self._sender is not None:
                 seconds = self._track.flush_seconds
-                self._flush(self._sender, min(seconds, 5.0) if state == "failed" else seconds)
+                most = 5.0 if self.run_id is not None else 10.0
+                self._flush(self._sender, min(seconds, most) if state == "failed" else seconds)
             self.enabled = False
 
     def _flush(self, sender: Sender, seconds: float) -> None:

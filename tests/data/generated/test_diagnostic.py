@@ -136,3 +136,23 @@ def test_generation_is_a_function_of_variant_seed_and_size(tmp_path: Path) -> No
         diagnostic.generate("diagnostic", tmp_path / "x", sizes={"test": 5})
     with pytest.raises(ValueError, match="no generated task"):
         diagnostic.generate("diagnostics", tmp_path / "x")
+
+
+def test_what_is_there_already_is_recognised_by_its_record_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    assert not diagnostic.is_generated("diagnostic", data)
+    sizes = {"train": 24, "valid": 12, "test": 12}
+    diagnostic.generate("diagnostic", data, sizes=sizes)
+    assert not diagnostic.is_generated("diagnostic", data)  # of another size
+    monkeypatch.setattr(diagnostic, "SIZES", sizes)
+    assert diagnostic.is_generated("diagnostic", data)
+    assert not diagnostic.is_generated("diagnostic-regression", data)
+    diagnostic.generate("diagnostic", tmp_path / "other", seed=1, sizes=sizes)
+    assert not diagnostic.is_generated("diagnostic", tmp_path / "other")
+    diagnostic.generate("diagnostic", tmp_path / "raw", sizes=sizes, standardise="none")
+    assert not diagnostic.is_generated("diagnostic", tmp_path / "raw")
+    arrow = next(data.glob("train/*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-1])
+    assert not diagnostic.is_generated("diagnostic", data)

@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 
 from trainer.data.preparation.feature_statistics import Standardise
+from trainer.data.preparation.folder import read_record
 from trainer.data.preparation.prepare import Progress, Summary, prepare_source
 from trainer.data.readers.raw import RawSample, Source
 from trainer.tasks import BUILT_IN
@@ -80,6 +81,21 @@ def generate(
         standardise=standardise,
         force=force,
         progress=progress,
+    )
+
+
+def is_generated(variant: str, out: Path) -> bool:
+    """Whether the folder `out` says that it holds what :func:`generate` makes by default, all files as long as they were then."""
+    record = read_record(out)
+    if record is None:
+        return False
+    statistics = record.get("standardisation")
+    return (
+        record["source"]["name"] == diagnostic_source(variant, 0, SIZES).name
+        and {split: about["n"] for split, about in record["splits"].items()} == SIZES
+        and statistics is not None
+        and statistics["mode"] == "mean"
+        and all((out / name).is_file() and (out / name).stat().st_size == n for name, n in record["files"].items())
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -35,11 +35,10 @@ class MemoryFault(ValueError):
 
 
 def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, world: World, guard: Guard) -> None:
-    """Pass each task's worst-case micro-batch through a whole step that moves nothing, and answer its worst-case batch of every
-    split that the run evaluates.
+    """Pass each task's worst-case micro-batch through a whole step that moves nothing, and answer the worst-case batch of the
+    splits that the run evaluates.
 
-    Every rank calls this. Two micro-batches are tried: the one that the longest prompts fill, and the one that the samples
-    with most text, audio and video fill.
+    Every rank calls this. Several micro-batches are tried (:func:`largest`) where none needs the most of everything.
 
     Raises:
         ValueError: it does not fit into memory (with the settings to change), or its loss is not finite.
@@ -50,7 +49,9 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
     for name in parts.tasks:
         view, collate = parts.data[name]["train"], parts.collators[name]
         limits = Limits.of_training(config, world.device.type)
-        for micro in largest(collate.sizes(view), limits, train.global_batch, world.size):
+        sizes = collate.sizes(view)
+        tried = largest(sizes, limits, train.global_batch, world.size)
+        for _, micro in uncovered([(need_of(micro, sizes, limits), micro) for micro in tried]):
             samples = [view[i] for i in micro.indices]
             batch = collate.training(samples, micro, None).to(world.device)
             what = f"task {name}: the largest micro-batch ({_shape(batch)})"
@@ -69,8 +70,7 @@ def probe(engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, worl
             guard.found()
             if parts.model.fusion is not None:
                 parts.model.fusion.gate.discard_usage()
-        for split in dict.fromkeys(["valid", *config.eval.splits]):
-            _answer(engine, parts, config, name, split, world)
+        _answer(engine, parts, config, name, list(dict.fromkeys(["valid", *config.eval.splits])), world)
     engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps = counters
     if faults:
         raise ValueError("\n".join(faults))
@@ -91,6 +91,32 @@ def largest(sizes: Sizes, limits: Limits, most: int, world: int = 1) -> list[Mic
     return out
 
 
+SLACK = (
+    1 / 64
+)  # by which a batch may ask more than one that was tried: two fillings of one limit differ by less than a sample
+Need = tuple[int, int, int, int]
+T = TypeVar("T")
+
+
+def need_of(micro: MicroBatch, sizes: Sizes, limits: Limits) -> Need:
+    """What a micro-batch asks of memory: samples, positions, the longest prompt, and the places of text, audio and video, with padding, in
+    that one of its groups which has most."""
+    chosen = list(micro.indices)
+    read_n3, stops = sizes.read_N3[chosen], np.cumsum(micro.groups).tolist()
+    groups = [read_n3[start:stop] for start, stop in zip([0, *stops], stops, strict=False) if stop > start]
+    places = max(len(group_n3) * int(group_n3.max(axis=0).sum()) for group_n3 in groups or [read_n3])
+    return len(chosen), sizes.positions(chosen, limits.packed), int(sizes.tokens_N[chosen].max()), places
+
+
+def uncovered(found: Sequence[tuple[Need, T]]) -> list[tuple[Need, T]]:
+    """Those of which each asks more of something than every other: what one batch has room for, a smaller one has."""
+    kept: list[tuple[Need, T]] = []
+    for need, one in sorted(found, key=lambda pair: pair[0], reverse=True):
+        if not any(all(a * (1 + SLACK) >= b for a, b in zip(larger, need, strict=True)) for larger, _ in kept):
+            kept.append((need, one))
+    return kept
+
+
 def _shape(batch: Batch | PackedBatch) -> str:
     frames = [(g.audio.mask_BT.shape[1], g.video.mask_BT.shape[1]) for g in batch.inputs]
     audio, video = (max(longest) for longest in zip(*frames, strict=True))
@@ -98,17 +124,19 @@ def _shape(batch: Batch | PackedBatch) -> str:
 
 
 def _answer(
-    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, split: str, world: World
+    engine: DeepSpeedEngine, parts: RunComponents, config: RunConfig, name: str, splits: Sequence[str], world: World
 ) -> None:
-    """Score, or generate, the largest batches of a split, as an evaluation does."""
-    view, scorer = parts.data[name][split], Scorer(engine, parts, config, name, world)
-    if not len(view):
-        return
+    """Score, or generate, the largest batches of a task's splits, as an evaluation does."""
+    scorer, found = Scorer(engine, parts, config, name, world), []
+    for split in splits:
+        view = parts.data[name][split]
+        sizes = scorer.sizes(view)
+        found += [
+            (need_of(micro, sizes, scorer.limits), (split, micro)) for micro in largest(sizes, scorer.limits, len(view))
+        ]
     engine.eval()
-    sizes = scorer.sizes(view)
-    for micro in largest(sizes, scorer.limits, len(view)):
-        samples = [view[i] for i in micro.indices]
-        positions = sizes.positions(micro.indices, scorer.limits.packed)
+    for (_, positions, *_), (split, micro) in uncovered(found):
+        samples = [parts.data[name][split][i] for i in micro.indices]
         shape = f"{len(samples)} samples, {positions} positions, {len(parts.tries[name].answers)} answers"
         what = f"task {name}: the largest evaluation batch of {split} ({shape})"
         with torch.no_grad(), memory_explained(what, "eval.tokens", config.eval.tokens, positions):
