@@ -47,7 +47,7 @@ def accuracy(run: Path) -> dict[str, float]:
 
 def train(data: Path, out: Path, seed: int, steps: int) -> dict[str, float]:
     command = [
-        *EGMF, "train", str(shipped_folder("configs") / "demo.yaml"), "--out", str(out), f"data.path={data}", f"train.seed={seed}",
+        *EGMF, "train", str(shipped_folder() / "demo.yaml"), "--out", str(out), f"data.path={data}", f"train.seed={seed}",
         f"train.steps={steps}", "track.mlflow=false", "track.report=false", "track.system_metrics=false", "eval.splits=[valid,test]",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -57,19 +57,27 @@ def train(data: Path, out: Path, seed: int, steps: int) -> dict[str, float]:
 
 
 def measure(seeds: int, steps: int) -> list[Row]:
-    rows: list[Row] = []
+    found: dict[float | None, list[dict[str, float]]] = {max_rate: [] for max_rate in RATES}
     with tempfile.TemporaryDirectory() as folder:
         for max_rate in RATES:
-            data = Path(folder) / f"data-{max_rate}"
-            generate("diagnostic", data, max_rate=max_rate)
-            found = []
-            for seed in range(seeds):
-                found.append(train(data, Path(folder) / f"run-{max_rate}-{seed}", seed, steps))
-                print(max_rate, seed, json.dumps(found[-1]), flush=True)
-            mean = {name: statistics.mean(one[name] for one in found) for name in found[0]}
-            spread = {name: statistics.stdev(one[name] for one in found) if seeds > 1 else 0.0 for name in found[0]}
-            rows.append({"max_rate": max_rate, "mean": mean, "deviation": spread, "seeds": found})
-    return rows
+            generate("diagnostic", Path(folder) / f"data-{max_rate}", max_rate=max_rate)
+        for seed in range(seeds):
+            for max_rate, scores in found.items():
+                scores.append(
+                    train(Path(folder) / f"data-{max_rate}", Path(folder) / f"run-{max_rate}-{seed}", seed, steps)
+                )
+                print(max_rate, seed, json.dumps(scores[-1]), flush=True)
+    return [
+        {
+            "max_rate": max_rate,
+            "mean": {name: statistics.mean(one[name] for one in scores) for name in scores[0]},
+            "deviation": {
+                name: statistics.stdev(one[name] for one in scores) if seeds > 1 else 0.0 for name in scores[0]
+            },
+            "seeds": scores,
+        }
+        for max_rate, scores in found.items()
+    ]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The three experts that are built in.
 
-Shapes: B samples, T time, K slots, M modalities, D width.
+Shapes: B samples, T time, K slots, M modalities, D width, N valid frames of all samples.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu
 
 from trainer.config import FusionConfig, Modality
+from trainer.models.fusion.dropout import Dropout
 from trainer.models.fusion.encoders import EncodedModality
 from trainer.models.fusion.expert import Expert, Streams
 from trainer.models.fusion.masked import (
@@ -27,6 +28,7 @@ from trainer.models.fusion.masked import (
     pool_each,
 )
 from trainer.models.fusion.registry import register_expert
+from trainer.models.fusion.valid_rows import ValidRows
 
 NEARNESS = 3.0  # score of two equal moments before training
 SHARPNESS = 4.0  # of log-sum-exp pooling
@@ -65,7 +67,8 @@ class _LocalStream(nn.Module):
         if stream_BDT.device.type != "cpu":
             stream_BDT = stream_BDT.contiguous()
         scales_BTn = torch.cat([convolve(stream_BDT).transpose(1, 2) for convolve in self.depthwise], -1)
-        found_BTD = self.detect(gelu(self.pointwise(scales_BTn)))
+        rows = ValidRows(stream.mask_BT)
+        found_BTD = rows.pad(self.detect(gelu(self.pointwise(rows.pack(scales_BTn)))))
         if self.pooling == "max":
             peak_BKD = masked_scaled_max(found_BTD, stream.mask_BT, self.slot_KD)
         else:
@@ -211,7 +214,7 @@ class SemanticExpert(Expert):
 
 
 class _GlobalBlock(nn.Module):
-    """A pre-norm transformer layer: x + attend(LN(x)), then x + FFN(LN(x))."""
+    """A pre-norm transformer layer over the valid windows: x + attend(LN(x)), then x + FFN(LN(x))."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -223,13 +226,14 @@ class _GlobalBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, joined_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.attention_norm(joined_BTD)).chunk(3, -1)
-        joined_BTD = joined_BTD + self.dropout(self.out(masked_attention(query, key, value, mask_BT, self.heads)))
-        hidden_BTn = gelu(self.up(self.norm(joined_BTD)))
-        return joined_BTD + self.dropout(self.down(hidden_BTn))
+    def forward(self, joined_ND: Tensor, mask_BT: Tensor, rows: ValidRows) -> Tensor:
+        query, key, value = rows.pad(self.qkv(self.attention_norm(joined_ND))).chunk(3, -1)
+        attended_BTD = masked_attention(query, key, value, mask_BT, self.heads)
+        joined_ND = joined_ND + self.dropout(self.out(rows.pack(attended_BTD)))
+        hidden_Nn = gelu(self.up(self.norm(joined_ND)))
+        return joined_ND + self.dropout(self.down(hidden_Nn))
 
 
 class ModalityEmbedding(nn.Module):
@@ -275,7 +279,9 @@ class GlobalExpert(Expert):
         windows = [masked_window_mean(s.values_BTD, s.mask_BT, self.stride) for s in streams.values()]
         joined_BTD = torch.cat([self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)], 1)
         mask_BT = torch.cat([mask for _, mask in windows], 1)
+        rows = ValidRows(mask_BT)
+        joined_ND = rows.pack(joined_BTD)
         for block in self.blocks:
-            joined_BTD = block(joined_BTD, mask_BT)
-        parts = self.norm(joined_BTD).split([mask.shape[1] for _, mask in windows], 1)
+            joined_ND = block(joined_ND, mask_BT, rows)
+        parts = rows.pad(self.norm(joined_ND)).split([mask.shape[1] for _, mask in windows], 1)
         return [self.read[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]
