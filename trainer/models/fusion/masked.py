@@ -122,4 +122,4 @@ class SlotLinear(nn.Module):
         self.bias_KD = nn.Parameter(torch.zeros(slots, width))
 
     def forward(self, values_BKD: Tensor) -> Tensor:
-        return torch.einsum("bkd,kde->bke", values_BKD, self.weight_KDD) + self.bias_KD
+        return torch.baddbmm(self.bias_KD.unsqueeze(1), values_BKD.transpose(0, 1), self.weight_KDD).transpose(0, 1)

@@ -36,7 +36,8 @@ class ValidRows:
     def __init__(self, mask_BT: Tensor) -> None:
         self.shape = mask_BT.shape
         self.index_N: Tensor | None = None
-        if mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        readable = type(mask_BT) is Tensor  # fake tensors, of a plan or an export, have no values
+        if readable and mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             index_N = mask_BT.flatten().nonzero().squeeze(1)
             self.index_N = index_N if len(index_N) < mask_BT.numel() else None
 
