@@ -80,6 +80,10 @@ class DataConfig(Section):
         description="Micro-batch layout: packed = one unpadded row sharing one instruction; padded = one row per sample.",
         json_schema_extra=EXECUTION,
     )
+    max_rate: PositiveFloat | None = Field(
+        None,
+        description="Frames a second to which egmf prepare --max-rate has resampled the dataset: one that was not is refused. None: any dataset.",
+    )
     workers: int | None = Field(
         None,
         ge=0,

@@ -52,6 +52,10 @@ def prepare(
     standardise: Annotated[
         str, typer.Option(help="features by mean and deviation (mean), median and quartiles (robust), or not (none)")
     ] = "mean",
+    max_rate: Annotated[
+        float | None,
+        typer.Option(help="audio and video of more frames a second become means over windows", metavar="N"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     synthetic: Annotated[
@@ -84,6 +88,7 @@ def prepare(
         task = task.model_copy(update={"label_column": label_column})
     options: dict[str, Any] = {
         "standardise": standardise,
+        "max_rate": max_rate,
         "strict": strict,
         "drop_bad": drop_bad,
         "force": force,
@@ -105,6 +110,7 @@ def prepare(
                 seed=seed,
                 sizes=_sizes(size),
                 standardise=options["standardise"],
+                max_rate=max_rate,
                 force=force,
                 progress=progress,
             )

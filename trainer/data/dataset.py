@@ -79,6 +79,8 @@ class PreparedDataset:
             self.widths: dict[str, int] = {name: int(self.record["widths"][name]) for name in STREAMS}
             self.rates: dict[str, float | None] = {name: self.record["rates"][name] for name in STREAMS}
             self.zero_frames: ZeroFrames = "mask" if self.record.get("zero_frames") == "mask" else "keep"
+            self.max_rate: float | None = self.record.get("max_rate")
+            self.source_rates: dict[str, float | None] = self.record.get("source_rates", self.rates)
             if (statistics := self.record.get("standardisation")) is not None:
                 check_statistics(statistics, self.widths)
             self.splits: list[str] = list(self.record["splits"])

@@ -132,7 +132,15 @@ def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options,
 def _task_inputs(run: SavedRun) -> dict[str, TaskInput]:
     data, together = run.parts.data, shared_encoders(run.parts.data)
     return {
-        name: TaskInput(task, data[name].widths, data[name].rates, data[name].zero_frames, together.get(name))
+        name: TaskInput(
+            task,
+            data[name].widths,
+            data[name].rates,
+            data[name].zero_frames,
+            together.get(name),
+            data[name].max_rate,
+            data[name].source_rates,
+        )
         for name, task in run.parts.tasks.items()
     }
 

@@ -98,6 +98,13 @@ def open_data(config: RunConfig, *, saved: bool = False) -> tuple[dict[str, Task
                 f"{path} has folds ({', '.join(opened.folds)}) and no splits: choose the fold that is tested, such as "
                 f"data.fold={opened.folds[0]}; egmf sweep CONFIG --folds trains one run for each"
             )
+    wanted = config.data.max_rate
+    faults += [
+        f"data.max_rate={wanted:g}, but {path} was prepared with {'no max_rate' if opened.max_rate is None else f'{opened.max_rate:g}'}: "
+        f"prepare it with --max-rate {wanted:g}"
+        for path, opened in opened_at.items()
+        if wanted is not None and opened.max_rate != wanted
+    ]
     one_task = [opened for opened in opened_at.values() if len(opened.tasks) == 1]
     if len(tasks) > 1 and "{task}" not in config.data.path and one_task:
         faults.append(f"data.path={config.data.path!r} is one folder for {len(tasks)} tasks: write {{task}} in it")

@@ -60,6 +60,7 @@ def generate(
     seed: int = 0,
     sizes: dict[str, int] | None = None,
     standardise: Standardise = "mean",
+    max_rate: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -79,6 +80,7 @@ def generate(
         diagnostic_source(variant, seed, sizes),
         out,
         standardise=standardise,
+        max_rate=max_rate,
         force=force,
         progress=progress,
     )

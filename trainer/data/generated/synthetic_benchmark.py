@@ -57,6 +57,7 @@ def generate(
     seed: int = 0,
     sizes: dict[str, int] | None = None,
     standardise: Standardise = "mean",
+    max_rate: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -72,7 +73,13 @@ def generate(
     if small:
         raise ValueError(f"too few samples to hold every kind and class: {small}; 16 at least")
     return prepare_source(
-        BUILT_IN[name], _source(name, seed, sizes), out, standardise=standardise, force=force, progress=progress
+        BUILT_IN[name],
+        _source(name, seed, sizes),
+        out,
+        standardise=standardise,
+        max_rate=max_rate,
+        force=force,
+        progress=progress,
     )
 
 

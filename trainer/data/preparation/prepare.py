@@ -19,15 +19,16 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from trainer.data.folds import cut_dialogues, fold_sizes
+from trainer.data.preparation.arguments import DropBad, check_arguments
 from trainer.data.preparation.columns import STREAMS, features, schema
 from trainer.data.preparation.faults import DataError, Fault, describe, group_faults
 from trainer.data.preparation.feature_statistics import Standardise, measure
-from trainer.data.preparation.folder import RECORD, NewFolder, check_free, format_of, new_folder, read_record
+from trainer.data.preparation.folder import RECORD, NewFolder, format_of, new_folder, read_record
 from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.preparation.record import DatasetRecord, DroppedSample
+from trainer.data.preparation.resampling import Resampling, resampled_rate
 from trainer.data.preparation.rows import Seen, Shard, convert, convert_shard, keep, wrong_width
 from trainer.data.preparation.summary import statistics
 from trainer.data.preparation.worker_pool import worker_pool
@@ -37,7 +38,6 @@ from trainer.questions import Definition, Questions
 
 log = logging.getLogger(__name__)
 
-DropBad = Literal["none", "train", "all"]
 Progress = Callable[[str, int, "int | None"], None]
 SHARDS = 4  # of a split for each process: smaller ones even out the work
 NUMBERS = re.compile(r"\[(\n[-+.,eE\d\s]+)\]")  # a list of numbers as JSON with indentation has it: it goes on one line
@@ -71,6 +71,7 @@ def prepare(
     drop_bad: DropBad = "none",
     zero_frames: ZeroFrames = "mask",
     standardise: Standardise = "mean",
+    max_rate: float | None = None,
     workers: int = 1,
     force: bool = False,
     plugins: Sequence[str] = (),
@@ -84,13 +85,13 @@ def prepare(
 
     Raises:
         ReaderError: files that cannot be read, or do not fit together.
-        DataError: faults in the data, or an `out` that is taken.
+        DataError: faults in the data, an `out` that is taken, or `max_rate` with a stream whose rate is not known.
     """
-    _check_arguments(task, out, strict, drop_bad, zero_frames, standardise, workers, force)
+    check_arguments(task, out, strict, drop_bad, zero_frames, standardise, max_rate, workers, force)
     source = open_source(task, paths, plugins=plugins, fold_column=fold_column, contained=contained)
     return prepare_source(
-        task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, standardise=standardise, workers=workers,
-        force=force, progress=progress,
+        task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, standardise=standardise, max_rate=max_rate,
+        workers=workers, force=force, progress=progress,
     )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def prepare_source(
     drop_bad: DropBad = "none",
     zero_frames: ZeroFrames = "mask",
     standardise: Standardise = "mean",
+    max_rate: float | None = None,
     workers: int = 1,
     force: bool = False,
     progress: Progress | None = None,
@@ -118,22 +120,26 @@ def prepare_source(
     `standardise` measures the features of the training frames, for the encoders of a model: their mean and deviation, or
     median and interquartile range ("robust"); see :mod:`trainer.data.preparation.feature_statistics`.
 
+    Streams of more than `max_rate` frames a second are resampled to that (:func:`trainer.data.preparation.resampling.resample`),
+    and the record has their rates afterwards.
+
     `workers` processes read where the source can be read in parts; the result does not depend on their number. An `out`
     that holds the same dataset is left as it is, another prepared dataset is replaced with `force`. `progress(split,
     done, total)` is called now and then; the total may be None. Nothing remains of a preparation that fails.
 
     Raises:
-        DataError: faults in the data, or an `out` that is taken.
+        DataError: faults in the data, an `out` that is taken, or `max_rate` with a stream whose rate is not known.
     """
-    _check_arguments(task, out, strict, drop_bad, zero_frames, standardise, workers, force)
+    check_arguments(task, out, strict, drop_bad, zero_frames, standardise, max_rate, workers, force)
     if workers > 1 and source.part is None:
         log.warning("%s is read by one process: it cannot be read in parts", source.name)
         workers = 1
     try:
         with new_folder(out) as folder:
             progress = progress or (lambda split, done, total: None)
-            shards = _convert(task, source, folder.path, workers, zero_frames, progress)
-            record = _validate(task, source, shards, strict, drop_bad, zero_frames, standardise)
+            resampling = None if max_rate is None else Resampling(max_rate, source.rates)
+            shards = _convert(task, source, folder.path, workers, zero_frames, resampling, progress)
+            record = _validate(task, source, shards, strict, drop_bad, zero_frames, standardise, max_rate)
             _write(task, folder.path, shards, record)
             return _put_in_place(folder, record, _fingerprint(record, shards, standardised=False), force)
     except BrokenProcessPool as error:
@@ -146,49 +152,6 @@ def prepare_source(
         raise
 
 
-def _check_arguments(
-    task: Definition,
-    out: Path,
-    strict: bool,
-    drop_bad: DropBad,
-    zero_frames: ZeroFrames,
-    standardise: Standardise,
-    workers: int,
-    force: bool,
-) -> None:
-    """Everything that can be refused before the source is read."""
-    if standardise not in get_args(Standardise):
-        raise DataError(f"standardise is one of {', '.join(get_args(Standardise))}, not {standardise!r}")
-    if drop_bad not in get_args(DropBad):
-        raise DataError(f"drop_bad is one of {', '.join(get_args(DropBad))}, not {drop_bad!r}")
-    if strict and drop_bad != "none":
-        raise DataError("strict refuses every faulty sample and drop_bad leaves them out: give one of them")
-    if zero_frames not in get_args(ZeroFrames):
-        raise DataError(f"zero_frames is one of {', '.join(get_args(ZeroFrames))}, not {zero_frames!r}")
-    if workers < 1:
-        raise DataError(f"workers must be at least 1, not {workers}")
-    check_free(out)
-    there = read_record(out)
-    if there is not None and not force:
-        mode = there.get("dropped", {}).get("mode", "none")
-        if there["task"] != task.model_dump(mode="json"):
-            other = there["task"].get("name")
-            what = f"task {other}" if other != task.name else f"another definition of task {other}"
-            raise DataError(f"{out} holds a dataset of {what}: choose another --out, or replace it with --force")
-        if mode != drop_bad:
-            raise DataError(
-                f"{out} was prepared with drop_bad={mode}, not {drop_bad}: choose another --out, or replace it with --force"
-            )
-        measured = (
-            there["standardisation"]["mode"] if "standardisation" in there else standardise
-        )  # absent: earlier version
-        if measured != standardise:
-            raise DataError(
-                f"{out} was prepared with standardise={measured}, not {standardise}: choose another --out, or replace it with "
-                "--force"
-            )
-
-
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -198,7 +161,13 @@ def _splits_of(names: Container[str]) -> tuple[str, ...]:
 
 
 def _convert(
-    task: Definition, source: Source, folder: Path, workers: int, zero_frames: ZeroFrames, progress: Progress
+    task: Definition,
+    source: Source,
+    folder: Path,
+    workers: int,
+    zero_frames: ZeroFrames,
+    resampling: Resampling | None,
+    progress: Progress,
 ) -> dict[str, list[Shard]]:
     splits = [split for split in _splits_of(source.splits) if split in source.splits]
     columns = schema(task, splits)
@@ -212,9 +181,9 @@ def _convert(
             def tick(done: int, split: str = split) -> None:
                 progress(split, done, None)
 
-            shards[split] = [convert(source.samples(split), task, split, path, columns, tick, zero_frames)]
+            shards[split] = [convert(source.samples(split), task, split, path, columns, tick, zero_frames, resampling)]
         return shards
-    return _convert_many(task, source, folder, workers, zero_frames, progress, splits)
+    return _convert_many(task, source, folder, workers, zero_frames, resampling, progress, splits)
 
 
 def _convert_many(
@@ -223,6 +192,7 @@ def _convert_many(
     folder: Path,
     workers: int,
     zero_frames: ZeroFrames,
+    resampling: Resampling | None,
     progress: Progress,
     splits: list[str],
 ) -> dict[str, list[Shard]]:
@@ -234,7 +204,7 @@ def _convert_many(
         for split in splits:
             for k in range(count):
                 path = folder / split / f"part-{k}.arrow"
-                job = pool.submit(convert_shard, read, task, split, (k, count), path, columns, zero_frames)
+                job = pool.submit(convert_shard, read, task, split, (k, count), path, columns, zero_frames, resampling)
                 places[job] = (split, k)
         found: dict[tuple[str, int], Shard] = {}
         for job in as_completed(places):
@@ -255,6 +225,7 @@ def _validate(
     drop_bad: DropBad,
     zero_frames: ZeroFrames,
     standardise: Standardise,
+    max_rate: float | None,
 ) -> DatasetRecord:
     """Decide what stays; the shards' files and `seen` hold just that afterwards. Returns the record, without the files."""
     widths, wrong = _widths(source, shards)
@@ -283,7 +254,10 @@ def _validate(
         raise DataError(_refusal(task, source, faults, strict, drop_bad, left))
     _take_out(task, shards, bad)
     record: DatasetRecord = {"format": format_of(task), "task": task.model_dump(mode="json"), "fingerprint": ""}
-    record |= {"widths": widths, "rates": {name: source.rates.get(name) for name in STREAMS}}
+    rates = {name: source.rates.get(name) for name in STREAMS}
+    record |= {"widths": widths, "rates": {name: resampled_rate(rate, max_rate) for name, rate in rates.items()}}
+    if max_rate is not None:
+        record |= {"max_rate": max_rate, "source_rates": rates}
     counts = Counter(entry["split"] for entry in dropped)
     record["zero_frames"] = zero_frames
     record["splits"] = {
@@ -406,7 +380,7 @@ def _is_of_split(fault: Fault) -> bool:
 
 
 def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]], standardised: bool = True) -> str:
-    """sha256 over task, widths, rates, what was left out, and every row in order: not over places or processes.
+    """sha256 over task, widths, rates, `max_rate` if any, what was left out, and every row in order: not over places or processes.
 
     Statistics by which features are standardised, if any, are a part of it; without `standardised` they are left out, as
     earlier versions had it.
@@ -414,6 +388,7 @@ def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]], standard
     out = hashlib.sha256()
     dropped = [record["dropped"]["mode"], [[d["split"], d["id"]] for d in record["dropped"]["samples"]]]
     head = [record["format"], record["task"], record["widths"], record["rates"], dropped]
+    head += [{"max_rate": record["max_rate"]}] if "max_rate" in record else []
     if standardised and record["standardisation"]["mode"] != "none":
         head.append(record["standardisation"])
     out.update(json.dumps(head, sort_keys=True, ensure_ascii=True).encode())

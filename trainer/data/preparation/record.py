@@ -133,6 +133,8 @@ class DatasetRecord(TypedDict, total=False):
     zero_frames: str  # what became of frames of zeros inside a clip; absent before 0.2: they count
     widths: dict[str, int]
     rates: dict[str, float | None]
+    max_rate: float  # to which streams were resampled, and
+    source_rates: dict[str, float | None]  # what they had before; both absent where nothing was asked for
     splits: dict[str, SplitStatistics]
     faults: list[FaultGroup]
     dropped: DroppedSamples

@@ -24,6 +24,7 @@ from trainer.data.preparation.columns import STREAMS, answer_column
 from trainer.data.preparation.faults import Fault
 from trainer.data.preparation.frames import FeatureSequence, ZeroFrames, clip_features
 from trainer.data.preparation.labels import label_set, label_shares
+from trainer.data.preparation.resampling import Resampling
 from trainer.data.readers.raw import ALL, RawSample
 from trainer.label_sets import encode_set
 from trainer.questions import Definition, Questions
@@ -309,8 +310,13 @@ def convert(
     schema: pa.Schema,
     tick: Callable[[int], None] = lambda done: None,
     zero_frames: ZeroFrames = "mask",
+    resampling: Resampling | None = None,
 ) -> Shard:
-    """Check `samples` and write the good ones to the Arrow file `path`; memory holds one batch of rows."""
+    """Check `samples` and write the good ones to the Arrow file `path`; memory holds one batch of rows.
+
+    Raises:
+        DataError: a stream that cannot be resampled.
+    """
     checker, shard = checker_of(task, zero_frames=zero_frames), Shard(split, path)
     with RowWriter(path, schema) as writer:
         for raw in samples:
@@ -320,6 +326,8 @@ def convert(
                 name = raw.id.strip() if isinstance(raw.id, str) else ""
                 shard.seen.append(Seen(name, raw.where))
             else:
+                if resampling is not None:
+                    row = replace(row, streams=resampling(row.streams))
                 writer.write(row)
                 shard.seen.append(_seen(row, raw.where))
             if len(shard.seen) % TICK == 0:
@@ -336,9 +344,10 @@ def convert_shard(
     path: Path,
     schema: pa.Schema,
     zero_frames: ZeroFrames = "mask",
+    resampling: Resampling | None = None,
 ) -> Shard:
     """:func:`convert` of the k-th of n parts, `place` = (k, n), for a worker process."""
-    return convert(read(split, *place), task, split, path, schema, zero_frames=zero_frames)
+    return convert(read(split, *place), task, split, path, schema, zero_frames=zero_frames, resampling=resampling)
 
 
 def keep(shard: Shard, wanted: list[bool], schema: pa.Schema) -> None:

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from trainer.data.preparation.columns import STREAMS
 from trainer.data.preparation.frames import ZeroFrames
+from trainer.data.preparation.resampling import resampled_rate
 from trainer.data.readers.jsonl import (
     ANSWERS,
     JsonlReader,
@@ -44,13 +45,16 @@ class PredictError(ValueError):
 class TaskInput:
     """What a model reads of one of its tasks: `widths` (features a frame, 0: none) and `rates` (frames a second, None:
     unknown) are those of the data it was trained with, and `zero_frames` is how these were prepared. `dataset` is the name of
-    that data, where the model answers several questions about the same samples."""
+    that data, where the model answers several questions about the same samples. `max_rate`: the data were resampled to it from
+    streams of `source_rates`, which samples are taken to have where they say nothing."""
 
     task: Task
     widths: Mapping[str, int]
     rates: Mapping[str, float | None]
     zero_frames: ZeroFrames = "mask"
     dataset: str | None = None
+    max_rate: float | None = None
+    source_rates: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def askable(tasks: Mapping[str, TaskInput]) -> dict[str, tuple[str, ...]]:
@@ -347,6 +351,7 @@ class SourceInput:
         self._paths, self._task, self._expected, self._split = paths, task, expected, split
         self._plugins, self._contained = plugins, contained
         self._source: Source
+        self._rates: Mapping[str, float] = {}
         self.notes: list[str] = []
 
     def __enter__(self) -> SourceInput:
@@ -361,6 +366,7 @@ class SourceInput:
         rates = {name: rate for name, rate in self._source.rates.items() if rate is not None}
         if faults := rate_faults(rates, self._expected):
             raise PredictError("\n".join(faults))
+        self._rates = rates
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -371,7 +377,7 @@ class SourceInput:
         for split in self._source.splits if self._split is None else [self._split]:
             for raw in self._source.samples(split):
                 order += 1
-                yield UncheckedSample(order, raw.where, self._task, raw, partial(_given, raw))
+                yield UncheckedSample(order, raw.where, self._task, raw, partial(_given, raw), self._rates)
 
     def wanted(self, sample: UncheckedSample) -> bool:
         return True
@@ -382,10 +388,10 @@ def _given(raw: RawSample, faults: list[str]) -> RawSample:
 
 
 def rate_faults(rates: Mapping[str, float], expected: TaskInput) -> list[str]:
-    """Where features have other rates than those the model was trained with."""
+    """Where features have, after resampling, other rates than those the model was trained with."""
     known = {name: expected.rates.get(name) for name in STREAMS}
     return [
         f"another rate of {name} ({rate:g} frames a second, the run's data have {known[name]:g}: resample)"
         for name, rate in rates.items()
-        if known[name] is not None and rate != known[name]
+        if known[name] is not None and resampled_rate(rate, expected.max_rate) != known[name]
     ]

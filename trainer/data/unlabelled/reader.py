@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from trainer.batch import Sample
 from trainer.data.preparation.columns import STREAMS
 from trainer.data.preparation.faults import DataError, Fault
+from trainer.data.preparation.resampling import Resampling
 from trainer.data.preparation.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
 from trainer.data.unlabelled.history import SeenSamples
 from trainer.data.unlabelled.inputs import SampleInput, TaskInput, UncheckedSample, askable, rate_faults, usual
@@ -123,6 +124,8 @@ class UnlabelledReader:
         row, faults = self._checkers[name].check(raw, "")
         if row is not None:
             faults += _fit(row, expected, out.notes)
+            if expected.max_rate is not None:
+                row.streams = Resampling(expected.max_rate, {**expected.source_rates, **given.rates})(row.streams)
         out.faults += [_describe(fault) for fault in faults if not fault.repair]
         out.notes += [_describe(fault) for fault in faults if fault.repair]
         return row

@@ -61,12 +61,12 @@ class FeatureEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, values_BTF: Tensor, mask_BT: Tensor, time_BT: Tensor) -> EncodedModality:
-        padding_BT1 = ~mask_BT.unsqueeze(-1)
         if self.standardise is not None:
             values_BTF = self.standardise(values_BTF)
-        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(padding_BT1, 0.0)
-        content_BTD = self.norm(self.project(values_BTF)).masked_fill(padding_BT1, 0.0)
-        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]).masked_fill(padding_BT1, 0.0)
+        values_BTF = values_BTF.to(self.project.weight.dtype).masked_fill(~mask_BT.unsqueeze(-1), 0.0)
+        content_BTD = self.norm(self.project(values_BTF)) * mask_BT.unsqueeze(-1)
+        time_BT = time_BT.masked_fill(~mask_BT, 0.0)
+        position_BTD = sinusoidal_positions(time_BT, content_BTD.shape[-1]) * mask_BT.unsqueeze(-1)
         position_BTD = position_BTD.to(content_BTD.dtype)
         return EncodedModality(content_BTD + position_BTD, mask_BT, content_BTD, position_BTD)
 

@@ -1,6 +1,6 @@
 """The three experts that are built in.
 
-Shapes: B samples, T time, K slots, M modalities, D width.
+Shapes: B samples, T time, K slots, M modalities, D width, N valid frames of all samples.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import conv2d, gelu
 
 from trainer.config import FusionConfig, Modality
+from trainer.models.fusion.dropout import Dropout
 from trainer.models.fusion.encoders import EncodedModality
 from trainer.models.fusion.expert import Expert, Streams
 from trainer.models.fusion.masked import (
@@ -24,11 +25,28 @@ from trainer.models.fusion.masked import (
     masked_scaled_max,
     masked_window_mean,
     pool,
+    pool_each,
 )
 from trainer.models.fusion.registry import register_expert
+from trainer.models.fusion.valid_rows import ValidRows
 
 NEARNESS = 3.0  # score of two equal moments before training
 SHARPNESS = 4.0  # of log-sum-exp pooling
+
+
+class DepthwiseConv(nn.Conv1d):
+    """A convolution of every channel by itself, [B, D, T] to [B, D, T], in whichever of both layouts the memory is.
+
+    As a two-dimensional one of height 1: CPUs then have fast kernels for channels that lie side by side, so frames need no transposition.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+
+    def forward(self, values_BDT: Tensor) -> Tensor:
+        values_BD1T, weight_D11k = values_BDT.unsqueeze(2), self.weight.unsqueeze(2)
+        padding = (0, self.kernel_size[0] // 2)
+        return conv2d(values_BD1T, weight_D11k, padding=padding, groups=self.groups).squeeze(2)
 
 
 class _LocalStream(nn.Module):
@@ -38,19 +56,19 @@ class _LocalStream(nn.Module):
         super().__init__()
         width = config.width
         self.pooling = config.local_pooling
-        self.depthwise = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
-            for kernel in config.local_kernels
-        )
+        self.depthwise = nn.ModuleList(DepthwiseConv(width, kernel) for kernel in config.local_kernels)
         self.pointwise = nn.Linear(width * len(config.local_kernels), width)
         self.detect = nn.Linear(width, width)
         self.slot_KD = nn.Parameter(torch.randn(config.pseudo_tokens, width))
         self.out = nn.Linear(width, width)
 
     def forward(self, stream: EncodedModality) -> Tensor:
-        stream_BDT = stream.content_BTD.transpose(1, 2).contiguous()
-        scales_BnT = torch.cat([convolve(stream_BDT) for convolve in self.depthwise], 1)
-        found_BTD = self.detect(gelu(self.pointwise(scales_BnT.transpose(1, 2))))
+        stream_BDT = stream.content_BTD.transpose(1, 2)
+        if stream_BDT.device.type != "cpu":
+            stream_BDT = stream_BDT.contiguous()
+        scales_BTn = torch.cat([convolve(stream_BDT).transpose(1, 2) for convolve in self.depthwise], -1)
+        rows = ValidRows(stream.mask_BT)
+        found_BTD = rows.pad(self.detect(gelu(self.pointwise(rows.pack(scales_BTn)))))
         if self.pooling == "max":
             peak_BKD = masked_scaled_max(found_BTD, stream.mask_BT, self.slot_KD)
         else:
@@ -96,7 +114,7 @@ class SlotQuery(nn.Module):
         query_BKD = self.content(self.norm(pool(weight_BhKT, stream.content_BTD)))
         if not self.timed:
             return query_BKD, None
-        when_BhKD = weight_BhKT @ stream.position_BTD.unsqueeze(1)
+        when_BhKD = pool_each(weight_BhKT, stream.position_BTD)
         return query_BKD, when_BhKD * torch.cat([self.near_hKn, self.near_hKn], -1)[..., : when_BhKD.shape[-1]]
 
 
@@ -127,7 +145,7 @@ class FoldedCrossAttention(nn.Linear):
         seen_B11T = mask_BT[:, None, None]
         score_BhQT = score_BhQT.masked_fill(~seen_B11T, torch.finfo(score_BhQT.dtype).min)
         weight_BhQT = (score_BhQT.softmax(-1) * seen_B11T).to(frames_BTD.dtype)
-        pooled_BhQD = (weight_BhQT.flatten(1, 2) @ frames_BTD).unflatten(1, weight_BhQT.shape[1:3])
+        pooled_BhQD = pool_each(weight_BhQT, frames_BTD)
         attended_BQD = torch.einsum("bhqn,hdn->bqhd", pooled_BhQD, value_hdD).flatten(2)
         return attended_BQD + self.bias.chunk(2)[1] * mask_BT.any(1)[:, None, None]
 
@@ -191,11 +209,12 @@ class SemanticExpert(Expert):
             if when_BhKD is None:
                 when_BhKD = query_BKD.new_zeros(query_BKD.shape[0], self.heads, *query_BKD.shape[1:])
             parts.append(when_BhKD)
-        return torch.cat(parts, 2) @ stream.position_BTD.transpose(1, 2).unsqueeze(1)
+        when_BhQD = torch.cat(parts, 2)
+        return (when_BhQD.flatten(1, 2) @ stream.position_BTD.transpose(1, 2)).unflatten(1, when_BhQD.shape[1:3])
 
 
 class _GlobalBlock(nn.Module):
-    """A pre-norm transformer layer: x + attend(LN(x)), then x + FFN(LN(x))."""
+    """A pre-norm transformer layer over the valid windows: x + attend(LN(x)), then x + FFN(LN(x))."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -207,13 +226,14 @@ class _GlobalBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, joined_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.attention_norm(joined_BTD)).chunk(3, -1)
-        joined_BTD = joined_BTD + self.dropout(self.out(masked_attention(query, key, value, mask_BT, self.heads)))
-        hidden_BTn = gelu(self.up(self.norm(joined_BTD)))
-        return joined_BTD + self.dropout(self.down(hidden_BTn))
+    def forward(self, joined_ND: Tensor, mask_BT: Tensor, rows: ValidRows) -> Tensor:
+        query, key, value = rows.pad(self.qkv(self.attention_norm(joined_ND))).chunk(3, -1)
+        attended_BTD = masked_attention(query, key, value, mask_BT, self.heads)
+        joined_ND = joined_ND + self.dropout(self.out(rows.pack(attended_BTD)))
+        hidden_Nn = gelu(self.up(self.norm(joined_ND)))
+        return joined_ND + self.dropout(self.down(hidden_Nn))
 
 
 class ModalityEmbedding(nn.Module):
@@ -259,7 +279,9 @@ class GlobalExpert(Expert):
         windows = [masked_window_mean(s.values_BTD, s.mask_BT, self.stride) for s in streams.values()]
         joined_BTD = torch.cat([self.tag[m](values) for m, (values, _) in zip(streams, windows, strict=True)], 1)
         mask_BT = torch.cat([mask for _, mask in windows], 1)
+        rows = ValidRows(mask_BT)
+        joined_ND = rows.pack(joined_BTD)
         for block in self.blocks:
-            joined_BTD = block(joined_BTD, mask_BT)
-        parts = self.norm(joined_BTD).split([mask.shape[1] for _, mask in windows], 1)
+            joined_ND = block(joined_ND, mask_BT, rows)
+        parts = rows.pad(self.norm(joined_ND)).split([mask.shape[1] for _, mask in windows], 1)
         return [self.read[m](part, mask) for m, part, (_, mask) in zip(streams, parts, windows, strict=True)]

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 
 def masked_mean(values_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """The mean over the valid frames [B, D]."""
-    total_BD = values_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0).sum(1)
-    return total_BD / mask_BT.sum(1, keepdim=True).clamp_min(1).to(total_BD.dtype)
+    total_B1D = mask_BT.unsqueeze(1).to(values_BTD.dtype) @ values_BTD
+    return total_B1D.squeeze(1) / mask_BT.sum(1, keepdim=True).clamp_min(1).to(values_BTD.dtype)
 
 
 def masked_scaled_max(values_BTD: Tensor, mask_BT: Tensor, scale_KD: Tensor) -> Tensor:
-    """max_t(scale_kd x_td) over the valid frames [B, K, D]; a negative scale reads the lowest value."""
-    padding_BT1 = ~mask_BT.unsqueeze(-1)
-    limit = torch.finfo(values_BTD.dtype).max
-    high_B1D = values_BTD.masked_fill(padding_BT1, -limit).amax(1, keepdim=True)
-    low_B1D = values_BTD.masked_fill(padding_BT1, limit).amin(1, keepdim=True)
+    """max_t(scale_kd x_td) over the valid frames [B, K, D]; a negative scale reads the lowest value.
+
+    The gradient goes to one of the frames that hold the extreme.
+    """
+    away_BT1 = (~mask_BT.unsqueeze(-1)).to(values_BTD.dtype) * torch.finfo(values_BTD.dtype).max
+    high_BTD, low_BTD = values_BTD - away_BT1, values_BTD + away_BT1
+    if values_BTD.requires_grad:  # with indices: amax is faster, but its gradient compares all frames again
+        high_B1D, low_B1D = high_BTD.max(1, keepdim=True).values, low_BTD.min(1, keepdim=True).values
+    else:
+        high_B1D, low_B1D = high_BTD.amax(1, keepdim=True), low_BTD.amin(1, keepdim=True)
     peak_BKD = torch.where(scale_KD > 0, high_B1D, low_B1D)
     return peak_BKD.masked_fill(~mask_BT.any(1)[:, None, None], 0.0) * scale_KD
 
@@ -54,8 +59,10 @@ def masked_window_mean(values_BTD: Tensor, mask_BT: Tensor, stride: int) -> tupl
         [B, ceil(T / stride), D] and its mask.
     """
     short = -values_BTD.shape[1] % stride
-    values_BTD = F.pad(values_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0), (0, 0, 0, short))
-    count_BT = F.pad(mask_BT, (0, short)).unflatten(1, (-1, stride)).sum(2)
+    values_BTD = values_BTD * mask_BT.unsqueeze(-1)
+    if short:
+        values_BTD, mask_BT = F.pad(values_BTD, (0, 0, 0, short)), F.pad(mask_BT, (0, short))
+    count_BT = mask_BT.unflatten(1, (-1, stride)).sum(2)
     total_BTD = values_BTD.unflatten(1, (-1, stride)).sum(2)
     return total_BTD / count_BT.clamp_min(1).unsqueeze(-1).to(total_BTD.dtype), count_BT > 0
 
@@ -96,8 +103,14 @@ class SlotAttention(nn.Module):
 
 def pool(weight_BhKT: Tensor, values_BTD: Tensor) -> Tensor:
     """The weighted sums over time [B, K, D]: head h pools its own share of the channels."""
-    value_BhTd = values_BTD.unflatten(-1, (weight_BhKT.shape[1], -1)).transpose(1, 2)
-    return (weight_BhKT @ value_BhTd).transpose(1, 2).flatten(2)
+    heads = weight_BhKT.shape[1]
+    every_BhKhd = pool_each(weight_BhKT, values_BTD).unflatten(-1, (heads, -1))
+    return every_BhKhd.diagonal(dim1=1, dim2=3).transpose(2, 3).flatten(2)
+
+
+def pool_each(weight_BhKT: Tensor, values_BTD: Tensor) -> Tensor:
+    """The weighted sums over time of all channels [B, h, K, D], for every head; no copy of the frames is made."""
+    return (weight_BhKT.flatten(1, 2) @ values_BTD).unflatten(1, weight_BhKT.shape[1:3])
 
 
 class SlotLinear(nn.Module):
@@ -109,4 +122,4 @@ class SlotLinear(nn.Module):
         self.bias_KD = nn.Parameter(torch.zeros(slots, width))
 
     def forward(self, values_BKD: Tensor) -> Tensor:
-        return torch.einsum("bkd,kde->bke", values_BKD, self.weight_KDD) + self.bias_KD
+        return torch.baddbmm(self.bias_KD.unsqueeze(1), values_BKD.transpose(0, 1), self.weight_KDD).transpose(0, 1)
