@@ -14,6 +14,7 @@ Legend: C answers, N nodes that rows carry, Q places of choices, W options of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -62,21 +63,17 @@ class AnswerTree:
         return tuple(dict.fromkeys(row[:stop] for row in self.tokens for stop in range(1, len(row))))
 
     @cached_property
-    def _options(self) -> list[dict[Beginning, tuple[int, ...]]]:
-        """Of every pair, or of all answers at once: place -> what may follow."""
-        groups = [self.tokens[c : c + 2] for c in range(0, len(self.tokens), 2)] if self.pairs else [self.tokens]
-        out = []
-        for group in groups:
-            following: dict[Beginning, dict[int, None]] = {}
-            for row in group:
-                for depth, token in enumerate(row):
-                    following.setdefault(row[:depth], {})[token] = None
-            out.append({before: tuple(tokens) for before, tokens in following.items()})
-        return out
+    def options(self) -> dict[Beginning, tuple[int, ...]]:
+        """Place -> what continues, or ends, some answer there."""
+        return _options(self.tokens)
+
+    @cached_property
+    def _options_by_label(self) -> list[dict[Beginning, tuple[int, ...]]]:
+        return [_options(self.tokens[c : c + 2]) for c in range(0, len(self.tokens), 2)]
 
     def steps(self, answer: int, score: Score) -> list[Step]:
         """The tokens over which the score of an answer is a sum, in order."""
-        row, following = self.tokens[answer], self._options[answer // 2 if self.pairs else 0]
+        row, following = self.tokens[answer], self._options_by_label[answer // 2] if self.pairs else self.options
         found, given = [], self.pairs
         for depth, token in enumerate(row):
             options = following[row[:depth]]
@@ -128,3 +125,11 @@ class AnswerTree:
             answers=list(self.answers),
             value_C=None if self.values is None else torch.tensor(self.values),
         )
+
+
+def _options(answers: Sequence[tuple[int, ...]]) -> dict[Beginning, tuple[int, ...]]:
+    following: dict[Beginning, dict[int, None]] = {}
+    for row in answers:
+        for depth, token in enumerate(row):
+            following.setdefault(row[:depth], {})[token] = None
+    return {before: tuple(tokens) for before, tokens in following.items()}

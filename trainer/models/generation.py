@@ -28,19 +28,13 @@ class Grammar(NamedTuple):
 
     @classmethod
     def of(cls, tree: AnswerTree, device: torch.device) -> Grammar:
-        following: dict[tuple[int, ...], list[int]] = {(): []}
-        for row in tree.tokens:
-            for depth, token in enumerate(row):
-                options = following.setdefault(row[:depth], [])
-                if token not in options:
-                    options.append(token)
-        place, behind = {before: p for p, before in enumerate(following)}, len(following)
-        tokens = list(dict.fromkeys(token for options in following.values() for token in options))
-        widest = max(map(len, following.values()))
+        place, behind = {before: p for p, before in enumerate(tree.options)}, len(tree.options)
+        tokens = list(dict.fromkeys(token for options in tree.options.values() for token in options))
+        widest = max(map(len, tree.options.values()))
         option_PW = torch.zeros(behind + 1, widest, dtype=torch.long)
         mask_PW = torch.zeros(behind + 1, widest, dtype=torch.bool)
         next_PW = torch.full((behind + 1, widest), behind)
-        for before, options in following.items():
+        for before, options in tree.options.items():
             p, count = place[before], len(options)
             option_PW[p, :count] = torch.tensor([tokens.index(token) for token in options])
             mask_PW[p, :count] = True
