@@ -142,9 +142,11 @@ def small(layout: str) -> RunConfig:
     return config
 
 
-def build_egmf(shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str) -> EgmfContender:
-    """EGMF on the language model in `folder`."""
-    config = small(layout)
+def build_egmf(
+    shape: Shape, samples: Sequence[Sample] | SplitView, folder: Path, layout: str, config: RunConfig | None = None
+) -> EgmfContender:
+    """EGMF on the language model in `folder`, with the columns' config or another."""
+    config = config or small(layout)
     backbone = build_backbone(BackboneConfig(name=str(folder)), config.model.adapter, torch.float32, "cpu")
     return EgmfContender(shape, samples, backbone, config)
 
