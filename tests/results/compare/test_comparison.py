@@ -169,7 +169,8 @@ def test_a_setting_that_an_older_run_did_not_know_has_its_default(two: Path, tmp
     for name, seed, overrides in (("old", 4, []), ("other", 5, ["train.label_smoothing=0.1"])):
         make_seeded(tmp_path / name, seed, 0.7, overrides)
         config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
-        del config["train"]["regression_loss"], config["eval"], config["model"]["backbone"]["attention"]
+        del config["train"]["regression_loss"], config["model"]["backbone"]["attention"]
+        config["eval"] = {"score": config["eval"]["score"]}
         if name == "old":
             del config["train"]["label_smoothing"]
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
@@ -179,6 +180,16 @@ def test_a_setting_that_an_older_run_did_not_know_has_its_default(two: Path, tmp
         f"{LESS}, label_smoothing=0.0": [1, 2, 3],
         f"{FULL}, label_smoothing=0.1": [5],
     }
+
+
+def test_runs_of_a_version_that_knew_full_scores_alone_are_a_group_of_their_own(two: Path, tmp_path: Path) -> None:
+    make_seeded(tmp_path / "old", 4, 0.7)
+    config = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    del config["eval"]
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(config))
+    found = compare(find_runs([str(two), str(tmp_path)], ["test"]).runs)
+    assert [g.seeds for g in found.groups if "score=full" in g.name] == [[4]]
+    assert [g.seeds for g in found.groups if "score=constrained" in g.name] == [[1, 2, 3], [1, 2, 3]]
 
 
 def test_of_two_runs_with_one_seed_the_newest_counts_and_a_note_says_so(two: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class ValidRows:
         self.index_N: Tensor | None = None
         readable = type(mask_BT) is Tensor  # fake tensors, of a plan or an export, have no values
         if readable and mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-            index_N = mask_BT.flatten().nonzero().squeeze(1)
+            index_N = torch.from_numpy(np.flatnonzero(mask_BT.numpy()))
             self.index_N = index_N if len(index_N) < mask_BT.numel() else None
 
     def pack(self, values_BTD: Tensor) -> Tensor:
