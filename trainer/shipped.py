@@ -1,4 +1,4 @@
-"""The configs and suites that come with the package, found by name.
+"""The configs, suites and recipes that come with the package, found by name.
 
 A checkout holds them in `configs/` beside the package; a wheel carries the same folder inside it, as `trainer/configs/`.
 """
@@ -21,7 +21,7 @@ class ShippedConfig(NamedTuple):
 
 
 def shipped_folder() -> Path:
-    """The folder of the shipped configs, whose subfolder `suites` holds the suites."""
+    """The folder of the shipped configs, whose subfolders `suites` and `recipes` hold the suites and the recipes."""
     package = Path(str(files("trainer")))
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"
@@ -35,6 +35,18 @@ def list_configs() -> list[ShippedConfig]:
 def list_suites() -> list[ShippedConfig]:
     """The suites of `egmf reproduce`, by name."""
     return _list(shipped_folder() / "suites")
+
+
+def list_recipes() -> list[ShippedConfig]:
+    """The recipes of feature extraction, by name."""
+    return _list(shipped_folder() / "recipes")
+
+
+def locate_recipe(name: str | Path) -> Path:
+    """The file `name`; where there is none, the shipped recipe of that name."""
+    path = Path(name)
+    shipped = shipped_folder() / "recipes" / f"{name}.yaml"
+    return shipped if not path.exists() and path.name == str(name) and shipped.is_file() else path
 
 
 def locate(name: str | Path, folder: Path = Path()) -> Path:
