@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.padded import IGNORED
 from benchmarks.profile import BACKWARD, MARK, by_part
 from benchmarks.real_corpora import CORPORA, run_config, table
 from benchmarks.shapes import SHAPES, make_backbone, make_samples
+from benchmarks.speed_tables import PAGES, RESULT, ROOT, written
 from benchmarks.standardisation import sequences
 from trainer.config import load_config
 from trainer.text import encode
@@ -154,3 +156,13 @@ def test_the_table_of_real_corpora_has_baselines_above_the_backbone() -> None:
         "| cped | text | 11,137 in 2 folds | baseline text | wf1 0.550, acc undefined |  |",
         "|  |  |  | tiny backbone, 30 steps, 3 seeds | wf1 0.500 ± 0.010, acc 0.600 ± 0.020 | wf1 -0.050 [-0.080, -0.020] |",
     ]
+
+
+def test_tables_of_speed_are_those_of_the_result() -> None:
+    rows = json.loads(RESULT.read_text())["rows"]
+    for name in PAGES:
+        page = (ROOT / name).read_text()
+        assert "<!-- benchmarks.speed_tables" in page
+        assert written(page, rows) == page, name
+    with pytest.raises(ValueError, match="no table 'other'"):
+        written("<!-- benchmarks.speed_tables other -->\n<!-- end -->", rows)

@@ -21,7 +21,7 @@ app = typer.Typer()
 data_app = typer.Typer(help="Look at prepared datasets.", no_args_is_help=True)
 
 
-@app.command(cls=command_class(several=["--source"], optional={"--drop-bad": "train"}))
+@app.command(cls=command_class(several=["--source", "--rate"], optional={"--drop-bad": "train"}))
 def prepare(
     name: Annotated[
         str, typer.Argument(help="a task, or a YAML file that defines one or several questions", metavar="TASK")
@@ -55,6 +55,10 @@ def prepare(
     max_rate: Annotated[
         float | None,
         typer.Option(help="audio and video of more frames a second become means over windows", metavar="N"),
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(help="frames a second that published files do not say: audio=N, video=N", metavar="STREAM=N"),
     ] = None,
     force: Annotated[bool, typer.Option(help="replace another prepared dataset in DIR")] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
@@ -101,8 +105,8 @@ def prepare(
 
             if isinstance(task, Questions):
                 raise ValueError(f"--stand-in generates data for one task, and {task.name} asks several questions")
-            if source or fold_column:
-                raise ValueError(f"{task.name} is generated: it takes no --source and no --fold-column")
+            if source or fold_column or rate:
+                raise ValueError(f"{task.name} is generated: it takes no --source, no --fold-column and no --rate")
             generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
             summary = generate(
                 task.name,
@@ -119,8 +123,8 @@ def prepare(
         else:
             options["zero_frames"] = zero_frames
             summary = prepare_files(
-                task, source, out, plugins=plugin or (), fold_column=fold_column, contained=contained, progress=progress,
-                **options,
+                task, source, out, plugins=plugin or (), fold_column=fold_column, contained=contained, rates=_rates(rate),
+                progress=progress, **options,
             )  # fmt: skip
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
@@ -186,6 +190,13 @@ def _sizes(given: list[str] | None) -> dict[str, int] | None:
     if bad:
         raise ValueError(f"--size is SPLIT=N with a split of train, valid, test; not {', '.join(bad)}")
     return {split: int(n) for split, _, n in (text.partition("=") for text in given)}
+
+
+def _rates(given: list[str] | None) -> dict[str, float]:
+    bad = [text for text in given or () if not re.fullmatch(r"(audio|video)=\d+(\.\d+)?", text)]
+    if bad:
+        raise ValueError(f"--rate is audio=N or video=N, N frames a second; not {', '.join(bad)}")
+    return {name: float(n) for name, _, n in (text.partition("=") for text in given or ())}
 
 
 @contextlib.contextmanager

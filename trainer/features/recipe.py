@@ -89,7 +89,7 @@ class Landmarks(Section):
 
     kind: Literal["landmarks"]
     rate: float = Field(10.0, gt=0, le=60, description="frames a second")
-    face: Face = Face()  # type: ignore[call-arg]
+    face: Face = Face()
 
 
 class VideoEncoder(Section):
@@ -106,7 +106,7 @@ class VideoEncoder(Section):
         "pooled",
         description="the encoder's pooled output (its first token where it has none), or the mean of its tokens",
     )
-    face: Face | None = Field(Face(), description="read faces; null: whole pictures")  # type: ignore[call-arg]
+    face: Face | None = Field(Face(), description="read faces; null: whole pictures")
 
 
 class Given(Section):

@@ -249,6 +249,10 @@ def assemble(
         shared_encoders(data),
     )
     if model.fusion is not None and config.model.fusion.compile:
+        if world.device.type == "cpu":
+            log.warning(
+                "model.fusion.compile=true: on a CPU this takes minutes at the first step, and longer than it saves"
+            )
         model.fusion.compile(dynamic=True)
     return RunComponents(tasks, data, collators, tries, model, joining, limit, lengths)
 

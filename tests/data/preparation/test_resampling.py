@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 
 from tests.data.preparation.test_prepare import MELD, make, source
+from tests.data.readers.test_readers import columns, dump
 from trainer.config import RunConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.frames import FeatureSequence
 from trainer.data.preparation.prepare import prepare, prepare_source
-from trainer.data.preparation.resampling import resample
+from trainer.data.preparation.resampling import resample, stated_rates
 from trainer.data.unlabelled.inputs import TaskInput, open_input
 from trainer.data.unlabelled.reader import UnlabelledReader
 from trainer.run.assemble import open_data
+from trainer.tasks import get_task
 
 RATES = {"audio": 100.0, "video": 25.0}
 
@@ -166,3 +168,27 @@ def test_own_samples_with_rates_by_several_processes(tmp_path: Path):
     one, two = (prepare(MELD, [path], tmp_path / f"out{n}", max_rate=10, workers=n) for n in (1, 2))
     assert one.fingerprint == two.fingerprint
     assert one.record["splits"]["train"]["audio_frames"]["max"] == 10
+
+
+def test_rates_that_published_files_do_not_say_can_be_given(tmp_path: Path):
+    splits = {split: columns(n) for split, n in (("train", 4), ("valid", 2), ("test", 3))}
+    source_file, mosei = dump(tmp_path / "unaligned_50.pkl", splits), get_task("mosei")
+    with pytest.raises(ValueError, match=r"of published files --rate audio=N"):
+        prepare(mosei, [source_file], tmp_path / "none", max_rate=5)
+    record = prepare(mosei, [source_file], tmp_path / "out", max_rate=5, rates={"audio": 20.0, "video": 15.0}).record
+    assert record["source_rates"] == {"audio": 20.0, "video": 15.0}
+    assert record["rates"] == {"audio": 5.0, "video": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"audio": 50.0}, "the source says that its audio has 100 frames a second, not 50"),
+        ({"sound": 50.0}, "no stream sound, only audio and video"),
+        ({"video": 0.0}, "the rate of video is a number of frames a second above 0, not 0"),
+    ],
+)
+def test_rates_that_contradict_are_refused(given, fault):
+    with pytest.raises(ValueError, match=fault):
+        stated_rates({"audio": 100.0, "video": None}, given)
+    assert stated_rates({"audio": 100.0, "video": None}, {"audio": 100.0}) == {"audio": 100.0, "video": None}

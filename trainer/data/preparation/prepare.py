@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from trainer.data.preparation.feature_statistics import Standardise, measure
 from trainer.data.preparation.folder import RECORD, NewFolder, format_of, new_folder, read_record
 from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.preparation.record import DatasetRecord, DroppedSample
-from trainer.data.preparation.resampling import Resampling, resampled_rate
+from trainer.data.preparation.resampling import Resampling, resampled_rate, stated_rates
 from trainer.data.preparation.rows import Seen, Shard, convert, convert_shard, keep, wrong_width
 from trainer.data.preparation.summary import statistics
 from trainer.data.preparation.worker_pool import worker_pool
@@ -77,11 +77,12 @@ def prepare(
     plugins: Sequence[str] = (),
     fold_column: str | None = None,
     contained: bool = False,
+    rates: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Open the published files at `paths` and prepare them; see :func:`prepare_source`. `plugins` bring further formats,
     `fold_column` names the column of the folds of a cross-validation. `contained` refuses feature files outside the folder of the
-    file that names them.
+    file that names them. `rates` are the frames a second of streams whose files do not say them.
 
     Raises:
         ReaderError: files that cannot be read, or do not fit together.
@@ -89,6 +90,7 @@ def prepare(
     """
     check_arguments(task, out, strict, drop_bad, zero_frames, standardise, max_rate, workers, force)
     source = open_source(task, paths, plugins=plugins, fold_column=fold_column, contained=contained)
+    source.rates = stated_rates(source.rates, rates or {})
     return prepare_source(
         task, source, out, strict=strict, drop_bad=drop_bad, zero_frames=zero_frames, standardise=standardise, max_rate=max_rate,
         workers=workers, force=force, progress=progress,

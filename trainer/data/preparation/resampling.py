@@ -37,7 +37,7 @@ class Resampling(NamedTuple):
         if rate is None:
             raise DataError(
                 f"max_rate={self.max_rate:g} needs the rate of {name}, which the source does not say: give it (key rate of own "
-                "samples, docs/data.md), or prepare without max_rate"
+                f"samples; of published files --rate {name}=N), or prepare without max_rate"
             )
         return resample(stream, rate, self.max_rate)
 
@@ -46,6 +46,26 @@ def check_max_rate(max_rate: float | None) -> None:
     """Raises DataError where `max_rate` is no number of frames a second."""
     if max_rate is not None and not (math.isfinite(max_rate) and max_rate > 0):
         raise DataError(f"max_rate is a number of frames a second above 0, not {max_rate:g}")
+
+
+def stated_rates(found: Mapping[str, float | None], given: Mapping[str, float]) -> dict[str, float | None]:
+    """The rates of a source's streams: those that it says, and those that the user says where it says none.
+
+    Raises:
+        DataError: all that is wrong with what the user says.
+    """
+    faults = []
+    for name, rate in given.items():
+        said = found.get(name)
+        if name not in found:
+            faults.append(f"no stream {name}, only {' and '.join(found)}")
+        elif not (math.isfinite(rate) and rate > 0):
+            faults.append(f"the rate of {name} is a number of frames a second above 0, not {rate:g}")
+        elif said is not None and said != rate:
+            faults.append(f"the source says that its {name} has {said:g} frames a second, not {rate:g}")
+    if faults:
+        raise DataError("\n".join(faults))
+    return {name: given.get(name, rate) for name, rate in found.items()}
 
 
 def resampled_rate(rate: Rate, max_rate: float | None) -> Rate:
