@@ -171,7 +171,10 @@ def test_own_samples_with_rates_by_several_processes(tmp_path: Path):
 
 
 def test_rates_that_published_files_do_not_say_can_be_given(tmp_path: Path):
-    splits = {split: columns(n) for split, n in (("train", 4), ("valid", 2), ("test", 3))}
+    splits = {
+        split: columns(n, audio_lengths=[4] * n, vision_lengths=[4] * n, id=[f"{split} {i}" for i in range(n)])
+        for split, n in (("train", 4), ("valid", 2), ("test", 3))
+    }
     source_file, mosei = dump(tmp_path / "unaligned_50.pkl", splits), get_task("mosei")
     with pytest.raises(ValueError, match=r"of published files --rate audio=N"):
         prepare(mosei, [source_file], tmp_path / "none", max_rate=5)
