@@ -129,9 +129,7 @@ def test_weights_are_the_sha256_of_what_the_encoder_reads(encoders: Path) -> Non
     assert {"generation_config.json", "tokenizer_config.json", "model.safetensors"} <= names
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "preprocessor_config.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
 def test_one_byte_of_an_encoder_counts(encoders: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(encoders, tmp_path / "copy")
     plain = recipe_of(tmp_path / "copy")

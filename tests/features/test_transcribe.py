@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,11 @@ def of_transformers(folder: Path, sound: Sound, language: str, times: bool | str
     return found
 
 
-SOUNDS = {"short": tone(220, 0.9), "one window": noise(WINDOW, seed=1), "long": joined(noise(1.7), tone(300, 2.2), noise(1.4))}
+SOUNDS = {
+    "short": tone(220, 0.9),
+    "one window": noise(WINDOW, seed=1),
+    "long": joined(noise(1.7), tone(300, 2.2), noise(1.4)),
+}
 
 
 @pytest.mark.parametrize("which", SOUNDS)
@@ -61,7 +66,9 @@ def test_text_is_that_of_transformers_pipeline(aligned: Path, unaligned: Path, w
 @pytest.mark.parametrize("which", SOUNDS)
 def test_words_of_aligned_heads_are_those_of_transformers_pipeline(aligned: Path, which: str) -> None:
     _, words = Transcriber(section(aligned, language="en"))(SOUNDS[which])
-    expected = [chunk for chunk in of_transformers(aligned, SOUNDS[which], "en", "word")["chunks"] if chunk["text"].strip()]
+    expected = [
+        chunk for chunk in of_transformers(aligned, SOUNDS[which], "en", "word")["chunks"] if chunk["text"].strip()
+    ]
     assert [word.text for word in words] == [chunk["text"].strip() for chunk in expected]
     seconds = len(SOUNDS[which].samples_n) / 16000
     for word, chunk in zip(words, expected, strict=True):
@@ -81,7 +88,7 @@ def test_without_aligned_heads_words_share_their_segments_time(unaligned: Path, 
     text, words = Transcriber(section(unaligned, language="en"))(SOUNDS[which])
     assert " ".join(word.text for word in words) == " ".join(text.split())
     assert all(0 <= word.start <= word.end <= len(SOUNDS[which].samples_n) / 16000 for word in words)
-    assert all(a.end <= b.start + 1e-9 for a, b in zip(words, words[1:], strict=False))
+    assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(words))
 
 
 def test_time_is_shared_by_letters() -> None:
@@ -135,6 +142,8 @@ def test_a_model_of_english_alone_takes_no_other_language(tmp_path: Path) -> Non
     settings |= {"is_multilingual": False}
     del settings["lang_to_id"], settings["task_to_id"]
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    assert Transcriber(section(tmp_path, language="en"))(SOUNDS["short"]) == Transcriber(section(tmp_path))(SOUNDS["short"])
+    assert Transcriber(section(tmp_path, language="en"))(SOUNDS["short"]) == Transcriber(section(tmp_path))(
+        SOUNDS["short"]
+    )
     with pytest.raises(ValueError, match="knows English alone"):
         Transcriber(section(tmp_path, language="zh"))

@@ -59,7 +59,9 @@ def load_audio_encoder(section: AudioEncoder, device: str) -> ConvolutionalEncod
             f"{section.name} is a model of type {config.model_type}: encoders like wav2vec 2, HuBERT and WavLM, and Whisper can be used"
         )
     if getattr(config, "add_adapter", False):
-        raise ValueError(f"{section.name} ends in an adapter that changes its frame rate (add_adapter): it cannot be used")
+        raise ValueError(
+            f"{section.name} ends in an adapter that changes its frame rate (add_adapter): it cannot be used"
+        )
     return kind(section, folder, extractor, device)
 
 
@@ -78,7 +80,9 @@ class _Encoder:
         self.rate = section.rate or self.own_rate
         depth = int(self.config.num_hidden_layers)
         if isinstance(self.layers, int) and not -depth - 1 <= self.layers <= depth:
-            raise ValueError(f"layers: {self.layers} of {section.name}: it has layers 0 (what enters the first) to {depth}")
+            raise ValueError(
+                f"layers: {self.layers} of {section.name}: it has layers 0 (what enters the first) to {depth}"
+            )
 
     def __call__(self, sound: Sound) -> np.ndarray:
         """Features float32 [T, H] of a sound that has samples."""
@@ -98,7 +102,7 @@ class _Encoder:
         """The chosen hidden states of one input, float32 [N, H]; the mean of layers is over their outputs, without what enters the first."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             if self.layers == "last":
                 chosen = encoder(**inputs).last_hidden_state
             else:
@@ -177,7 +181,7 @@ def plan_chunks(samples: int, stride: int, reach: int, sampling_rate: int) -> It
     A chunk begins at a whole number of strides, so its frames are those of the whole sound. The last one is shorter, but longer than the overlap.
     """
     size = CHUNK_SECONDS * sampling_rate // stride * stride
-    context = CONTEXT_SECONDS * sampling_rate // stride  # frames
+    context = CONTEXT_SECONDS * sampling_rate // stride  # own frames
     step = size - 2 * context * stride
     for start in itertools.count(0, step):
         stop = min(samples, start + size)

@@ -128,7 +128,9 @@ def check_identity(plain: Any, where: str) -> Identity:
         raise ValueError(f"{where} is no identity of a recipe: its audio, video and text must be sections")
     identity = Identity(plain["values"], plain["weights"], plain["versions"], plain["code"])
     if identity.hash != plain["hash"]:
-        raise ValueError(f"{where} was changed after it was written: its hash is {plain['hash'][:SHOWN]}, not {identity.shown}")
+        raise ValueError(
+            f"{where} was changed after it was written: its hash is {plain['hash'][:SHOWN]}, not {identity.shown}"
+        )
     return identity
 
 
@@ -179,7 +181,11 @@ def _weight_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> li
             continue
         if saved["weights"].get(keys[0]) == here["weights"].get(keys[1]):
             continue  # the same files, wherever they are
-        line = f"weights of {keys[0]}: other files" if keys[0] == keys[1] else f"{name}.name: {keys[0]} there, {keys[1]} here"
+        line = (
+            f"weights of {keys[0]}: other files"
+            if keys[0] == keys[1]
+            else f"{name}.name: {keys[0]} there, {keys[1]} here"
+        )
         if line not in out:
             out.append(line)
     there, now = saved["weights"], here["weights"]
