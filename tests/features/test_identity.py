@@ -77,6 +77,8 @@ def changed(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
     def walk(node: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for key, value in node.items():
+            if value is None and path == ():
+                continue
             if isinstance(value, dict):
                 yield from walk(value, (*path, key))
             elif key not in ("kind", "name", "revision"):

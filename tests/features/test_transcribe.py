@@ -63,17 +63,30 @@ def test_text_is_that_of_transformers_pipeline(aligned: Path, unaligned: Path, w
         assert text
 
 
+def ends(words: list[tuple[str, float]]) -> dict[str, float]:
+    """The end of each word by all text up to it, without spaces."""
+    out: dict[str, float] = {}
+    text = ""
+    for word, end in words:
+        text += "".join(word.split())
+        out[text] = end
+    return out
+
+
 @pytest.mark.parametrize("which", SOUNDS)
 def test_words_of_aligned_heads_are_those_of_transformers_pipeline(aligned: Path, which: str) -> None:
     _, words = Transcriber(section(aligned, language="en"))(SOUNDS[which])
     expected = [
         chunk for chunk in of_transformers(aligned, SOUNDS[which], "en", "word")["chunks"] if chunk["text"].strip()
     ]
-    assert [word.text for word in words] == [chunk["text"].strip() for chunk in expected]
     seconds = len(SOUNDS[which].samples_n) / 16000
-    for word, chunk in zip(words, expected, strict=True):
-        assert word.end == pytest.approx(min(chunk["timestamp"][1], seconds), abs=0.011)
-        assert 0 <= word.start <= word.end <= seconds
+    assert all(0 <= word.start <= word.end <= seconds for word in words)
+    found = ends([(word.text, word.end) for word in words])
+    wanted = ends([(chunk["text"], min(chunk["timestamp"][1], seconds)) for chunk in expected])
+    # The pipeline joins what stands on both sides of a segment's end into one word, so it has some ends less.
+    assert set(wanted) <= set(found)
+    assert len(found) - len(wanted) <= len(found) / 4
+    assert [found[place] for place in wanted] == pytest.approx(list(wanted.values()), abs=0.011)
 
 
 def test_the_same_sound_gives_the_same_words(aligned: Path) -> None:
@@ -111,7 +124,7 @@ def test_longer_sound_is_read_in_pieces(unaligned: Path, monkeypatch: pytest.Mon
     text, words = said(joined(first, second))
     parts = [said(first), said(second)]
     assert text == " ".join(part[0] for part in parts if part[0])
-    late = [word for word in words if word.start >= 2]
+    late = words[len(parts[0][1]) :]
     assert [word.text for word in late] == [word.text for word in parts[1][1]]
     assert [word.start - 2 for word in late] == pytest.approx([word.start for word in parts[1][1]])
 

@@ -46,7 +46,8 @@ def load_audio_encoder(section: AudioEncoder, device: str) -> ConvolutionalEncod
     folder = locate_model(section)
     try:
         config = AutoConfig.from_pretrained(**pretrained_options(folder))
-        extractor = AutoFeatureExtractor.from_pretrained(**pretrained_options(folder))
+        extractors: Any = AutoFeatureExtractor
+        extractor = extractors.from_pretrained(**pretrained_options(folder))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"{section.name} cannot be read as an audio encoder: {error}") from error
     inputs = getattr(extractor, "model_input_names", ())

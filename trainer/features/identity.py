@@ -108,11 +108,12 @@ def read_identity(path: Path) -> Identity:
         ValueError: there is no such file, it is none, or it was changed by hand.
     """
     try:
-        return check_identity(load_json(path.read_bytes()), str(path))
+        plain = load_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no identity of a recipe: {error}") from error
+    return check_identity(plain, str(path))
 
 
 def check_identity(plain: Any, where: str) -> Identity:

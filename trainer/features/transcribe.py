@@ -45,11 +45,11 @@ class Transcriber:
             config = AutoConfig.from_pretrained(**options)
             if config.model_type != "whisper":
                 raise ValueError(f"it is a model of type {config.model_type}, and a Whisper is needed")
-            self._extractor: Any = AutoFeatureExtractor.from_pretrained(**options)
+            extractor: Any = AutoFeatureExtractor
+            self._extractor = extractor.from_pretrained(**options)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(**options)
-            model, about = WhisperForConditionalGeneration.from_pretrained(
-                **options, dtype=torch.float32, output_loading_info=True
-            )
+            whisper: Any = WhisperForConditionalGeneration
+            model, about = whisper.from_pretrained(**options, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ValueError(f"{section.name} cannot transcribe: {error}") from error
         if absent := sorted(about["missing_keys"]):
