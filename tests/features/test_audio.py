@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,6 +381,56 @@ def test_missing_weights_are_never_random(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="lacks weights, which would be random"):
         audio_features(AudioEncoder(kind="encoder", name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_checkpoints_as_they_were_published_are_read(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Of another head, without what trains alone, with the names of weights that older versions had, in torch's format."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(folders[kind], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    named = {}
+    for key, value in weights.items():
+        for new, before in old.items():
+            key = key.replace(new, before)
+        if "masked" not in key:
+            named[f"{kind}.{key}"] = value
+    torch.save({**named, "lm_head.weight": torch.zeros(32, 16)}, tmp_path / "pytorch_model.bin")
+    sound = noise(0.5)
+    expected = audio_features(AudioEncoder(kind="encoder", name=str(folders[kind])))(sound).values_TF
+    found = audio_features(AudioEncoder(kind="encoder", name=str(tmp_path)))(sound).values_TF
+    np.testing.assert_array_equal(found, expected)
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    save_convolutional("hubert", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        audio_features(AudioEncoder(kind="encoder", name=str(tmp_path)))
+    (tmp_path / "model.safetensors").unlink()
+    with (tmp_path / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"encoder": Evil(tmp_path / "ran")}, file, protocol=2)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        audio_features(AudioEncoder(kind="encoder", name=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="cannot be read as an audio encoder"):
+        audio_features(AudioEncoder(kind="encoder", name=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_hub_name_without_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.features.hub import locate_model, pretrained_options
+from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
 from trainer.features.recipe import AudioEncoder
 from trainer.features.timeline import average_by_time, frame_count
 from trainer.features.types import Sound
@@ -200,14 +200,18 @@ def load_weights(folder: Path, name: str) -> Any:
     Raises:
         ValueError: its weights cannot be read, or lack some that the encoder has.
     """
+    from pickle import UnpicklingError
+
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     try:
-        model, about = AutoModel.from_pretrained(
-            **pretrained_options(folder), dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        with quiet_transformers():
+            model, about = AutoModel.from_pretrained(
+                **pretrained_options(folder), dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"the weights of {name} cannot be loaded: {error}") from error
     if absent := _absent(about["missing_keys"], model):
         raise ValueError(f"{name} lacks weights, which would be random: {', '.join(absent[:5])}")
