@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -473,3 +475,27 @@ def test_opensmile_takes_short_and_full_scale_sounds() -> None:
     full = extract(tone(400, 0.5, level=1.0)).values_TF[3:-3, loudness]
     half = extract(tone(400, 0.5, level=0.5)).values_TF[3:-3, loudness]
     assert (full > half).all()  # 1.0 does not turn into -1.0
+
+
+# ---- what is not installed
+
+
+@pytest.mark.parametrize(
+    ("package", "section", "remedy"),
+    [
+        ("librosa", LogMel(kind="log_mel"), r"pip install 'egmf-trainer\[clips\]'"),
+        ("opensmile", OpenSmile(kind="opensmile"), r"pip install 'egmf-trainer\[opensmile\]'.*research only.*bought"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    package: str, section: LogMel | OpenSmile, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"{package}, which is not installed: {remedy}"):
+        audio_features(section)
+
+
+def test_missing_silero_vad_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"silero-vad, which is not installed: pip install 'egmf-trainer\[clips\]'"):
+        audio_features(LogMel(kind="log_mel", speech="mask"))
