@@ -16,7 +16,7 @@ import pytest
 
 from tests.features.small_encoders import save_convolutional, save_whisper
 from trainer.features import identity as module
-from trainer.features.hub import model_files
+from trainer.features.hub import model_files, text_files
 from trainer.features.identity import (
     Identity,
     check_identity,
@@ -127,8 +127,23 @@ def test_weights_are_the_sha256_of_what_the_encoder_reads(encoders: Path) -> Non
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         total.update(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
     assert found.weights[str(folder)] == total.hexdigest()
-    names = {path.name for path in model_files(encoders / "whisper", text=True)}
-    assert {"generation_config.json", "tokenizer_config.json", "model.safetensors"} <= names
+    names = {path.name for path in text_files(encoders / "whisper")}
+    assert {"generation_config.json", "tokenizer_config.json", "tokenizer.json"} <= names
+
+
+@pytest.mark.parametrize(("name", "part"), [("tokenizer.json", " (tokenizer)"), ("config.json", "")])
+def test_a_tokenizer_counts_where_text_is_written(encoders: Path, tmp_path: Path, name: str, part: str) -> None:
+    folder = tmp_path / "whisper"
+    shutil.copytree(encoders / "whisper", folder)
+    heard = {"audio": {"kind": "encoder", "name": str(folder)}}
+    written = {**heard, "text": {"kind": "whisper", "name": str(folder)}}
+    before = identified(heard), identified(written)
+    told = differences(before[0].plain(), before[1].plain())
+    assert told == ["text: given there, whisper here"]
+    (folder / name).write_text((folder / name).read_text() + " ")
+    after = identified(heard), identified(written)
+    assert (after[0].hash == before[0].hash) == (part != "")
+    assert differences(before[1].plain(), after[1].plain()) == [f"weights of {folder}{part}: other files"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
@@ -172,7 +187,7 @@ def test_shards_count_and_a_missing_one_is_told(encoders: Path, tmp_path: Path) 
     shutil.copytree(encoders / "hubert", folder)
     (folder / "model.safetensors").unlink()
     AutoModel.from_pretrained(encoders / "hubert").save_pretrained(folder, max_shard_size="20KB")
-    files = model_files(folder, text=False)
+    files = model_files(folder)
     shards = [path for path in files if path.name.startswith("model-")]
     assert len(shards) > 1
     before = identified({"audio": {"kind": "encoder", "name": str(folder)}})

@@ -56,10 +56,8 @@ def locate_model(section: Named) -> Path:
     return _fetch(name, section.revision)
 
 
-def model_files(folder: Path, text: bool) -> list[Path]:
-    """The files of an encoder that decide what it computes: settings, weights and, where it writes `text`, its tokenizer.
-
-    Safetensors count before other weights, as in transformers.
+def model_files(folder: Path) -> list[Path]:
+    """The files of an encoder that decide what it computes: settings and weights. Safetensors count before others, as in transformers.
 
     Raises:
         ValueError: it has no weights, or an index of them that names a file that is not there.
@@ -67,8 +65,12 @@ def model_files(folder: Path, text: bool) -> list[Path]:
     weights = _weights(folder, SAFE_WEIGHTS) or _weights(folder, OTHER_WEIGHTS)
     if not weights:
         raise ValueError(f"{folder} has no weights (none of {', '.join((*SAFE_WEIGHTS, *OTHER_WEIGHTS))})")
-    names = SETTINGS + TEXT_FILES if text else SETTINGS
-    return sorted([*weights, *(folder / name for name in names if (folder / name).is_file())])
+    return sorted([*weights, *(folder / name for name in SETTINGS if (folder / name).is_file())])
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a model that writes text which decide what it writes: its tokenizer, and how it generates."""
+    return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
 
 
 def _weights(folder: Path, names: tuple[str, str]) -> list[Path]:
