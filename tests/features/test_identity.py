@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from tests.features.small_encoders import save_convolutional, save_whisper
+from tests.features.sounds import noise
 from trainer.features import identity as module
+from trainer.features.audio import audio_features
 from trainer.features.hub import model_files, text_files
 from trainer.features.identity import (
     Identity,
@@ -25,7 +27,7 @@ from trainer.features.identity import (
     read_identity,
     write_identity,
 )
-from trainer.features.recipe import Recipe, check_recipe, read_recipe
+from trainer.features.recipe import AudioEncoder, Recipe, check_recipe, read_recipe
 
 BASIC = {
     "audio": {"kind": "log_mel", "speech": "feature"},
@@ -170,6 +172,34 @@ def test_where_an_encoder_lies_and_what_else_is_there_do_not_count(encoders: Pat
     assert differences(before.plain(), after.plain()) == []
     os.utime(tmp_path / "moved" / "hubert" / "config.json", (1, 1))
     assert identified(recipe_of(tmp_path / "moved")).hash == before.hash
+
+
+def test_a_name_in_the_local_cache_is_the_folder_that_holds_it(
+    encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--heard"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(encoders / "hubert", cached / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    by_folder = identified({"audio": {"kind": "encoder", "name": str(encoders / "hubert")}})
+    for section in ({"name": "someone/heard"}, {"name": "someone/heard", "revision": commit}):
+        by_name = identified({"audio": {"kind": "encoder", **section}})
+        assert by_name.hash == by_folder.hash
+        assert differences(by_name.plain(), by_folder.plain()) == []
+    assert list(by_name.weights) == [f"someone/heard@{commit}"]
+    extract = audio_features(AudioEncoder(kind="encoder", name="someone/heard"))
+    assert extract(noise(0.5)).values_TF.shape == (25, 16)
+    weights = cached / "snapshots" / commit / "model.safetensors"
+    weights.rename(weights.with_name("other"))
+    with pytest.raises(ValueError, match="has no weights"):
+        identified({"audio": {"kind": "encoder", "name": "someone/heard"}})
+    with pytest.raises(ValueError, match="run 'hf download someone/heard --revision abc'"):
+        identified({"audio": {"kind": "encoder", "name": "someone/heard", "revision": "abc"}})
 
 
 def test_another_encoder_is_named(encoders: Path, tmp_path: Path) -> None:
