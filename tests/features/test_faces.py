@@ -123,8 +123,9 @@ def test_mirrored(finder: FaceFinder, found: faces.FoundFace) -> None:
     (face,) = finder.find(np.ascontiguousarray(astronaut()[:, ::-1]))
     left, top, right, bottom = face.detection.box_4
     assert brute_overlap(np.array([512 - right, top, 512 - left, bottom]), found.detection.box_4) > 0.7
-    mirrored = 512 - face.points_L3[[133, 362, 61, 291, 1], 0]
-    assert np.abs(mirrored - found.points_L3[[362, 133, 291, 61, 1], 0]).max() < 0.08 * EYE_DISTANCE
+    errors = np.abs(512 - face.points_L3[[133, 362, 61, 291, 1], 0] - found.points_L3[[362, 133, 291, 61, 1], 0])
+    assert errors[:4].max() < 0.05 * EYE_DISTANCE
+    assert errors[4] < 0.1 * EYE_DISTANCE  # the model's nose tip lies a little to one side
 
 
 @pytest.mark.parametrize("covered", [(slice(135, 165), slice(200, 250)), (slice(85, 120), slice(225, 280))])

@@ -239,7 +239,8 @@ def overlap(box_4: np.ndarray, boxes_N4: np.ndarray) -> np.ndarray:
     common_N = np.prod(np.maximum(corners, 0), axis=1)
     areas_N = np.prod(boxes_N4[:, 2:] - boxes_N4[:, :2], axis=1)
     total_N = np.prod(box_4[2:] - box_4[:2]) + areas_N - common_N
-    return np.divide(common_N, total_N, out=np.zeros_like(common_N), where=total_N > 0)
+    overlap_N: np.ndarray = np.divide(common_N, total_N, out=np.zeros_like(common_N), where=total_N > 0)
+    return overlap_N
 
 
 def letterbox(rgb_HW3: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

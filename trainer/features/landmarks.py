@@ -141,9 +141,11 @@ def face_features(points_L3: np.ndarray, width: int, height: int) -> np.ndarray:
         *(np.mean([np.linalg.norm(plane_L2[i] - plane_L2[j]) for i, j in pairs]) for _, pairs in DISTANCES),
         *(plane_L2[i, 1] - plane_L2[list(others), 1].mean() for _, i, others in HEIGHTS),
     ]
-    return np.concatenate([np.array(values), plane_L2[_INDICES].reshape(-1)]).astype(np.float32)
+    features_F: np.ndarray = np.concatenate([np.array(values), plane_L2[_INDICES].reshape(-1)]).astype(np.float32)
+    return features_F
 
 
 def _upright(points_P3: np.ndarray) -> np.ndarray:
     """From the picture's axes (y downwards, z from the viewer) to those with y up and z to the viewer."""
-    return points_P3 * np.array([1.0, -1.0, -1.0])
+    upright_P3: np.ndarray = points_P3 * np.array([1.0, -1.0, -1.0])
+    return upright_P3

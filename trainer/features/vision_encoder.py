@@ -74,8 +74,9 @@ class VisionEncoder:
 def _processor(name: str, revision: str | None) -> Any:
     from transformers import AutoImageProcessor
 
+    auto: Any = AutoImageProcessor  # it has no types
     try:
-        return AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
+        return auto.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"video.name: the image processor of {name} cannot be loaded: {error}") from error
 
