@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,9 @@ class Extractor:
                     heard, words = self._transcriber(sound)
         if troubles and len(troubles) == tried:
             raise troubles[0]
+        undecoded = next((note for note in notes if note.kind == "unreadable"), None)
+        if undecoded is not None and audio is None and video is None and not heard:
+            raise ClipError("unreadable", f"{clip.path}: {undecoded.text}")
         found = [(audio, self._audio), (video, self._video)]
         spans = [len(one.values_TF) / part.rate for one, part in found if one is not None and part is not None]
         spans += [len(one.samples_n) / one.sampling_rate for one in sounds.values() if one is not None]
@@ -100,10 +104,10 @@ class Extractor:
     def _pictures(self, clip: Clip, part: VideoFeatures, notes: list[Note]) -> ModalityFeatures | None:
         from trainer.features.media import read_pictures
 
-        pictures = read_pictures(clip, part.picture_rate, self.recipe.max_seconds)
-        found = part(iter(pictures), pictures.count)
+        with read_pictures(clip, part.picture_rate, self.recipe.max_seconds) as pictures:
+            found = part(pictures, pictures.count) if pictures.count else None
         notes += pictures.notes
-        return _kept(found, notes)
+        return None if found is None else _kept(found, notes)
 
 
 @contextlib.contextmanager
@@ -145,36 +149,33 @@ class Job:
     video: Path
 
 
-class SetupError(ValueError):
-    """The encoders cannot be loaded in a worker process."""
-
-
 _extractor: Extractor | None = None  # of this worker process
-_trouble = ""  # why there is none
 
 
 def begin(recipe: Recipe, device: str) -> None:
-    """Load the encoders in a worker process, once. What fails is told by the first clip, since a pool would only see a process that died."""
-    global _extractor, _trouble
+    """Load the encoders in a worker process, once. It computes on one thread, so that the bits do not depend on the machine.
+
+    Raises:
+        ValueError: a package or weights that are missing.
+    """
+    global _extractor
+    from threadpoolctl import threadpool_limits
+
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
-        if recipe.encoders or (recipe.audio is not None and recipe.audio.speech != "off"):
-            import torch
-
-            torch.set_num_threads(1)  # the bits must not depend on how many processes share the machine
         _extractor = Extractor(recipe, device)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        _trouble = str(error) or type(error).__name__
+    except (OSError, ImportError) as error:
+        raise ValueError(f"what the recipe needs cannot be loaded: {error}") from error
+    threadpool_limits(1)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def extract_to_files(job: Job) -> RowRecord:
-    """Extract one clip in a worker process, write its arrays, and tell what was made.
-
-    Raises:
-        SetupError: the encoders could not be loaded.
-    """
-    if _extractor is None:
-        raise SetupError(_trouble)
+    """Extract one clip in a worker process, write its arrays, and tell what was made."""
+    assert _extractor is not None
     try:
         found = _extractor.extract(job.clip, job.text)
     except ClipError as error:
@@ -218,12 +219,12 @@ def extract_all(
     A clip that takes longer than `time_limit` seconds, or kills its process, costs itself alone.
 
     Raises:
-        SetupError: the encoders cannot be loaded.
+        ValueError: the encoders cannot be loaded.
     """
     from trainer.features.worker_pool import run_in_processes
 
     for job, found in run_in_processes(
-        extract_to_files, jobs, workers, time_limit=time_limit, initializer=begin, initargs=(recipe, device)
+        extract_to_files, jobs, workers=workers, time_limit=time_limit, initializer=begin, arguments=(recipe, device)
     ):
         yield job, empty_row(found.kind, str(found)) if isinstance(found, ClipError) else found
 
