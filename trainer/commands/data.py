@@ -5,23 +5,52 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainer.commands.arity import command_class
-from trainer.commands.options import Contained, Json, Plugins
+from trainer.commands.extract import DEFAULT_CLIPS, ClipOptions, run_extraction, tell
+from trainer.commands.options import Contained, Json, Plugins, option_groups
 from trainer.commands.output import print_json, print_metrics, progress_bar, say, wide
 
 if TYPE_CHECKING:
+    from trainer.data.preparation.prepare import Summary
     from trainer.questions import Definition
 
 app = typer.Typer()
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Clips in place of published files."""
+
+    clips: Annotated[
+        Path | None, typer.Option(help="a manifest of clips in place of --source; see egmf extract", metavar="MANIFEST")
+    ] = None
+    recipe: Annotated[
+        str | None, typer.Option(help="of --clips: a recipe's YAML file, or a name of egmf config list")
+    ] = None
+    arrays: Annotated[
+        Path | None,
+        typer.Option(help="of --clips: where own data and arrays go, which stay; default: DIR-clips", metavar="DIR"),
+    ] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of them is."""
+        return any(value is not None for value in (self.clips, self.recipe, self.arrays))
+
+
+SAMPLES = "samples.jsonl"  # trainer.features.extraction_folder.SAMPLES
+NO_CLIPS = ClipSource()
 data_app = typer.Typer(help="Look at prepared datasets.", no_args_is_help=True)
 
 
 @app.command(cls=command_class(several=["--source"], optional={"--drop-bad": "train"}))
+@option_groups
 def prepare(
     name: Annotated[
         str, typer.Argument(help="a task, or a YAML file that defines one or several questions", metavar="TASK")
@@ -66,13 +95,16 @@ def prepare(
         list[str] | None,
         typer.Option(help="of generated data: SPLIT=N, such as train=4000"),
     ] = None,
+    clips: ClipSource = NO_CLIPS,
+    asked: ClipOptions = DEFAULT_CLIPS,
     contained: Contained = False,
     plugin: Plugins = None,
-) -> None:
-    """Read published files once, check them, and write a memory-mapped dataset.
+) -> int:
+    """Read published files, or clips, once, check them, and write a memory-mapped dataset.
 
     The diagnostic tasks are generated and take no --source; --stand-in generates a synthetic benchmark, to try a training on.
     """
+    from trainer.data.preparation.arguments import check_arguments
     from trainer.data.preparation.prepare import prepare as prepare_files
     from trainer.data.preparation.summary import summary_table
     from trainer.questions import Questions, is_built_in
@@ -94,36 +126,80 @@ def prepare(
         "force": force,
         "workers": workers,
     }
-    with _splits_bar() as progress:
-        generated = task.name.startswith("diagnostic") and not isinstance(task, Questions) and is_built_in(task)
-        if synthetic or generated:
-            from trainer.data.generated import diagnostic, synthetic_benchmark
-
-            if isinstance(task, Questions):
-                raise ValueError(f"--stand-in generates data for one task, and {task.name} asks several questions")
-            if source or fold_column:
-                raise ValueError(f"{task.name} is generated: it takes no --source and no --fold-column")
-            generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
-            summary = generate(
-                task.name,
-                out,
-                seed=seed,
-                sizes=_sizes(size),
-                standardise=options["standardise"],
-                max_rate=max_rate,
-                force=force,
-                progress=progress,
-            )
-        elif not source:
-            raise ValueError(f"egmf prepare {name} needs --source: the published files, or a folder of them")
-        else:
-            options["zero_frames"] = zero_frames
+    generated = task.name.startswith("diagnostic") and not isinstance(task, Questions) and is_built_in(task)
+    if synthetic or generated:
+        if source or fold_column or clips.given:
+            raise ValueError(f"{task.name} is generated: it takes no --source, no --clips and no --fold-column")
+        summary = _generate(task, out, seed, size, options, synthetic=synthetic)
+        left_out = 0
+    else:
+        _check_clips(name, source, clips, asked, zero_frames)
+        check_arguments(task, out, zero_frames=zero_frames, **options)
+        source, left_out = _extracted(source, clips, asked, out, workers, force)
+        with _splits_bar() as progress:
             summary = prepare_files(
                 task, source, out, plugins=plugin or (), fold_column=fold_column, contained=contained, progress=progress,
-                **options,
+                zero_frames=zero_frames, **options,
             )  # fmt: skip
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
+    return 1 if left_out else 0
+
+
+def _generate(
+    task: Definition, out: Path, seed: int, size: list[str] | None, options: dict[str, Any], *, synthetic: bool
+) -> Summary:
+    from trainer.data.generated import diagnostic, synthetic_benchmark
+    from trainer.questions import Questions
+
+    if isinstance(task, Questions):
+        raise ValueError(f"--stand-in generates data for one task, and {task.name} asks several questions")
+    generate = synthetic_benchmark.generate if synthetic else diagnostic.generate
+    with _splits_bar() as progress:
+        return generate(
+            task.name,
+            out,
+            seed=seed,
+            sizes=_sizes(size),
+            standardise=options["standardise"],
+            max_rate=options["max_rate"],
+            force=options["force"],
+            progress=progress,
+        )
+
+
+def _check_clips(
+    name: str, source: list[Path] | None, clips: ClipSource, asked: ClipOptions, zero_frames: str
+) -> None:
+    """Refuse options that do not go together, before a clip is read."""
+    if clips.clips is None:
+        if clips.given or asked != DEFAULT_CLIPS:
+            raise ValueError("--recipe, --arrays, --device and --time-limit belong to --clips MANIFEST")
+        if not source:
+            raise ValueError(
+                f"egmf prepare {name} needs --source (the published files, or a folder of them), or --clips MANIFEST and --recipe"
+            )
+        return
+    if source:
+        raise ValueError("--source and --clips are two kinds of source: give one of them")
+    if clips.recipe is None:
+        raise ValueError("--clips needs --recipe: egmf config list shows those that come with the package, such as basic")
+    if zero_frames == "keep":
+        raise ValueError("--zero-frames keep: an extraction writes zeros where it saw or heard nothing, which are masked")
+
+
+def _extracted(
+    source: list[Path] | None, clips: ClipSource, asked: ClipOptions, out: Path, workers: int, force: bool
+) -> tuple[list[Path], int]:
+    """The source to be prepared, extracted first where clips are given; and how many clips were left out."""
+    if clips.clips is None or clips.recipe is None:
+        return source or [], 0
+    arrays = clips.arrays or out.with_name(f"{out.name}-clips")
+    if arrays.resolve() == out.resolve():
+        raise ValueError("--arrays is the folder of the dataset itself: choose another")
+    found = run_extraction(clips.clips, clips.recipe, arrays, workers, asked, force=force)
+    tell(found)
+    return [arrays / SAMPLES], len(found.report["left_out"])
 
 
 def _check_words(drop_bad: str, standardise: str, zero_frames: str) -> None:

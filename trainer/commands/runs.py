@@ -84,13 +84,13 @@ def track_sync(
 
 @config_app.command("list")
 def config_list(as_json: Json = False) -> None:
-    """List the configs and suites that come with the package; each can be given by its name as CONFIG or SUITE."""
+    """List the configs, suites and recipes that come with the package; each can be given by its name as CONFIG, SUITE or RECIPE."""
     from rich.table import Table
     from rich.text import Text
 
-    from trainer.shipped import list_configs, list_suites
+    from trainer.shipped import list_configs, list_recipes, list_suites
 
-    shipped = {"configs": list_configs(), "suites": list_suites()}
+    shipped = {"configs": list_configs(), "suites": list_suites(), "recipes": list_recipes()}
     if as_json:
         print_json(
             {kind: [{**one._asdict(), "path": str(one.path)} for one in found] for kind, found in shipped.items()}

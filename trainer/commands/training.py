@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.commands.extract import DEFAULT_CLIPS, ClipOptions
 from trainer.commands.options import (
     ConfigFile,
     Contained,
@@ -20,6 +21,7 @@ from trainer.commands.options import (
     Plugins,
     TrustCode,
     default_out,
+    option_groups,
     read_config,
     reserve_stdout,
 )
@@ -122,6 +124,7 @@ def _reserve_stdout_for_dash(context: typer.Context, value: str) -> str:
 
 
 @app.command()
+@option_groups
 def predict(
     run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
     source: Annotated[
@@ -146,12 +149,14 @@ def predict(
     batch: Annotated[
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes that extract clips")] = 1,
+    clips: ClipOptions = DEFAULT_CLIPS,
     contained: Contained = False,
     plugin: Plugins = None,
     trust_code: TrustCode = None,
     debug: Debug = False,
 ) -> int:
-    """Answer samples without labels with a run's best checkpoint.
+    """Answer samples without labels, or clips, with a run's best checkpoint.
 
     Faulty samples are left out and reported on stderr with their place and the reasons; the exit code is then 1.
     """
@@ -168,11 +173,13 @@ def predict(
     check_places(places, None if out == "-" else Path(out), plugin or [])
 
     def work(world: World) -> int:
+        from trainer.data.unlabelled.clips import ClipSettings
         from trainer.logs import set_up_logging
         from trainer.results.predict import Options, predict
         from trainer.run.saved import open_run
         from trainer.terminal import literal_console
 
+        settings = ClipSettings(workers, clips.device, clips.time_limit)
         console = literal_console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
         opened = open_run(run, world, chosen, agreed=trust_code)
@@ -182,7 +189,7 @@ def predict(
                 opened,
                 places or sys.stdin.buffer,
                 result_descriptor() if out == "-" else Path(out),
-                Options(task, probabilities, gates, split, tuple(plugin or ()), contained),
+                Options(task, probabilities, gates, split, tuple(plugin or ()), contained, settings),
                 report=lambda text: console.print(text, highlight=False, soft_wrap=True),
                 advance=lambda n: bar.advance(row, n),
             )

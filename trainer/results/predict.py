@@ -18,6 +18,7 @@ import torch
 from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
 from trainer.data.preparation.folder import exit_on_termination
+from trainer.data.unlabelled.clips import ClipSettings
 from trainer.data.unlabelled.inputs import PredictError, TaskInput, askable, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
@@ -35,7 +36,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Options:
     """What is asked: `task` of samples that name none, or the dataset of several questions; the only `split` to be answered, of those the input has; whether
-    probabilities and gate weights are wanted; `plugins` with readers of further formats; `contained`, whether feature files must lie in the folder of the input."""
+    probabilities and gate weights are wanted; `plugins` with readers of further formats; `contained`, whether feature files and clips must lie in the folder of the input;
+    `clips`, how these are extracted."""
 
     task: str | None = None
     probabilities: bool = False
@@ -43,6 +45,7 @@ class Options:
     split: str | None = None
     plugins: tuple[str, ...] = ()
     contained: bool = False
+    clips: ClipSettings = ClipSettings()
 
 
 @dataclass
@@ -65,7 +68,7 @@ def predict(
     folder: Path = Path(),
 ) -> Tally:
     """Answer every good sample of `sources` and write one line each to `out`, in the order of the input; of several questions
-    about the same samples, a line for each question.
+    about the same samples, a line for each question. Clips are extracted by the recipe of the run's data.
 
     An answered line holds `id`, `task`, `prediction` (a label or a number; null where not valid), `valid` and `answer`;
     on request `probabilities` (answer -> p; null for generated text) and `gate_expert`, `gate_modality` (means over the
@@ -83,6 +86,7 @@ def predict(
     Raises:
         PredictError: options that the run cannot answer, no samples at all, or an output that cannot be written.
         ReaderError: files of another format than JSON lines that cannot be read.
+        ClipsError: clips, and the run has no recipe, or another than this machine gives.
     """
     _check_options(run, options)
     tally, lengths = Tally(), _Lengths(run)
@@ -125,6 +129,7 @@ def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options,
         plugins=options.plugins,
         folder=folder,
         contained=options.contained,
+        clips=options.clips,
     )
     return UnlabelledReader(given, tasks, task=options.task, history=history)
 
@@ -140,6 +145,7 @@ def _task_inputs(run: SavedRun) -> dict[str, TaskInput]:
             together.get(name),
             data[name].max_rate,
             data[name].source_rates,
+            run.recipes.get(name),
         )
         for name, task in run.parts.tasks.items()
     }

@@ -241,6 +241,7 @@ def environment(run: RunFolder) -> Table | None:
         "git": commit,
         "command": " ".join(map(str, record["command"])) if record.get("command") else None,
         **{f"data {task}": fingerprint for task, fingerprint in (record.get("data") or {}).items()},
+        **{f"recipe {task}": recipe["hash"] for task, recipe in (record.get("recipe") or {}).items()},
         **{f"{name} version": version for name, version in (record.get("versions") or {}).items()},
         **{f"MLflow {key}": tracked.get(key) for key in ("uri", "run_id")},
     }

@@ -62,6 +62,7 @@ from trainer.run.record import (
     read_record,
     record_failure,
 )
+from trainer.run.recipes import check_recipes, recipes_of
 from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
 from trainer.run.step import StepResult, train_step
@@ -124,7 +125,9 @@ def fit(
                 warn_of_raw_features(config, parts.data)
             base = parts.model.backbone.fingerprints
             identity = identify(trained, data=parts.fingerprints, base=base.source, world_size=world.size)
+            recipes = recipes_of(parts.data)
             if saved is not None and last is not None:
+                check_recipes(record.values.get("recipe", {}), parts.data, f"the run {out}", warn=world.is_rank_zero)
                 check_fit(saved, identity, last, force=force, base=base)
             with world.on_rank_zero() as first:
                 if first:
@@ -155,6 +158,10 @@ def fit(
                     "texts": cut_record(parts.lengths, config),
                 }
             )
+            if saved is None:
+                record.values.pop("recipe", None)  # of an earlier beginning in this folder
+            if recipes:
+                record.update({"recipe": recipes})
             if parts.fold is not None:
                 record.update({"fold": parts.fold})
             tracker.start(config, _tags(record.values))
@@ -215,6 +222,7 @@ def _tags(values: RecordValues) -> dict[str, object]:
     tags: dict[str, object] = {f"version.{name}": version for name, version in values["versions"].items()}
     tags.update({f"git.{key}": value for key, value in values["git"].items()})
     tags.update({f"data.{task}": fingerprint for task, fingerprint in values["data"].items()})
+    tags.update({f"recipe.{task}": recipe["hash"] for task, recipe in values.get("recipe", {}).items()})
     about = {"world_size": values["world"], "zero_stage": values["zero"], "base": values["base"]}
     if "fold" in values:
         tags.update({"egmf.fold": values["fold"]["name"], "egmf.folds": json.dumps(values["fold"])})

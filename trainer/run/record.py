@@ -15,6 +15,7 @@ from trainer.files import load_json, write_json
 if TYPE_CHECKING:  # egmf runs reads records without loading torch
     from trainer.data.folds import FoldRecord
     from trainer.distributed.versions import GitState
+    from trainer.features.recipe_record import RecipeRecord
     from trainer.run.lengths import TextCuts
     from trainer.tracking.tracker import Tracker
 
@@ -85,6 +86,7 @@ class RecordValues(TypedDict, total=False):
     tasks: list[str]
     select: dict[str, str]  # task -> the metric that chooses the checkpoint
     data: dict[str, str]  # task -> fingerprint
+    recipe: dict[str, RecipeRecord]  # task -> by what its features were extracted; of tasks where that is known
     fold: FoldRecord  # of a run, or baseline, on a dataset with folds
     base: str  # hash of the frozen backbone
     world: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
 from trainer.run.assemble import RunComponents, assemble
 from trainer.run.evaluate import Change, evaluate
+from trainer.features.recipe_record import RecipeRecord
 from trainer.run.lengths import check_positions, log_lines, measure_splits
+from trainer.run.recipes import check_recipes, saved_recipes
 from trainer.saved_config import saved_config
 from trainer.trust import check_trust
 
@@ -37,6 +39,7 @@ class SavedRun:
     world: World
     checkpoint: Path
     forward: Callable[..., Any]
+    recipes: Mapping[str, RecipeRecord] = field(default_factory=dict)  # task -> by what its features were extracted
     _checked: set[str] = field(default_factory=set)  # splits whose lengths were looked at
 
     def evaluate(
@@ -73,7 +76,7 @@ def open_run(
 
     Raises:
         UntrustedCodeError: the run would run code that its user has not agreed to.
-        ValueError: no run, no checkpoint, another frozen base, data that do not fit, or another choice of folds.
+        ValueError: no run, no checkpoint, another frozen base, data that do not fit or come from another recipe, or another choice of folds.
     """
     config = saved_config(run, overrides, data)
     check_trust(run, config, agreed)
@@ -98,6 +101,8 @@ def open_run(
     partition = world.size > 1
     state = read_state(chosen)
     parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True, joining=state.joining)
+    recipes = saved_recipes(run)
+    check_recipes(recipes, parts.data, f"the run {run}", warn=world.is_rank_zero)
     if is_other_base(state, parts.model.backbone.fingerprints, chosen):
         raise CheckpointError(
             f"{chosen} was trained on another frozen backbone (hash {state.base}, here {parts.model.backbone.fingerprint}): "
@@ -111,4 +116,4 @@ def open_run(
         engine = build_inference_engine(parts.model, config)
         engine.eval()  # gives nothing back, unlike a module's
         forward = engine
-    return SavedRun(config, parts, world, chosen, forward)
+    return SavedRun(config, parts, world, chosen, forward, recipes)

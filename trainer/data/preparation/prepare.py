@@ -134,6 +134,10 @@ def prepare_source(
     if workers > 1 and source.part is None:
         log.warning("%s is read by one process: it cannot be read in parts", source.name)
         workers = 1
+    if source.recipe is not None and zero_frames == "keep":
+        raise DataError(
+            "zero_frames=keep: the features were extracted by a recipe, which writes zeros where it saw or heard nothing: they are masked"
+        )
     try:
         with new_folder(out) as folder:
             progress = progress or (lambda split, done, total: None)
@@ -272,6 +276,8 @@ def _validate(
     if folds and (note := cut_dialogues((row.dialogue, row.fold) for _, row in _walk(shards))):
         record["source"]["notes"].append(note)
     training = [] if folds else [shard.path for shard in shards["train"]]  # of folds: measured when one is chosen
+    if source.recipe is not None:
+        record["recipe"] = source.recipe
     record["standardisation"] = measure(training, widths, standardise)
     record["fingerprint"] = _fingerprint(record, shards)
     return record
@@ -380,7 +386,7 @@ def _is_of_split(fault: Fault) -> bool:
 
 
 def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]], standardised: bool = True) -> str:
-    """sha256 over task, widths, rates, `max_rate` if any, what was left out, and every row in order: not over places or processes.
+    """sha256 over task, widths, rates, `max_rate` and the recipe's hash if any, what was left out, and every row in order: not over places or processes.
 
     Statistics by which features are standardised, if any, are a part of it; without `standardised` they are left out, as
     earlier versions had it.
@@ -389,6 +395,7 @@ def _fingerprint(record: DatasetRecord, shards: dict[str, list[Shard]], standard
     dropped = [record["dropped"]["mode"], [[d["split"], d["id"]] for d in record["dropped"]["samples"]]]
     head = [record["format"], record["task"], record["widths"], record["rates"], dropped]
     head += [{"max_rate": record["max_rate"]}] if "max_rate" in record else []
+    head += [{"recipe": record["recipe"]["hash"]}] if "recipe" in record else []
     if standardised and record["standardisation"]["mode"] != "none":
         head.append(record["standardisation"])
     out.update(json.dumps(head, sort_keys=True, ensure_ascii=True).encode())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from trainer.features.recipe_record import RecipeRecord
+
 
 class TargetStatistics(TypedDict):
     """The truths of a regression split; None where it has no sample."""
@@ -142,3 +144,4 @@ class DatasetRecord(TypedDict, total=False):
     files: dict[str, int]
     folds: dict[str, int]  # fold -> samples, in order; where the samples have folds and the one split is "all"
     standardisation: StandardisationRecord
+    recipe: RecipeRecord  # by which the features were extracted; absent where that is not known

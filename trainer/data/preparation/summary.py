@@ -20,6 +20,7 @@ from trainer.data.preparation.feature_summary import StandardisationSummary, sta
 from trainer.data.preparation.record import DatasetRecord, LengthStatistics, QuestionStatistics, SplitStatistics
 from trainer.data.preparation.rows import Seen
 from trainer.data.readers.raw import ALL
+from trainer.features.recipe_record import kinds_of, name_of, shipped_name
 from trainer.label_sets import decode_sets
 from trainer.questions import Definition, Questions
 from trainer.tasks import Task
@@ -103,6 +104,7 @@ class SplitSummary(SplitStatistics, total=False):
     """What `egmf data show` says of a split."""
 
     standardisation: StandardisationSummary
+    recipe: dict[str, Any]  # by which all features were extracted: its name (null: no shipped one), its hash, and modality -> kind
 
 
 def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
@@ -116,6 +118,12 @@ def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:
     if "folds" in record:
         out[ALL]["folds"] = record["folds"]
     out["train" if "train" in out else ALL]["standardisation"] = standardisation_json(record)
+    if "recipe" in record:
+        out["train" if "train" in out else ALL]["recipe"] = {
+            "name": shipped_name(record["recipe"]),
+            "hash": record["recipe"]["hash"],
+            "kinds": kinds_of(record["recipe"]),
+        }
     return out
 
 
@@ -158,7 +166,8 @@ def summary_table(record: DatasetRecord) -> Group:
         if "folds" in record
         else []
     )
-    lines = [_features(record), *standardisation_lines(record), *folds]
+    recipe = [f"extracted by {name_of(record['recipe'])}"] if "recipe" in record else []
+    lines = [_features(record), *recipe, *standardisation_lines(record), *folds]
     lines += [*(f"fault: {line}" for line in describe(record["faults"]))]
     lines += [f"note: {note}" for note in record["source"].get("notes", [])]
     return Group(table, *(Text(line) for line in lines))

@@ -22,53 +22,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, ReaderError, Table, as_label
 from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
+from trainer.own_samples import ANSWERS, FOLD, Label, Line, Word, parse_line
 from trainer.questions import is_built_in
 from trainer.tasks import Task
 
 MOST_BYTES = 1 << 30  # of the features of one clip, uncompressed
 _LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
 _DEFLATE = 1100  # what a compressed byte can expand to, at most
-
-_BRANCHES = ("str", "int", "float", "dict[str,any]", "list[any]")  # of a union, in the places that pydantic names
-FOLD = "fold"  # the key of a sample's fold, unless the user names another
-ANSWERS = ("label", "labels", "target")  # keys that may hold an object with the answers to several questions
-Word = str | int | None
-Label = str | int | float | dict[str, Any] | list[Any] | None
-Length = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None
-
-
-class Line(BaseModel):
-    """One sample as written."""
-
-    model_config = ConfigDict(extra="allow")
-    id: Word = None
-    text: str | None = None
-    label: Label = None
-    target: Label = None
-    audio: str | None = None
-    video: str | None = None
-    audio_length: Length = None
-    video_length: Length = None
-    split: str | None = None
-    speaker: Word = None
-    dialogue: Word = None
-    turn: Length = None
-    kind: str | None = None
-    language: str | None = None
-    rate: dict[Literal["audio", "video"], Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default_factory=dict
-    )
-
-
-AnyLine = TypeVar("AnyLine", bound=Line)
 
 
 class JsonlReader(Reader):
@@ -182,19 +149,6 @@ class _Index:
             unused = ", ".join(_unused(key, n, known) for key, n in self.unknown.most_common(20))
             context.notes.append(f"{self.path.name}: not used: {unused}")
         return {name: next(iter(found)) for name, found in self.rates.items() if found}
-
-
-def parse_line(raw: bytes, where: str, faults: list[str], form: type[AnyLine]) -> AnyLine | None:
-    """The line as `form` has it; None where it is none, with every reason in `faults`."""
-    try:
-        return form.model_validate_json(raw)
-    except ValidationError as error:
-        seen: dict[str, str] = {}
-        for fault in error.errors(include_url=False):
-            at = ".".join(str(part) for part in fault["loc"] if part not in _BRANCHES)
-            seen.setdefault(at, fault["msg"])
-        faults += [f"{where}: {f'{at}: ' if at else ''}{message}" for at, message in seen.items()]
-    return None
 
 
 def _no_split(line: Line) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from trainer.encodings import decode_text
+from trainer.features.recipe_record import RecipeRecord
+from trainer.own_samples import SPLIT_NAMES as SPLIT_NAMES
+from trainer.own_samples import split_of as split_of
 
 SPLITS = ("train", "valid", "test")
 ALL = "all"  # the one split of a source whose samples have folds and no splits
-SPLIT_NAMES = {
-    "train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test",
-}  # fmt: skip
 
 
 class ReaderError(ValueError):
@@ -68,6 +67,8 @@ class Source:
     `part(split, k, n)`, where a reader has it, gives the k-th of n contiguous parts of `samples(split)` without reading
     the others, so that several processes can share the work; it must be picklable (a `functools.partial` of a function of
     the module, say). None: one process reads.
+
+    `recipe` is the one by which all features were extracted, where that is known.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Source:
     rates: dict[str, float | None] = field(default_factory=lambda: {"audio": None, "video": None})
     notes: list[str] = field(default_factory=list)
     part: Callable[[str, int, int], Iterator[RawSample]] | None = None
+    recipe: RecipeRecord | None = None
 
 
 @dataclass
@@ -94,13 +96,6 @@ class Table:
     widths: dict[str, int] | None = None
     rates: dict[str, float] = field(default_factory=dict)
     lacking: str = ""
-
-
-def split_of(name: str) -> str | None:
-    """The split that a file or key is named after: its only part that is the name of one."""
-    words = re.split(r"[^a-z]+", name.lower())
-    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-    return found.pop() if len(found) == 1 else None
 
 
 def as_text(value: Any, language: str = "en") -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer.data.readers.joined import join
 from trainer.data.readers.raw import ALL, SPLITS, RawSample, ReaderError, Source, Table
 from trainer.data.readers.registry import ReadContext, Reader, in_folder, known_readers, reader_of
+from trainer.features.recipe_record import RecipeRecord, recipe_beside, several_recipes
 from trainer.file_kinds import misnamed
 from trainer.questions import Definition, Questions, define
 
@@ -90,6 +91,7 @@ def _open(
     name = _name(used, context)
     tables = _combine(found, used, context)
     faults = context.faults
+    recipe = _common_recipe(list(files), faults)
     widths = _common_values("features per frame", [t.widths or {} for ts in tables.values() for t in ts], faults)
     rates = _common_values("frames per second", [t.rates for ts in tables.values() for t in ts], faults)
     if not faults and not any(tables.values()):
@@ -105,8 +107,22 @@ def _open(
         widths={stream: int(width) for stream, width in widths.items()} or None,
         rates={"audio": rates.get("audio"), "video": rates.get("video")},
         notes=context.notes,
+        recipe=recipe,
     )
     return source, tables
+
+
+def _common_recipe(files: Sequence[Path], faults: list[str]) -> RecipeRecord | None:
+    """The recipe that is written down beside the files; several, or one of some files only, are a fault with the differences."""
+    found: dict[str, RecipeRecord | None] = {}
+    for file in files:
+        try:
+            found.setdefault(str(file.parent), recipe_beside(file))
+        except ValueError as error:
+            faults.append(str(error))
+            found[str(file.parent)] = None
+    faults += several_recipes(found)
+    return next(iter(found.values()), None)
 
 
 def _gather(paths: Sequence[Path], readers: Sequence[Reader], context: ReadContext) -> dict[Path, Reader]:

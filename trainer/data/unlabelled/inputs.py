@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import logging
 import mmap
 import os
 import shutil
@@ -18,23 +19,22 @@ from typing import BinaryIO, NamedTuple, Protocol
 from trainer.data.preparation.columns import STREAMS
 from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.preparation.resampling import resampled_rate
-from trainer.data.readers.jsonl import (
-    ANSWERS,
-    JsonlReader,
-    Line,
-    feature_faults,
-    parse_line,
-    plain_sample,
-    with_features,
-)
-from trainer.data.readers.raw import SPLIT_NAMES, RawSample, ReaderError, Source, split_of
+from trainer.data.readers.jsonl import JsonlReader, plain_sample
+from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Source, split_of
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
 from trainer.data.readers.source import open_source
+from trainer.data.unlabelled.clips import ClipExtraction, ClipSettings, PendingClip, load_line, other_recipes, pending_clip
 from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
+from trainer.features.manifest import ClipLine
+from trainer.features.recipe_record import RecipeRecord, name_of
+from trainer.own_samples import ANSWERS, parse_line
 from trainer.tasks import Task
+
+log = logging.getLogger(__name__)
 
 LONGEST = 16 << 20  # bytes of a line
 _KNOWN_KEYS = ("id", "text", "audio", "video", "audio_length", "video_length", "speaker", "dialogue", "turn", "task")
+_LIKE_CLIP = 0.74  # of difflib: `cilp` is a misspelt `clip`, `clip_id` is none
 
 
 class PredictError(ValueError):
@@ -46,7 +46,7 @@ class TaskInput:
     """What a model reads of one of its tasks: `widths` (features a frame, 0: none) and `rates` (frames a second, None:
     unknown) are those of the data it was trained with, and `zero_frames` is how these were prepared. `dataset` is the name of
     that data, where the model answers several questions about the same samples. `max_rate`: the data were resampled to it from
-    streams of `source_rates`, which samples are taken to have where they say nothing."""
+    streams of `source_rates`, which samples are taken to have where they say nothing. `recipe`: by what the features were extracted."""
 
     task: Task
     widths: Mapping[str, int]
@@ -55,6 +55,7 @@ class TaskInput:
     dataset: str | None = None
     max_rate: float | None = None
     source_rates: Mapping[str, float | None] = field(default_factory=dict)
+    recipe: RecipeRecord | None = None
 
 
 def askable(tasks: Mapping[str, TaskInput]) -> dict[str, tuple[str, ...]]:
@@ -74,7 +75,7 @@ def usual(tasks: Mapping[str, TaskInput]) -> str | None:
 @dataclass
 class UncheckedSample:
     """A sample as given. `raw` has everything but features, None where it cannot be read; `load(faults)` has the features
-    too, or reports why it cannot be had. `order` counts all samples of the input, `where` names the place for the user."""
+    too, or reports why it cannot be had. A `clip` is still to be extracted. `order` counts all samples of the input, `where` names the place for the user."""
 
     order: int
     where: str
@@ -84,6 +85,7 @@ class UncheckedSample:
     rates: Mapping[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    clip: PendingClip | None = None
 
 
 class SampleInput(Protocol):
@@ -140,6 +142,7 @@ def open_input(
     plugins: Sequence[str] = (),
     folder: Path = Path(),
     contained: bool = False,
+    clips: ClipSettings | None = None,
 ) -> SampleInput:
     """The input at `sources`: JSON lines (also an open file, and files with an unknown suffix), or another format.
 
@@ -148,28 +151,64 @@ def open_input(
         split: the only split to be answered.
         reread: whether the samples will be read more than once.
         folder: what paths in the lines of an open file are relative to; those in a named file are relative to its own.
-        contained: whether a feature file outside that folder is a fault.
+        contained: whether a feature file, or clip, outside that folder is a fault.
+        clips: how clips are extracted.
 
     Raises:
-        PredictError: a format whose samples name no task, where the model has several.
+        PredictError: a format whose samples name no task, where the model has several; features of another recipe than the model's.
     """
+    chosen = usual(tasks) if task is None else task
+    asked = askable(tasks).get(chosen or "", tuple(tasks))
+    unsure = _check_recipes(sources, {name: tasks[name].recipe for name in asked})
+    extraction = ClipExtraction(partial(_recipe_of, tasks, chosen), clips or ClipSettings(), keep=reread)
     if not isinstance(sources, Sequence):
         return JsonLinesInput(
-            [(sources, folder, "")], task, split, reread, answers=_answer_keys(tasks), contained=contained
+            [(sources, folder, "")], task, split, reread, "en", _answer_keys(tasks), contained, extraction, unsure
         )
     readers = known_readers(tuple(plugins))
-    chosen = usual(tasks) if task is None else task
     first = tasks[askable(tasks)[chosen][0]] if chosen else next(iter(tasks.values()))
     files = _files(sources, readers, first.task)
     if all(reader is None or isinstance(reader, JsonlReader) for _, reader in files):
         named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
         chinese = any(one.task.language == "zh" for one in tasks.values())
-        return JsonLinesInput(named, task, split, reread, "zh" if chinese else "en", _answer_keys(tasks), contained)
+        language = "zh" if chinese else "en"
+        return JsonLinesInput(
+            named, task, split, reread, language, _answer_keys(tasks), contained, extraction, unsure
+        )
     if chosen is None:
         raise PredictError(
             f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
         )
+    if unsure:
+        log.warning("%s", unsure)
     return SourceInput(sources, chosen, first, split, plugins, contained)
+
+
+def _check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, RecipeRecord | None]) -> str:
+    """What is to be said where nothing tells by what given features were extracted, but it does of the run's; else "".
+
+    Raises:
+        PredictError: features of another recipe than the run's.
+    """
+    try:
+        faults, unknown = other_recipes(sources, recipes) if isinstance(sources, Sequence) else ([], True)
+    except ValueError as error:
+        raise PredictError(str(error)) from error
+    if faults:
+        raise PredictError("\n".join(faults))
+    known = next((recipe for recipe in recipes.values() if recipe is not None), None)
+    if known is None or not unknown:
+        return ""
+    return (
+        f"the run's data were extracted by {name_of(known)}, and nothing says by what the features of the input were: predictions mean "
+        "something only where it was the same (egmf extract writes recipe.json beside them)"
+    )
+
+
+def _recipe_of(tasks: Mapping[str, TaskInput], chosen: str | None, task: str | None) -> RecipeRecord | None:
+    """By what the data were extracted that a sample which names `task` is like."""
+    asked = askable(tasks).get((chosen if task is None else task) or "", ())
+    return tasks[asked[0]].recipe if asked else None
 
 
 def _answer_keys(tasks: Mapping[str, TaskInput]) -> frozenset[str]:
@@ -188,12 +227,6 @@ def _files(sources: Sequence[Path], readers: Sequence[Reader], task: Task) -> li
 
 
 # ── JSON lines ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class UnlabelledLine(Line):
-    """One sample as written; label, target and kind are not needed and not read."""
-
-    task: str | None = None
 
 
 class _OpenFile(NamedTuple):
@@ -218,7 +251,10 @@ class JsonLinesInput:
         language: str = "en",
         answers: frozenset[str] = frozenset(),
         contained: bool = False,
+        clips: ClipExtraction | None = None,
+        unsure: str = "",
     ) -> None:
+        self._clips, self._unsure = clips or ClipExtraction(lambda task: None, keep=reread), unsure
         self._given, self._task, self._split, self._reread, self._language = files, task, split, reread, language
         self._answers, self._contained = answers, contained
         self._files: list[_OpenFile] = []
@@ -236,6 +272,7 @@ class JsonLinesInput:
                     file = copy
                 name = split_of(given.stem) if isinstance(given, Path) else None
                 self._files.append(_OpenFile(file, folder, label, name))
+            stack.enter_context(self._clips)
             self._stack = stack.pop_all()
         return self
 
@@ -259,6 +296,9 @@ class JsonLinesInput:
         return io.BytesIO(text.encode())
 
     def samples(self) -> Iterator[UncheckedSample]:
+        return self._clips.resolved(self._lines(), self.wanted)
+
+    def _lines(self) -> Iterator[UncheckedSample]:
         order = 0
         for source in self._files:
             if self._reread:
@@ -272,7 +312,7 @@ class JsonLinesInput:
 
     def _parse(self, raw: bytes, source: _OpenFile, sample: UncheckedSample) -> None:
         faults: list[str] = []
-        line = parse_line(raw, "", faults, UnlabelledLine)
+        line = parse_line(raw, "", faults, ClipLine)
         sample.faults += [fault.removeprefix(": ") for fault in faults]
         if line is None:
             return
@@ -284,7 +324,16 @@ class JsonLinesInput:
         if self._split is not None and SPLIT_NAMES.get((split or "").lower()) is None:
             sample.faults.append(f"split {split!r} is none of train, valid, test, and --split asks for {self._split}")
         sample.raw = plain_sample(line, id, split or "", "")
-        sample.load = partial(_load_line, sample.raw, source.folder, line, self._contained)
+        if line.clip is not None and (line.audio is not None or line.video is not None):
+            sample.notes.append("clip: not used beside audio or video")
+        elif line.clip is not None:
+            if not sample.faults:
+                sample.clip = pending_clip(line, source.folder, sample.faults, contained=self._contained)
+            return
+        if self._unsure and (line.audio is not None or line.video is not None):
+            log.warning("%s", self._unsure)
+            self._unsure = ""
+        sample.load = partial(load_line, sample.raw, source.folder, line, self._contained)
 
     def wanted(self, sample: UncheckedSample) -> bool:
         if self._split is None or sample.raw is None:
@@ -307,27 +356,17 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes, str]]:
             yield number, raw, ""
 
 
-def _check_keys(line: UnlabelledLine, sample: UncheckedSample, answers: frozenset[str]) -> None:
+def _check_keys(line: ClipLine, sample: UncheckedSample, answers: frozenset[str]) -> None:
     """A key that is probably a misspelt one costs the line: without it, a part of the sample would be missing."""
     for key in (key for key in line.model_extra or {} if key not in answers):
         near = difflib.get_close_matches(key, [k for k in _KNOWN_KEYS if k not in line.model_fields_set], n=1)
+        if not near and line.audio is None and line.video is None:
+            known = ("clip",) if line.clip is None else ("start", "end")
+            near = difflib.get_close_matches(key, known, n=1, cutoff=_LIKE_CLIP)
         if near:
             sample.faults.append(f"unknown key {key[:40]!r} (did you mean {near[0]}?)")
         else:
             sample.notes.append(f"unknown key {key[:40]!r}: not used")
-
-
-def _load_line(
-    raw: RawSample, folder: Path, line: UnlabelledLine, contained: bool, faults: list[str]
-) -> RawSample | None:
-    if unreadable := feature_faults(folder, line, contained=contained):
-        faults += unreadable
-        return None
-    try:
-        return with_features(raw, folder, line)
-    except ReaderError as error:
-        faults.append(str(error))
-        return None
 
 
 # ── other formats ────────────────────────────────────────────────────────────────────────────────────────────────────
