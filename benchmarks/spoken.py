@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="where clips, arrays and runs go, and are found again; default: a temporary folder")
+    parser.add_argument(
+        "--work", type=Path, help="where clips, arrays and runs go, and are found again; default: a temporary folder"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)

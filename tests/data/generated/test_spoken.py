@@ -138,7 +138,8 @@ def test_files_hold_the_codecs_sizes_and_times_that_were_planned(clips: list[tup
         assert decoded.grey_NHW.shape[1] == plan.height
         seconds = len(make_sound(plan)) / SPEECH_RATE
         assert 1.2 < seconds < 4
-        np.testing.assert_allclose(decoded.times_N, picture_times(plan, seconds), atol=0.0011)
+        late = 1 / plan.rate if plan.format.suffix == "avi" and plan.rate else 0.0011  # AVI has no times of its own
+        np.testing.assert_allclose(decoded.times_N, picture_times(plan, seconds), atol=1.01 * late)
         assert abs(len(decoded.sound_n) / 16000 - seconds) < 0.12  # codecs work in blocks
 
 
@@ -154,32 +155,35 @@ def halves(plan: ClipPlan, sound_n: np.ndarray) -> float:
 def test_the_pitch_goes_where_it_was_planned_to(clips: list[tuple[ClipPlan, Decoded]]) -> None:
     for plan, decoded in clips:
         rise = halves(plan, decoded.sound_n)
-        expected = {"rising": 0.3 < rise < 1.2, "falling": -1.2 < rise < -0.3, "level": abs(rise) < 0.25}
+        expected = {"rising": 0.25 < rise < 1.2, "falling": -1.2 < rise < -0.25, "level": abs(rise) < 0.2}
         assert expected[plan.voice], f"{plan.file}: {plan.voice}, {rise:+.2f} octaves"
 
 
-def track(grey_NHW: np.ndarray, plan: ClipPlan, x: float, y: float) -> np.ndarray:
-    """Where the eyes and the nose of the first picture are in each, [N, 2] (right, down) as shares of the height, by correlation."""
+def track(grey_NHW: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Where the eyes and the nose of the first picture are in each, [N, 2] (right, down) as shares of the height, by correlation; nan where they are hidden."""
     height, width = grey_NHW.shape[1:]
     half, cx, cy = round(0.13 * height), round(width / 2 + x * height), round(height / 2 + y * height)
     patch = grey_NHW[0, cy - half : cy + half, cx - half : cx + half].astype(float)
-    found = []
-    for grey in grey_NHW:
+    found = np.full((len(grey_NHW), 2), np.nan)
+    for k, grey in enumerate(grey_NHW):
         score = match_template(grey.astype(float), patch)
         down, right = np.unravel_index(score.argmax(), score.shape)
-        found.append(((right - (cx - half)) / height, (down - (cy - half)) / height))
-    return np.array(found)
+        if score.max() > 0.6:
+            found[k] = (right - (cx - half)) / height, (down - (cy - half)) / height
+    return found
 
 
 def test_the_head_moves_as_it_was_planned_to(clips: list[tuple[ClipPlan, Decoded]]) -> None:
     seen = set()
     for plan, decoded in clips:
-        poses = make_poses(plan, make_sound(plan), picture_times(plan, len(make_sound(plan)) / SPEECH_RATE))
-        every = max(1, len(decoded.times_N) // 20)
-        found = track(decoded.grey_NHW[::every], plan, poses.x_N[0], poses.y_N[0])
+        sound_n = make_sound(plan)
+        poses = make_poses(plan, sound_n, picture_times(plan, len(sound_n) / SPEECH_RATE))
+        every = max(1, len(decoded.times_N) // 16)
+        found = track(decoded.grey_NHW[::every, ::2, ::2], poses.x_N[0], poses.y_N[0])
         planted = np.stack([poses.x_N - poses.x_N[0], poses.y_N - poses.y_N[0]], 1)[::every]
-        assert np.median(np.abs(found - planted)) < 0.02, plan.file
-        aside, down = np.ptp(found, axis=0)
+        assert np.isfinite(found).mean() > 0.5, plan.file
+        assert np.nanmedian(np.abs(found - planted)) < 0.02, plan.file
+        aside, down = np.nanmax(found, axis=0) - np.nanmin(found, axis=0)
         moved = {"shake": aside > 2 * down, "nod": down > 2 * aside, "still": max(aside, down) < 0.07}
         assert moved[plan.movement], f"{plan.file}: {plan.movement}, {aside:.3f} aside, {down:.3f} down"
         seen.add(plan.movement)

@@ -43,7 +43,7 @@ Kind = Literal["voice", "face", "both"]
 Voice = Literal["falling", "rising", "level"]
 Movement = Literal["nod", "shake", "still"]
 KINDS: tuple[Kind, ...] = ("voice", "face", "both")
-SIZES = {"train": 960, "valid": 144, "test": 288}
+SIZES = {"train": 672, "valid": 96, "test": 240}
 MANIFEST, PLANTED, CORPUS = "manifest.jsonl", "planted.jsonl", "corpus.json"
 
 VOICES = {"en": ("en-us", "en-gb", "en-gb-scotland"), "de": ("de",), "fr": ("fr-fr", "fr-be")}
@@ -193,7 +193,7 @@ def _speakers(rng: np.random.Generator, split: str, language: str) -> list[Speak
                 name=f"{split}-{language}-{k}",
                 language=language,
                 voice=f"{rng.choice(VOICES[language])}+{VARIANTS[int(rng.integers(len(VARIANTS)))]}",
-                pitch=int(rng.integers(42, 59)),
+                pitch=int(rng.integers(46, 59)),
                 rate=int(rng.integers(155, 191)),
                 range=int(rng.integers(15, 41)),
                 mirrored=bool(rng.random() < 0.5),

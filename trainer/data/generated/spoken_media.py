@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SPEECH_RATE = 22050  # Hz, of espeak-ng
-DEPTH = 20.0  # of a cue: by how much either half is lower or higher, on espeak-ng's scale of pitch, on which 50 are an octave
+DEPTH = 22.0  # of a cue: by how much either half is lower or higher, on espeak-ng's scale of pitch, on which 50 are an octave
 UNEVEN = 2.5  # standard deviation from word to word, on the same scale
+LEVEL = 2.5  # against the fall of every statement, which espeak-ng speaks by itself: by how much the halves of a level one are apart from its middle
 SWING = (0.055, 0.085)  # of a nod or shake: farthest way from the middle, as a share of the picture's height
 BEATS = (1.0, 1.5)  # nods or shakes a second
 DRIFT = 0.015  # of a head that is still, as a share of the picture's height
@@ -68,7 +69,7 @@ def pitch_of_words(plan: ClipPlan) -> list[int]:
     lengths = np.array([len(word) + 1.0 for word in words])
     middle = (np.cumsum(lengths) - lengths / 2) / lengths.sum()  # of each word, as a share of the sentence
     way = {"rising": 1.0, "falling": -1.0, "level": 0.0}[plan.voice]
-    shift = way * DEPTH * np.clip((middle - 0.5) * 4, -1, 1)
+    shift = (way * DEPTH + LEVEL) * np.clip((middle - 0.5) * 4, -1, 1)
     uneven = _generator(plan, 0).normal(0, UNEVEN, len(words)).clip(-2 * UNEVEN, 2 * UNEVEN)
     return [int(round(plan.speaker.pitch + a + b)) for a, b in zip(shift, uneven, strict=True)]
 
@@ -86,12 +87,13 @@ def speak(plan: ClipPlan) -> np.ndarray:
     done = subprocess.run([*command, "--stdout"], input=f"<speak>{said}</speak>".encode(), capture_output=True)
     start = done.stdout.find(b"data") + 8  # the header does not know the length of what follows
     samples_n = np.frombuffer(done.stdout[start : len(done.stdout) - (len(done.stdout) - start) % 2], "<i2")
-    loud = np.flatnonzero(np.abs(samples_n.astype(np.int32)) > 300)
+    loud: np.ndarray = np.flatnonzero(np.abs(samples_n.astype(np.int32)) > 300)
     if done.returncode or len(loud) < SPEECH_RATE // 2:
         reason = done.stderr.decode(errors="replace").strip() or "no sound"
         raise ValueError(f"espeak-ng cannot speak {plan.text!r} with voice {speaker.voice}: {reason}")
     samples_n = samples_n[loud[0] : loud[-1] + 1].astype(np.float32)
-    return samples_n / np.abs(samples_n).max()
+    samples_n /= np.abs(samples_n).max()
+    return samples_n
 
 
 def make_sound(plan: ClipPlan) -> np.ndarray:
@@ -162,7 +164,8 @@ def _photo() -> np.ndarray:
     """The portrait, RGB bytes, continued by :data:`EDGE` pixels on all sides."""
     from skimage.data import astronaut
 
-    return np.pad(astronaut(), ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), mode="edge")
+    photo_HW3: np.ndarray = astronaut()  # type: ignore[no-untyped-call]
+    return np.pad(photo_HW3, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), mode="edge")
 
 
 def _look(plan: ClipPlan, brightness: float) -> tuple[Image, float]:
@@ -244,7 +247,10 @@ def _corners(
 
 VIDEO_OPTIONS = {
     "libx264": {"preset": "ultrafast", "crf": "23"},
-    "libvpx": {"deadline": "realtime", "cpu-used": "8"},
+    "libvpx": {
+        "deadline": "realtime",
+        "cpu-used": "-8",
+    },  # by a positive speed, its quality depends on how busy the machine is
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
     "mpeg4": {},
 }
@@ -257,7 +263,9 @@ def encode(path: Path, plan: ClipPlan, sound_n: np.ndarray, times_N: np.ndarray,
     form = plan.format
     base = Fraction(1, 1000) if plan.rate is None else Fraction(1, plan.rate)
     with av.open(str(path), "w", format=form.container, container_options={"fflags": "+bitexact"}) as out:
-        video: Any = out.add_stream(form.video, rate=plan.rate or 30, options=dict(VIDEO_OPTIONS[form.video]), time_base=base)
+        video: Any = out.add_stream(
+            form.video, rate=plan.rate or 30, options=dict(VIDEO_OPTIONS[form.video]), time_base=base
+        )
         video.height, video.width = plan.height, round(plan.height * 4 / 3 / 16) * 16
         video.pix_fmt, video.bit_rate = "yuv420p", 900_000
         video.codec_context.thread_count = 1
@@ -265,7 +273,7 @@ def encode(path: Path, plan: ClipPlan, sound_n: np.ndarray, times_N: np.ndarray,
             form.audio, rate=plan.sampling_rate, layout="mono" if plan.channels == 1 else "stereo"
         )
         for time, picture in zip(times_N, shown, strict=True):
-            frame = av.VideoFrame.from_image(picture)
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
             frame.pts, frame.time_base = round(time / base), base
             out.mux(video.encode(frame))
         out.mux(video.encode())
