@@ -94,7 +94,7 @@ def test_a_size_that_is_no_multiple_is_as_even_as_can_be() -> None:
 
 def test_every_container_codec_rate_and_size_occurs_with_every_label() -> None:
     plans = plan_clips(0, {"train": 240})
-    assert Counter(p.format for p in plans) == {form: 40 for form in FORMATS}
+    assert Counter(p.format for p in plans) == dict.fromkeys(FORMATS, 40)
     assert {(p.format, p.label) for p in plans} == {(form, label) for form in FORMATS for label in LABELS}
     assert {p.rate for p in plans} == set(spoken.RATES)
     assert {p.height for p in plans} == set(spoken.HEIGHTS)

@@ -6,6 +6,7 @@ Shapes: n samples of sound, N pictures, G x H corners of a mesh.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -71,7 +72,7 @@ def pitch_of_words(plan: ClipPlan) -> list[int]:
     way = {"rising": 1.0, "falling": -1.0, "level": 0.0}[plan.voice]
     shift = (way * DEPTH + LEVEL) * np.clip((middle - 0.5) * 4, -1, 1)
     uneven = _generator(plan, 0).normal(0, UNEVEN, len(words)).clip(-2 * UNEVEN, 2 * UNEVEN)
-    return [int(round(plan.speaker.pitch + a + b)) for a, b in zip(shift, uneven, strict=True)]
+    return [round(plan.speaker.pitch + a + b) for a, b in zip(shift, uneven, strict=True)]
 
 
 def speak(plan: ClipPlan) -> np.ndarray:
@@ -197,8 +198,8 @@ def pictures(plan: ClipPlan, sound_n: np.ndarray, times_N: np.ndarray) -> Iterat
         quads = np.concatenate(
             [corners_GH2[:-1, :-1], corners_GH2[1:, :-1], corners_GH2[1:, 1:], corners_GH2[:-1, 1:]], -1
         ).reshape(-1, 8)
-        boxes = [(x0, y0, x1, y1) for y0, y1 in zip(rows, rows[1:], strict=False)
-                 for x0, x1 in zip(columns, columns[1:], strict=False)]  # fmt: skip
+        boxes = [(x0, y0, x1, y1) for y0, y1 in itertools.pairwise(rows)
+                 for x0, x1 in itertools.pairwise(columns)]  # fmt: skip
         mesh = [(tuple(map(int, box)), tuple(quad)) for box, quad in zip(boxes, quads.tolist(), strict=True)]
         picture = photo.transform(size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
         if bar is not None:
