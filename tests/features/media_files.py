@@ -35,7 +35,9 @@ def number_picture(number: int, width: int, height: int) -> np.ndarray:
 def number_of(rgb: np.ndarray) -> int:
     """The number that a picture shows."""
     height, width = rgb.shape[:2]
-    middles = [(int((r + 0.5) * height / ROWS), int((c + 0.5) * width / COLUMNS)) for r in range(ROWS) for c in range(COLUMNS)]
+    middles = [
+        (int((r + 0.5) * height / ROWS), int((c + 0.5) * width / COLUMNS)) for r in range(ROWS) for c in range(COLUMNS)
+    ]
     return sum(int(rgb[y - 1 : y + 2, x - 1 : x + 2].mean() > 125) << i for i, (y, x) in enumerate(middles))
 
 
@@ -151,8 +153,9 @@ def _sound(container: av.container.OutputContainer, track: SoundTrack):
     samples = np.atleast_2d(track.samples)
 
     def encode():
-        for first in range(0, samples.shape[1], track.rate):
-            piece = np.ascontiguousarray(samples[:, first : first + track.rate], np.float32)
+        length = max(track.rate // 10, 4000)
+        for first in range(0, samples.shape[1], length):
+            piece = np.ascontiguousarray(samples[:, first : first + length], np.float32)
             frame = av.AudioFrame.from_ndarray(piece, "fltp", track.layout)
             late = track.gap if track.gap_at is not None and first / track.rate >= track.gap_at else 0.0
             frame.sample_rate = track.rate
@@ -167,7 +170,7 @@ def hour_long(path: Path, seconds: int = 3600) -> Path:
     """A picture a second and silence, but for the tones of the last 100 seconds."""
     samples = np.zeros(seconds * 8000, np.float32)
     samples[-100 * 8000 :] = tones(100, 8000, start=seconds - 100)
-    pictures = PictureTrack(steady(seconds, 1), codec="mpeg4", rate=1, options={"g": "12"})
+    pictures = PictureTrack(steady(seconds, 1), codec="mpeg4", size=(32, 24), rate=1, options={"g": "12"})
     return write(path, pictures, SoundTrack(samples, codec="flac", rate=8000))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.features import media_files as made
 from tests.features.media_files import PictureTrack, SoundTrack, steady, tones, write
@@ -68,7 +69,7 @@ CONTAINERS = {
     "mpeg4.mp4": (PictureTrack(steady(50, 25), codec="mpeg4"), SoundTrack(tones(2), codec="libmp3lame")),
     "h264.mov": (PictureTrack(steady(50, 25)), SoundTrack(tones(2), codec="pcm_s16le")),
     "h264.mkv": (PictureTrack(steady(50, 25)), SoundTrack(tones(2), codec="flac")),
-    "mpeg4.avi": (PictureTrack(steady(50, 25), codec="mpeg4"), SoundTrack(tones(2), codec="libmp3lame")),
+    "mpeg4.avi": (PictureTrack(steady(50, 25), codec="mpeg4"), SoundTrack(tones(2), codec="pcm_s16le")),
     "mjpeg.avi": (PictureTrack(steady(50, 25), codec="mjpeg", pixels="yuvj420p"), SoundTrack(tones(2), "pcm_u8")),
     "vp8.webm": (PictureTrack(steady(50, 25), codec="libvpx"), SoundTrack(tones(2, 48000), "libopus", 48000)),
     "vp9.webm": (
@@ -78,6 +79,10 @@ CONTAINERS = {
     "mpeg2.ts": (PictureTrack(steady(50, 25), codec="mpeg2video"), SoundTrack(tones(2), codec="mp2")),
     "h264.flv": (PictureTrack(steady(50, 25)), SoundTrack(tones(2))),
 }
+DELAYS = {
+    "mpeg2.ts": 481 / 44100,
+    "h264.flv": 1024 / 44100,
+}  # what encoders put before the sound, where a container cannot say so
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +98,11 @@ def test_every_container_shows_its_pictures_and_sounds_its_tones(name: str, fold
     assert info.has_sound
     assert info.has_picture
     assert info.seconds == pytest.approx(2.0, abs=0.15)
-    assert numbers(path, 10, end=1.9) == shown(steady(50, 25), 10, 19)
+    delay = DELAYS.get(name, 0.0)
+    assert numbers(path, 10, end=1.9) == shown(steady(50, 25, start=delay), 10, 19)
     found_n = sound_of(path, end=1.9).samples_n
     assert len(found_n) == round(1.9 * RATE)
-    true_n = true_tones(1.9)
-    assert abs(lag(found_n[:RATE], true_n[:RATE])) <= (RATE // 50 if name.endswith(("ts", "flv", "avi")) else 3)
+    assert abs(lag(found_n, true_tones(1.9), 600) - delay * RATE) <= (16 if delay else 3)  # they round to milliseconds
     for second in (0, 1):
         middle_n = found_n[round((second + 0.2) * RATE) : round((second + 0.8) * RATE)]
         assert made.frequency_of(middle_n, RATE) == pytest.approx(made.tone_of(second), abs=3)
@@ -111,7 +116,7 @@ def test_every_container_shows_its_pictures_and_sounds_its_tones(name: str, fold
         ("c.wav", "pcm_s24le", 22050),
         ("d.flac", "flac", 44100),
         ("e.mp3", "libmp3lame", 44100),
-        ("f.ogg", "libvorbis", 44100),
+        ("f.ogg", "flac", 44100),
         ("g.opus", "libopus", 48000),
         ("h.m4a", "aac", 44100),
         ("i.wav", "pcm_mulaw", 8000),
@@ -121,7 +126,9 @@ def test_sound_alone(name: str, codec: str, rate: int, folder: Path) -> None:
     path = write(folder / name, sound=SoundTrack(tones(3, rate), codec, rate))
     found_n = sound_of(path, end=2.9).samples_n
     difference_n = found_n - true_tones(2.9)
-    edges = np.abs((np.arange(len(found_n)) / RATE + 0.5) % 1 - 0.5) > 0.05  # a jump of pitch is a click, which codecs change
+    edges = (
+        np.abs((np.arange(len(found_n)) / RATE + 0.5) % 1 - 0.5) > 0.05
+    )  # a jump of pitch is a click, which codecs change
     assert abs(lag(found_n, true_tones(2.9))) <= 1
     assert np.sqrt((difference_n[edges] ** 2).mean()) < AFTER_CODEC
     pictures = read_pictures(Clip(path), 5, LIMIT)
@@ -131,7 +138,12 @@ def test_sound_alone(name: str, codec: str, rate: int, folder: Path) -> None:
 
 
 def test_a_cut_after_seeking_is_the_same_part_of_the_whole(folder: Path) -> None:
-    for name, codec, rate in (("s.m4a", "aac", 44100), ("s.flac", "flac", 44100), ("s.mp3", "libmp3lame", 44100), ("s.opus", "libopus", 48000)):
+    for name, codec, rate in (
+        ("s.m4a", "aac", 44100),
+        ("s.flac", "flac", 44100),
+        ("s.mp3", "libmp3lame", 44100),
+        ("s.opus", "libopus", 48000),
+    ):
         path = write(folder / name, sound=SoundTrack(tones(20, rate), codec, rate))
         whole_n = sound_of(path).samples_n
         for start, end in ((13.37, 15.0), (0.4, 0.9), (5.0, 5.25)):
@@ -143,7 +155,13 @@ def test_a_cut_after_seeking_is_the_same_part_of_the_whole(folder: Path) -> None
 
 def test_channels_are_averaged_and_formats_scaled(folder: Path) -> None:
     left_n, right_n = 0.8 * np.sin(np.arange(44100) * 0.05), np.zeros(44100)
-    for codec, layout in (("pcm_s16le", "stereo"), ("pcm_f32le", "stereo"), ("pcm_u8", "stereo"), ("pcm_f64le", "stereo"), ("pcm_s32le", "stereo")):
+    for codec, layout in (
+        ("pcm_s16le", "stereo"),
+        ("pcm_f32le", "stereo"),
+        ("pcm_u8", "stereo"),
+        ("pcm_f64le", "stereo"),
+        ("pcm_s32le", "stereo"),
+    ):
         path = write(folder / f"{codec}.wav", sound=SoundTrack(np.stack([left_n, right_n]), codec, layout=layout))
         found_n = sound_of(path, rate=44100).samples_n
         assert np.abs(found_n - left_n / 2).max() < (0.01 if codec == "pcm_u8" else 1e-4), codec
@@ -164,7 +182,7 @@ def test_sound_that_starts_late_begins_with_silence(folder: Path) -> None:
         found_n = sound_of(path).samples_n
         assert len(found_n) == pytest.approx(3 * RATE, abs=RATE // 20)
         assert np.abs(found_n[: round(0.97 * RATE)]).max() < 0.02
-        assert abs(lag(found_n[RATE : 2 * RATE], true_tones(1.0))) <= 3
+        assert abs(lag(found_n[RATE : 2 * RATE], true_tones(1.0))) <= 16  # these containers round to milliseconds
         later_n = sound_of(path, 0.5, 2.5).samples_n
         assert np.abs(later_n[: round(0.47 * RATE)]).max() < 0.02
         assert made.frequency_of(later_n[round(0.6 * RATE) : RATE], RATE) == pytest.approx(made.tone_of(0), abs=3)
@@ -218,7 +236,9 @@ def test_an_edit_list_moves_the_beginning(folder: Path) -> None:
 @pytest.mark.parametrize(("degrees", "mirrored"), [(d, m) for d in (0, 90, 180, -90) for m in (False, True)])
 def test_rotation_makes_pictures_upright(degrees: int, mirrored: bool, folder: Path) -> None:
     """The players' rule: turn by the angle counter-clockwise, then mirror."""
-    track = PictureTrack(steady(3, 5), rate=5, size=(64, 32), rotation=degrees, mirrored=mirrored, draw=made.corner_picture)
+    track = PictureTrack(
+        steady(3, 5), rate=5, size=(64, 32), rotation=degrees, mirrored=mirrored, draw=made.corner_picture
+    )
     path = write(folder / f"rotated{degrees}{mirrored}.mp4", track)
     (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
     true = np.rot90(made.corner_picture(0, 64, 32), degrees // 90)
@@ -238,24 +258,32 @@ def test_rotation_makes_pictures_upright(degrees: int, mirrored: bool, folder: P
         ("libx264", "yuv422p", (64, 51)),
         ("ffv1", "yuv420p16le", (67, 51)),
         ("ffv1", "gray", (66, 50)),
-        ("ffv1", "gbrp", (33, 77)),
+        ("ffv1", "bgr0", (33, 77)),
         ("png", "rgb24", (31, 63)),
-        ("png", "pal8", (40, 40)),
         ("mjpeg", "yuvj444p", (61, 33)),
         ("libx265", "yuv420p", (64, 64)),
     ],
 )
 def test_pixel_formats_and_odd_sizes(codec: str, pixels: str, size: tuple[int, int], folder: Path) -> None:
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-    path = write(folder / f"{codec}-{pixels}.mkv", PictureTrack(steady(9, 5), codec, size, pixels, 5, options=options))
+    name = f"{codec}-{pixels}.{'mov' if codec == 'png' else 'mkv'}"
+    path = write(folder / name, PictureTrack(steady(9, 5), codec, size, pixels, 5, options=options))
     seen = list(read_pictures(Clip(path), 5, LIMIT))
     assert [made.number_of(picture.rgb) for picture in seen] == list(range(9))
     assert {picture.rgb.shape for picture in seen} == {(size[1], size[0], 3)}
     assert {picture.rgb.dtype for picture in seen} == {np.dtype(np.uint8)}
 
 
+def test_an_animation_with_a_palette(folder: Path) -> None:
+    frames = [Image.fromarray(made.number_picture(k, 40, 30)).convert("P") for k in range(6)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=200)
+    assert numbers(folder / "a.gif", 5) == list(range(6))
+
+
 def test_colours_are_those_that_were_encoded(folder: Path) -> None:
-    path = write(folder / "colours.mp4", PictureTrack(steady(3, 5), rate=5, draw=made.corner_picture, options={"qp": "1"}))
+    path = write(
+        folder / "colours.mp4", PictureTrack(steady(3, 5), rate=5, draw=made.corner_picture, options={"qp": "1"})
+    )
     (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
     true = made.corner_picture(0, 64, 48)
     for y, x in ((12, 16), (12, 48), (36, 16), (36, 48)):
@@ -452,11 +480,14 @@ def kind_of_sound(path: Path, limit: float) -> str:
     return error.value.kind
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+SOUND_OF = {"mp4": "aac", "mkv": "flac", "avi": "pcm_s16le"}
+
+
+@pytest.mark.parametrize("suffix", SOUND_OF)
 def test_a_truncated_file_gives_what_it_has(suffix: str, folder: Path) -> None:
     options = {"movflags": "faststart"} if suffix == "mp4" else {}
     track = PictureTrack(steady(250, 25), codec="mpeg4", options={"g": "10"})
-    path = write(folder / f"whole.{suffix}", track, SoundTrack(tones(10), "libmp3lame"), options=options)
+    path = write(folder / f"whole.{suffix}", track, SoundTrack(tones(10), SOUND_OF[suffix]), options=options)
     half = folder / f"half.{suffix}"
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     sound, notes = read_sound(Clip(half), RATE, LIMIT)
@@ -468,12 +499,16 @@ def test_a_truncated_file_gives_what_it_has(suffix: str, folder: Path) -> None:
     with read_pictures(Clip(half), 10, LIMIT) as pictures:
         seen = [made.number_of(picture.rgb) for picture in pictures]
     assert len(seen) == pictures.count == int(seconds * 10 + 0.5)
-    assert seen[: len(seen) - 8] == shown(steady(250, 25), 10, len(seen) - 8)
+    assert seen[:30] == shown(steady(250, 25), 10, 30)
     assert [note.kind for note in pictures.notes] == ["truncated"]
 
 
 def test_a_track_that_cannot_be_decoded_costs_that_track(folder: Path) -> None:
-    path = write(folder / "broken.avi", PictureTrack(steady(50, 25), "mjpeg", pixels="yuvj420p"), SoundTrack(tones(2), "pcm_s16le"))
+    path = write(
+        folder / "broken.avi",
+        PictureTrack(steady(50, 25), "mjpeg", pixels="yuvj420p"),
+        SoundTrack(tones(2), "pcm_s16le"),
+    )
     data = bytearray(path.read_bytes())
     place = data.find(b"\xff\xd8")
     while place >= 0:  # every picture of it
@@ -487,7 +522,11 @@ def test_a_track_that_cannot_be_decoded_costs_that_track(folder: Path) -> None:
 
 
 def test_flipped_bytes_cost_packets_and_are_told(folder: Path) -> None:
-    path = write(folder / "flipped.mkv", PictureTrack(steady(50, 25), "ffv1", pixels="yuv420p", options={"slicecrc": "1"}), SoundTrack(tones(2), "flac"))
+    path = write(
+        folder / "flipped.mkv",
+        PictureTrack(steady(50, 25), "ffv1", pixels="yuv420p", options={"slicecrc": "1"}),
+        SoundTrack(tones(2), "flac"),
+    )
     data = bytearray(path.read_bytes())
     draw = random.Random(1)
     for _ in range(60):

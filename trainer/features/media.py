@@ -7,11 +7,12 @@ Shapes: n samples, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,7 @@ LARGEST_SIDE = 1280  # pixels: larger pictures are made smaller, which bounds me
 HOLD = 0.5  # seconds that the first picture is shown early, and the last one longer than it says: tracks rarely begin and end at once
 JITTER = 0.04  # seconds between a time stamp of sound and the samples so far that are no gap: stamps are rounded, some to 10 ms or more
 ROUNDING = 1e-6  # seconds: a picture that begins at the very time is shown then
+MOST_SILENCE = 1000  # samples before a run of sound, to align it
 SLOWEST = 1000  # samples a second; less is damage
 _ARRAY_FORMATS = ("dbl", "dblp", "flt", "fltp", "s16", "s16p", "s32", "s32p", "u8", "u8p")
 UNSPECIFIED_COLORS = 2  # FFmpeg's number of it
@@ -36,7 +38,7 @@ _MOST_STRETCH = 8  # of a pixel's width to its height; more is damage
 def read_sound(clip: Clip, sampling_rate: int, max_seconds: float) -> tuple[Sound | None, list[Note]]:
     """The sound of a clip: the mean of the channels, resampled, `round(seconds · sampling_rate)` samples.
 
-    Sample i is that of the time start + i / sampling_rate, to half a sample. What the track does not cover is silence. None, with a note, where there is no
+    Sample i is that of the time start + i / sampling_rate, so that a part of a file is that part of the whole. What the track does not cover is silence. None, with a note, where there is no
     track, where it holds nothing between start and end, or where it cannot be decoded and the pictures perhaps can.
 
     Raises:
@@ -196,7 +198,9 @@ class _ToRgb:
         size = max(1, round(width * shrink)), max(1, round(height * shrink))
         try:
             converted = self._reformatter.reformat(frame, *size, pixels, interpolation=self._interpolation, threads=1)
-        except load_av().FFmpegError:  # a colour space that FFmpeg does not convert, perhaps damaged: taken for the usual
+        except (
+            load_av().FFmpegError
+        ):  # a colour space that FFmpeg does not convert, perhaps damaged: taken for the usual
             frame.colorspace, frame.color_range = UNSPECIFIED_COLORS, 0
             converted = self._reformatter.reformat(frame, *size, pixels, interpolation=self._interpolation, threads=1)
         array: np.ndarray = converted.to_ndarray()
@@ -206,7 +210,8 @@ class _ToRgb:
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """How the frame is meant to be turned: (a, b, c, d), where (x, y) is shown at (a x + c y, b x + d y), y downwards."""
     try:
-        stored = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
+        kept: Any = frame.side_data
+        stored = np.frombuffer(bytes(kept["DISPLAYMATRIX"]), np.int32)
     except (KeyError, ValueError):  # none; or PyAV does not know a kind of side data
         return 1, 0, 0, 1
     a, b, c, d = (float(stored[i]) for i in (0, 1, 3, 4))
@@ -238,15 +243,23 @@ class _Timeline:
         av = load_av()
         if frame.sample_rate < SLOWEST or not frame.samples:
             raise ValueError("not a frame of sound")
-        mono = av.AudioFrame.from_ndarray(_mean_of_channels(frame), "fltp", "mono")
-        mono.sample_rate = frame.sample_rate
+        mono = _mono(_mean_of_channels(frame), frame.sample_rate)
         if self._resampler is None or frame.sample_rate != self._rate or abs(time - self._next) > JITTER:
             self.close()
             self._resampler = av.AudioResampler("fltp", "mono", self._sampling_rate)
             self._rate, self._next = frame.sample_rate, time
-            self._place = round((time - self._start) * self._sampling_rate)
+            if (silence_1n := self._align(time)).size:
+                self._write(self._resampler.resample(_mono(silence_1n, self._rate)))
         self._next += frame.samples / frame.sample_rate
         self._write(self._resampler.resample(mono))
+
+    def _align(self, time: float) -> np.ndarray:
+        """Silence [1, n] before a run that begins at `time`, so that its samples fall on those of the window: parts equal the whole."""
+        cycle = min(self._rate // math.gcd(self._rate, self._sampling_rate), MOST_SILENCE)
+        place_n = (time - self._start - np.arange(cycle) / self._rate) * self._sampling_rate
+        best = int(np.abs(place_n - place_n.round()).round(6).argmin())
+        self._place = round(float(place_n[best]))
+        return np.zeros((1, best), np.float32)
 
     def close(self) -> None:
         """Write what the resampler holds back."""
@@ -265,18 +278,25 @@ class _Timeline:
                 self._place += len(new_n)
 
 
+def _mono(samples_1n: np.ndarray, rate: int) -> av.AudioFrame:
+    frame: av.AudioFrame = load_av().AudioFrame.from_ndarray(samples_1n, "fltp", "mono")
+    frame.sample_rate = rate
+    return frame
+
+
 def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
     """float32 [1, n] between -1 and 1 of a frame of any format and layout."""
     if frame.format.name not in _ARRAY_FORMATS:
         frame = load_av().AudioResampler("fltp").resample(frame)[0]
-    array = frame.to_ndarray()
+    array: np.ndarray = frame.to_ndarray()
     array = array if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels).T
-    mean_n = array.mean(axis=0, dtype=np.float64)
+    mean_n: np.ndarray = array.mean(axis=0, dtype=np.float64)
     if array.dtype == np.uint8:
         mean_n = (mean_n - 128) / 128
     elif array.dtype.kind == "i":
-        mean_n /= -float(np.iinfo(array.dtype).min)
-    return mean_n.astype(np.float32)[None]
+        mean_n = mean_n / 2.0 ** (8 * array.itemsize - 1)
+    mono_1n: np.ndarray = mean_n.astype(np.float32)[None]
+    return mono_1n
 
 
 def _between(window: Window) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from trainer.features.types import Clip, ClipError, Note
 
 if TYPE_CHECKING:
-    import av
+    from av.container import InputContainer
 
 Kind = Literal["sound", "picture"]
 MODALITY: dict[Kind, Literal["audio", "video"]] = {"sound": "audio", "picture": "video"}
@@ -30,10 +30,52 @@ SLACK = 0.1  # seconds that a clip may be longer than is allowed, and a file sho
 BEYOND = 4  # successive frames behind the end of a clip after which it is over; a single one is a damaged time stamp
 
 # What FFmpeg would read as a list of other files, as addresses, or as a drawing made of text.
-_NOT_MEDIA = """adf applehttp bin concat concatf dash ffmetadata hls idf image2 image2pipe imf lavfi rtp rtsp sap sdp tty
-vobsub webm_dash_manifest xbin""".split()
+_NOT_MEDIA = [
+    "adf",
+    "applehttp",
+    "bin",
+    "concat",
+    "concatf",
+    "dash",
+    "ffmetadata",
+    "hls",
+    "idf",
+    "image2",
+    "image2pipe",
+    "imf",
+    "lavfi",
+    "rtp",
+    "rtsp",
+    "sap",
+    "sdp",
+    "tty",
+    "vobsub",
+    "webm_dash_manifest",
+    "xbin",
+]
 # Files without a duration of their own: FFmpeg guesses it from their size.
-_GUESSED = frozenset("aac ac3 amr amrnb amrwb dts dtshd eac3 h264 hevc loas m4v mjpeg mlp mp3 mpegvideo truehd vvc".split())
+_GUESSED = frozenset(
+    [
+        "aac",
+        "ac3",
+        "amr",
+        "amrnb",
+        "amrwb",
+        "dts",
+        "dtshd",
+        "eac3",
+        "h264",
+        "hevc",
+        "loas",
+        "m4v",
+        "mjpeg",
+        "mlp",
+        "mp3",
+        "mpegvideo",
+        "truehd",
+        "vvc",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +159,7 @@ class MediaFile:
         limits = {"threads": "1", "max_pixels": str(MOST_PIXELS)}
         inside = {"protocol_whitelist": "file", "format_whitelist": _formats()}
         try:
-            self._container: av.container.InputContainer = av.open(
+            self._container: InputContainer = av.open(
                 f"file:{self.path}", "r", options=limits, container_options=inside, metadata_errors="replace"
             )
         except (av.FFmpegError, ValueError, OverflowError) as error:
@@ -146,7 +188,12 @@ class MediaFile:
         length = self._container.duration
         if length is None or length <= 0 or self._name in _GUESSED:
             return None
-        return float(length / load_av().time_base)
+        seconds = float(length / load_av().time_base)
+        if (
+            self._name == "avi" and "picture" in self.tracks
+        ):  # FFmpeg corrects the seconds by the file's size, the header tells more
+            seconds = max(seconds, float(self.tracks["picture"].frames * self.tracks["picture"].time_base))
+        return seconds
 
     @property
     def info(self) -> MediaInfo:
@@ -287,7 +334,9 @@ class MediaFile:
         return self._demux(kind, all_tracks)
 
     def _demux(self, kind: Kind, all_tracks: bool) -> Iterator[Any]:
-        return self._container.demux(*(self.tracks.values() if all_tracks else (self.tracks[kind],)))
+        tracks = list(self.tracks.values()) if all_tracks else [self.tracks[kind]]
+        packets: Iterator[Any] = self._container.demux(*tracks)
+        return packets
 
     def _reopen(self) -> None:
         """From the beginning, as if nothing had been read: what decoders skip there is skipped again."""

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -17,13 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout  # of its own before Python 3.11
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from trainer.features.types import ClipError
 from trainer.termination import exit_on_termination
-
-if TYPE_CHECKING:
-    from pebble import ProcessPool
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -119,7 +117,7 @@ class _Process:
 
     def __init__(self, begin: Callable[[], None], time_limit: float | None) -> None:
         self._begin, self._time_limit = begin, time_limit
-        self._pool: ProcessPool | None = None
+        self._pool: Any = None  # a ProcessPool of Pebble, whose methods have no types
         self._failed_starts = 0
 
     def start(self, function: Callable[[Item], Value], item: Item) -> Future[_Answer]:
@@ -156,7 +154,7 @@ class _Process:
         answer = future.result()
         if answer.kind == "fault":
             raise answer.content
-        return (answer.content,)
+        return (pickle.loads(answer.content) if answer.kind == "value" else answer.content,)
 
     def stop(self) -> None:
         if self._pool is not None:
@@ -191,9 +189,7 @@ class _State:
     fault: Exception | None = None  # of the initializer
 
 
-def _begin(
-    memory_limit: int | None, initializer: Callable[..., object] | None, arguments: tuple[Any, ...]
-) -> None:
+def _begin(memory_limit: int | None, initializer: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_watch, args=(os.getppid(), memory_limit), daemon=True).start()
     if initializer is not None:
         try:
@@ -222,7 +218,9 @@ def _call(function: Callable[[Item], Value], item: Item) -> _Answer:
         return _Answer("fault", _State.fault)
     _State.working = True
     try:
-        return _Answer("value", function(item))
+        return _Answer(
+            "value", pickle.dumps(function(item))
+        )  # here, where a value that cannot be pickled costs its item alone
     except ClipError as error:
         return _Answer("told", error)
     except Exception as error:  # noqa: BLE001 - it costs this item alone
