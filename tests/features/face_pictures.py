@@ -11,7 +11,8 @@ from skimage import data, transform
 from trainer.features.types import Picture
 
 # Of the astronaut (512 x 512), in pixels, measured by eye.
-EYES, NOSE_TIP, MOUTH = ((203, 101), (247, 104)), (224, 123), (223, 146)
+EYES, NOSE_TIP = ((203, 101), (247, 103)), (225, 127)
+MOUTH, BETWEEN_LIP_CORNERS = (223, 146), (224, 140)
 
 
 def astronaut() -> np.ndarray:

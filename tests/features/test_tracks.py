@@ -24,9 +24,7 @@ def follow(clip: list[list[tuple[str, np.ndarray]]], choose: str = "track", rate
 
 
 def test_longer_seen_face_is_kept_although_another_is_larger() -> None:
-    clip = [
-        [("a", box(100 + 3 * k, 100, 40)), *([("b", box(300, 100, 90))] if 4 <= k < 10 else [])] for k in range(14)
-    ]
+    clip = [[("a", box(100 + 3 * k, 100, 40)), *([("b", box(300, 100, 90))] if 4 <= k < 10 else [])] for k in range(14)]
     assert follow(clip) == dict.fromkeys(range(14), "a")
     assert follow(clip, "largest") == {k: "b" if 4 <= k < 10 else "a" for k in range(14)}
 
@@ -38,7 +36,9 @@ def test_faces_that_pass_each_other_keep_their_tracks() -> None:
 
 
 def test_short_gap_is_bridged_and_a_long_one_ends_a_track() -> None:
-    clip: list[list[tuple[str, np.ndarray]]] = [[("a", box(100, 100, 50))]] * 4 + [[]] * 5 + [[("a", box(105, 100, 50))]] * 4
+    clip: list[list[tuple[str, np.ndarray]]] = (
+        [[("a", box(100, 100, 50))]] * 4 + [[]] * 5 + [[("a", box(105, 100, 50))]] * 4
+    )
     assert sorted(follow(clip)) == [0, 1, 2, 3, 9, 10, 11, 12]
     long = [*clip[:4], *[[]] * 30, *clip[9:], *clip[9:]]
     assert sorted(follow(long)) == list(range(34, 42))
@@ -91,7 +91,9 @@ def test_matching_equals_all_ways_tried() -> None:
         best = (0, 0.0)
         for places in itertools.product([*range(len(old)), None], repeat=len(new)):
             pairs = {j: i for j, i in enumerate(places) if i is not None}
-            if len(set(pairs.values())) == len(pairs) and all(cost(old[i], new[j]) is not None for j, i in pairs.items()):
+            if len(set(pairs.values())) == len(pairs) and all(
+                cost(old[i], new[j]) is not None for j, i in pairs.items()
+            ):
                 best = min(best, total(pairs))
         found = total(tracks._matches(old, new))
         assert found[0] == best[0]

@@ -47,7 +47,13 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoders")
     square, crop = {"height": 32, "width": 32}, {"shortest_edge": 32}
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 99,
+    }
     clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=SMALL, projection_dim=8))
     vit_config = transformers.ViTConfig(**SMALL)
     dino_config = {key: value for key, value in SMALL.items() if key != "intermediate_size"}
@@ -237,11 +243,11 @@ def test_what_cannot_be_an_encoder_is_refused(encoders: dict[str, str], tmp_path
     def section(**values: Any) -> VideoEncoder:
         return VideoEncoder(**{"kind": "encoder", "name": encoders["clip"], "face": None, **values})
 
-    with pytest.raises(ValueError, match="video.window_rate: .* single pictures"):
+    with pytest.raises(ValueError, match=r"video.window_rate: .* single pictures"):
         video_features(section(window_rate=8))
-    with pytest.raises(ValueError, match="video.pooling: .* use pooling: mean"):
+    with pytest.raises(ValueError, match=r"video.pooling: .* use pooling: mean"):
         video_features(section(name=encoders["videomae"]))
-    with pytest.raises(ValueError, match="video.name: the image processor of .*nothing.* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"video.name: the image processor of .*nothing.* cannot be loaded"):
         video_features(section(name=str(tmp_path / "nothing")))
     bert = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
@@ -252,7 +258,7 @@ def test_what_cannot_be_an_encoder_is_refused(encoders: dict[str, str], tmp_path
     larger = transformers.ViTModel(transformers.ViTConfig(**{**SMALL, "num_hidden_layers": 1}))
     save(tmp_path / "short", larger, processor)
     transformers.ViTConfig(**SMALL).save_pretrained(tmp_path / "short")
-    with pytest.raises(ValueError, match="lack .* tensors of ViTModel"):
+    with pytest.raises(ValueError, match=r"lack .* tensors of ViTModel"):
         video_features(section(name=str(tmp_path / "short")))
 
 

@@ -69,7 +69,7 @@ class CropFile:
 
     def __init__(self, size: int) -> None:
         self._shape = (size, size, 3)
-        self._file = tempfile.TemporaryFile(prefix="egmf-crops-")
+        self._file = tempfile.TemporaryFile(prefix="egmf-crops-")  # noqa: SIM115 - closed by __exit__
         self._count = 0
 
     def __enter__(self) -> CropFile:

@@ -99,12 +99,11 @@ def _matches(tracks: Sequence[np.ndarray], faces: Sequence[np.ndarray]) -> dict[
     moved_RN2 = (old_R14[..., :2] + old_R14[..., 2:] - new_N4[:, :2] - new_N4[:, 2:]) / 2
     distance_RN = np.linalg.norm(moved_RN2, axis=-1) / side_RN
     common_RN = np.prod(
-        np.maximum(np.minimum(old_R14[..., 2:], new_N4[:, 2:]) - np.maximum(old_R14[..., :2], new_N4[:, :2]), 0), axis=-1
+        np.maximum(np.minimum(old_R14[..., 2:], new_N4[:, 2:]) - np.maximum(old_R14[..., :2], new_N4[:, :2]), 0),
+        axis=-1,
     )
     union_RN = old_side_R1**2 + new_side_N**2 - common_RN
     growth_RN = np.maximum(old_side_R1 / new_side_N, new_side_N / old_side_R1)
     allowed_RN = (distance_RN < 1) & (growth_RN < _MOST_GROWTH)
     cost_RN = np.where(allowed_RN, distance_RN - common_RN / union_RN, _REFUSED)
-    return {
-        int(j): int(i) for i, j in zip(*linear_sum_assignment(cost_RN), strict=True) if allowed_RN[i, j]
-    }
+    return {int(j): int(i) for i, j in zip(*linear_sum_assignment(cost_RN), strict=True) if allowed_RN[i, j]}

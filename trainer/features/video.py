@@ -96,6 +96,7 @@ class EncoderFeatures:
             raise ValueError(f"video.window_rate: {section.name} reads single pictures: leave it out")
 
     def __call__(self, pictures: Iterable[Picture], count: int) -> ModalityFeatures:
+        pictures = iter(pictures)
         with ExitStack() as stack:
             notes: tuple[Note, ...] = ()
             shown: Iterator[np.ndarray | None] = (picture.rgb for _, picture in _first(pictures, count))
@@ -112,6 +113,8 @@ class EncoderFeatures:
                 step = self.picture_rate / self.rate
                 frames = _stacked(windows(prepared, length, step, self._encoder.window))
             values_TF, valid_T = _encode(self._encoder, frames, length)
+        for _ in pictures:  # the source may have something to tell at its end
+            pass
         return ModalityFeatures(values_TF, valid_T, notes)
 
     def _faces(
@@ -132,9 +135,7 @@ def frames_in(seconds: float, rate: float) -> int:
     return max(0, math.ceil(seconds * rate - 0.5 - 1e-9))
 
 
-def windows(
-    pictures: Iterable[Kept | None], length: int, step: float, size: int
-) -> Iterator[tuple[int, list[Kept]]]:
+def windows(pictures: Iterable[Kept | None], length: int, step: float, size: int) -> Iterator[tuple[int, list[Kept]]]:
     """For each of `length` frames its number and its window of `size` pictures; only the pictures of a window are held.
 
     The window of frame t is centred at (t + 0.5) * step pictures from the beginning; the first and the last picture are repeated outside of the clip.
