@@ -46,11 +46,15 @@ def save_convolutional(kind: str, folder: Path, norm: str = "group", seed: int =
     }[kind]
     made: PreTrainedModel = model(config(**SIZES, feat_extract_norm=norm, do_stable_layer_norm=norm == "layer")).eval()
     made.save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=norm == "layer", return_attention_mask=norm == "layer").save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=norm == "layer", return_attention_mask=norm == "layer").save_pretrained(
+        folder
+    )
     return made
 
 
-def save_whisper(folder: Path, aligned: bool = True, seed: int = 0, spaces: bool = True) -> WhisperForConditionalGeneration:
+def save_whisper(
+    folder: Path, aligned: bool = True, seed: int = 0, spaces: bool = True
+) -> WhisperForConditionalGeneration:
     """A Whisper that writes bytes, with windows of :data:`WINDOW` seconds."""
     tokenizer = _tokenizer(spaces)
     tokenizer.save_pretrained(folder)

@@ -45,3 +45,12 @@ def say(text: str, folder: Path, voice: str = "en", rate: int = 16000) -> Sound:
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
     shared = gcd(found, rate)
     return Sound(resample_poly(samples, rate // shared, found // shared).astype(np.float32), rate)
+
+
+def pooled(own: np.ndarray, middles: np.ndarray, rate: float, count: int) -> np.ndarray:
+    """Means of the frames whose middle is in each window, else the nearest frame, by a loop."""
+    rows = []
+    for k in range(count):
+        inside = [i for i, time in enumerate(middles) if k / rate - 1e-9 <= time < (k + 1) / rate - 1e-9]
+        rows.append(own[inside].mean(0) if inside else own[np.abs(middles - (k + 0.5) / rate).argmin()])
+    return np.array(rows)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoFeatureExtractor, AutoModel
 
-from tests.features.small_encoders import CONVOLUTIONAL, WINDOW, save_convolutional, save_whisper
-from tests.features.sounds import joined, noise, silence, tone
-from trainer.features import audio_encoder, log_mel
+from tests.features.sounds import joined, noise, pooled, silence, tone
+from trainer.features import log_mel
 from trainer.features.audio import audio_features, feature_names
-from trainer.features.audio_encoder import plan_chunks
-from trainer.features.recipe import AudioEncoder, LogMel, OpenSmile
+from trainer.features.recipe import LogMel, OpenSmile
 from trainer.features.timeline import average_by_time, frame_count
 from trainer.features.types import ClipError, Sound
 
@@ -30,7 +27,8 @@ def column(section: LogMel, sound: Sound, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("samples", "rate", "expected"), [(0, 25, 1), (1, 25, 1), (320, 50, 1), (480, 50, 2), (479, 50, 1), (16000, 12.5, 13)]
+    ("samples", "rate", "expected"),
+    [(0, 25, 1), (1, 25, 1), (320, 50, 1), (480, 50, 2), (479, 50, 1), (16000, 12.5, 13)],
 )
 def test_a_sound_has_its_seconds_times_the_rate_rounded(samples: int, rate: float, expected: int) -> None:
     assert frame_count(samples, 16000, rate) == expected
@@ -63,10 +61,7 @@ def reference_log_mel(samples: np.ndarray, sampling_rate: int, bands: int, rate:
     """The definition in float64: every window by itself, Slaney's mel scale from its formula, means by a loop."""
     hop, window = sampling_rate // 100, round(0.025 * sampling_rate)
     size = 2 ** math.ceil(math.log2(window))
-    taper = np.zeros(size)
-    taper[(size - window) // 2 : (size - window) // 2 + window] = 0.5 - 0.5 * np.cos(
-        2 * np.pi * np.arange(window) / window
-    )
+    taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
 
     def mel(hz: float) -> float:
         return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
@@ -84,10 +79,12 @@ def reference_log_mel(samples: np.ndarray, sampling_rate: int, bands: int, rate:
     inside: list[list[np.ndarray]] = [[] for _ in range(count + 2)]
     j = 0
     while (j + 0.5) * hop < len(signal):
-        first = j * hop + hop // 2 - size // 2
-        window_n = np.array([signal[i] if 0 <= i < len(signal) else 0.0 for i in range(first, first + size)])
-        power = np.abs(np.fft.rfft(window_n * taper)) ** 2
-        inside[math.floor((j + 0.5) * hop / sampling_rate * rate + 1e-9)].append(np.log(np.maximum(filters @ power, 1e-10)))
+        first = j * hop + hop // 2 - window // 2
+        window_n = np.array([signal[i] if 0 <= i < len(signal) else 0.0 for i in range(first, first + window)])
+        power = np.abs(np.fft.rfft(window_n * taper, size)) ** 2
+        inside[math.floor((j + 0.5) * hop / sampling_rate * rate + 1e-9)].append(
+            np.log(np.maximum(filters @ power, 1e-10))
+        )
         j += 1
     return np.array([np.mean(rows, axis=0) for rows in inside[:count]])
 
@@ -106,7 +103,7 @@ def test_bands_are_those_of_a_reference_in_float64(sampling_rate: int, bands: in
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("frequency", [70.0, 110.0, 155.5, 220.0, 347.0, 520.0])
+@pytest.mark.parametrize("frequency", [62.0, 70.0, 110.0, 155.5, 220.0, 347.0, 520.0, 590.0])
 def test_a_tone_has_its_pitch_and_its_band(frequency: float) -> None:
     section = LogMel(kind="log_mel")
     names, values = feature_names(section), audio_features(section)(tone(frequency, 1.0)).values_TF[2:-2]
@@ -118,7 +115,9 @@ def test_a_tone_has_its_pitch_and_its_band(frequency: float) -> None:
 @pytest.mark.parametrize("frequency", [300.0, 1000.0, 2500.0, 6000.0])
 def test_the_band_with_the_most_energy_has_the_tone(frequency: float) -> None:
     section = LogMel(kind="log_mel", pitch=False, energy=False)
-    mels = [hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4) for hz in (50, 8000, frequency)]
+    mels = [
+        hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4) for hz in (50, 8000, frequency)
+    ]
     place = (mels[2] - mels[0]) / (mels[1] - mels[0]) * (section.bands + 1) - 1  # band b has its middle at b
     found = audio_features(section)(tone(frequency, 0.5)).values_TF.mean(0).argmax()
     assert abs(found - place) <= 0.6
@@ -132,6 +131,30 @@ def test_a_voice_with_harmonics_has_the_pitch_of_its_fundamental() -> None:
     found = column(LogMel(kind="log_mel"), Sound((0.1 * np.asarray(voice)).astype(np.float32), 16000), PITCH)
     middles = (np.arange(len(found)) + 0.5) / 25
     np.testing.assert_allclose(found[2:-2], np.log2(1.2 * 2 ** (middles / 2))[2:-2], atol=math.log2(1.02))
+
+
+def test_periods_are_those_of_the_definition() -> None:
+    random = np.random.default_rng(6)
+    times = np.arange(log_mel.yin_length(8000)) / 8000
+    windows = np.array(
+        [
+            np.sin(2 * np.pi * f * times)
+            + 0.3 * np.sin(4 * np.pi * f * times + 1)
+            + random.normal(0, level, len(times))
+            for f, level in ((75, 0.0), (133, 0.05), (210, 0.2), (480, 0.4), (300, 5.0))
+        ]
+    )
+    found, aperiodic = log_mel.yin(windows, 8000)
+    for x, pitch, distance in zip(windows, found, aperiodic, strict=True):
+        longest = math.ceil(8000 / 60)
+        d = [sum((x[i] - x[i + p]) ** 2 for i in range(2 * longest)) for p in range(longest + 2)]
+        normal = [1.0, *(d[p] * p / sum(d[1 : p + 1]) for p in range(1, longest + 2))]
+        inside = range(math.floor(8000 / 600), longest + 1)
+        deep = [p for p in inside if normal[p] < 0.1 and normal[p - 1] > normal[p] <= normal[p + 1]]
+        best = deep[0] if deep else min(inside, key=normal.__getitem__)
+        place = best + (d[best - 1] - d[best + 1]) / (2 * (d[best - 1] - 2 * d[best] + d[best + 1]))
+        assert pitch == pytest.approx(8000 / min(max(place, best - 0.5), best + 0.5), rel=1e-6)
+        assert distance == pytest.approx(normal[best], abs=1e-9)
 
 
 def test_silence_is_at_the_floors_and_noise_has_no_pitch() -> None:
@@ -222,146 +245,6 @@ def test_names_follow_the_section() -> None:
     assert audio_features(section).width == len(feature_names(section))
 
 
-# ---- encoders
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One folder an encoder; wav2vec2 has the form of the large ones, with normalisation and attention mask."""
-    made = {kind: tmp_path_factory.mktemp(kind) for kind in (*CONVOLUTIONAL, "whisper")}
-    for kind in CONVOLUTIONAL:
-        save_convolutional(kind, made[kind], norm="layer" if kind == "wav2vec2" else "group")
-    save_whisper(made["whisper"])
-    return made
-
-
-def by_hand(folder: Path, samples: np.ndarray, layers: str | int = "last") -> np.ndarray:
-    """Transformers' own extractor and model on one sound: the encoder's own frames."""
-    extractor, model = AutoFeatureExtractor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    inputs = extractor(samples, sampling_rate=16000, return_tensors="pt")
-    with torch.no_grad():
-        run = model.encoder if model.config.model_type == "whisper" else model
-        out = run(**inputs, output_hidden_states=True)
-    states = {"last": out.last_hidden_state, "mean": sum(out.hidden_states[1:]) / len(out.hidden_states[1:])}
-    chosen = states[layers] if isinstance(layers, str) else out.hidden_states[layers]
-    return chosen[0].numpy()
-
-
-def pooled(own: np.ndarray, middles: np.ndarray, rate: float, count: int) -> np.ndarray:
-    """Means of the frames whose middle is in each window, else the nearest frame, by a loop."""
-    rows = []
-    for k in range(count):
-        inside = [i for i, time in enumerate(middles) if k / rate - 1e-9 <= time < (k + 1) / rate - 1e-9]
-        rows.append(own[inside].mean(0) if inside else own[np.abs(middles - (k + 0.5) / rate).argmin()])
-    return np.array(rows)
-
-
-@pytest.mark.parametrize("kind", CONVOLUTIONAL)
-@pytest.mark.parametrize("layers", ["last", "mean", 0, 2, -1])
-def test_a_convolutional_encoder_is_transformers_own(folders: dict[str, Path], kind: str, layers: str | int) -> None:
-    sound = joined(tone(200, 0.7), noise(0.63))
-    section = AudioEncoder(kind="encoder", name=str(folders[kind]), layers=layers, rate=12.5)
-    extract = audio_features(section)
-    features = extract(sound)
-    own = by_hand(folders[kind], sound.samples_n, layers)
-    middles = np.arange(len(own)) * 0.02 + 0.0125
-    expected = pooled(own, middles, 12.5, math.floor(1.33 * 12.5 + 0.5))
-    np.testing.assert_allclose(features.values_TF, expected, atol=1e-5)
-    assert (extract.width, extract.rate, extract.sampling_rate) == (16, 12.5, 16000)
-
-
-def test_without_a_rate_frames_are_the_encoders_own(folders: dict[str, Path]) -> None:
-    extract = audio_features(AudioEncoder(kind="encoder", name=str(folders["hubert"])))
-    features = extract(noise(1.0))
-    own = by_hand(folders["hubert"], noise(1.0).samples_n)
-    assert extract.rate == 50
-    assert (len(own), len(features.values_TF)) == (49, 50)
-    np.testing.assert_allclose(features.values_TF, own[[*range(49), 48]], atol=1e-5)
-
-
-def test_a_sound_shorter_than_one_frame_is_one_frame(folders: dict[str, Path]) -> None:
-    for kind, folder in folders.items():
-        values = audio_features(AudioEncoder(kind="encoder", name=str(folder)))(Sound(np.ones(1, np.float32), 16000))
-        assert values.values_TF.shape == (1, 16), kind
-        assert np.isfinite(values.values_TF).all()
-
-
-@pytest.mark.parametrize("seconds", [0.31, 2.0, 5.37, 4.003])
-@pytest.mark.parametrize("layers", ["last", "mean", 1])
-def test_whispers_windows_are_transformers_own(folders: dict[str, Path], seconds: float, layers: str | int) -> None:
-    sound = noise(seconds, seed=3)
-    extract = audio_features(AudioEncoder(kind="encoder", name=str(folders["whisper"]), layers=layers, rate=10))
-    parts = []
-    for start in range(0, len(sound.samples_n), WINDOW * 16000):
-        piece = sound.samples_n[start : start + WINDOW * 16000]
-        inside = [i for i in range(50 * WINDOW) if (i + 0.5) * 320 <= len(piece)]
-        parts.append(by_hand(folders["whisper"], piece, layers)[inside])
-    own = np.concatenate(parts)
-    expected = pooled(own, (np.arange(len(own)) + 0.5) / 50, 10, math.floor(seconds * 10 + 0.5))
-    np.testing.assert_allclose(extract(sound).values_TF, expected, atol=1e-5)
-
-
-def test_chunks_of_a_long_sound_cover_it_once_with_context() -> None:
-    for samples in (400, 480000, 480001, 480320, 16000 * 33, 16000 * 61 + 7, 16000 * 600 - 1):
-        kept: list[int] = []
-        for start, stop, first, last in plan_chunks(samples, 320, 400, 16000):
-            frames = (stop - start - 400) // 320 + 1
-            assert start % 320 == 0
-            assert stop - start <= 480000
-            assert first == 0 or first >= 100
-            assert last == frames or frames - last >= 99
-            assert first == 0 or start > 0
-            kept += range(start // 320 + first, start // 320 + min(last, frames))
-        assert kept == list(range((samples - 400) // 320 + 1))
-
-
-def test_a_long_sound_is_read_in_chunks_of_thirty_seconds(folders: dict[str, Path]) -> None:
-    sound = noise(33.0, seed=5)
-    extract = audio_encoder.load_audio_encoder(AudioEncoder(kind="encoder", name=str(folders["hubert"])), "cpu")
-    own, _ = extract.own_frames(sound.samples_n)
-    first = by_hand(folders["hubert"], sound.samples_n[: 30 * 16000])
-    second = by_hand(folders["hubert"], sound.samples_n[26 * 16000 :])
-    np.testing.assert_allclose(own, np.concatenate([first[: 28 * 50], second[2 * 50 :]]), atol=1e-5)
-
-
-def test_what_is_no_audio_encoder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    def load(name: object, **more: object) -> None:
-        audio_features(AudioEncoder.model_validate({"kind": "encoder", "name": str(name), **more}))
-
-    with pytest.raises(ValueError, match="layers 0 .* to 3"):
-        load(folders["hubert"], layers=4)
-    with pytest.raises(ValueError, match="no folder .*nowhere"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"without config\.json"):
-        load(tmp_path)
-    save_convolutional("hubert", tmp_path)
-    (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="cannot be read as an audio encoder"):
-        load(tmp_path)
-
-
-def test_missing_weights_are_never_random(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_convolutional("hubert", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    gone = next(key for key in weights if "layers.1" in key)
-    save_file({key: value for key, value in weights.items() if key != gone}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lacks weights, which would be random"):
-        audio_features(AudioEncoder(kind="encoder", name=str(tmp_path)))
-
-
-def test_a_hub_name_without_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set: run 'hf download someone/something'.*give a folder"):
-        audio_features(AudioEncoder(kind="encoder", name="someone/something"))
-    with pytest.raises(ValueError, match="neither a folder nor a name on the hub"):
-        audio_features(AudioEncoder(kind="encoder", name="some thing"))
-
-
 # ---- openSMILE
 
 
@@ -374,7 +257,7 @@ def test_opensmile_is_the_packages_own(chosen: str) -> None:
         feature_set=opensmile.FeatureSet[chosen], feature_level=opensmile.FeatureLevel.LowLevelDescriptors
     )
     own = smile(sound.samples_n, 16000)[0].T  # descriptors of windows that begin every 10 ms
-    middles = np.arange(len(own)) / 100 + 0.005
+    middles = (np.arange(len(own)) + 1) / 100
     extract = audio_features(section)
     np.testing.assert_allclose(extract(sound).values_TF, pooled(own, middles, 10, 10), rtol=1e-5, atol=1e-5)
     assert feature_names(section) == tuple(smile.feature_names)
@@ -391,3 +274,27 @@ def test_opensmile_takes_short_and_full_scale_sounds() -> None:
     full = extract(tone(400, 0.5, level=1.0)).values_TF[3:-3, loudness]
     half = extract(tone(400, 0.5, level=0.5)).values_TF[3:-3, loudness]
     assert (full > half).all()  # 1.0 does not turn into -1.0
+
+
+# ---- what is not installed
+
+
+@pytest.mark.parametrize(
+    ("package", "section", "remedy"),
+    [
+        ("librosa", LogMel(kind="log_mel"), r"pip install 'egmf-trainer\[clips\]'"),
+        ("opensmile", OpenSmile(kind="opensmile"), r"pip install 'egmf-trainer\[opensmile\]'.*research only.*bought"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    package: str, section: LogMel | OpenSmile, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"{package}, which is not installed: {remedy}"):
+        audio_features(section)
+
+
+def test_missing_silero_vad_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"silero-vad, which is not installed: pip install 'egmf-trainer\[clips\]'"):
+        audio_features(LogMel(kind="log_mel", speech="mask"))

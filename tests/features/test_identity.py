@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from tests.features.small_encoders import save_convolutional, save_whisper
+from tests.features.sounds import noise
 from trainer.features import identity as module
-from trainer.features.hub import model_files
+from trainer.features.audio import audio_features
+from trainer.features.hub import model_files, text_files
 from trainer.features.identity import (
     Identity,
     check_identity,
@@ -25,7 +27,7 @@ from trainer.features.identity import (
     read_identity,
     write_identity,
 )
-from trainer.features.recipe import Recipe, check_recipe, read_recipe
+from trainer.features.recipe import AudioEncoder, Recipe, check_recipe, read_recipe
 
 BASIC = {
     "audio": {"kind": "log_mel", "speech": "feature"},
@@ -77,6 +79,8 @@ def changed(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
     def walk(node: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for key, value in node.items():
+            if value is None and path == ():
+                continue
             if isinstance(value, dict):
                 yield from walk(value, (*path, key))
             elif key not in ("kind", "name", "revision"):
@@ -125,13 +129,26 @@ def test_weights_are_the_sha256_of_what_the_encoder_reads(encoders: Path) -> Non
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         total.update(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
     assert found.weights[str(folder)] == total.hexdigest()
-    names = {path.name for path in model_files(encoders / "whisper", text=True)}
-    assert {"generation_config.json", "tokenizer_config.json", "model.safetensors"} <= names
+    names = {path.name for path in text_files(encoders / "whisper")}
+    assert {"generation_config.json", "tokenizer_config.json", "tokenizer.json"} <= names
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "preprocessor_config.json"]
-)
+@pytest.mark.parametrize(("name", "part"), [("tokenizer.json", " (tokenizer)"), ("config.json", "")])
+def test_a_tokenizer_counts_where_text_is_written(encoders: Path, tmp_path: Path, name: str, part: str) -> None:
+    folder = tmp_path / "whisper"
+    shutil.copytree(encoders / "whisper", folder)
+    heard = {"audio": {"kind": "encoder", "name": str(folder)}}
+    written = {**heard, "text": {"kind": "whisper", "name": str(folder)}}
+    before = identified(heard), identified(written)
+    told = differences(before[0].plain(), before[1].plain())
+    assert told == ["text: given there, whisper here"]
+    (folder / name).write_text((folder / name).read_text() + " ")
+    after = identified(heard), identified(written)
+    assert (after[0].hash == before[0].hash) == (part != "")
+    assert differences(before[1].plain(), after[1].plain()) == [f"weights of {folder}{part}: other files"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
 def test_one_byte_of_an_encoder_counts(encoders: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(encoders, tmp_path / "copy")
     plain = recipe_of(tmp_path / "copy")
@@ -157,6 +174,34 @@ def test_where_an_encoder_lies_and_what_else_is_there_do_not_count(encoders: Pat
     assert identified(recipe_of(tmp_path / "moved")).hash == before.hash
 
 
+def test_a_name_in_the_local_cache_is_the_folder_that_holds_it(
+    encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--heard"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(encoders / "hubert", cached / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    by_folder = identified({"audio": {"kind": "encoder", "name": str(encoders / "hubert")}})
+    for section in ({"name": "someone/heard"}, {"name": "someone/heard", "revision": commit}):
+        by_name = identified({"audio": {"kind": "encoder", **section}})
+        assert by_name.hash == by_folder.hash
+        assert differences(by_name.plain(), by_folder.plain()) == []
+    assert list(by_name.weights) == [f"someone/heard@{commit}"]
+    extract = audio_features(AudioEncoder(kind="encoder", name="someone/heard"))
+    assert extract(noise(0.5)).values_TF.shape == (25, 16)
+    weights = cached / "snapshots" / commit / "model.safetensors"
+    weights.rename(weights.with_name("other"))
+    with pytest.raises(ValueError, match="has no weights"):
+        identified({"audio": {"kind": "encoder", "name": "someone/heard"}})
+    with pytest.raises(ValueError, match="run 'hf download someone/heard --revision abc'"):
+        identified({"audio": {"kind": "encoder", "name": "someone/heard", "revision": "abc"}})
+
+
 def test_another_encoder_is_named(encoders: Path, tmp_path: Path) -> None:
     save_convolutional("hubert", tmp_path, seed=1)
     plain = recipe_of(encoders)
@@ -172,7 +217,7 @@ def test_shards_count_and_a_missing_one_is_told(encoders: Path, tmp_path: Path) 
     shutil.copytree(encoders / "hubert", folder)
     (folder / "model.safetensors").unlink()
     AutoModel.from_pretrained(encoders / "hubert").save_pretrained(folder, max_shard_size="20KB")
-    files = model_files(folder, text=False)
+    files = model_files(folder)
     shards = [path for path in files if path.name.startswith("model-")]
     assert len(shards) > 1
     before = identified({"audio": {"kind": "encoder", "name": str(folder)}})

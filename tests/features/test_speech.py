@@ -38,7 +38,9 @@ def test_speech_is_told_from_silence_and_noise(speech: Sound, activity: SpeechAc
 
 @pytest.mark.parametrize("voice", ["de", "es", "cmn", "en+f3"])
 def test_other_voices_are_speech_too(voice: str, activity: SpeechActivity, tmp_path: Path) -> None:
-    said = say({"cmn": "今天天气很好，我们出去走走。"}.get(voice, "Radio Berlin, Madrid, Lima und Paris"), tmp_path, voice)
+    said = say(
+        {"cmn": "今天天气很好，我们出去走走。"}.get(voice, "Radio Berlin, Madrid, Lima und Paris"), tmp_path, voice
+    )
     assert (activity.windows(said) > 0.5).mean() > 0.5
 
 
@@ -46,9 +48,7 @@ def test_windows_are_those_of_the_model_run_by_hand(speech: Sound, activity: Spe
     model = torch.jit.load(str(weights_file()))
     model.reset_states()
     samples = torch.from_numpy(speech.samples_n)
-    expected = [
-        model(torch.nn.functional.pad(part, (0, 512 - len(part))), 16000).item() for part in samples.split(512)
-    ]
+    expected = [model(torch.nn.functional.pad(part, (0, 512 - len(part))), 16000).item() for part in samples.split(512)]
     np.testing.assert_allclose(activity.windows(speech), expected, atol=1e-6)
 
 

@@ -17,6 +17,7 @@ from trainer.features.types import ClipError, ModalityFeatures, Note, Sound
 
 __all__ = ["AudioFeatures", "audio_features", "feature_names"]
 
+_SMILE_MIDDLE = 0.01  # seconds from a row's start to the middle of its shorter windows
 _SHORTEST_SMILE = 0.1  # seconds; a shorter sound is filled up with silence, as openSMILE's longest windows want it
 
 
@@ -107,7 +108,10 @@ def _extractor(section: LogMel | AudioEncoder | OpenSmile, device: str) -> _Extr
 
 
 class _Smile:
-    """Low-level descriptors of openSMILE, 100 a second, as means over the frames that their windows have their middles in."""
+    """Low-level descriptors of openSMILE, 100 rows a second; the mean of the rows whose middle is in a frame.
+
+    A row's descriptors are of 20 ms from its start, and of 60 ms (pitch and what is measured with it); its middle is that of the 20 ms.
+    """
 
     sampling_rate = 16000
 
@@ -126,7 +130,7 @@ class _Smile:
         if (missing := round(_SHORTEST_SMILE * self.sampling_rate) - len(samples_n)) > 0:
             samples_n = np.pad(samples_n, (0, missing))
         table = self._smile.process_signal(samples_n, self.sampling_rate)
-        times_N = table.index.get_level_values("start").total_seconds().to_numpy()
+        times_N = table.index.get_level_values("start").total_seconds().to_numpy() + _SMILE_MIDDLE
         return average_by_time(table.to_numpy(np.float32), times_N, self.rate, count)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.features.hub import locate_model, pretrained_options
+from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
 from trainer.features.recipe import AudioEncoder
 from trainer.features.timeline import average_by_time, frame_count
 from trainer.features.types import Sound
@@ -46,7 +46,8 @@ def load_audio_encoder(section: AudioEncoder, device: str) -> ConvolutionalEncod
     folder = locate_model(section)
     try:
         config = AutoConfig.from_pretrained(**pretrained_options(folder))
-        extractor = AutoFeatureExtractor.from_pretrained(**pretrained_options(folder))
+        extractors: Any = AutoFeatureExtractor
+        extractor = extractors.from_pretrained(**pretrained_options(folder))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"{section.name} cannot be read as an audio encoder: {error}") from error
     inputs = getattr(extractor, "model_input_names", ())
@@ -59,7 +60,9 @@ def load_audio_encoder(section: AudioEncoder, device: str) -> ConvolutionalEncod
             f"{section.name} is a model of type {config.model_type}: encoders like wav2vec 2, HuBERT and WavLM, and Whisper can be used"
         )
     if getattr(config, "add_adapter", False):
-        raise ValueError(f"{section.name} ends in an adapter that changes its frame rate (add_adapter): it cannot be used")
+        raise ValueError(
+            f"{section.name} ends in an adapter that changes its frame rate (add_adapter): it cannot be used"
+        )
     return kind(section, folder, extractor, device)
 
 
@@ -78,7 +81,9 @@ class _Encoder:
         self.rate = section.rate or self.own_rate
         depth = int(self.config.num_hidden_layers)
         if isinstance(self.layers, int) and not -depth - 1 <= self.layers <= depth:
-            raise ValueError(f"layers: {self.layers} of {section.name}: it has layers 0 (what enters the first) to {depth}")
+            raise ValueError(
+                f"layers: {self.layers} of {section.name}: it has layers 0 (what enters the first) to {depth}"
+            )
 
     def __call__(self, sound: Sound) -> np.ndarray:
         """Features float32 [T, H] of a sound that has samples."""
@@ -98,7 +103,7 @@ class _Encoder:
         """The chosen hidden states of one input, float32 [N, H]; the mean of layers is over their outputs, without what enters the first."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             if self.layers == "last":
                 chosen = encoder(**inputs).last_hidden_state
             else:
@@ -177,7 +182,7 @@ def plan_chunks(samples: int, stride: int, reach: int, sampling_rate: int) -> It
     A chunk begins at a whole number of strides, so its frames are those of the whole sound. The last one is shorter, but longer than the overlap.
     """
     size = CHUNK_SECONDS * sampling_rate // stride * stride
-    context = CONTEXT_SECONDS * sampling_rate // stride  # frames
+    context = CONTEXT_SECONDS * sampling_rate // stride  # own frames
     step = size - 2 * context * stride
     for start in itertools.count(0, step):
         stop = min(samples, start + size)
@@ -195,14 +200,18 @@ def load_weights(folder: Path, name: str) -> Any:
     Raises:
         ValueError: its weights cannot be read, or lack some that the encoder has.
     """
+    from pickle import UnpicklingError
+
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     try:
-        model, about = AutoModel.from_pretrained(
-            **pretrained_options(folder), dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        with quiet_transformers():
+            model, about = AutoModel.from_pretrained(
+                **pretrained_options(folder), dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"the weights of {name} cannot be loaded: {error}") from error
     if absent := _absent(about["missing_keys"], model):
         raise ValueError(f"{name} lacks weights, which would be random: {', '.join(absent[:5])}")

@@ -6,7 +6,9 @@ with a model never runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,10 +56,8 @@ def locate_model(section: Named) -> Path:
     return _fetch(name, section.revision)
 
 
-def model_files(folder: Path, text: bool) -> list[Path]:
-    """The files of an encoder that decide what it computes: settings, weights and, where it writes `text`, its tokenizer.
-
-    Safetensors count before other weights, as in transformers.
+def model_files(folder: Path) -> list[Path]:
+    """The files of an encoder that decide what it computes: settings and weights. Safetensors count before others, as in transformers.
 
     Raises:
         ValueError: it has no weights, or an index of them that names a file that is not there.
@@ -65,8 +65,12 @@ def model_files(folder: Path, text: bool) -> list[Path]:
     weights = _weights(folder, SAFE_WEIGHTS) or _weights(folder, OTHER_WEIGHTS)
     if not weights:
         raise ValueError(f"{folder} has no weights (none of {', '.join((*SAFE_WEIGHTS, *OTHER_WEIGHTS))})")
-    names = SETTINGS + TEXT_FILES if text else SETTINGS
-    return sorted([*weights, *(folder / name for name in names if (folder / name).is_file())])
+    return sorted([*weights, *(folder / name for name in SETTINGS if (folder / name).is_file())])
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a model that writes text which decide what it writes: its tokenizer, and how it generates."""
+    return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
 
 
 def _weights(folder: Path, names: tuple[str, str]) -> list[Path]:
@@ -135,6 +139,23 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
         f"{name}{at} is not in the local cache of the hub ({constants.HF_HUB_CACHE}) and cannot be fetched ({first}): check the name; "
         f"where there is no network, run '{command}' on a machine that has one, or give a folder instead of the name"
     )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars, reports and warnings of transformers: many processes run at once, and what matters in a report is checked."""
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def pretrained_options(folder: Path) -> dict[str, Any]:

