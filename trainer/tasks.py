@@ -335,6 +335,13 @@ BUILT_IN: dict[str, Task] = {
             prompts=_SHORT_PROMPTS,
         ),
         Task(
+            name="spoken",
+            kind="classification",
+            labels=("sure", "unsure"),
+            select="acc",
+            prompts=_SHORT_PROMPTS,
+        ),
+        Task(
             name="diagnostic-regression",
             kind="regression",
             grid=Grid(low=-1.0, high=1.0),

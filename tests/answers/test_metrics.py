@@ -453,6 +453,7 @@ KEYS = {
     "meld": EMOTION_KEYS,
     "cherma": EMOTION_KEYS,
     "diagnostic": EMOTION_KEYS,
+    "spoken": EMOTION_KEYS,
     "mosei": MOSEI_KEYS,
     "mosi": MOSEI_KEYS,
 }

@@ -107,6 +107,7 @@ def prepare(
     """Read published files, or clips, once, check them, and write a memory-mapped dataset.
 
     The diagnostic tasks are generated and take no --source; --stand-in generates a synthetic benchmark, to try a training on.
+    Of task spoken, without --source and --clips, media files are generated into DIR-clips and extracted, by the recipe basic.
     """
     from trainer.data.preparation.arguments import check_arguments
     from trainer.data.preparation.prepare import prepare as prepare_files
@@ -137,6 +138,9 @@ def prepare(
         summary = _generate(task, out, seed, size, options, synthetic=synthetic)
         left_out = 0
     else:
+        own = isinstance(task, Questions) or not is_built_in(task)
+        if task.name == "spoken" and not own and not source and clips.clips is None:
+            clips = _spoken(out, clips, seed, size, workers)
         _check_clips(name, source, clips, asked, zero_frames)
         check_arguments(task, out, zero_frames=zero_frames, **options)
         source, left_out = _extracted(source, clips, asked, out, workers, force)
@@ -148,6 +152,16 @@ def prepare(
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
     return 1 if left_out else 0
+
+
+def _spoken(out: Path, clips: ClipSource, seed: int, size: list[str] | None, workers: int) -> ClipSource:
+    """Generate the clips of the task spoken beside `out`, to be extracted there."""
+    from trainer.data.generated.spoken import SIZES, generate_clips
+
+    folder = out.with_name(f"{out.name}-clips")
+    with _splits_bar() as progress:
+        manifest = generate_clips(folder, seed, {**SIZES, **(_sizes(size) or {})}, workers, progress)
+    return ClipSource(manifest, clips.recipe or "basic", clips.arrays or folder / "arrays")
 
 
 def _generate(
