@@ -138,9 +138,8 @@ def call_of(stage: str, clip: Clip, work: Path) -> Callable[[], object]:
         return lambda: audio(heard)
     seen: Landmarks | VideoEncoder = Landmarks(kind="landmarks")
     if not stage.startswith("faces"):
-        seen = VideoEncoder(
-            kind="encoder", name=str(save_encoder(stage, work)), rate=2.0 if "videomae" in stage else 5.0
-        )
+        windows = {"rate": 2.0, "pooling": "mean"} if "videomae" in stage else {}
+        seen = VideoEncoder(kind="encoder", name=str(save_encoder(stage, work)), **windows)
     video = video_features(seen)
 
     def look() -> object:
