@@ -170,6 +170,15 @@ def test_channels_are_averaged_and_formats_scaled(folder: Path) -> None:
     assert np.abs(sound_of(path, rate=44100).samples_n - left_n / 6).max() < 1e-4
 
 
+def test_sound_of_eight_channels(folder: Path) -> None:
+    eight = np.stack([tones(2), *([np.zeros(88200, np.float32)] * 7)])
+    for name, codec in (("eight.m4a", "aac"), ("eight.flac", "flac"), ("eight.wav", "pcm_s16le")):
+        path = write(folder / name, sound=SoundTrack(eight, codec, layout="7.1"))
+        found_n = sound_of(path, end=1.9).samples_n
+        assert abs(lag(found_n, true_tones(1.9))) <= 1
+        assert np.abs(found_n[2000:14000] - true_tones(1.0)[2000:14000] / 8).max() < 0.01
+
+
 def test_sound_that_is_louder_than_full_scale_is_cut(folder: Path) -> None:
     loud_n = np.array([3.0, -3.0, np.nan, np.inf] * 5000, np.float32)
     sound = sound_of(write(folder / "loud.wav", sound=SoundTrack(loud_n, "pcm_f32le")), rate=44100)

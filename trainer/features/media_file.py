@@ -335,8 +335,12 @@ class MediaFile:
 
     def _demux(self, kind: Kind, all_tracks: bool) -> Iterator[Any]:
         tracks = list(self.tracks.values()) if all_tracks else [self.tracks[kind]]
-        packets: Iterator[Any] = self._container.demux(*tracks)
-        return packets
+        try:
+            yield from self._container.demux(*tracks)
+        except (
+            IndexError
+        ):  # at the end of a file in which a track appeared on the way: PyAV ends that one too, and does not know it
+            return
 
     def _reopen(self) -> None:
         """From the beginning, as if nothing had been read: what decoders skip there is skipped again."""
