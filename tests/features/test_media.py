@@ -143,6 +143,9 @@ def test_a_cut_after_seeking_is_the_same_part_of_the_whole(folder: Path) -> None
         ("s.flac", "flac", 44100),
         ("s.mp3", "libmp3lame", 44100),
         ("s.opus", "libopus", 48000),
+        ("s.aac", "aac", 44100),
+        ("s.ac3", "ac3", 44100),
+        ("s.ts", "aac", 44100),
     ):
         path = write(folder / name, sound=SoundTrack(tones(20, rate), codec, rate))
         whole_n = sound_of(path).samples_n
@@ -297,6 +300,39 @@ def test_colours_are_those_that_were_encoded(folder: Path) -> None:
     true = made.corner_picture(0, 64, 48)
     for y, x in ((12, 16), (12, 48), (36, 16), (36, 48)):
         assert np.abs(picture.rgb[y, x].astype(int) - true[y, x]).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("space", "full_range"), [("ITU601", False), ("ITU601", True), ("ITU709", False), ("ITU709", True)]
+)
+def test_colour_spaces_are_those_of_the_file(space: str, full_range: bool, folder: Path) -> None:
+    path = folder / f"{space}{full_range}.mkv"
+    with made.av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5, options={"qp": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        stream.codec_context.colorspace = {"ITU601": 5, "ITU709": 1}[space]
+        stream.codec_context.color_range = 2 if full_range else 1
+        for k in range(3):
+            rgb = made.av.VideoFrame.from_ndarray(made.corner_picture(0, 64, 48), "rgb24")
+            frame = rgb.reformat(
+                format="yuv444p", dst_colorspace=space, dst_color_range="JPEG" if full_range else "MPEG"
+            )
+            frame.pts, frame.time_base = k, Fraction(1, 5)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
+    assert np.abs(picture.rgb.astype(int) - made.corner_picture(0, 64, 48)).max() <= 4
+
+
+def test_bare_streams_without_a_container(folder: Path) -> None:
+    for name, track in (
+        ("bare.h264", PictureTrack(steady(100, 25), options={"bf": "2"})),
+        ("bare.mjpeg", PictureTrack(steady(100, 25), "mjpeg", pixels="yuvj420p")),
+    ):
+        path = write(folder / name, track)
+        assert math.isnan(probe(path).seconds)
+        assert numbers(path, 5) == shown(steady(100, 25), 5, 20)
+        assert numbers(path, 5, 2.0, 3.0) == shown(steady(100, 25), 5, 5, 2.0)
 
 
 def test_pixels_become_square(folder: Path) -> None:
