@@ -54,7 +54,15 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(media: Path) -> list[dict[str, Any]]:
     return [
         {"id": "a/1", "clip": "whole.mp4", "text": "both", "label": "joy", "split": "train", "speaker": "Ann"},
-        {"id": "a/2", "clip": "whole.mp4", "start": 0.3, "end": 0.9, "text": "a part", "label": "anger", "split": "valid"},
+        {
+            "id": "a/2",
+            "clip": "whole.mp4",
+            "start": 0.3,
+            "end": 0.9,
+            "text": "a part",
+            "label": "anger",
+            "split": "valid",
+        },
         {"id": "b", "clip": "silent.mkv", "text": "seen", "label": "fear", "split": "test"},
         {"id": "c", "clip": "nobody.mp4", "label": "sadness", "split": "train"},
         {"id": "d", "clip": "nothing.mkv", "text": "words alone", "label": "joy", "split": "train"},
@@ -92,7 +100,9 @@ def test_own_data(manifest: Path, done: Path) -> None:
             continue
         own = {key: value for key, value in row.items() if key not in ("clip", "start", "end")}
         assert own.items() <= line.items()
-        found = extractor.extract(Clip(manifest.parent / row["clip"], row.get("start"), row.get("end")), row.get("text"))
+        found = extractor.extract(
+            Clip(manifest.parent / row["clip"], row.get("start"), row.get("end")), row.get("text")
+        )
         for modality, rate in (("audio", 25.0), ("video", 10.0)):
             features = getattr(found, modality)
             if features is None:
@@ -259,7 +269,9 @@ def test_sources_of_several_recipes_are_refused(small: Recipe, manifest: Path, d
     with pytest.raises(ReaderError, match=r"(?s)another recipe than.*audio\.bands: 40 there, 8 here"):
         prepare(get_task("meld"), [done, tmp_path / "other"], tmp_path / "data")
     plain = write_lines(tmp_path / "train.jsonl", [{"id": "z", "text": "x", "label": "joy"}])
-    with pytest.raises(ReaderError, match=r"has recipe basic \([0-9a-f]{16}\), .* has no recipe: features of one dataset"):
+    with pytest.raises(
+        ReaderError, match=r"has recipe basic \([0-9a-f]{16}\), .* has no recipe: features of one dataset"
+    ):
         prepare(get_task("meld"), [done, plain], tmp_path / "data")
 
 
@@ -287,7 +299,18 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def start(manifest: Path, recipe: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
     """`egmf extract` in a process group of its own."""
-    command = [sys.executable, "-m", "trainer", "extract", str(manifest), "--recipe", str(recipe), "--out", str(out), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "extract",
+        str(manifest),
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(out),
+        *more,
+    ]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
 
 

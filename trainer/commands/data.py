@@ -168,9 +168,7 @@ def _generate(
         )
 
 
-def _check_clips(
-    name: str, source: list[Path] | None, clips: ClipSource, asked: ClipOptions, zero_frames: str
-) -> None:
+def _check_clips(name: str, source: list[Path] | None, clips: ClipSource, asked: ClipOptions, zero_frames: str) -> None:
     """Refuse options that do not go together, before a clip is read."""
     if clips.clips is None:
         if clips.given or asked != DEFAULT_CLIPS:
@@ -183,9 +181,13 @@ def _check_clips(
     if source:
         raise ValueError("--source and --clips are two kinds of source: give one of them")
     if clips.recipe is None:
-        raise ValueError("--clips needs --recipe: egmf config list shows those that come with the package, such as basic")
+        raise ValueError(
+            "--clips needs --recipe: egmf config list shows those that come with the package, such as basic"
+        )
     if zero_frames == "keep":
-        raise ValueError("--zero-frames keep: an extraction writes zeros where it saw or heard nothing, which are masked")
+        raise ValueError(
+            "--zero-frames keep: an extraction writes zeros where it saw or heard nothing, which are masked"
+        )
 
 
 def _extracted(

@@ -124,9 +124,7 @@ def key_of(row: ManifestRow, recipe: str) -> str:
         about = row.clip.path.stat()
     except OSError:
         return ""
-    return digest(
-        [row.name, row.clip.start, row.clip.end, row.text, about.st_size, about.st_mtime_ns, recipe]
-    )
+    return digest([row.name, row.clip.start, row.clip.end, row.text, about.st_size, about.st_mtime_ns, recipe])
 
 
 def row_is_done(folder: ExtractionFolder, row: ManifestRow, recipe: str) -> bool:
@@ -247,9 +245,13 @@ def report_lines(report: Report) -> list[str]:
         f"{report['samples']} samples of {report['rows']} rows, {report['seconds'] / 60:.1f} minutes; with {of or 'nothing'}",
     ]
     for kind, modalities in sorted(report["notes"].items()):
-        lines.append(f"{kind}: " + ", ".join(f"{modality} of {n} clip(s)" for modality, n in sorted(modalities.items())))
+        lines.append(
+            f"{kind}: " + ", ".join(f"{modality} of {n} clip(s)" for modality, n in sorted(modalities.items()))
+        )
     lines.append(f"left out: {len(report['left_out'])}")
-    lines += [f"  line {one['line']} {one['id']} ({one['clip']}): {one['kind']}: {one['why']}" for one in report["left_out"]]
+    lines += [
+        f"  line {one['line']} {one['id']} ({one['clip']}): {one['kind']}: {one['why']}" for one in report["left_out"]
+    ]
     return lines
 
 

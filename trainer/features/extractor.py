@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from trainer.features.video import VideoFeatures
 
 MODALITIES = ("audio", "video")
-_OF_THE_CLIP: tuple[Told, ...] = ("too long", "empty")  # what is wrong with a clip as a whole, whichever stream showed it
+_OF_THE_CLIP: tuple[Told, ...] = (
+    "too long",
+    "empty",
+)  # what is wrong with a clip as a whole, whichever stream showed it
 
 
 class Extractor:
@@ -111,9 +114,7 @@ class Extractor:
 
 
 @contextlib.contextmanager
-def _told(
-    modality: Literal["audio", "video", "text"], notes: list[Note], troubles: list[ClipError]
-) -> Iterator[None]:
+def _told(modality: Literal["audio", "video", "text"], notes: list[Note], troubles: list[ClipError]) -> Iterator[None]:
     """A stream that cannot be decoded is a note and a trouble; what is wrong with the whole clip is raised."""
     try:
         yield

@@ -117,7 +117,9 @@ def read_manifest(path: Path, language: str = "en") -> Manifest:
         faults.append("it has no rows")
     if faults:
         raise ManifestError(path, faults)
-    notes = [f"{path.name}: {key!r} of {n} row(s) is no key of own data: passed on" for key, n in unknown.most_common(20)]
+    notes = [
+        f"{path.name}: {key!r} of {n} row(s) is no key of own data: passed on" for key, n in unknown.most_common(20)
+    ]
     return Manifest(path, rows, notes)
 
 

@@ -91,7 +91,9 @@ def name_of(record: RecipeRecord | None) -> str:
 
 def shipped_name(record: RecipeRecord) -> str | None:
     """The name of the shipped recipe that has these values; None where none has."""
-    return next((one.name for one in list_recipes() if read_recipe(one.path).model_dump(mode="json") == record["values"]), None)
+    return next(
+        (one.name for one in list_recipes() if read_recipe(one.path).model_dump(mode="json") == record["values"]), None
+    )
 
 
 def differences_of(saved: RecipeRecord, here: RecipeRecord) -> list[str]:

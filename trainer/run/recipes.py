@@ -54,6 +54,8 @@ def check_recipes(
                     task, run, name_of(saved), data[task].path,
                 )  # fmt: skip
         elif lines := differences_of(saved, found):
-            faults.append(described(f"{data[task].path} was extracted by another recipe than {run} was trained with", lines))
+            faults.append(
+                described(f"{data[task].path} was extracted by another recipe than {run} was trained with", lines)
+            )
     if faults:
         raise RecipeError("\n".join([*faults, "extract the clips again by the run's recipe, or train a new run"]))

@@ -104,7 +104,9 @@ class SplitSummary(SplitStatistics, total=False):
     """What `egmf data show` says of a split."""
 
     standardisation: StandardisationSummary
-    recipe: dict[str, Any]  # by which all features were extracted: its name (null: no shipped one), its hash, and modality -> kind
+    recipe: dict[
+        str, Any
+    ]  # by which all features were extracted: its name (null: no shipped one), its hash, and modality -> kind
 
 
 def summary_json(record: DatasetRecord) -> dict[str, SplitSummary]:

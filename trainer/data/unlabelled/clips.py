@@ -178,9 +178,7 @@ def pending_clip(line: ClipLine, folder: Path, faults: list[str], *, contained: 
     return None if clip is None else PendingClip(line, clip)
 
 
-def load_line(
-    raw: RawSample, folder: Path, line: ClipLine, contained: bool, faults: list[str]
-) -> RawSample | None:
+def load_line(raw: RawSample, folder: Path, line: ClipLine, contained: bool, faults: list[str]) -> RawSample | None:
     """The sample with the features of its line; None, and the reasons, where they cannot be had."""
     if unreadable := feature_faults(folder, line, contained=contained):
         faults += unreadable
@@ -208,5 +206,7 @@ def other_recipes(sources: Sequence[Path], recipes: Mapping[str, RecipeRecord | 
         unknown = unknown or found is None
         for task, saved in recipes.items():
             if found is not None and saved is not None and (lines := differences_of(saved, found)):
-                faults.append(described(f"{source} was extracted by another recipe than the run's data of {task}", lines))
+                faults.append(
+                    described(f"{source} was extracted by another recipe than the run's data of {task}", lines)
+                )
     return list(dict.fromkeys(faults)), unknown

@@ -23,7 +23,14 @@ from trainer.data.readers.jsonl import JsonlReader, plain_sample
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Source, split_of
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
 from trainer.data.readers.source import open_source
-from trainer.data.unlabelled.clips import ClipExtraction, ClipSettings, PendingClip, load_line, other_recipes, pending_clip
+from trainer.data.unlabelled.clips import (
+    ClipExtraction,
+    ClipSettings,
+    PendingClip,
+    load_line,
+    other_recipes,
+    pending_clip,
+)
 from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
 from trainer.features.manifest import ClipLine
 from trainer.features.recipe_record import RecipeRecord, name_of
@@ -172,9 +179,7 @@ def open_input(
         named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
         chinese = any(one.task.language == "zh" for one in tasks.values())
         language = "zh" if chinese else "en"
-        return JsonLinesInput(
-            named, task, split, reread, language, _answer_keys(tasks), contained, extraction, unsure
-        )
+        return JsonLinesInput(named, task, split, reread, language, _answer_keys(tasks), contained, extraction, unsure)
     if chosen is None:
         raise PredictError(
             f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
