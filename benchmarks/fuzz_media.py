@@ -111,9 +111,8 @@ def decode(case: Case) -> Read:
         count = sum(1 for _ in pictures)
     if count != pictures.count:
         raise AssertionError(f"{count} pictures where {pictures.count} were said to come")
-    kinds = {note.kind for note in (*notes, *pictures.notes)} - (
-        {"no sound", "no picture"} if sound is None or not count else set()
-    )
+    never = {"sound.": {"no picture"}, "pictures.": {"no sound"}}.get(case.source.partition(".")[0] + ".", set())
+    kinds = {note.kind for note in (*notes, *pictures.notes)} - never
     if sound is None and not count:
         kinds = {"unreadable"}
     return Read(tuple(sorted(kinds)), time.monotonic() - started)

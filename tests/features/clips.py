@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 SOUND_RATE = 16000
-SMALL = "audio: {kind: log_mel, rate: 10, bands: 8, pitch: false}\nvideo: {kind: landmarks, rate: 2}\n"  # a quick recipe
+SMALL = (
+    "audio: {kind: log_mel, rate: 10, bands: 8, pitch: false}\nvideo: {kind: landmarks, rate: 2}\n"  # a quick recipe
+)
 
 
 @functools.cache

@@ -33,6 +33,16 @@ def similarity(scale: float, degrees: float, shift: tuple[float, float], about: 
     return to_origin + turned + back
 
 
+def least_squares_similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The matrix [2, 3] (a, -b, c; b, a, d) that carries points nearest to others, as a linear system in a, b, c, d."""
+    rows, values = [], []
+    for (x, y), (to_x, to_y) in zip(source, target, strict=True):
+        rows += [(x, -y, 1, 0), (y, x, 0, 1)]
+        values += [to_x, to_y]
+    a, b, c, d = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0]
+    return np.array([[a, -b, c], [b, a, d]])
+
+
 def place_on(canvas: np.ndarray, face: np.ndarray, x: int, y: int) -> np.ndarray:
     out = canvas.copy()
     out[y : y + face.shape[0], x : x + face.shape[1]] = face

@@ -155,8 +155,8 @@ def _sound(container: av.container.OutputContainer, track: SoundTrack):
     def encode():
         length = max(track.rate // 10, 4000)
         for first in range(0, samples.shape[1], length):
-            piece = np.ascontiguousarray(samples[:, first : first + length], np.float32)
-            frame = av.AudioFrame.from_ndarray(piece, "fltp", track.layout)
+            piece = np.ascontiguousarray(samples[:, first : first + length].T, np.float32).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(piece, "flt", track.layout)
             late = track.gap if track.gap_at is not None and first / track.rate >= track.gap_at else 0.0
             frame.sample_rate = track.rate
             frame.pts, frame.time_base = first + round((track.start + late) * track.rate), Fraction(1, track.rate)

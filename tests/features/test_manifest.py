@@ -54,7 +54,7 @@ def test_every_key_of_own_data_is_known() -> None:
 def test_csv(folder: Path) -> None:
     path = folder / "valid.csv"
     path.write_text(
-        'clip,id,text,start,end,turn,target,label,speaker\r\n'
+        "clip,id,text,start,end,turn,target,label,speaker\r\n"
         'a.mp4,007,"two\nlines, and a comma",0.5,1,3,-0.25,"{""joy"": 1}",12\r\n'
         "\r\n"
         "clips/b.wav,,,,,,,joy,\r\n",
@@ -135,7 +135,7 @@ def test_faults_of_csv(folder: Path) -> None:
     path.write_text("file,text\na.mp4,x\n", encoding="utf-8")
     assert faults_of(path) == ["line 1: has no column clip; it has file, text"]
     path.write_text('clip,text\na.mp4,"open\n', encoding="utf-8")
-    assert faults_of(path)[0].startswith("line 3: is not valid CSV")
+    assert faults_of(path)[0].startswith("line 2: is not valid CSV")
 
 
 @pytest.mark.parametrize(

@@ -15,52 +15,9 @@ from PIL import Image
 
 from tests.features import media_files as made
 from tests.features.media_files import PictureTrack, SoundTrack, steady, tones, write
+from tests.features.media_truth import AFTER_CODEC, LIMIT, RATE, lag, numbers, shown, sound_of, true_tones
 from trainer.features.media import LARGEST_SIDE, probe, read_pictures, read_sound
-from trainer.features.types import Clip, ClipError, Sound
-
-LIMIT = 120.0
-RATE = 16000
-AFTER_CODEC = 0.06  # of loss by a codec: root mean square of the difference, where that of the tone is 0.35
-
-
-def sound_of(path: Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> Sound:
-    sound, notes = read_sound(Clip(path, start, end), rate, LIMIT)
-    assert sound is not None
-    assert notes == []
-    assert sound.samples_n.dtype == np.float32
-    assert np.abs(sound.samples_n).max() <= 1
-    return sound
-
-
-def numbers(path: Path, rate: float, start: float | None = None, end: float | None = None) -> list[int]:
-    """The numbers of a clip's pictures; black is -1."""
-    with read_pictures(Clip(path, start, end), rate, LIMIT) as pictures:
-        seen = list(pictures)
-        assert len(seen) == pictures.count
-        assert [picture.time for picture in seen] == [(k + 0.5) / rate for k in range(len(seen))]
-        return [made.number_of(picture.rgb) if picture.rgb.any() else -1 for picture in seen]
-
-
-def shown(times: list[float], rate: float, count: int, start: float = 0.0) -> list[int]:
-    """The truth: the last picture whose time is not after the grid's."""
-    return [max(i for i, time in enumerate(times) if time <= start + (k + 0.5) / rate + 1e-9) for k in range(count)]
-
-
-def true_tones(seconds: float, start: float = 0.0, rate: int = RATE) -> np.ndarray:
-    time_n = start + np.arange(round(seconds * rate)) / rate
-    frequency_n = made.LOWEST_TONE + made.TONE_STEP * (np.floor(time_n) % 20)
-    return 0.5 * np.sin(2 * np.pi * frequency_n * time_n)
-
-
-def lag(found_n: np.ndarray, true_n: np.ndarray, most: int = 400) -> int:
-    """By how many samples the found sound comes later than the true one."""
-    n = min(len(found_n), len(true_n))
-    size = 1 << (2 * n).bit_length()
-    spectrum = np.fft.rfft(found_n[:n], size) * np.conj(np.fft.rfft(true_n[:n], size))
-    correlation = np.fft.irfft(spectrum, size)
-    shifts = np.arange(-most, most + 1)
-    return int(shifts[correlation[shifts].argmax()])
-
+from trainer.features.types import Clip, ClipError
 
 # ── containers and codecs ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -143,6 +100,9 @@ def test_a_cut_after_seeking_is_the_same_part_of_the_whole(folder: Path) -> None
         ("s.flac", "flac", 44100),
         ("s.mp3", "libmp3lame", 44100),
         ("s.opus", "libopus", 48000),
+        ("s.aac", "aac", 44100),
+        ("s.ac3", "ac3", 44100),
+        ("s.ts", "aac", 44100),
     ):
         path = write(folder / name, sound=SoundTrack(tones(20, rate), codec, rate))
         whole_n = sound_of(path).samples_n
@@ -168,6 +128,15 @@ def test_channels_are_averaged_and_formats_scaled(folder: Path) -> None:
     six = np.stack([left_n, *([right_n] * 5)])
     path = write(folder / "six.wav", sound=SoundTrack(six, "pcm_s16le", layout="5.1"))
     assert np.abs(sound_of(path, rate=44100).samples_n - left_n / 6).max() < 1e-4
+
+
+def test_sound_of_eight_channels(folder: Path) -> None:
+    eight = np.stack([tones(2), *([np.zeros(88200, np.float32)] * 7)])
+    for name, codec in (("eight.m4a", "aac"), ("eight.flac", "flac"), ("eight.wav", "pcm_s16le")):
+        path = write(folder / name, sound=SoundTrack(eight, codec, layout="7.1"))
+        found_n = sound_of(path, end=1.9).samples_n
+        assert abs(lag(found_n, true_tones(1.9))) <= 1
+        assert np.abs(found_n[2000:14000] - true_tones(1.0)[2000:14000] / 8).max() < 0.01
 
 
 def test_sound_that_is_louder_than_full_scale_is_cut(folder: Path) -> None:
@@ -290,6 +259,39 @@ def test_colours_are_those_that_were_encoded(folder: Path) -> None:
         assert np.abs(picture.rgb[y, x].astype(int) - true[y, x]).max() <= 4
 
 
+@pytest.mark.parametrize(
+    ("space", "full_range"), [("ITU601", False), ("ITU601", True), ("ITU709", False), ("ITU709", True)]
+)
+def test_colour_spaces_are_those_of_the_file(space: str, full_range: bool, folder: Path) -> None:
+    path = folder / f"{space}{full_range}.mkv"
+    with made.av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5, options={"qp": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        stream.codec_context.colorspace = {"ITU601": 5, "ITU709": 1}[space]
+        stream.codec_context.color_range = 2 if full_range else 1
+        for k in range(3):
+            rgb = made.av.VideoFrame.from_ndarray(made.corner_picture(0, 64, 48), "rgb24")
+            frame = rgb.reformat(
+                format="yuv444p", dst_colorspace=space, dst_color_range="JPEG" if full_range else "MPEG"
+            )
+            frame.pts, frame.time_base = k, Fraction(1, 5)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (picture, *_) = read_pictures(Clip(path), 5, LIMIT)
+    assert np.abs(picture.rgb.astype(int) - made.corner_picture(0, 64, 48)).max() <= 4
+
+
+def test_bare_streams_without_a_container(folder: Path) -> None:
+    for name, track in (
+        ("bare.h264", PictureTrack(steady(100, 25), options={"bf": "2"})),
+        ("bare.mjpeg", PictureTrack(steady(100, 25), "mjpeg", pixels="yuvj420p")),
+    ):
+        path = write(folder / name, track)
+        assert math.isnan(probe(path).seconds)
+        assert numbers(path, 5) == shown(steady(100, 25), 5, 20)
+        assert numbers(path, 5, 2.0, 3.0) == shown(steady(100, 25), 5, 5, 2.0)
+
+
 def test_pixels_become_square(folder: Path) -> None:
     wide = write(folder / "wide.mp4", PictureTrack(steady(3, 5), rate=5, aspect=Fraction(4, 3)))
     tall = write(folder / "tall.mp4", PictureTrack(steady(3, 5), rate=5, aspect=Fraction(1, 2)))
@@ -372,6 +374,7 @@ def test_a_clip_shorter_than_a_frame_has_one_picture(folder: Path) -> None:
 _AN_HOUR = """
 import resource, sys, time
 from pathlib import Path
+from tests.features.media_truth import AFTER_CODEC, LIMIT, RATE, lag, numbers, shown, sound_of, true_tones
 from trainer.features.media import read_pictures, read_sound
 from trainer.features.types import Clip
 import numpy, av
@@ -410,133 +413,9 @@ def test_an_hour_is_too_long(an_hour: Path) -> None:
         assert error.value.kind == "too long"
 
 
-# ── what is wrong with a file ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def kind_of(path: Path, start: float | None = None, end: float | None = None, limit: float = LIMIT) -> str:
-    """The kind of error, the same for sound and pictures."""
-    clip = Clip(path, start, end)
-    with pytest.raises(ClipError) as of_sound:
-        read_sound(clip, RATE, limit)
-    with pytest.raises(ClipError) as of_pictures:
-        read_pictures(clip, 5, limit)
-    assert of_sound.value.kind == of_pictures.value.kind
-    assert str(path) in str(of_sound.value)
-    return of_sound.value.kind
-
-
 @pytest.fixture(scope="module")
 def clip(folder: Path) -> Path:
     return write(folder / "good.mp4", *CONTAINERS["h264.mp4"], options={"movflags": "faststart"})
-
-
-def test_files_that_are_none(folder: Path, tmp_path: Path, clip: Path) -> None:
-    for name, content in {
-        "text.mp4": b"This is a text.\n" * 100,
-        "noise.mp4": random.Random(0).randbytes(5000),
-        "list.mp4": f"ffconcat version 1.0\nfile {clip}\n".encode(),
-        "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n#EXT-X-ENDLIST\n".encode(),
-        "subtitles.mkv": b"1\n00:00:00,000 --> 00:00:02,000\nHello.\n\n2\n00:00:03,000 --> 00:00:04,000\nYou.\n",
-        "headless.mp4": clip.read_bytes()[-3000:],
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        assert kind_of(tmp_path / name) == "unreadable", name
-    assert kind_of(tmp_path) == "unreadable"
-    assert kind_of(tmp_path / "missing.mp4") == "unreadable"
-    (tmp_path / "empty.mp4").touch()
-    assert kind_of(tmp_path / "empty.mp4") == "empty"
-
-
-def test_times_that_leave_nothing(clip: Path) -> None:
-    assert kind_of(clip, 1.0, 1.0) == "empty"
-    assert kind_of(clip, 1.5, 0.5) == "empty"
-    assert kind_of(clip, 50.0, 60.0) == "empty"
-    assert kind_of(clip, -1.0, 1.0) == "empty"
-    assert kind_of(clip, math.nan, 1.0) == "empty"
-
-
-def test_files_without_anything_in_them(folder: Path) -> None:
-    wav = write(folder / "one.wav", sound=SoundTrack(tones(0.1), "pcm_s16le")).read_bytes()
-    head = wav[: wav.index(b"data") + 4] + b"\0\0\0\0"
-    (folder / "none.wav").write_bytes(head)
-    with pytest.raises(ClipError) as error:
-        read_sound(Clip(folder / "none.wav"), RATE, LIMIT)
-    assert error.value.kind in ("empty", "unreadable")
-
-
-def test_too_long_where_no_duration_is_stated(folder: Path) -> None:
-    path = write(folder / "stream.webm", sound=SoundTrack(tones(5, 48000), "libopus", 48000), options={"live": "1"})
-    assert math.isnan(probe(path).seconds)
-    assert kind_of_sound(path, 3.0) == "too long"
-    assert len(sound_of(path).samples_n) == pytest.approx(5 * RATE, abs=RATE // 20)
-    mp3 = write(folder / "long.mp3", sound=SoundTrack(tones(5), "libmp3lame"))
-    assert kind_of_sound(mp3, 3.0) == "too long"
-    assert len(sound_of(mp3, 1.0, 3.5).samples_n) == round(2.5 * RATE)
-
-
-def kind_of_sound(path: Path, limit: float) -> str:
-    with pytest.raises(ClipError) as error:
-        read_sound(Clip(path), RATE, limit)
-    return error.value.kind
-
-
-SOUND_OF = {"mp4": "aac", "mkv": "flac", "avi": "pcm_s16le"}
-
-
-@pytest.mark.parametrize("suffix", SOUND_OF)
-def test_a_truncated_file_gives_what_it_has(suffix: str, folder: Path) -> None:
-    options = {"movflags": "faststart"} if suffix == "mp4" else {}
-    track = PictureTrack(steady(250, 25), codec="mpeg4", options={"g": "10"})
-    path = write(folder / f"whole.{suffix}", track, SoundTrack(tones(10), SOUND_OF[suffix]), options=options)
-    half = folder / f"half.{suffix}"
-    half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    sound, notes = read_sound(Clip(half), RATE, LIMIT)
-    assert sound is not None
-    assert [note.kind for note in notes] == ["truncated"]
-    seconds = len(sound.samples_n) / RATE
-    assert 3 < seconds < 7
-    assert f"{seconds:.2f} of" in notes[0].text
-    with read_pictures(Clip(half), 10, LIMIT) as pictures:
-        seen = [made.number_of(picture.rgb) for picture in pictures]
-    assert len(seen) == pictures.count == int(seconds * 10 + 0.5)
-    assert seen[:30] == shown(steady(250, 25), 10, 30)
-    assert [note.kind for note in pictures.notes] == ["truncated"]
-
-
-def test_a_track_that_cannot_be_decoded_costs_that_track(folder: Path) -> None:
-    path = write(
-        folder / "broken.avi",
-        PictureTrack(steady(50, 25), "mjpeg", pixels="yuvj420p"),
-        SoundTrack(tones(2), "pcm_s16le"),
-    )
-    data = bytearray(path.read_bytes())
-    place = data.find(b"\xff\xd8")
-    while place >= 0:  # every picture of it
-        data[place : place + 200] = bytes(200)
-        place = data.find(b"\xff\xd8", place)
-    path.write_bytes(data)
-    pictures = read_pictures(Clip(path), 5, LIMIT)
-    assert pictures.count == 0
-    assert [(note.kind, note.modality) for note in pictures.notes] == [("unreadable", "video")]
-    assert abs(lag(sound_of(path, end=1.0).samples_n, true_tones(1.0))) <= 1
-
-
-def test_flipped_bytes_cost_packets_and_are_told(folder: Path) -> None:
-    path = write(
-        folder / "flipped.mkv",
-        PictureTrack(steady(50, 25), "ffv1", pixels="yuv420p", options={"slicecrc": "1"}),
-        SoundTrack(tones(2), "flac"),
-    )
-    data = bytearray(path.read_bytes())
-    draw = random.Random(1)
-    for _ in range(60):
-        data[draw.randrange(len(data) // 3, 2 * len(data) // 3)] ^= 0xFF
-    path.write_bytes(data)
-    with read_pictures(Clip(path), 5, LIMIT) as pictures:
-        assert len(list(pictures)) == pictures.count
-    sound, notes = read_sound(Clip(path), RATE, LIMIT)
-    assert sound is not None
-    assert {note.kind for note in [*notes, *pictures.notes]} == {"truncated"}
 
 
 # ── the same each time ───────────────────────────────────────────────────────────────────────────────────────────────

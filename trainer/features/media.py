@@ -32,6 +32,7 @@ MOST_SILENCE = 1000  # samples before a run of sound, to align it
 SLOWEST = 1000  # samples a second; less is damage
 _ARRAY_FORMATS = ("dbl", "dblp", "flt", "fltp", "s16", "s16p", "s32", "s32p", "u8", "u8p")
 UNSPECIFIED_COLORS = 2  # FFmpeg's number of it
+_MOST_PLANES = 7  # channels of a planar frame: PyAV reads behind the end of its list of planes where there are more
 _MOST_STRETCH = 8  # of a pixel's width to its height; more is damage
 
 
@@ -286,10 +287,11 @@ def _mono(samples_1n: np.ndarray, rate: int) -> av.AudioFrame:
 
 def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
     """float32 [1, n] between -1 and 1 of a frame of any format and layout."""
-    if frame.format.name not in _ARRAY_FORMATS:
-        frame = load_av().AudioResampler("fltp").resample(frame)[0]
+    channels = frame.layout.nb_channels
+    if frame.format.name not in _ARRAY_FORMATS or (frame.format.is_planar and channels > _MOST_PLANES):
+        frame = load_av().AudioResampler("flt").resample(frame)[0]
     array: np.ndarray = frame.to_ndarray()
-    array = array if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels).T
+    array = array if frame.format.is_planar else array.reshape(-1, channels).T
     mean_n: np.ndarray = array.mean(axis=0, dtype=np.float64)
     if array.dtype == np.uint8:
         mean_n = (mean_n - 128) / 128

@@ -53,29 +53,11 @@ _NOT_MEDIA = [
     "webm_dash_manifest",
     "xbin",
 ]
-# Files without a duration of their own: FFmpeg guesses it from their size.
-_GUESSED = frozenset(
-    [
-        "aac",
-        "ac3",
-        "amr",
-        "amrnb",
-        "amrwb",
-        "dts",
-        "dtshd",
-        "eac3",
-        "h264",
-        "hevc",
-        "loas",
-        "m4v",
-        "mjpeg",
-        "mlp",
-        "mp3",
-        "mpegvideo",
-        "truehd",
-        "vvc",
-    ]
+# Bare streams: their time stamps are counted from the beginning, so they are decoded from there.
+_NOT_SOUGHT = frozenset(
+    "ac3 amr amrnb amrwb dts dtshd eac3 h264 hevc loas m4v mjpeg mlp mpegvideo obu truehd vvc".split()  # noqa: SIM905
 )
+_GUESSED = _NOT_SOUGHT | {"aac", "mp3"}  # files without a duration of their own: FFmpeg guesses it from their size
 
 
 @dataclass(frozen=True)
@@ -189,9 +171,8 @@ class MediaFile:
         if length is None or length <= 0 or self._name in _GUESSED:
             return None
         seconds = float(length / load_av().time_base)
-        if (
-            self._name == "avi" and "picture" in self.tracks
-        ):  # FFmpeg corrects the seconds by the file's size, the header tells more
+        if self._name == "avi" and "picture" in self.tracks:
+            # FFmpeg makes them fewer where the file is shorter than its header says, which is what is to be told
             seconds = max(seconds, float(self.tracks["picture"].frames * self.tracks["picture"].time_base))
         return seconds
 
@@ -313,7 +294,7 @@ class MediaFile:
         """Packets of one track, or of all, from one that is decoded before `start`."""
         av = load_av()
         for back in FURTHER_BACK:
-            if start <= back:
+            if start <= back or self._name in _NOT_SOUGHT:
                 break
             if not self._fresh:
                 self._reopen()
@@ -335,8 +316,12 @@ class MediaFile:
 
     def _demux(self, kind: Kind, all_tracks: bool) -> Iterator[Any]:
         tracks = list(self.tracks.values()) if all_tracks else [self.tracks[kind]]
-        packets: Iterator[Any] = self._container.demux(*tracks)
-        return packets
+        try:
+            yield from self._container.demux(*tracks)
+        except (
+            IndexError
+        ):  # at the end of a file in which a track appeared on the way: PyAV ends that one too, and does not know it
+            return
 
     def _reopen(self) -> None:
         """From the beginning, as if nothing had been read: what decoders skip there is skipped again."""
@@ -371,14 +356,14 @@ class Frames(Iterator[TimedFrame]):
         return f"{self.damaged} of {self.packets} packets could not be decoded" if self.damaged else ""
 
     def _decode(self, media: MediaFile, kind: Kind, window: Window) -> Iterator[TimedFrame]:
-        expected, beyond = window.start, 0
+        expected, last, beyond = 0.0, -math.inf, 0
         packets = media._packets(kind, window.start)
         track = media.tracks[kind]  # seeking may have opened the file again
         for frame in self._raw(packets, track):
             stamp = frame.pts if frame.pts is not None else frame.dts
             time = media._seconds(track, stamp)
             time = expected if time is None else time
-            if kind == "picture" and self.decoded and time < expected:
+            if kind == "picture" and time < last:
                 continue  # a damaged time stamp: pictures come out in the order of time
             beyond = beyond + 1 if time >= window.end else 0
             if beyond == BEYOND:
@@ -386,7 +371,7 @@ class Frames(Iterator[TimedFrame]):
             if beyond:
                 continue
             end = time + _length(frame, track)
-            expected = end if kind == "sound" else time
+            expected, last = end, time
             self.decoded += 1
             yield TimedFrame(time, end, frame)
 

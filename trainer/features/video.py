@@ -47,7 +47,7 @@ class VideoFeatures(Protocol):
     def __call__(self, pictures: Iterable[Picture], count: int) -> ModalityFeatures:
         """Features of a clip of `count` pictures, picture k being that of the time (k + 0.5) / picture_rate.
 
-        Frame t is that of the time (t + 0.5) / rate. Frames are 0 and not valid where there is no face, and where the pictures end before `count`.
+        Frame t is that of the time (t + 0.5) / rate; of a clip with a picture there is at least one. Frames are 0 and not valid where there is no face, and where the pictures end before `count`.
         One note of kind `no face` says in how many pictures none was found.
         """
         ...
@@ -109,9 +109,9 @@ class EncoderFeatures:
                 )
                 length = count
             else:
-                length = frames_in(count / self.picture_rate, self.rate)
                 step = self.picture_rate / self.rate
-                frames = _stacked(windows(prepared, length, step, self._encoder.window))
+                length = frames_in(count, step)
+                frames = _stacked(windows(prepared, count, step, self._encoder.window))
             values_TF, valid_T = _encode(self._encoder, frames, length)
         for _ in pictures:  # the source may have something to tell at its end
             pass
@@ -130,13 +130,13 @@ class EncoderFeatures:
         return (crops[chosen[k]] if k in chosen else None for k in range(seen)), _notes(len(chosen), seen)
 
 
-def frames_in(seconds: float, rate: float) -> int:
-    """How many of the times (t + 0.5) / rate lie inside so many seconds."""
-    return max(0, math.ceil(seconds * rate - 0.5 - 1e-9))
+def frames_in(count: int, step: float) -> int:
+    """How many frames `count` pictures make where one comes every `step` pictures: at least one, and those whose middle is inside."""
+    return max(1, math.floor(count / step + 0.5)) if count else 0
 
 
-def windows(pictures: Iterable[Kept | None], length: int, step: float, size: int) -> Iterator[tuple[int, list[Kept]]]:
-    """For each of `length` frames its number and its window of `size` pictures; only the pictures of a window are held.
+def windows(pictures: Iterable[Kept | None], count: int, step: float, size: int) -> Iterator[tuple[int, list[Kept]]]:
+    """For each frame of a clip of `count` pictures its number and its window of `size` pictures; only the pictures of a window are held.
 
     The window of frame t is centred at (t + 0.5) * step pictures from the beginning; the first and the last picture are repeated outside of the clip.
     A picture without a face (None) is replaced by the nearest one of the window that has one, the earlier of two. A window is left out where more
@@ -145,7 +145,7 @@ def windows(pictures: Iterable[Kept | None], length: int, step: float, size: int
     stream = iter(pictures)
     held: dict[int, Kept | None] = {}
     read, ended = 0, False
-    for t in range(length):
+    for t in range(frames_in(count, step)):
         middle = (t + 0.5) * step
         first = math.floor(middle - size / 2 + 0.5)
         while not ended and read < first + size:
@@ -157,7 +157,7 @@ def windows(pictures: Iterable[Kept | None], length: int, step: float, size: int
                 read += 1
                 if read - 2 < first:
                     held.pop(read - 2, None)
-        if read == 0 or math.floor(middle) >= read:
+        if min(math.floor(middle), count - 1) >= read:
             return
         places = [min(max(k, 0), read - 1) for k in range(first, first + size)]
         for k in [k for k in held if k < places[0]]:

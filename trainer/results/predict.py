@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +45,7 @@ class Options:
     split: str | None = None
     plugins: tuple[str, ...] = ()
     contained: bool = False
-    clips: ClipSettings = ClipSettings()
+    clips: ClipSettings = field(default_factory=ClipSettings)
 
 
 @dataclass

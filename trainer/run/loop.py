@@ -51,6 +51,7 @@ from trainer.run.guards.probe import memory_explained, probe
 from trainer.run.guards.probe_record import once
 from trainer.run.lengths import cut_record
 from trainer.run.profiling import ProfileCallback
+from trainer.run.recipes import check_recipes, recipes_of
 from trainer.run.record import (
     RecordValues,
     Report,
@@ -62,7 +63,6 @@ from trainer.run.record import (
     read_record,
     record_failure,
 )
-from trainer.run.recipes import check_recipes, recipes_of
 from trainer.run.run import Run
 from trainer.run.scalars import StepScalars
 from trainer.run.step import StepResult, train_step

@@ -16,9 +16,9 @@ from trainer.config import RunConfig
 from trainer.data.folds import fold_choice
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
+from trainer.features.recipe_record import RecipeRecord
 from trainer.run.assemble import RunComponents, assemble
 from trainer.run.evaluate import Change, evaluate
-from trainer.features.recipe_record import RecipeRecord
 from trainer.run.lengths import check_positions, log_lines, measure_splits
 from trainer.run.recipes import check_recipes, saved_recipes
 from trainer.saved_config import saved_config
