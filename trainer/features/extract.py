@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -206,7 +207,7 @@ def _write_samples(folder: ExtractionFolder, manifest: Manifest, tally: _Tally) 
         for row in manifest.rows:
             record = folder.read_row(row.id)
             if tally.add(row, record) and record is not None:
-                sample = sample_of(row.values, record, lambda modality, id=row.id: folder.array_name(id, modality))
+                sample = sample_of(row.values, record, partial(folder.array_name, row.id))
                 arrays += [sample[modality] for modality in record["arrays"]]
                 file.write(json_line(sample))
     write_json(folder.path / REPORT, tally.report)
