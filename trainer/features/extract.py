@@ -189,8 +189,8 @@ class _Tally:
             of_kind = report["notes"].setdefault(kind, {})
             of_kind[modality] = of_kind.get(modality, 0) + 1
         if record["left_out"] is not None:
-            kind, why = record["left_out"]
-            report["left_out"].append({"id": row.id, "line": row.line, "clip": row.name, "kind": kind, "why": why})
+            trouble, why = record["left_out"]
+            report["left_out"].append({"id": row.id, "line": row.line, "clip": row.name, "kind": trouble, "why": why})
             return False
         report["samples"] += 1
         report["seconds"] = round(report["seconds"] + record["seconds"], 3)
