@@ -265,7 +265,7 @@ def test_what_cannot_be_an_encoder_is_refused(encoders: dict[str, str], tmp_path
 
 
 def test_batches_are_always_full(encoders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = VisionEncoder(encoders["vit"], None, "pooled", "cpu")
+    encoder = VisionEncoder(VideoEncoder(kind="encoder", name=encoders["vit"]), "cpu")
     sizes: list[int] = []
     forward = encoder._model.forward
 

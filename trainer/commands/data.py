@@ -142,12 +142,13 @@ def prepare(
         if task.name == "spoken" and not own and not source and clips.clips is None:
             clips = _spoken(out, clips, seed, size, workers)
         _check_clips(name, source, clips, asked, zero_frames)
-        check_arguments(task, out, zero_frames=zero_frames, **options)
+        options["zero_frames"] = zero_frames
+        check_arguments(task, out, **options)
         source, left_out = _extracted(source, clips, asked, out, workers, force)
         with _splits_bar() as progress:
             summary = prepare_files(
                 task, source, out, plugins=plugin or (), fold_column=fold_column, contained=contained, progress=progress,
-                zero_frames=zero_frames, rates=_rates(rate), **options,
+                rates=_rates(rate), **options,
             )  # fmt: skip
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")

@@ -106,7 +106,7 @@ def run_extraction(
 
 def tell(found: Extraction) -> None:
     """What was left out, and whether all is there."""
-    from trainer.features.extract import REPORT_TEXT, SAMPLES
+    from trainer.features.extraction_folder import REPORT_TEXT, SAMPLES
 
     left = found.report["left_out"]
     for one in left[:SHOWN]:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -188,8 +189,8 @@ class _Tally:
             of_kind = report["notes"].setdefault(kind, {})
             of_kind[modality] = of_kind.get(modality, 0) + 1
         if record["left_out"] is not None:
-            kind, why = record["left_out"]
-            report["left_out"].append({"id": row.id, "line": row.line, "clip": row.name, "kind": kind, "why": why})
+            trouble, why = record["left_out"]
+            report["left_out"].append({"id": row.id, "line": row.line, "clip": row.name, "kind": trouble, "why": why})
             return False
         report["samples"] += 1
         report["seconds"] = round(report["seconds"] + record["seconds"], 3)
@@ -206,7 +207,7 @@ def _write_samples(folder: ExtractionFolder, manifest: Manifest, tally: _Tally) 
         for row in manifest.rows:
             record = folder.read_row(row.id)
             if tally.add(row, record) and record is not None:
-                sample = sample_of(row.values, record, lambda modality, id=row.id: folder.array_name(id, modality))
+                sample = sample_of(row.values, record, partial(folder.array_name, row.id))
                 arrays += [sample[modality] for modality in record["arrays"]]
                 file.write(json_line(sample))
     write_json(folder.path / REPORT, tally.report)

@@ -43,8 +43,9 @@ class Extractor:
         self.recipe = recipe
         self._audio: AudioFeatures | None = None if recipe.audio is None else audio_features(recipe.audio, device)
         self._video: VideoFeatures | None = None if recipe.video is None else video_features(recipe.video, device)
-        written = isinstance(recipe.text, Transcribed)
-        self._transcriber: Transcriber | None = Transcriber(recipe.text, device) if written else None
+        self._transcriber: Transcriber | None = None
+        if isinstance(recipe.text, Transcribed):
+            self._transcriber = Transcriber(recipe.text, device)
 
     @property
     def rates(self) -> dict[str, float]:

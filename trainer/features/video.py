@@ -88,7 +88,7 @@ class EncoderFeatures:
 
         self._face = section.face
         self._finder = None if section.face is None else FaceFinder(section.face)
-        self._encoder = VisionEncoder(section.name, section.revision, section.pooling, device)
+        self._encoder = VisionEncoder(section, device)
         self.width, self.rate, self.picture_rate = self._encoder.width, section.rate, section.rate
         if self._encoder.window is not None:
             self.picture_rate = section.window_rate or WINDOW_RATE

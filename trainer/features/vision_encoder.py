@@ -6,10 +6,14 @@ Shapes: B pictures or windows of a batch, N pictures of a window, C = 3 colours,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
+from trainer.features.recipe import VideoEncoder
 
 # Encoders of windows whose first token is a patch like the others, so that it says nothing of the whole.
 _WITHOUT_FIRST_TOKEN = ("videomae",)
@@ -30,10 +34,13 @@ class VisionEncoder:
         ValueError: there is no such encoder, it is none of pictures, or its weights lack a part that is needed.
     """
 
-    def __init__(self, name: str, revision: str | None, pooling: Literal["pooled", "mean"], device: str) -> None:
+    def __init__(self, section: VideoEncoder, device: str) -> None:
+        name, pooling = section.name, section.pooling
         self._device, self._pooling, self._name = torch.device(device), pooling, name
-        self._processor = _processor(name, revision)
-        model, self._has_pooler = _model(name, revision)
+        folder = locate_model(section)  # what is hashed is what is loaded
+        with quiet_transformers():
+            self._processor = _processor(name, folder)
+            model, self._has_pooler = _model(name, folder)
         self._model = model.to(self._device).eval()
         config = model.config
         self.window: int | None = getattr(config, "num_frames", None)
@@ -71,17 +78,17 @@ class VisionEncoder:
         return tokens[:, 0] if pooled is None else pooled.flatten(1)
 
 
-def _processor(name: str, revision: str | None) -> Any:
+def _processor(name: str, folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     auto: Any = AutoImageProcessor  # it has no types
     try:
-        return auto.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
+        return auto.from_pretrained(**pretrained_options(folder), backend="pil")
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"video.name: the image processor of {name} cannot be loaded: {error}") from error
 
 
-def _model(name: str, revision: str | None) -> tuple[Any, bool]:
+def _model(name: str, folder: Path) -> tuple[Any, bool]:
     """The encoder, and whether its pooled output comes from weights that were trained.
 
     A checkpoint of another head often has no pooler; transformers fills it with random numbers, which must not become features.
@@ -89,15 +96,10 @@ def _model(name: str, revision: str | None) -> tuple[Any, bool]:
     from transformers import AutoConfig, AutoModel
 
     try:
-        whole = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(**pretrained_options(folder))
         config = getattr(whole, "vision_config", whole)
         model, loading = AutoModel.from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            output_loading_info=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
+            **pretrained_options(folder), config=config, output_loading_info=True, dtype=torch.float32
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"video.name: {name} cannot be loaded as a vision encoder: {error}") from error
