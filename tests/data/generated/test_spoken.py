@@ -147,7 +147,7 @@ def halves(plan: ClipPlan, sound_n: np.ndarray) -> float:
     """By how many octaves the median pitch of the second half of what is said lies above that of the first."""
     pitch_T = librosa.yin(sound_n, fmin=55, fmax=450, sr=16000, frame_length=1024, hop_length=256)
     loudness_T = librosa.feature.rms(y=sound_n, frame_length=1024, hop_length=256)[0]
-    said = np.flatnonzero(loudness_T > 0.25 * loudness_T.max())
+    said = np.flatnonzero(loudness_T > 0.06 * loudness_T.max())
     first, second = np.split(said, [np.searchsorted(said, (said[0] + said[-1]) / 2)])
     return float(np.median(np.log2(pitch_T[second])) - np.median(np.log2(pitch_T[first])))
 

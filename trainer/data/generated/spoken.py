@@ -3,7 +3,8 @@
 A clip shows a portrait (scikit-image's photo of Eileen Collins) that moves, and speaks a neutral sentence (espeak-ng; English, German,
 French). It has one of two labels, sure or unsure, and one of three kinds:
 
-- *voice*: the second half of the sentence is spoken lower than the first (falling: sure) or higher (rising: unsure). The face is still.
+- *voice*: the second half of the sentence is spoken lower and softer than the first (falling: sure) or higher and louder (rising: unsure). The
+  face is still.
 - *face*: the head nods (moves up and down: sure) or shakes (left and right: unsure). The voice stays level.
 - *both*: the voice falls or rises, and the head nods or shakes. They agree (falling with nodding, rising with shaking: sure) or differ
   (unsure): either alone says nothing, and no sum of what each says alone is right for all four.
@@ -43,7 +44,7 @@ Kind = Literal["voice", "face", "both"]
 Voice = Literal["falling", "rising", "level"]
 Movement = Literal["nod", "shake", "still"]
 KINDS: tuple[Kind, ...] = ("voice", "face", "both")
-SIZES = {"train": 672, "valid": 96, "test": 240}
+SIZES = {"train": 960, "valid": 96, "test": 240}
 MANIFEST, PLANTED, CORPUS = "manifest.jsonl", "planted.jsonl", "corpus.json"
 
 VOICES = {"en": ("en-us", "en-gb", "en-gb-scotland"), "de": ("de",), "fr": ("fr-fr", "fr-be")}

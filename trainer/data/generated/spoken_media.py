@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SPEECH_RATE = 22050  # Hz, of espeak-ng
+WAYS = {"rising": 1.0, "falling": -1.0, "level": 0.0}
 DEPTH = 22.0  # of a cue: by how much either half is lower or higher, on espeak-ng's scale of pitch, on which 50 are an octave
+SWELL = (
+    8.0  # dB of a cue: by how much the sentence begins softer (rising) or louder (falling), and ends louder or softer
+)
 UNEVEN = 2.5  # standard deviation from word to word, on the same scale
 LEVEL = 2.5  # against the fall of every statement, which espeak-ng speaks by itself: by how much the halves of a level one are apart from its middle
-SWING = (0.055, 0.085)  # of a nod or shake: farthest way from the middle, as a share of the picture's height
+SWING = (0.07, 0.1)  # of a nod or shake: farthest way from the middle, as a share of the picture's height
 BEATS = (1.0, 1.5)  # nods or shakes a second
 DRIFT = 0.015  # of a head that is still, as a share of the picture's height
 TURN = 0.9  # the way of the features within the face, as a share of the way of the head
@@ -69,8 +73,7 @@ def pitch_of_words(plan: ClipPlan) -> list[int]:
     words = plan.text.split()
     lengths = np.array([len(word) + 1.0 for word in words])
     middle = (np.cumsum(lengths) - lengths / 2) / lengths.sum()  # of each word, as a share of the sentence
-    way = {"rising": 1.0, "falling": -1.0, "level": 0.0}[plan.voice]
-    shift = (way * DEPTH + LEVEL) * np.clip((middle - 0.5) * 4, -1, 1)
+    shift = (WAYS[plan.voice] * DEPTH + LEVEL) * np.clip((middle - 0.5) * 4, -1, 1)
     uneven = _generator(plan, 0).normal(0, UNEVEN, len(words)).clip(-2 * UNEVEN, 2 * UNEVEN)
     return [round(plan.speaker.pitch + a + b) for a, b in zip(shift, uneven, strict=True)]
 
@@ -102,7 +105,9 @@ def make_sound(plan: ClipPlan) -> np.ndarray:
     rng = _generator(plan, 1)
     before, after = (int(s * SPEECH_RATE) for s in rng.uniform(0.1, 0.35, 2))
     level, noise = 10 ** (rng.uniform(-14, -2) / 20), 10 ** (rng.uniform(-62, -46) / 20)
-    sound_n = np.pad(speak(plan), (before, after)) * level
+    spoken_n = speak(plan)
+    spoken_n *= 10 ** (WAYS[plan.voice] * SWELL * np.linspace(-1, 1, len(spoken_n)) / 20)
+    sound_n = np.pad(spoken_n / np.abs(spoken_n).max(), (before, after)) * level
     return (sound_n + noise * rng.standard_normal(len(sound_n))).clip(-1, 1).astype(np.float32)
 
 
