@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from trainer.config_files import ConfigError
@@ -123,3 +124,12 @@ def test_a_name_that_is_none_gets_the_nearest(tmp_path: Path) -> None:
     path.write_text("audio: [")
     with pytest.raises(ConfigError, match="not readable YAML"):
         read_recipe(path)
+
+
+def test_the_recipe_in_the_document_loads() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "clips.md").read_text(encoding="utf-8")
+    shown = check_recipe(yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0]), "docs/clips.md")
+    assert isinstance(shown.audio, AudioEncoder)
+    assert isinstance(shown.video, VideoEncoder)
+    assert shown.video.face is not None
+    assert isinstance(shown.text, Transcribed)
