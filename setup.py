@@ -79,6 +79,7 @@ setup(
             "librosa>=0.11",
             "Pebble>=5.0.7",
             "Pillow>=10.3",
+            "scikit-image>=0.22",  # of generated clips
             "silero-vad>=6.0",
         ],
         "opensmile": ["opensmile>=2.5"],  # for research only, by its licence
@@ -91,7 +92,6 @@ setup(
             "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
-            "scikit-image>=0.22",
             "triton>=3.3,<3.10; platform_system == 'Linux'",
             "types-PyYAML>=6.0",
         ],
