@@ -10,7 +10,7 @@ French). It has one of two labels, sure or unsure, and one of three kinds:
   (unsure): either alone says nothing, and no sum of what each says alone is right for all four.
 
 What tells nothing varies. A speaker has a voice, a base pitch, a rate and a look of its own, and speaks in one split only: speakers' base
-pitches lie further apart than the two halves of a sentence. The mouth opens with the sound's loudness; the head drifts, turns and comes
+pitches lie further apart than the two halves of a sentence. The mouth opens and closes while the voice is heard, however loud it is; the head drifts, turns and comes
 nearer; pictures are darker or brighter, a bar covers a part of some faces, and a few are hidden for a moment. Containers, codecs, picture
 sizes, frame rates (also variable), sampling rates, channels, loudness and noise are drawn for each clip.
 

@@ -33,6 +33,7 @@ UNEVEN = 2.5  # standard deviation from word to word, on the same scale
 LEVEL = 2.5  # against the fall of every statement, which espeak-ng speaks by itself: by how much the halves of a level one are apart from its middle
 SWING = (0.07, 0.1)  # of a nod or shake: farthest way from the middle, as a share of the picture's height
 BEATS = (1.0, 1.5)  # nods or shakes a second
+SYLLABLES = 4.0  # a second: how often the mouth opens while the voice is heard; its opening follows no loudness, which the voice's cue is told by too
 DRIFT = 0.015  # of a head that is still, as a share of the picture's height
 TURN = 0.9  # the way of the features within the face, as a share of the way of the head
 
@@ -151,15 +152,15 @@ def make_poses(plan: ClipPlan, sound_n: np.ndarray, times_N: np.ndarray) -> Pose
     inside_N = np.clip((times_N - start) / fade, 0, 1) * np.clip((seconds - times_N) / fade, 0, 1)
     cue_N = swing * inside_N * np.sin(2 * np.pi * beats * (times_N - start)) * rng.choice([-1.0, 1.0])
     aside_N, down_N = cue_N * (plan.movement == "shake"), cue_N * (plan.movement == "nod")
-    window = SPEECH_RATE // 20
-    loudness = np.sqrt(np.convolve(np.square(sound_n), np.full(window, 1 / window), "same"))
-    at = np.minimum((times_N * SPEECH_RATE).astype(int), len(sound_n) - 1)
+    before, after = _generator(plan, 1).uniform(0.1, 0.35, 2)  # as in make_sound
+    speaks_N = (times_N >= before) & (times_N < seconds - after)
+    syllables_N = np.abs(np.sin(np.pi * SYLLABLES * (times_N + rng.random())))
     return Poses(
         x_N=x_N + aside_N,
         y_N=y_N + down_N,
         turn_x_N=TURN * CROP * 0.5 * aside_N,
         turn_y_N=TURN * CROP * 0.5 * down_N,
-        mouth_N=rng.uniform(5.0, 9.0) * np.clip(loudness[at] / (0.6 * loudness.max()), 0, 1),
+        mouth_N=rng.uniform(5.0, 9.0) * syllables_N * speaks_N,
         roll_N=roll_N,
         zoom_N=zoom_N,
     )
