@@ -70,6 +70,14 @@ def test_csv(folder: Path) -> None:
     assert [row.line for row in manifest.rows] == [3, 5]
 
 
+def test_csv_of_a_spreadsheet(folder: Path) -> None:
+    """A mark at the beginning, empty columns behind the others, and a name in capitals."""
+    path = folder / "ALL.CSV"
+    path.write_text("clip,label,,\r\na.mp4,joy,,\r\n,,,\r\n", encoding="utf-8-sig")
+    (row,) = read_manifest(path).rows
+    assert (row.clip, row.values) == (Clip(folder / "a.mp4"), {"id": "a-00001", "label": "joy"})
+
+
 @pytest.mark.parametrize("name", ["train", "dev", "my-test"])
 def test_the_name_of_the_file_is_the_split(folder: Path, name: str) -> None:
     rows = [{"clip": "a.mp4"}, {"clip": "a.mp4", "split": "test"}, {"clip": "a.mp4", "fold": 1}]
@@ -134,6 +142,12 @@ def test_faults_of_csv(folder: Path) -> None:
     ]
     path.write_text("file,text\na.mp4,x\n", encoding="utf-8")
     assert faults_of(path) == ["line 1: has no column clip; it has file, text"]
+    path.write_text("clip;end\na.mp4;0,5\n", encoding="utf-8-sig")
+    assert "separated by semicolons" in faults_of(path)[0]
+    path.write_text("clip\tend\na.mp4\t0.5\n", encoding="utf-16")
+    assert "separated by tabs" in faults_of(path)[0]
+    path.write_text("clip,,\na.mp4,,\na.mp4,,x\n", encoding="utf-8")
+    assert faults_of(path) == ["line 3: 'x' stands in a column without a name"]
     path.write_text('clip,text\na.mp4,"open\n', encoding="utf-8")
     assert faults_of(path)[0].startswith("line 2: is not valid CSV")
 

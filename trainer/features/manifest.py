@@ -104,7 +104,7 @@ def read_manifest(path: Path, language: str = "en") -> Manifest:
     unknown: Counter[str] = Counter()
     named = split_of(path.stem)
     first: dict[str, int] = {}
-    found = _csv_rows(text, faults) if path.suffix == ".csv" else _json_rows(text, faults)
+    found = _csv_rows(text, faults) if path.suffix.lower() == ".csv" else _json_rows(text, faults)
     for place, (number, values) in enumerate(found):
         mine: list[str] = []
         row = _row(path.parent, place, number, values, named, mine, unknown)
@@ -144,6 +144,11 @@ def clip_of(line: ClipLine, folder: Path, faults: list[str], *, contained: bool 
     return Clip(path, start, end) if len(faults) == known else None
 
 
+def id_of(line: ClipLine, place: int) -> str:
+    """The id of a line; without one, that of its clip's name and its place among the rows from 0."""
+    return str(line.id) if line.id is not None else f"{Path(str(line.clip or '')).stem}-{place + 1:05d}"
+
+
 def _seconds(name: str, value: Any, faults: list[str]) -> float | None:
     if value is None:
         return None
@@ -169,7 +174,7 @@ def misspelt(key: str, given: Mapping[str, Any]) -> str | None:
 
 
 def _read(path: Path, language: str) -> str:
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise ManifestError(path, [f"its name ends in {path.suffix!r}: a manifest is a .jsonl or a .csv"])
     if not path.is_file():
         raise ManifestError(path, ["it is a folder, a manifest is a file" if path.is_dir() else "it does not exist"])
@@ -204,9 +209,9 @@ def _csv_rows(text: str, faults: list[str]) -> Iterator[tuple[int, dict[str, Any
     try:
         header = [name.strip() for name in next(reader, [])]
         if "clip" not in header:
-            faults.append(f"line 1: has no column clip; it has {', '.join(header) or 'none'}")
+            faults.append(f"line 1: has no column clip; it has {', '.join(header) or 'none'}{_other_separator(header)}")
             return
-        if twice := [name for name, n in Counter(header).items() if n > 1]:
+        if twice := [name for name, n in Counter(filter(None, header)).items() if n > 1]:
             faults.append(f"line 1: has the column(s) {', '.join(twice)} twice")
             return
         for cells in reader:
@@ -217,6 +222,9 @@ def _csv_rows(text: str, faults: list[str]) -> Iterator[tuple[int, dict[str, Any
                 faults.append(f"line {number}: has {len(cells)} fields, the header {len(header)}")
                 continue
             filled = {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()}
+            if "" in filled:  # spreadsheets write empty columns, too
+                faults.append(f"line {number}: {filled['']!r} stands in a column without a name")
+                continue
             mine: list[str] = []
             values = {name: _cell(name, cell, mine) for name, cell in filled.items()}
             faults += [f"line {number}: {fault}" for fault in mine]
@@ -224,6 +232,14 @@ def _csv_rows(text: str, faults: list[str]) -> Iterator[tuple[int, dict[str, Any
                 yield number, values
     except csv.Error as error:
         faults.append(f"line {reader.line_num}: is not valid CSV: {error}")
+
+
+def _other_separator(header: Sequence[str]) -> str:
+    """What to do where columns are separated by something else than commas, as spreadsheets do in some countries; else ""."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if "clip" in [part.strip() for part in ",".join(header).split(separator)]:
+            return f" (its columns are separated by {name}: commas are needed, and points in numbers)"
+    return ""
 
 
 def _cell(name: str, cell: str, faults: list[str]) -> Any:
@@ -264,7 +280,7 @@ def _row(
         else:
             unknown[key] += 1
     clip = clip_of(line, folder, faults)
-    id = str(line.id) if line.id is not None else f"{Path(str(line.clip or '')).stem}-{place + 1:05d}"
+    id = id_of(line, place)
     if clip is None:
         return None
     kept = {key: value for key, value in values.items() if key not in (*CLIP_KEYS, *WRITTEN)}

@@ -32,7 +32,7 @@ from trainer.data.unlabelled.clips import (
     pending_clip,
 )
 from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
-from trainer.features.manifest import ClipLine
+from trainer.features.manifest import ClipLine, id_of
 from trainer.features.recipe_record import RecipeRecord, name_of
 from trainer.own_samples import ANSWERS, parse_line
 from trainer.tasks import Task
@@ -308,14 +308,14 @@ class JsonLinesInput:
         for source in self._files:
             if self._reread:
                 source.file.seek(0)
-            for number, raw, fault in _lines(source.file):
+            for place, (number, raw, fault) in enumerate(_lines(source.file)):
                 order += 1
                 sample = UncheckedSample(order, f"{source.label}line {number}", faults=[fault] if fault else [])
                 if not fault:
-                    self._parse(raw, source, sample)
+                    self._parse(raw, source, sample, place)
                 yield sample
 
-    def _parse(self, raw: bytes, source: _OpenFile, sample: UncheckedSample) -> None:
+    def _parse(self, raw: bytes, source: _OpenFile, sample: UncheckedSample, place: int) -> None:
         faults: list[str] = []
         line = parse_line(raw, "", faults, ClipLine)
         sample.faults += [fault.removeprefix(": ") for fault in faults]
@@ -324,7 +324,7 @@ class JsonLinesInput:
         _check_keys(line, sample, self._answers)
         sample.task = self._task if line.task is None else line.task
         sample.rates = {str(name): rate for name, rate in line.rate.items()}
-        id = "" if line.id is None else str(line.id)
+        id = "" if line.id is None and line.clip is None else id_of(line, place)
         split = line.split if line.split is not None else source.split if self._split is not None else None
         if self._split is not None and SPLIT_NAMES.get((split or "").lower()) is None:
             sample.faults.append(f"split {split!r} is none of train, valid, test, and --split asks for {self._split}")
