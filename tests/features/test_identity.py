@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,12 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ValueError, match=r"needs opensmile.*egmf-trainer\[opensmile\]"):
         identify(read_recipe("egemaps"))
+
+
+def test_a_decoder_that_is_installed_and_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match="clips are decoded by PyAV"):
+        identified(BASIC)
 
 
 def test_shipped_offline_recipes_have_an_identity_here() -> None:

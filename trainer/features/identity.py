@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.features.hub import locate_model, model_files, text_files
+from trainer.features.media_file import load_av
 from trainer.features.recipe import AudioEncoder, LogMel, OpenSmile, Recipe, Transcribed, VideoEncoder
 from trainer.features.speech import weights_file
 from trainer.files import load_json, write_json
@@ -264,9 +265,7 @@ def _versions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _decoder_versions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Of PyAV, and of those of FFmpeg's libraries that its wheel brings and that a recipe needs."""
     yield "av", _version("av")
-    import av
-
-    libraries: Mapping[str, tuple[int, ...]] = av.library_versions
+    libraries: Mapping[str, tuple[int, ...]] = load_av().library_versions
     used = {"libavformat", "libavcodec"}
     used |= {"libswresample"} if recipe.audio is not None or isinstance(recipe.text, Transcribed) else set()
     used |= {"libswscale"} if recipe.video is not None else set()
