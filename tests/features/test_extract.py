@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -22,12 +23,14 @@ from trainer.data.dataset import open_dataset
 from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.prepare import prepare
 from trainer.data.readers.raw import ReaderError
+from trainer.data.readers.source import open_source
 from trainer.features.extract import extract
+from trainer.features.extraction_folder import ExtractionFolder, RowRecord
 from trainer.features.extractor import Extractor
 from trainer.features.recipe import Recipe, check_recipe, read_recipe
 from trainer.features.recipe_record import RECIPE, read_recipe_record, record_of
 from trainer.features.types import Clip
-from trainer.tasks import get_task
+from trainer.tasks import define_task, get_task
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +361,65 @@ def test_shards(many: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
     assert set(codes) <= {0, 1}
     assert codes[2] == 1  # row 39 is of the third shard, and cannot be read
     assert contents(tmp_path / "out") == whole
+
+
+def test_names_that_are_not_utf_8(small: Recipe, tmp_path: Path) -> None:
+    """A file whose name is in Latin-1 comes into JSON as a lone surrogate, and from there everywhere."""
+    name = os.fsdecode(b"caf\xe9.wav")
+    make_wav(tmp_path / name, 0.5)
+    (tmp_path / "\udce9.mp4").write_bytes(b"no film")
+    manifest = tmp_path / "m.jsonl"
+    rows = [{"clip": name, "text": "\ud800"}, {"clip": "\udce9.mp4"}]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "extract", manifest, "--recipe", recipe_file(small, tmp_path), "--out", out, "--json"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert [one["id"] for one in json.loads(done.stdout)["left_out"]] == ["\udce9-00002"]
+    (sample,) = read_lines(out / "samples.jsonl")
+    assert (sample["id"], sample["text"]) == (f"{Path(name).stem}-00001", "\ud800")
+    assert json.loads((out / "report.json").read_text())["left_out"][0]["clip"] == "\udce9.mp4"
+    assert "\\udce9.mp4" in (out / "report.txt").read_text()
+    assert extract(manifest, small, out).extracted == 0
+
+
+def recipe_file(recipe: Recipe, folder: Path) -> Path:
+    """The recipe as a file; JSON is YAML."""
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.model_dump_json())
+    return path
+
+
+def test_a_full_disk_is_told(media: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: ExtractionFolder, record: RowRecord) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    manifest = write_lines(media / "one.jsonl", rows_of(media)[6:7])
+    with monkeypatch.context() as patched:
+        patched.setattr(ExtractionFolder, "write_row", full)
+        with pytest.raises(ValueError, match=r"No space left.*goes on"):
+            extract(manifest, small, tmp_path / "out")
+    assert extract(manifest, small, tmp_path / "out").extracted == 1
+
+
+def test_a_manifest_where_features_are_read(tmp_path: Path) -> None:
+    """Clips are no features: where a manifest is given in their place, that is said."""
+    task = define_task({"name": "mine", "kind": "classification", "labels": ["joy", "fear"], "language": "en"})
+    rows = [{"clip": "a.mp4", "text": "so", "label": "joy", "split": "train"}]
+    (note,) = [note for note in open_source(task, [write_lines(tmp_path / "m.jsonl", rows)]).notes if "egmf" in note]
+    assert note.startswith("m.jsonl: no sound and no pictures; a manifest of clips goes to egmf extract")
+    (tmp_path / "m.csv").write_text("clip,text,label,split\na.mp4,so,joy,train\n")
+    with pytest.raises(ReaderError, match="a manifest of clips goes to egmf extract"):
+        open_source(task, [tmp_path / "m.csv"])
+
+
+def test_a_folder_of_something_else_stays_as_it_is(media: Path, small: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no extraction made it \(it holds thesis\.txt\)"):
+        extract(write_lines(media / "one.jsonl", rows_of(media)[6:7]), small, tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
 def test_the_command_says_what_is_wrong(many: tuple[Path, Path], tmp_path: Path) -> None:

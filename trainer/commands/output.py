@@ -93,5 +93,7 @@ def stdout_to_stderr() -> Iterator[None]:
 def print_json(value: Any) -> None:
     """One line of JSON on the real stdout."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    if any("\ud800" <= character <= "\udfff" for character in text):  # which UTF-8 cannot hold
+        text = json.dumps(value, allow_nan=False) + "\n"
     with os.fdopen(os.dup(_result_descriptor), "w", encoding="utf-8") as stream:
         stream.write(text)

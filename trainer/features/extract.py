@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from trainer.features.extraction_folder import (
     RowRecord,
     digest,
     empty_row,
+    json_line,
 )
 from trainer.features.extractor import MODALITIES, Job, choose_device, extract_all
 from trainer.features.manifest import Manifest, ManifestRow, read_manifest
 from trainer.features.recipe import Recipe
 from trainer.features.recipe_record import record_of
-from trainer.files import new_file, write_json, write_text
+from trainer.files import new_file, write_text
 
 TIME_LIMIT = 600.0  # seconds for one clip
 AGAIN = ("timed out", "crashed")  # rows left out for these are tried again by the next extraction
@@ -92,7 +92,7 @@ def extract(
 
     Raises:
         ManifestError: every fault of the manifest.
-        ValueError: `out` is taken, the recipe cannot be used on this machine, or another recipe extracted what is in `out`.
+        ValueError: `out` is taken or cannot be written, the recipe cannot be used on this machine, or another recipe extracted what is in `out`.
     """
     index, count = shard
     if not 1 <= index <= count:
@@ -105,17 +105,20 @@ def extract(
     chosen = choose_device(device, recipe, index - 1)
     identity = record_of(recipe)
     folder = ExtractionFolder(out)
-    folder.begin(identity, force=force)
     mine = given.rows[index - 1 :: count]
-    extracted = _extract_rows(folder, mine, identity["hash"], recipe, chosen, workers, time_limit, progress)
-    with folder.held():
-        complete = all(row_is_done(folder, row, identity["hash"]) for row in given.rows)
-        tally = _Tally(identity["hash"])
-        if not complete:
-            for row in mine:
-                tally.add(row, folder.read_row(row.id))
-            return Extraction(out, tally.report, complete, extracted, given.notes)
-        _write_samples(folder, given, tally)
+    try:
+        folder.begin(identity, force=force)
+        extracted = _extract_rows(folder, mine, identity["hash"], recipe, chosen, workers, time_limit, progress)
+        with folder.held():
+            complete = all(row_is_done(folder, row, identity["hash"]) for row in given.rows)
+            tally = _Tally(identity["hash"])
+            if complete:
+                _write_samples(folder, given, tally)
+            else:
+                for row in mine:
+                    tally.add(row, folder.read_row(row.id))
+    except OSError as error:  # a full disk, a folder of someone else's
+        raise ValueError(f"{out} cannot be written: {error}; the same command goes on from here") from error
     return Extraction(out, tally.report, complete, extracted, given.notes)
 
 
@@ -210,8 +213,9 @@ def _write_samples(folder: ExtractionFolder, manifest: Manifest, tally: _Tally) 
                 sample = sample_of(row.values, record, partial(folder.array_name, row.id))
                 arrays += [sample[modality] for modality in record["arrays"]]
                 file.write(json_line(sample))
-    write_json(folder.path / REPORT, tally.report)
-    write_text(folder.path / REPORT_TEXT, "\n".join(report_lines(tally.report)) + "\n")
+    write_text(folder.path / REPORT, json_line(tally.report, indent=2))
+    words = "\n".join(report_lines(tally.report)) + "\n"
+    write_text(folder.path / REPORT_TEXT, words.encode("utf-8", "backslashreplace").decode())
     folder.clean({row.id for row in manifest.rows}, set(arrays))
 
 
@@ -226,16 +230,6 @@ def sample_of(values: Mapping[str, Any], record: RowRecord, place: Callable[[str
     if arrays:
         sample["rate"] = {modality: array["rate"] for modality, array in arrays.items()}
     return sample
-
-
-def json_line(sample: Mapping[str, Any]) -> str:
-    """One line of JSON, in ASCII where the sample holds what UTF-8 cannot (lone surrogates)."""
-    text = json.dumps(sample, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = json.dumps(sample)
-    return text + "\n"
 
 
 def report_lines(report: Report) -> list[str]:

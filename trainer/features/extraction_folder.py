@@ -93,6 +93,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def json_line(value: Any, **options: Any) -> str:
+    """One line of JSON, in ASCII where it holds what UTF-8 cannot (lone surrogates, as in names of files that are not UTF-8)."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, **options)
+    return text + "\n"
+
+
 def write_array(path: Path, values_TF: np.ndarray) -> int:
     """Write a `.npy` file whole or not at all; its size in bytes."""
     import numpy as np
@@ -147,14 +157,12 @@ class ExtractionFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: choose another --out")
+        if self.path.exists():  # nothing is left in a folder of something else
+            self._check_ours()
         with self.held():
             there = read_recipe_record(self.path / RECIPE)
             if there is None:
-                others = sorted(one.name for one in self.path.iterdir() if not one.name.startswith("."))
-                if others:
-                    raise ValueError(
-                        f"{self.path} exists and no extraction made it (it holds {', '.join(others[:3])}): choose another --out"
-                    )
+                self._check_ours()
             elif lines := differences_of(there, recipe):
                 if not force:
                     head = f"{self.path} holds what another recipe extracted; choose another --out, or replace it with --force"
@@ -166,6 +174,16 @@ class ExtractionFolder:
             else:
                 return
             write_recipe_record(self.path / RECIPE, recipe)
+
+    def _check_ours(self) -> None:
+        """Raises ValueError: the folder holds something, and no extraction made it."""
+        if (self.path / RECIPE).exists():
+            return
+        others = sorted(one.name for one in self.path.iterdir() if not one.name.startswith("."))
+        if others:
+            raise ValueError(
+                f"{self.path} exists and no extraction made it (it holds {', '.join(others[:3])}): choose another --out"
+            )
 
     def read_row(self, id: str) -> RowRecord | None:
         """The record of a row; None where there is none that can be read."""
@@ -193,7 +211,7 @@ class ExtractionFolder:
         """The last of a row's files: from here on it is finished."""
         path = self._row(record["id"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(record, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n")
+        write_text(path, json_line(record, allow_nan=False, sort_keys=True))
 
     def forget_row(self, id: str) -> None:
         """A row is not finished while its arrays are written anew."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, ReaderError, Table, as_label
+from trainer.data.readers.raw import ALL, CLIPS, SPLIT_NAMES, RawSample, ReaderError, Table, as_label
 from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
 from trainer.own_samples import ANSWERS, FOLD, Label, Line, Word, parse_line
@@ -99,6 +99,7 @@ class _Index:
     def __init__(self, path: Path, named: str | None, fold_column: str | None) -> None:
         self.path, self.named, self.fold_column = path, named, fold_column
         self.folds = False  # whether some line has one
+        self.features = False  # whether some line has audio or video
         self.places: dict[str, list[_Place]] = {}
         self.rates: dict[str, Counter[float]] = {"audio": Counter(), "video": Counter()}
         self.unknown: Counter[str] = Counter()
@@ -124,6 +125,7 @@ class _Index:
         else:
             self.places.setdefault(split, []).append(place)
         self.unknown.update(unused)
+        self.features = self.features or line.audio is not None or line.video is not None
         for stream, rate in line.rate.items():
             self.rates[stream][rate] += 1
         if context.check:
@@ -148,6 +150,8 @@ class _Index:
             known += [f"{head}{task.name}" for task in context.questions for head in ("", *(f"{k}." for k in ANSWERS))]
             unused = ", ".join(_unused(key, n, known) for key, n in self.unknown.most_common(20))
             context.notes.append(f"{self.path.name}: not used: {unused}")
+        if "clip" in self.unknown and not self.features:
+            context.notes.append(f"{self.path.name}: no sound and no pictures; {CLIPS}")
         return {name: next(iter(found)) for name, found in self.rates.items() if found}
 
 

@@ -12,7 +12,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from trainer.data.readers.raw import ALL, SPLIT_NAMES, RawSample, Table
+from trainer.data.readers.raw import ALL, CLIPS, SPLIT_NAMES, RawSample, Table
 from trainer.data.readers.registry import (
     ReadContext,
     Reader,
@@ -63,6 +63,7 @@ class MeldCsvReader(Reader):
                 faults.append(
                     f"{path}: is not an annotation file like MELD's: its header needs {', '.join(needed)}; it has {', '.join(header)}. "
                     "Write a table of another layout as JSON lines (docs/data.md)"
+                    + (f"; {CLIPS}" if "clip" in header else "")
                 )
                 return []
             if split is None:

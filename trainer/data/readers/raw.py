@@ -16,6 +16,7 @@ from trainer.own_samples import split_of as split_of
 
 SPLITS = ("train", "valid", "test")
 ALL = "all"  # the one split of a source whose samples have folds and no splits
+CLIPS = "a manifest of clips goes to egmf extract, and the folder that this writes is read here"  # in messages
 
 
 class ReaderError(ValueError):
