@@ -415,6 +415,18 @@ def test_a_manifest_where_features_are_read(tmp_path: Path) -> None:
         open_source(task, [tmp_path / "m.csv"])
 
 
+def test_an_end_behind_that_of_the_file_is_told(media: Path, small: Recipe) -> None:
+    """Times of annotations are rounded, but milliseconds in place of seconds should be seen."""
+    extractor = Extractor(small)
+    near, far = (extractor.extract(Clip(media / "heard.wav", end=end), "so") for end in (1.3, 9.0))
+    assert [note.kind for note in near.notes] == ["no picture"]
+    (told,) = [note for note in far.notes if note.kind == "truncated"]
+    assert (told.modality, told.text) == ("audio", "end 9 is behind the end of the file, at 0.90 s")
+    assert far.audio is not None
+    assert near.audio is not None
+    assert np.array_equal(far.audio.values_TF, near.audio.values_TF)
+
+
 def test_a_folder_of_something_else_stays_as_it_is(media: Path, small: Recipe, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"no extraction made it \(it holds thesis\.txt\)"):

@@ -51,8 +51,9 @@ def locate_model(section: Named) -> Path:
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} is a folder without config.json: no encoder of Hugging Face form")
         return path
+    here = "" if path.is_absolute() else f" in {Path.cwd()}"
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no folder {name} with an encoder (a name on the hub is written owner/name)")
+        raise ValueError(f"there is no folder {name} with an encoder{here} (a name on the hub is written owner/name)")
     return _fetch(name, section.revision)
 
 
@@ -116,7 +117,7 @@ def _fetch(name: str, revision: str | None) -> Path:
             if any((folder / one).exists() for one in weights):
                 break
     except HFValidationError as error:
-        raise ValueError(f"{name} is neither a folder nor a name on the hub (owner/name)") from error
+        raise ValueError(f"{name} is neither a folder in {Path.cwd()} nor a name on the hub (owner/name)") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(_explain(name, revision, error)) from error
     if not (folder / "config.json").is_file():

@@ -27,6 +27,7 @@ MOST_PIXELS = 1 << 26  # of one picture: more is taken for damage
 PREROLL = 1.0  # seconds that are decoded before the start of a clip and not used: decoders remember what came before
 FURTHER_BACK = (PREROLL, 10.0, 60.0)  # seconds before the start, tried in turn where a file is sought imprecisely
 SLACK = 0.1  # seconds that a clip may be longer than is allowed, and a file shorter than it says: padding of encoders
+LATE = 0.5  # seconds that the end of a clip may be behind that of its file: times of annotations are rounded
 BEYOND = 4  # successive frames behind the end of a clip after which it is over; a single one is a damaged time stamp
 
 # What FFmpeg would read as a list of other files, as addresses, or as a drawing made of text.
@@ -233,7 +234,10 @@ class MediaFile:
             raise ClipError("empty", f"{self.path}: {self._nothing_after(start, max(reached, 0.0), stated)}")
         end = min(wanted, reached)
         self._check_length(end - start, max_seconds)
-        return Window(start, end, ends, self._missing(start, end, min(wanted, stated), broken))
+        missing = self._missing(start, end, min(wanted, stated), broken)
+        if not missing and LATE < wanted - end < math.inf:
+            missing = f"end {wanted:g} is behind the end of the file, at {end:.2f} s"
+        return Window(start, end, ends, missing)
 
     def _check_length(self, seconds: float, max_seconds: float) -> None:
         if seconds > max_seconds + SLACK:
