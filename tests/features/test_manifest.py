@@ -97,6 +97,7 @@ def test_all_faults_at_once(folder: Path) -> None:
         '{"clip": "a.mp4", "end": NaN}',
         '{"text": "no clip"}',
         '{"clip": 5}',
+        '{"clip": "' + "x" * 5000 + '.mp4"}',
         '{"clip": "a.mp4", "id": "x"}',
         '{"clip": "a.mp4", "id": "x"}',
         '{"clip": "a.mp4", "audio": "a.npy", "rate": {"audio": 3}}',
@@ -119,12 +120,13 @@ def test_all_faults_at_once(folder: Path) -> None:
         "line 7: end: nan is not a number of seconds",
         "line 8: clip: missing",
         "line 9: clip: not '5'",
-        "line 11: duplicate id ('x' is that of line 10)",
-        "line 12: audio: is written by the extraction",
-        "line 12: rate: is written by the extraction",
-        "line 13: turn: ",
-        "line 14: is no JSON",
-        "line 15: is no JSON object",
+        f"line 10: clip {folder}/xxx",
+        "line 12: duplicate id ('x' is that of line 11)",
+        "line 13: audio: is written by the extraction",
+        "line 13: rate: is written by the extraction",
+        "line 14: turn: ",
+        "line 15: is no JSON",
+        "line 16: is no JSON object",
     ]
     assert len(found) == len(expected), found
     for begin in expected:

@@ -159,6 +159,12 @@ def test_bad_clips_cost_their_row_only(place: Path, opened: SavedRun, tmp_path: 
     assert "no video file" in told[0]
 
 
+def test_a_time_limit_is_more_than_nothing() -> None:
+    for seconds in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="the time limit must be more than 0 seconds"):
+            ClipSettings(time_limit=seconds)
+
+
 def test_a_split_of_clips(place: Path, opened: SavedRun, tmp_path: Path) -> None:
     _, found, _ = answers(opened, place / "all.jsonl", tmp_path / "out.jsonl", Options(split="test"))
     assert [json.loads(line)["id"] for line in found.decode().splitlines()] == [f"c{k}" for k in range(14, 18)]

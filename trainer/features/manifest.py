@@ -10,6 +10,7 @@ import csv
 import difflib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ SUFFIXES = (".jsonl", ".csv")
 CLIP_KEYS = ("clip", "start", "end")
 WRITTEN = ("audio", "video", "audio_length", "video_length", "rate")  # by the extraction itself
 _LONGEST = 1e6  # seconds
+_LONGEST_NAME = 1000  # characters of a path in a message
 _NEAR = 0.7  # of difflib: how alike a key and a known one are where it is taken for a misspelt one
 
 
@@ -133,10 +135,11 @@ def clip_of(line: ClipLine, folder: Path, faults: list[str], *, contained: bool 
     if not isinstance(line.clip, str) or not line.clip or "\0" in line.clip:
         what = "missing" if line.clip is None or line.clip == "" else f"not {str(line.clip)[:40]!r}"
         faults.append(f"clip: {what}, it is the path of a media file")
-    elif contained and not path.resolve().is_relative_to(folder.resolve()):
+    elif contained and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         faults.append(f"clip {line.clip} leads out of {folder}, which --contained refuses")
-    elif not path.is_file():
-        faults.append(f"clip {path} " + ("is no regular file" if path.exists() else "does not exist"))
+    elif not os.path.isfile(path):  # also where its name is too long, or its folder may not be read
+        shown = str(path) if len(str(path)) <= _LONGEST_NAME else f"{str(path)[:_LONGEST_NAME]}…"
+        faults.append(f"clip {shown} " + ("is no regular file" if os.path.exists(path) else "does not exist"))
     start, end = (_seconds(name, getattr(line, name), faults) for name in ("start", "end"))
     if end is not None and (start or 0.0) >= end:
         faults.append(f"start ({start or 0:g}) is not before end ({end:g})")

@@ -40,6 +40,10 @@ class ClipSettings:
     device: str = "auto"
     time_limit: float = 600.0
 
+    def __post_init__(self) -> None:
+        if not self.time_limit > 0:
+            raise ValueError(f"the time limit must be more than 0 seconds, not {self.time_limit:g}")
+
 
 @dataclass(frozen=True)
 class PendingClip:
