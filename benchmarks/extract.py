@@ -107,12 +107,12 @@ def save_encoder(stage: str, folder: Path) -> Path:
 
 def call_of(stage: str, clip: Clip, work: Path) -> Callable[[], object]:
     """What is timed: models are loaded before."""
-    from trainer.features.audio import audio_features
+    from trainer.features.audio.features import audio_features
+    from trainer.features.audio.speech import SpeechActivity
     from trainer.features.extractor import Extractor
-    from trainer.features.media import read_pictures, read_sound
+    from trainer.features.media.clip import read_pictures, read_sound
     from trainer.features.recipe import AudioEncoder, Landmarks, LogMel, VideoEncoder, read_recipe
-    from trainer.features.speech import SpeechActivity
-    from trainer.features.video import video_features
+    from trainer.features.video.features import video_features
 
     def sound(rate: int) -> Any:
         return read_sound(clip, rate, 3600.0)[0]

@@ -103,7 +103,7 @@ def _arguments() -> argparse.Namespace:
 
 def decode(case: Case) -> Read:
     """Sound and pictures of a file, as extraction reads them; in a worker process."""
-    from trainer.features.media import read_pictures, read_sound
+    from trainer.features.media.clip import read_pictures, read_sound
 
     started = time.monotonic()
     sound, notes = read_sound(Clip(case.path), 16000, MAX_SECONDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.features import media_files as made
-from trainer.features.media import read_pictures, read_sound
+from trainer.features.media.clip import read_pictures, read_sound
 from trainer.features.types import Clip, Sound
 
 LIMIT = 120.0

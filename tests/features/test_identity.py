@@ -18,7 +18,7 @@ import pytest
 from tests.features.small_encoders import save_convolutional, save_whisper
 from tests.features.sounds import noise
 from trainer.features import identity as module
-from trainer.features.audio import audio_features
+from trainer.features.audio.features import audio_features
 from trainer.features.hub import model_files, text_files
 from trainer.features.identity import (
     Identity,

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.processes import environment
 from tests.features import worker_functions as functions
 from trainer.features.types import ClipError
 from trainer.features.worker_pool import WorkerError, run_in_processes
@@ -136,7 +137,7 @@ def test_none_outlives_the_main_process(number: signal.Signals, tmp_path: Path) 
     (tmp_path / "seen").mkdir()
     (tmp_path / "main.py").write_text(_MAIN)
     command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "seen")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as main:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment()) as main:
         _until(lambda: len(list((tmp_path / "seen").iterdir())) == 2)
         main.send_signal(number)
         main.wait(10)

@@ -16,9 +16,9 @@ from trainer.features.recipe import Recipe, Transcribed
 from trainer.features.types import Clip, ClipError, ClipFeatures, ModalityFeatures, Note, Sound, Told, Word
 
 if TYPE_CHECKING:
-    from trainer.features.audio import AudioFeatures
-    from trainer.features.transcribe import Transcriber
-    from trainer.features.video import VideoFeatures
+    from trainer.features.audio.features import AudioFeatures
+    from trainer.features.audio.transcribe import Transcriber
+    from trainer.features.video.features import VideoFeatures
 
 MODALITIES = ("audio", "video")
 _OF_THE_CLIP: tuple[Told, ...] = (
@@ -36,9 +36,9 @@ class Extractor:
         Raises:
             ValueError: a package or weights that are missing; the message says what to do.
         """
-        from trainer.features.audio import audio_features
-        from trainer.features.transcribe import Transcriber
-        from trainer.features.video import video_features
+        from trainer.features.audio.features import audio_features
+        from trainer.features.audio.transcribe import Transcriber
+        from trainer.features.video.features import video_features
 
         self.recipe = recipe
         self._audio: AudioFeatures | None = None if recipe.audio is None else audio_features(recipe.audio, device)
@@ -98,7 +98,7 @@ class Extractor:
     def _sound(
         self, clip: Clip, sampling_rate: int, sounds: dict[int, Sound | None], notes: list[Note]
     ) -> Sound | None:
-        from trainer.features.media import read_sound
+        from trainer.features.media.clip import read_sound
 
         if sampling_rate not in sounds:
             sounds[sampling_rate], told = read_sound(clip, sampling_rate, self.recipe.max_seconds)
@@ -106,7 +106,7 @@ class Extractor:
         return sounds[sampling_rate]
 
     def _pictures(self, clip: Clip, part: VideoFeatures, notes: list[Note]) -> ModalityFeatures | None:
-        from trainer.features.media import read_pictures
+        from trainer.features.media.clip import read_pictures
 
         with read_pictures(clip, part.picture_rate, self.recipe.max_seconds) as pictures:
             found = part(pictures, pictures.count) if pictures.count else None

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.features.audio.speech import weights_file
 from trainer.features.hub import locate_model, model_files, text_files
-from trainer.features.media_file import load_av
+from trainer.features.media.file import load_av
 from trainer.features.recipe import AudioEncoder, LogMel, OpenSmile, Recipe, Transcribed, VideoEncoder
-from trainer.features.speech import weights_file
 from trainer.files import load_json, write_json
 from trainer.schema import dotted
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.features import media_files as made
 from tests.features.media_files import PictureTrack, SoundTrack, steady, tones, write
 from tests.features.media_truth import AFTER_CODEC, LIMIT, RATE, lag, numbers, shown, sound_of, true_tones
-from trainer.features.media import LARGEST_SIDE, probe, read_pictures, read_sound
+from trainer.features.media.clip import LARGEST_SIDE, probe, read_pictures, read_sound
 from trainer.features.types import Clip, ClipError
 
 # ── containers and codecs ────────────────────────────────────────────────────────────────────────────────────────────
@@ -375,7 +375,7 @@ _AN_HOUR = """
 import resource, sys, time
 from pathlib import Path
 from tests.features.media_truth import AFTER_CODEC, LIMIT, RATE, lag, numbers, shown, sound_of, true_tones
-from trainer.features.media import read_pictures, read_sound
+from trainer.features.media.clip import read_pictures, read_sound
 from trainer.features.types import Clip
 import numpy, av
 path = Path(sys.argv[1])

@@ -12,9 +12,9 @@ import torch
 
 from tests.features.small_encoders import save_convolutional
 from tests.features.sounds import joined, noise, say, silence
-from trainer.features.audio import audio_features, feature_names
+from trainer.features.audio.features import audio_features, feature_names
+from trainer.features.audio.speech import SpeechActivity, weights_file
 from trainer.features.recipe import AudioEncoder, LogMel
-from trainer.features.speech import SpeechActivity, weights_file
 from trainer.features.types import Sound
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it runs home."
@@ -107,7 +107,7 @@ def test_an_encoder_can_have_it_too(speech: Sound, activity: SpeechActivity, tmp
 
 def test_neither_silero_vad_nor_torchaudio_is_imported() -> None:
     code = (
-        "import sys, torch; before = torch.get_num_threads(); from trainer.features.speech import SpeechActivity; SpeechActivity(); "
+        "import sys, torch; before = torch.get_num_threads(); from trainer.features.audio.speech import SpeechActivity; SpeechActivity(); "
         "assert not {'silero_vad', 'torchaudio'} & set(sys.modules), 'imported'; assert torch.get_num_threads() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from trainer.features.crops import CropFile, aligned
-from trainer.features.faces import FaceFinder, FoundFace
-from trainer.features.landmarks import FEATURES, face_features
 from trainer.features.recipe import Face, Landmarks, VideoEncoder
-from trainer.features.tracks import Tracks
 from trainer.features.types import ModalityFeatures, Note, Picture
+from trainer.features.video.crops import CropFile, aligned
+from trainer.features.video.faces import FaceFinder, FoundFace
+from trainer.features.video.landmarks import FEATURES, face_features
+from trainer.features.video.tracks import Tracks
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.features.vision_encoder import VisionEncoder
+    from trainer.features.video.encoder import VisionEncoder
 
 WINDOW_RATE = 8.0  # pictures a second inside a video encoder's windows, where the recipe has none
 Kept = TypeVar("Kept")
@@ -63,7 +63,7 @@ def video_features(section: Landmarks | VideoEncoder, device: str = "cpu") -> Vi
 
 
 class LandmarkFeatures:
-    """The features of :mod:`trainer.features.landmarks`, one frame a picture."""
+    """The features of :mod:`trainer.features.video.landmarks`, one frame a picture."""
 
     def __init__(self, section: Landmarks) -> None:
         self.width, self.rate, self.picture_rate = len(FEATURES), section.rate, section.rate
@@ -84,7 +84,7 @@ class EncoderFeatures:
     """A vision encoder's output for each picture, or for the window of pictures around each frame's time; of faces, or of whole pictures."""
 
     def __init__(self, section: VideoEncoder, device: str) -> None:
-        from trainer.features.vision_encoder import VisionEncoder
+        from trainer.features.video.encoder import VisionEncoder
 
         self._face = section.face
         self._finder = None if section.face is None else FaceFinder(section.face)

@@ -11,7 +11,7 @@ import pytest
 from tests.features import media_files as made
 from tests.features.media_files import PictureTrack, SoundTrack, steady, tones, write
 from tests.features.media_truth import LIMIT, RATE, lag, shown, sound_of, true_tones
-from trainer.features.media import probe, read_pictures, read_sound
+from trainer.features.media.clip import probe, read_pictures, read_sound
 from trainer.features.types import Clip, ClipError
 
 

@@ -12,9 +12,9 @@ from transformers import pipeline
 
 from tests.features.small_encoders import WINDOW, save_convolutional, save_whisper
 from tests.features.sounds import joined, noise, silence, tone
-from trainer.features import transcribe
+from trainer.features.audio import transcribe
+from trainer.features.audio.transcribe import Transcriber, spread
 from trainer.features.recipe import Transcribed
-from trainer.features.transcribe import Transcriber, spread
 from trainer.features.types import Sound
 
 

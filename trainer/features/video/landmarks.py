@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.features.crops import LEFT_EYE, RIGHT_EYE
+from trainer.features.video.crops import LEFT_EYE, RIGHT_EYE
 
 # landmark on the person's right, its mirror image (the same one in the middle), x, y, z in centimetres, weight
 _REFERENCE = (

@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 
-from trainer.features import tracks
-from trainer.features.tracks import Tracks
+from trainer.features.video import tracks
+from trainer.features.video.tracks import Tracks
 
 
 def box(x: float, y: float, side: float) -> np.ndarray:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit
 
-from trainer.features.crops import LEFT_EYE, RIGHT_EYE, warp
 from trainer.features.recipe import Face
+from trainer.features.video.crops import LEFT_EYE, RIGHT_EYE, warp
 
 LANDMARKS = 468
 MOST_FACES = 8  # of a picture, the largest

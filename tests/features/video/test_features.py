@@ -14,14 +14,14 @@ import transformers
 from skimage import data
 
 from tests.features.face_pictures import astronaut, head, pictures, place_on
-from trainer.features import video
-from trainer.features.crops import aligned
-from trainer.features.faces import FaceFinder
-from trainer.features.landmarks import FEATURES, face_features
 from trainer.features.recipe import Face, Landmarks, VideoEncoder
 from trainer.features.types import Note, Picture
-from trainer.features.video import frames_in, video_features, windows
-from trainer.features.vision_encoder import VisionEncoder
+from trainer.features.video import features as video
+from trainer.features.video.crops import aligned
+from trainer.features.video.encoder import VisionEncoder
+from trainer.features.video.faces import FaceFinder
+from trainer.features.video.features import frames_in, video_features, windows
+from trainer.features.video.landmarks import FEATURES, face_features
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trainer.features import log_mel
+from trainer.features.audio import log_mel
+from trainer.features.audio.speech import SPEECH, SpeechActivity
 from trainer.features.recipe import AudioEncoder, LogMel, OpenSmile
-from trainer.features.speech import SPEECH, SpeechActivity
 from trainer.features.timeline import average_by_time, frame_count
 from trainer.features.types import ClipError, ModalityFeatures, Note, Sound
 
@@ -102,7 +102,7 @@ def _extractor(section: LogMel | AudioEncoder | OpenSmile, device: str) -> _Extr
         return log_mel.LogMelFeatures(section)
     if isinstance(section, OpenSmile):
         return _Smile(section)
-    from trainer.features.audio_encoder import load_audio_encoder
+    from trainer.features.audio.encoder import load_audio_encoder
 
     return load_audio_encoder(section, device)
 

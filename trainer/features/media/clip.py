@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from trainer.features.media_file import Frames, MediaFile, MediaInfo, TimedFrame, Window, load_av, probe
+from trainer.features.media.file import Frames, MediaFile, MediaInfo, TimedFrame, Window, load_av, probe
 from trainer.features.types import Clip, ClipError, Note, Picture, Sound
 
 if TYPE_CHECKING:

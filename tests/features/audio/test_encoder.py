@@ -16,9 +16,9 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from tests.features.small_encoders import CONVOLUTIONAL, WINDOW, save_convolutional, save_whisper
 from tests.features.sounds import joined, noise, pooled, tone
-from trainer.features import audio_encoder
-from trainer.features.audio import audio_features
-from trainer.features.audio_encoder import plan_chunks
+from trainer.features.audio import encoder as audio_encoder
+from trainer.features.audio.encoder import plan_chunks
+from trainer.features.audio.features import audio_features
 from trainer.features.recipe import AudioEncoder
 from trainer.features.types import Sound
 

@@ -20,9 +20,9 @@ from tests.features.face_pictures import (
     similarity,
     warped,
 )
-from trainer.features import crops, faces
-from trainer.features.faces import FaceFinder
 from trainer.features.recipe import Face
+from trainer.features.video import crops, faces
+from trainer.features.video.faces import FaceFinder
 
 EYE_DISTANCE = float(np.hypot(*np.subtract(*EYES)))
 

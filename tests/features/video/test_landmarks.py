@@ -7,10 +7,10 @@ import pytest
 from skimage import transform
 
 from tests.features.face_pictures import MOUTH, NOSE_TIP, astronaut, similarity, warped
-from trainer.features import landmarks
-from trainer.features.faces import FaceFinder
-from trainer.features.landmarks import FEATURES, POINTS, face_features, head_pose
 from trainer.features.recipe import Face
+from trainer.features.video import landmarks
+from trainer.features.video.faces import FaceFinder
+from trainer.features.video.landmarks import FEATURES, POINTS, face_features, head_pose
 
 OF_THE_FACE = slice(FEATURES.index("eye_opening_right"), None)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.features.sounds import joined, noise, pooled, silence, tone
-from trainer.features import log_mel
-from trainer.features.audio import audio_features, feature_names
+from trainer.features.audio import log_mel
+from trainer.features.audio.features import audio_features, feature_names
 from trainer.features.recipe import LogMel, OpenSmile
 from trainer.features.timeline import average_by_time, frame_count
 from trainer.features.types import ClipError, Sound
