@@ -9,7 +9,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout  # of its own before Python 3.11
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from trainer.features.types import ClipError
@@ -154,7 +154,7 @@ class _Process:
         answer = future.result()
         if answer.kind == "fault":
             raise answer.content
-        return (pickle.loads(answer.content) if answer.kind == "value" else answer.content,)
+        return (answer.content,)
 
     def stop(self) -> None:
         if self._pool is not None:
@@ -218,9 +218,9 @@ def _call(function: Callable[[Item], Value], item: Item) -> _Answer:
         return _Answer("fault", _State.fault)
     _State.working = True
     try:
-        return _Answer(
-            "value", pickle.dumps(function(item))
-        )  # here, where a value that cannot be pickled costs its item alone
+        value = function(item)
+        ForkingPickler.dumps(value)  # here, where a value that cannot be pickled costs its item alone
+        return _Answer("value", value)
     except ClipError as error:
         return _Answer("told", error)
     except Exception as error:  # noqa: BLE001 - it costs this item alone
