@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -25,10 +25,9 @@ from trainer.features.identity import (
     check_identity,
     differences,
     identify,
-    read_identity,
-    write_identity,
 )
 from trainer.features.recipe import AudioEncoder, Recipe, check_recipe, read_recipe
+from trainer.features.recipe_record import RecipeRecord, read_recipe_record, write_recipe_record
 
 BASIC = {
     "audio": {"kind": "log_mel", "speech": "feature"},
@@ -295,8 +294,8 @@ def test_equal_hashes_and_no_differences_go_together(encoders: Path) -> None:
 
 def test_it_is_written_whole_and_read_again(tmp_path: Path) -> None:
     here = identified(BASIC)
-    write_identity(tmp_path / "recipe.json", here)
-    assert read_identity(tmp_path / "recipe.json") == here
+    write_recipe_record(tmp_path / "recipe.json", cast(RecipeRecord, here.plain()))
+    assert read_recipe_record(tmp_path / "recipe.json") == here.plain()
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
     plain = json.loads((tmp_path / "recipe.json").read_text())
     assert plain["hash"] == here.hash
@@ -305,12 +304,13 @@ def test_it_is_written_whole_and_read_again(tmp_path: Path) -> None:
 
 def test_what_is_no_identity_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
+    assert read_recipe_record(path) is None
     with pytest.raises(ValueError, match="cannot be read"):
-        read_identity(path)
+        read_recipe_record(tmp_path)
     for text in ("", "[]", "{}", '{"values": {}, "weights": {}, "versions": {}, "code": 1}', "[" * 5000):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"recipe\.json"):
-            read_identity(path)
+            read_recipe_record(path)
     plain = identified(BASIC).plain()
     plain["values"] = {**plain["values"], "max_seconds": 5.0}
     with pytest.raises(ValueError, match="changed after it was written"):

@@ -117,12 +117,7 @@ def prepare(
     _check_words(drop_bad, standardise, zero_frames)
     task = _defined(name, task_file)
     if label_column is not None:
-        if isinstance(task, Questions):
-            raise ValueError(
-                f"--label-column is for one question, and {task.name} has {len(task.questions)}: write label_column in each question of "
-                "the YAML file"
-            )
-        task = task.model_copy(update={"label_column": label_column})
+        task = _with_label_column(task, label_column)
     options: dict[str, Any] = {
         "standardise": standardise,
         "max_rate": max_rate,
@@ -153,6 +148,17 @@ def prepare(
     wide().print(summary_table(summary.record))
     say(f"{'unchanged' if summary.unchanged else 'written'}: {out}")
     return 1 if left_out else 0
+
+
+def _with_label_column(task: Definition, column: str) -> Definition:
+    from trainer.questions import Questions
+
+    if isinstance(task, Questions):
+        raise ValueError(
+            f"--label-column is for one question, and {task.name} has {len(task.questions)}: write label_column in each question of "
+            "the YAML file"
+        )
+    return task.model_copy(update={"label_column": column})
 
 
 def _spoken(out: Path, clips: ClipSource, seed: int, size: list[str] | None, workers: int) -> ClipSource:

@@ -248,8 +248,3 @@ def report_lines(report: Report) -> list[str]:
         f"  line {one['line']} {one['id']} ({one['clip']}): {one['kind']}: {one['why']}" for one in report["left_out"]
     ]
     return lines
-
-
-def samples_path(out: Path) -> Path:
-    """Where an extraction writes own data."""
-    return out / SAMPLES

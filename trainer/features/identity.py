@@ -18,7 +18,6 @@ from trainer.features.audio.speech import weights_file
 from trainer.features.hub import locate_model, model_files, text_files
 from trainer.features.media.file import load_av
 from trainer.features.recipe import AudioEncoder, LogMel, OpenSmile, Recipe, Transcribed, VideoEncoder
-from trainer.files import load_json, write_json
 from trainer.schema import dotted
 
 CODE = 1  # raised whenever our own extraction gives other numbers
@@ -105,21 +104,6 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def read_identity(path: Path) -> Identity:
-    """The identity in a file that :func:`write_identity` made.
-
-    Raises:
-        ValueError: there is no such file, it is none, or it was changed by hand.
-    """
-    try:
-        plain = load_json(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no identity of a recipe: {error}") from error
-    return check_identity(plain, str(path))
-
-
 def check_identity(plain: Any, where: str) -> Identity:
     """The identity that was written down as `plain` in the place `where`.
 
@@ -137,11 +121,6 @@ def check_identity(plain: Any, where: str) -> Identity:
             f"{where} was changed after it was written: its hash is {plain['hash'][:SHOWN]}, not {identity.shown}"
         )
     return identity
-
-
-def write_identity(path: Path, identity: Identity) -> None:
-    """Write an identity as JSON, whole or not at all."""
-    write_json(path, identity.plain())
 
 
 def _key(section: Mapping[str, Any]) -> str:
