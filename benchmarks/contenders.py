@@ -88,7 +88,11 @@ class EgmfContender:
         )  # fmt: skip
         name = self.task.name
         self.parts = RunComponents(
-            {name: self.task}, {}, {name: self.collate}, {name: tree.trie(config.eval.score)}, self.model
+            tasks={name: self.task},
+            data={},
+            collators={name: self.collate},
+            tries={name: tree.trie(config.eval.score)},
+            model=self.model,
         )
         self.lengths = samples.lengths() if isinstance(samples, SplitView) else _lengths(samples)
         self.order = GlobalBatchSampler({name: self.lengths}, global_batch=config.train.global_batch, seed=0)

@@ -113,15 +113,16 @@ def _check_answers(findings: Findings, resolved: ResolvedConfig, tokenizer: Any)
 def _check_lengths(findings: Findings, resolved: ResolvedConfig, tokenizer: Any, folder: Path) -> None:
     """Whether every sample of every split fits into the model's positions, and which texts are cut."""
     from trainer.answers.tree import AnswerError
+    from trainer.data.task_input import task_inputs
     from trainer.models.backbone.positions import position_limit, skeleton
-    from trainer.run.assemble import make_collators
+    from trainer.run.assemble import make_run_collators
     from trainer.run.lengths import check_positions, log_lines, measure_splits, splits_of_run
 
     config = resolved.config
     tasks = {name: task for name, task in resolved.tasks.items() if name in resolved.data}
     limit = position_limit(skeleton(config.model.backbone, folder))
     with findings.explained(PART, "lengths of samples"), contextlib.suppress(AnswerError):  # which are faults already
-        collators, tries = make_collators(config, tasks, resolved.data, tokenizer)
+        collators, tries = make_run_collators(config, task_inputs(tasks, resolved.data), resolved.data, tokenizer)
         found = measure_splits(config, resolved.data, collators, tries, splits_of_run(config), limit)
         said = [*check_positions(found, limit, config), *log_lines(found, config)]
         longest = max((int(one.positions_N.max(initial=0)) for one in found), default=0)

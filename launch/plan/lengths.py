@@ -169,7 +169,7 @@ def run_lengths(config: RunConfig, ranks: int, *, positions: int | None = None, 
 
 
 def _shared(config: RunConfig, asked: Sequence[RunTask]) -> dict[str, str]:
-    """Task -> the name of its encoders, of tasks that have one dataset; see :func:`trainer.run.assemble.shared_encoders`."""
+    """Task -> the name of its encoders, of tasks that have one dataset; see :func:`trainer.data.task_input.shared_encoders`."""
     paths = [one.path(config.data.path) for one in asked]
     first = {path: one.dataset for one, path in zip(asked[::-1], paths[::-1], strict=True)}
     return {one.task.name: first[path] for one, path in zip(asked, paths, strict=True) if paths.count(path) > 1}

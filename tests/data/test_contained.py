@@ -10,7 +10,8 @@ import pytest
 
 from trainer.data.preparation.prepare import prepare
 from trainer.data.readers.raw import ReaderError
-from trainer.data.unlabelled.inputs import TaskInput, open_input
+from trainer.data.task_input import TaskInput
+from trainer.data.unlabelled.inputs import open_input
 from trainer.tasks import get_task
 
 LINKS = ("out", "deep")

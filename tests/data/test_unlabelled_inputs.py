@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.unlabelled.inputs import TaskInput, open_input
+from trainer.data.task_input import TaskInput
+from trainer.data.unlabelled.inputs import open_input
 from trainer.tasks import get_task
 
 LINES = [{"id": "a", "text": "今天我真的很高兴"}, {"id": "b", "text": "别走，等等我"}]

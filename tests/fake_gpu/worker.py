@@ -259,7 +259,9 @@ def large(folder: Path) -> dict[str, Any]:
         checkpointing = config.model.backbone.gradient_checkpointing
         backbone = Qwen2Config(**QWEN2_7B)
         model = build_fake_model(config, backbone, {name: widths}, dtype_of(config), checkpointing=checkpointing)
-    parts = RunComponents({name: shape.task}, {name: {"train": samples}}, {name: collate}, {}, model)  # type: ignore[dict-item]
+    parts = RunComponents(
+        tasks={name: shape.task}, data={name: {"train": samples}}, collators={name: collate}, tries={}, model=model
+    )  # type: ignore[dict-item]
     return train(parts, config)
 
 

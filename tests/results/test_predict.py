@@ -29,7 +29,8 @@ from trainer.data.dataset import open_dataset
 from trainer.data.preparation.prepare import prepare_source
 from trainer.data.readers.raw import ReaderError
 from trainer.data.readers.source import open_source
-from trainer.data.unlabelled.inputs import LONGEST, PredictError, TaskInput, check_places, open_input
+from trainer.data.task_input import TaskInput
+from trainer.data.unlabelled.inputs import LONGEST, PredictError, check_places, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.distributed.world import World
 from trainer.results import predict as module

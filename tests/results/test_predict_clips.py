@@ -112,7 +112,7 @@ def test_the_recipe_is_kept_everywhere(place: Path, opened: SavedRun) -> None:
     assert json.loads((place / "data-clips" / "recipe.json").read_text()) == recipe
     assert json.loads((place / "data" / "record.json").read_text())["recipe"] == recipe
     assert json.loads((place / "run" / "run.json").read_text())["recipe"] == {"tones": recipe}
-    assert opened.recipes == {"tones": recipe}
+    assert {name: one.recipe for name, one in opened.parts.inputs.items()} == {"tones": recipe}
     shown = CliRunner().invoke(app, ["data", "show", f"{place}/data"], catch_exceptions=False)
     assert recipe["hash"][:16] in shown.output
     summary = summary_json(open_dataset(place / "data").record)

@@ -19,13 +19,12 @@ from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
 from trainer.data.preparation.folder import exit_on_termination
 from trainer.data.unlabelled.clips import ClipSettings
-from trainer.data.unlabelled.inputs import PredictError, TaskInput, askable, open_input
+from trainer.data.unlabelled.inputs import PredictError, askable, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
-from trainer.run.assemble import shared_encoders
 from trainer.run.evaluate import Scorer
 from trainer.run.lengths import Use, measure
-from trainer.run.saved import SavedRun
+from trainer.run.model_parts import OpenedModel
 
 CHUNK_SAMPLES = 512  # that are sorted by length together
 CHUNK_BYTES = 256 << 20  # of features in a chunk
@@ -58,7 +57,7 @@ class Tally:
 
 @torch.no_grad()
 def predict(
-    run: SavedRun,
+    run: OpenedModel,
     sources: Sequence[Path] | BinaryIO,
     out: Path | int,
     options: Options,
@@ -117,9 +116,9 @@ def predict(
     return total
 
 
-def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options, folder: Path) -> UnlabelledReader:
+def _reader(run: OpenedModel, sources: Sequence[Path] | BinaryIO, options: Options, folder: Path) -> UnlabelledReader:
     history = run.config.data.history
-    tasks = _task_inputs(run)
+    tasks = run.parts.inputs
     given = open_input(
         sources,
         tasks,
@@ -134,26 +133,9 @@ def _reader(run: SavedRun, sources: Sequence[Path] | BinaryIO, options: Options,
     return UnlabelledReader(given, tasks, task=options.task, history=history)
 
 
-def _task_inputs(run: SavedRun) -> dict[str, TaskInput]:
-    data, together = run.parts.data, shared_encoders(run.parts.data)
-    return {
-        name: TaskInput(
-            task,
-            data[name].widths,
-            data[name].rates,
-            data[name].zero_frames,
-            together.get(name),
-            data[name].max_rate,
-            data[name].source_rates,
-            run.recipes.get(name),
-        )
-        for name, task in run.parts.tasks.items()
-    }
-
-
-def _check_options(run: SavedRun, options: Options) -> None:
+def _check_options(run: OpenedModel, options: Options) -> None:
     faults = []
-    known = askable(_task_inputs(run))
+    known = askable(run.parts.inputs)
     if options.task is not None and options.task not in known:
         faults.append(f"--task {options.task} is none of the run's tasks: {', '.join(known)}")
     if options.probabilities and run.config.eval.mode == "generate":
@@ -183,7 +165,7 @@ def _chunks(samples: Iterable[CheckedSample], most: int) -> Iterator[list[Checke
 class _Lengths:
     """Leaves out samples that are longer than the model's positions, and counts those whose texts are cut; on rank 0."""
 
-    def __init__(self, run: SavedRun) -> None:
+    def __init__(self, run: OpenedModel) -> None:
         self._run, self._cut, self._texts, self._longest, self._beyond = run, 0, 0, 0, 0
 
     def checked(self, chunk: list[CheckedSample]) -> list[CheckedSample]:
@@ -243,7 +225,7 @@ def _bytes(sample: Sample | None) -> int:
 
 
 def _answered(
-    run: SavedRun, scorers: dict[str, Scorer], chunk: Sequence[CheckedSample]
+    run: OpenedModel, scorers: dict[str, Scorer], chunk: Sequence[CheckedSample]
 ) -> list[tuple[CheckedSample, str, SampleAnswer]]:
     """The good samples of a chunk, the tasks asked of them and the answers, in order, on rank 0; batches are those of an
     evaluation of these samples."""
@@ -267,7 +249,7 @@ def _length(sample: Sample) -> int:
     return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
 
 
-def _line(run: SavedRun, checked: CheckedSample, name: str, answer: SampleAnswer, options: Options) -> Row:
+def _line(run: OpenedModel, checked: CheckedSample, name: str, answer: SampleAnswer, options: Options) -> Row:
     assert checked.sample is not None
     line: Row = {"id": checked.sample.id, "task": name}
     line |= {"prediction": answer.prediction, "valid": answer.valid, "answer": answer.answer}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,46 +11,34 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.answer_tree import AnswerTree
-from trainer.answers.tree import AnswerError, task_tree
 from trainer.batch import AnswerTrie
-from trainer.config import FusionConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.data.collate import Collator, prompt_language, prompt_texts
 from trainer.data.dataset import PreparedDataset, SplitView, open_dataset
 from trainer.data.folds import FoldRecord, fold_choice
 from trainer.data.imbalance import answer_indices, class_weights
 from trainer.data.objective import Objective
-from trainer.distributed.deepspeed_config import deepspeed_config, zero_stage
+from trainer.data.task_input import TaskInput, task_inputs
 from trainer.distributed.world import World
-from trainer.kernels.gate import resolve_kernel
 from trainer.metric_table import FAMILIES
 from trainer.models.backbone.adapter import check_targets
-from trainer.models.backbone.causal_lm import build_backbone, build_tiny, load_tokenizer
-from trainer.models.backbone.positions import PositionLimit, position_limit, skeleton
-from trainer.models.build import build_model
-from trainer.models.egmf import EGMF
-from trainer.models.fusion.selection import expert_classes, fitting_experts, kept_modalities
+from trainer.models.backbone.causal_lm import build_tiny, load_tokenizer
+from trainer.models.backbone.positions import position_limit, skeleton
 from trainer.questions import RunTask, find_run_tasks, tasks_of_run
 from trainer.run.lengths import SplitLengths, check_positions, log_lines, measure_splits, splits_of_run
+from trainer.run.model_parts import BACKBONE, ModelParts, check_fusion, make_collators, make_model
 from trainer.tasks import Task, select_by
 from trainer.text import Joining, Pieces
 
 log = logging.getLogger(__name__)
 
-BACKBONE = "backbone"  # the offline backbone's folder in the run folder
 
+@dataclass(kw_only=True)
+class RunComponents(ModelParts):
+    """What a run is made of; `lengths` are those of the splits that a training reads."""
 
-@dataclass
-class RunComponents:
-    """What a run is made of."""
-
-    tasks: dict[str, Task]
     data: dict[str, PreparedDataset]
-    collators: dict[str, Collator]
-    tries: dict[str, AnswerTrie]
-    model: EGMF
-    joining: Joining = "running"
-    limit: PositionLimit | None = None  # of the backbone
-    lengths: list[SplitLengths] = field(default_factory=list)  # of the splits that a training reads
+    lengths: list[SplitLengths] = field(default_factory=list)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -145,12 +133,6 @@ def _unfit(one: RunTask, path: str, opened: PreparedDataset) -> list[str]:
     ]
 
 
-def shared_encoders(data: Mapping[str, PreparedDataset]) -> dict[str, str]:
-    """Task -> the name of its encoders, of tasks that ask about the samples of one dataset: that of the dataset."""
-    places = [opened.path for opened in data.values()]
-    return {name: opened.name for name, opened in data.items() if places.count(opened.path) > 1}
-
-
 def _one_class_settings(config: RunConfig, tasks: Mapping[str, Task]) -> list[str]:
     """Settings that need one answer a sample, of a run with tasks whose samples have several labels."""
     several = [name for name, task in tasks.items() if task.kind == "multilabel"]
@@ -205,15 +187,15 @@ def assemble(
             same, samples longer than the model's positions, layers for LoRA that there are not) is refused before weights are read.
     """
     tasks, data = open_data(config, saved=saved)
-    widths = {name: opened.widths for name, opened in data.items()}
-    _check_fusion(config.model.fusion, widths, world)
+    inputs = task_inputs(tasks, data)
+    check_fusion(config.model.fusion, {name: one.widths for name, one in inputs.items()}, world)
     folder = out / BACKBONE
     if config.model.backbone.name == "tiny":
         with world.on_rank_zero() as first:
             if first and not folder.exists():
                 build_tiny(config.model.backbone.tiny, tiny_texts(config, tasks, data), folder)
     tokenizer = load_tokenizer(config.model.backbone, folder)
-    collators, tries = make_collators(config, tasks, data, tokenizer, joining)
+    collators, tries = make_run_collators(config, inputs, data, tokenizer, joining)
     if joining == "apart" and Pieces(tokenizer).marked and world.is_rank_zero:
         log.warning(
             "an earlier version began this run, and tokenised the pieces of its prompts apart, each with this tokenizer's mark of a text's "
@@ -228,91 +210,37 @@ def assemble(
     if world.is_rank_zero:
         for warning in [*warnings, *log_lines(lengths, config)]:
             log.warning("%s", warning)
-    torch.manual_seed(config.train.seed)
-    zero3 = deepspeed_config(config) if partition and zero_stage(config) == 3 else None
-    backbone = build_backbone(
-        config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3, ranks=world
-    )
-    answers = {name: len(task.answers(config.data.answers)) for name, task in tasks.items()}
     statistics = {name: opened.standardisation for name, opened in data.items()}
-    paired = [name for name, task in tasks.items() if task.kind == "multilabel"]
-    model = build_model(
-        config.model.fusion,
-        backbone,
-        widths,
-        answers,
-        dtype,
-        world.device,
-        world,
-        statistics,
-        paired,
-        shared_encoders(data),
+    model = make_model(config, inputs, folder, world, dtype, partition=partition, statistics=statistics)
+    return RunComponents(
+        tasks=tasks,
+        data=data,
+        collators=collators,
+        tries=tries,
+        model=model,
+        inputs=inputs,
+        joining=joining,
+        limit=limit,
+        lengths=lengths,
     )
-    if model.fusion is not None and config.model.fusion.compile:
-        if world.device.type == "cpu":
-            log.warning(
-                "model.fusion.compile=true: on a CPU this takes minutes at the first step, and longer than it saves"
-            )
-        model.fusion.compile(dynamic=True)
-    return RunComponents(tasks, data, collators, tries, model, joining, limit, lengths)
 
 
-def make_collators(
+def make_run_collators(
     config: RunConfig,
-    tasks: Mapping[str, Task],
+    inputs: Mapping[str, TaskInput],
     data: Mapping[str, PreparedDataset],
     tokenizer: PreTrainedTokenizerBase,
     joining: Joining = "running",
 ) -> tuple[dict[str, Collator], dict[str, AnswerTrie]]:
-    """Each task's collator, and what its samples carry of the tree of answers to be scored.
-
-    Raises:
-        ValueError: every task with answers that the tokenizer cannot tell apart.
-    """
-    collators, tries, faults = {}, {}, []
-    for name, task in tasks.items():
-        try:
-            tree = task_tree(task, tokenizer, config.data.answers, prompt_language(task, config.data), joining)
-        except AnswerError as error:
-            faults.append(f"task {name}: {error}")
-            continue
-        tries[name] = tree.trie(config.eval.score)
-        collators[name] = Collator(
-            task,
-            tokenizer,
-            config.data,
-            widths=data[name].widths,
-            rates=data[name].rates,
-            pseudo_tokens=config.model.fusion.pseudo_tokens,
-            modalities=config.model.fusion.modalities,
-            seed=config.train.seed,
-            objective=make_objective(config, task, tree, data[name]["train"]),
-            joining=joining,
-            dataset=data[name].path,
-        )
-        if config.eval.mode == "generate" and (changed := _changed_answers(collators[name], tree.answers)):
-            faults.append(
-                f"task {name}: the tokenizer does not give {changed} back as written, so that generated answers would never be these: set "
-                "eval.mode=score, or rename the labels"
-            )
-    if faults:
-        raise AnswerError("\n".join(faults))
-    return collators, tries
-
-
-def _changed_answers(collate: Collator, answers: Sequence[str]) -> str:
-    """The answers that are others when their tokens are decoded (in lower case, with spaces), and what they are then; "" for none."""
-    decoded = [str(collate.tokenizer.decode(row[:-1], clean_up_tokenization_spaces=False)) for row in collate.answers]
-    changed = [f"{a!r} ({b!r})" for a, b in zip(answers, decoded, strict=True) if a != b.strip()]
-    return ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-
-
-def _check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]], world: World) -> None:
-    """Refuse, before the backbone loads, experts that are not there and a gate's kernel that cannot run."""
-    if config.pseudo_tokens:
-        modalities = kept_modalities(config, widths)
-        experts = fitting_experts(expert_classes(config), modalities)
-        resolve_kernel(config.gate.kernel, world.device.type, config.width, len(experts) * len(modalities))
+    """As :func:`trainer.run.model_parts.make_collators`, with the training loss of every task."""
+    return make_collators(
+        config,
+        inputs,
+        tokenizer,
+        joining,
+        objective=lambda task, tree: make_objective(config, task, tree, data[task.name]["train"]),
+        datasets={name: opened.path for name, opened in data.items()},
+    )
 
 
 def make_objective(config: RunConfig, task: Task, tree: AnswerTree, samples: SplitView) -> Objective:

@@ -29,6 +29,7 @@ from trainer.models.generation import generate
 from trainer.models.trie_scores import logits_in_free_memory
 from trainer.run.assemble import RunComponents
 from trainer.run.lengths import GENERATED_BEYOND
+from trainer.run.model_parts import ModelParts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +116,7 @@ class Scorer:
     def __init__(
         self,
         forward: Callable[..., Any],
-        parts: RunComponents,
+        parts: ModelParts,
         config: RunConfig,
         name: str,
         world: World,

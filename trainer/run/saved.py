@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,13 @@ from trainer.answers.scores import SplitScores
 from trainer.checkpoint.state import is_other_base, read_state
 from trainer.checkpoint.store import Checkpoints
 from trainer.checkpoint.weights import CheckpointError, load_weights
-from trainer.config import RunConfig
 from trainer.data.folds import fold_choice
 from trainer.distributed.deepspeed_config import dtype_of, zero_stage
 from trainer.distributed.world import World
-from trainer.features.recipe_record import RecipeRecord
 from trainer.run.assemble import RunComponents, assemble
 from trainer.run.evaluate import Change, evaluate
 from trainer.run.lengths import check_positions, log_lines, measure_splits
+from trainer.run.model_parts import OpenedModel
 from trainer.run.recipes import check_recipes, saved_recipes
 from trainer.saved_config import saved_config
 from trainer.trust import check_trust
@@ -31,15 +30,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class SavedRun:
-    """A run whose weights are loaded. `forward` is the model, or its ZeRO-3 engine where the config and world ask it."""
+class SavedRun(OpenedModel):
+    """A run whose chosen weights are loaded."""
 
-    config: RunConfig
     parts: RunComponents
-    world: World
     checkpoint: Path
-    forward: Callable[..., Any]
-    recipes: Mapping[str, RecipeRecord] = field(default_factory=dict)  # task -> by what its features were extracted
     _checked: set[str] = field(default_factory=set)  # splits whose lengths were looked at
 
     def evaluate(
@@ -103,6 +98,7 @@ def open_run(
     parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True, joining=state.joining)
     recipes = saved_recipes(run)
     check_recipes(recipes, parts.data, f"the run {run}", warn=world.is_rank_zero)
+    parts.inputs = {name: replace(one, recipe=recipes.get(name)) for name, one in parts.inputs.items()}
     if is_other_base(state, parts.model.backbone.fingerprints, chosen):
         raise CheckpointError(
             f"{chosen} was trained on another frozen backbone (hash {state.base}, here {parts.model.backbone.fingerprint}): "
@@ -116,4 +112,4 @@ def open_run(
         engine = build_inference_engine(parts.model, config)
         engine.eval()  # gives nothing back, unlike a module's
         forward = engine
-    return SavedRun(config, parts, world, chosen, forward, recipes)
+    return SavedRun(config, parts, world, forward, chosen)

@@ -19,7 +19,8 @@ from trainer.data.preparation.faults import DataError
 from trainer.data.preparation.frames import FeatureSequence
 from trainer.data.preparation.prepare import prepare, prepare_source
 from trainer.data.preparation.resampling import resample, stated_rates
-from trainer.data.unlabelled.inputs import TaskInput, open_input
+from trainer.data.task_input import TaskInput
+from trainer.data.unlabelled.inputs import open_input
 from trainer.data.unlabelled.reader import UnlabelledReader
 from trainer.run.assemble import open_data
 from trainer.tasks import get_task

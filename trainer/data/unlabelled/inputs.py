@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from trainer.data.preparation.columns import STREAMS
-from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.preparation.resampling import resampled_rate
 from trainer.data.readers.jsonl import JsonlReader, plain_sample
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Source, split_of
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
 from trainer.data.readers.source import open_source
+from trainer.data.task_input import TaskInput
 from trainer.data.unlabelled.clips import (
     ClipExtraction,
     ClipSettings,
@@ -46,23 +46,6 @@ _LIKE_CLIP = 0.74  # of difflib: `cilp` is a misspelt `clip`, `clip_id` is none
 
 class PredictError(ValueError):
     """A request that cannot be answered, or an output that cannot be written."""
-
-
-@dataclass(frozen=True)
-class TaskInput:
-    """What a model reads of one of its tasks: `widths` (features a frame, 0: none) and `rates` (frames a second, None:
-    unknown) are those of the data it was trained with, and `zero_frames` is how these were prepared. `dataset` is the name of
-    that data, where the model answers several questions about the same samples. `max_rate`: the data were resampled to it from
-    streams of `source_rates`, which samples are taken to have where they say nothing. `recipe`: by what the features were extracted."""
-
-    task: Task
-    widths: Mapping[str, int]
-    rates: Mapping[str, float | None]
-    zero_frames: ZeroFrames = "mask"
-    dataset: str | None = None
-    max_rate: float | None = None
-    source_rates: Mapping[str, float | None] = field(default_factory=dict)
-    recipe: RecipeRecord | None = None
 
 
 def askable(tasks: Mapping[str, TaskInput]) -> dict[str, tuple[str, ...]]:

@@ -15,8 +15,9 @@ from trainer.data.preparation.columns import STREAMS
 from trainer.data.preparation.faults import DataError, Fault
 from trainer.data.preparation.resampling import Resampling
 from trainer.data.preparation.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
+from trainer.data.task_input import TaskInput
 from trainer.data.unlabelled.history import SeenSamples
-from trainer.data.unlabelled.inputs import SampleInput, TaskInput, UncheckedSample, askable, rate_faults, usual
+from trainer.data.unlabelled.inputs import SampleInput, UncheckedSample, askable, rate_faults, usual
 from trainer.questions import Questions
 
 
