@@ -182,7 +182,10 @@ def _step(weights: Weights, setting: Setting) -> int:
 
 
 def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
-    """Bytes that one rank sends in an optimizer step, by what they are; rings, so (N-1)/N of a tensor per pass over it."""
+    """Bytes that one rank sends in an optimizer step, by what they are; rings, so (N-1)/N of a tensor per pass over it.
+
+    Gradients travel in the dtype of training, also where they are accumulated in float32 (stage 1 in bf16).
+    """
     W, b, N = weights.trainable, setting.size, setting.ranks
     if N == 1:
         return {}
@@ -193,7 +196,7 @@ def wire_bytes(weights: Weights, setting: Setting) -> dict[str, int]:
     if setting.stage == 0:
         return {"gradients": ring(2 * b * W)}
     if setting.stage == 1:
-        return {"gradients": ring(2 * setting.gradient_size * W), "weights": ring(b * W)}
+        return {"gradients": ring(2 * b * W), "weights": ring(b * W)}
     if setting.stage == 2:
         return {"gradients": ring(2 * b * W * setting.micro_steps), "weights": ring(b * W)}
     whole = weights.gathered_bytes - weights.persistent_bytes

@@ -196,6 +196,7 @@ def test_memory_by_hand(tmp_path):
     ring = 7 / 8
     sent = {z: sum(wire_bytes(model.weights, setting(z, 8)).values()) for z in range(4)}
     assert sent[0] == pytest.approx(2 * 2 * W * ring)
+    assert sent[1] == pytest.approx(3 * 2 * W * ring)  # in bf16, although gradients accumulate in fp32
     assert sent[2] == pytest.approx(3 * 2 * W * ring)
     assert sent[3] == pytest.approx(2 * 2 * W * ring, rel=0.01)  # 0.5B stay from the forward pass to the backward pass
     forgets = setting(3, 8, zero={"stage3_max_reuse_distance": 0})
