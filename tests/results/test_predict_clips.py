@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -12,23 +13,28 @@ import numpy as np
 import pytest
 import torch
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from tests.distributed.processes import ROOT, egmf
 from tests.features.clips import SMALL, contents, make_clip, make_wav, read_lines, write_lines
 from trainer.cli import app
 from trainer.data.dataset import open_dataset
+from trainer.data.preparation.faults import DataError
+from trainer.data.preparation.manifest_labels import check_labels
 from trainer.data.preparation.summary import summary_json
 from trainer.data.unlabelled.clips import ClipsError, ClipSettings
 from trainer.data.unlabelled.inputs import PredictError
 from trainer.distributed.world import World
 from trainer.features.extract import extract
 from trainer.features.identity import Identity
+from trainer.features.manifest import read_manifest
 from trainer.features.recipe import read_recipe
 from trainer.features.recipe_record import RecipeRecord, record_of
 from trainer.results.predict import Options, Tally, predict
 from trainer.run.recipes import RecipeError
 from trainer.run.saved import SavedRun, open_run
+from trainer.tasks import define_task
 
 WORLD = World(0, 1, torch.device("cpu"))
 TASK = "name: tones\nkind: classification\nlabels: [low, high]\nlanguage: en\n"
@@ -168,6 +174,50 @@ def test_a_time_limit_is_more_than_nothing() -> None:
 def test_a_split_of_clips(place: Path, opened: SavedRun, tmp_path: Path) -> None:
     _, found, _ = answers(opened, place / "all.jsonl", tmp_path / "out.jsonl", Options(split="test"))
     assert [json.loads(line)["id"] for line in found.decode().splitlines()] == [f"c{k}" for k in range(14, 18)]
+
+
+def test_a_table_of_clips_is_answered_as_its_lines(place: Path, opened: SavedRun, tmp_path: Path) -> None:
+    rows = unlabelled(place)[:5]
+    rows[2]["text"] = 'two\nlines, "quoted"'
+    _, expected, _ = answers(opened, write_lines(place / "lines.jsonl", rows), tmp_path / "lines.jsonl")
+    with (place / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ["id", "clip", "text", "dialogue", "turn"], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+        table.writerow({"id": "gone", "clip": "gone.mp4"})
+    tally, found, told = answers(opened, place / "table.csv", tmp_path / "table.jsonl")
+    assert tally == Tally(answered=5, bad=1)
+    assert found == expected
+    assert told[-1] == f"line 8: left out: clip {place}/gone.mp4 does not exist"  # the third row has two lines
+    (place / "table.csv").write_text("id,clip,turn\na,0.mp4,first\nb,1.mp4,x\n")
+    with pytest.raises(PredictError, match="has 2 faults:\n  line 2: turn: 'first' is not a whole number"):
+        answers(opened, place / "table.csv", tmp_path / "table.jsonl")
+
+
+def test_labels_are_checked_before_a_clip_is_read(place: Path, tmp_path: Path) -> None:
+    rows = read_lines(place / "all.jsonl")
+    rows[1]["label"], rows[12]["label"], rows[13]["label"] = "hihg", "lwo", None
+    manifest = write_lines(place / "wrong.jsonl", rows)
+    words = [
+        "prepare",
+        "tones",
+        "--task",
+        f"{place}/tones.yaml",
+        "--clips",
+        str(manifest),
+        "--recipe",
+        f"{place}/small.yaml",
+    ]
+    made = egmf(*words, "--out", f"{tmp_path}/data")
+    assert made.returncode == 1
+    assert f"{manifest} has labels that cannot be used; no clip was read:" in made.stderr
+    assert "unknown label: 2 (train 1, valid 1)" in made.stderr
+    assert "no label: 1 (valid 1)" in made.stderr
+    assert list(tmp_path.iterdir()) == []
+    definition, read = define_task(yaml.safe_load(TASK)), read_manifest(manifest)
+    check_labels(definition, read, "all")
+    with pytest.raises(DataError, match=r"unknown label: 1 \(valid 1\)"):
+        check_labels(definition, read, "train")
 
 
 def test_the_command(place: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer.commands.arity import command_class
-from trainer.commands.extract import DEFAULT_CLIPS, ClipOptions, run_extraction, tell
+from trainer.commands.extract import DEFAULT_CLIPS, ClipOptions, noted_manifest, run_extraction, tell
 from trainer.commands.options import Contained, Json, Plugins, option_groups
 from trainer.commands.output import print_json, print_metrics, progress_bar, say, wide
 
@@ -139,7 +139,7 @@ def prepare(
         _check_clips(name, source, clips, asked, zero_frames)
         options["zero_frames"] = zero_frames
         check_arguments(task, out, **options)
-        source, left_out = _extracted(source, clips, asked, out, workers, force)
+        source, left_out = _extracted(source, clips, asked, out, workers, force, task, drop_bad)
         with _splits_bar() as progress:
             summary = prepare_files(
                 task, source, out, plugins=plugin or (), fold_column=fold_column, contained=contained, progress=progress,
@@ -216,7 +216,14 @@ def _check_clips(name: str, source: list[Path] | None, clips: ClipSource, asked:
 
 
 def _extracted(
-    source: list[Path] | None, clips: ClipSource, asked: ClipOptions, out: Path, workers: int, force: bool
+    source: list[Path] | None,
+    clips: ClipSource,
+    asked: ClipOptions,
+    out: Path,
+    workers: int,
+    force: bool,
+    task: Definition,
+    drop_bad: str,
 ) -> tuple[list[Path], int]:
     """The source to be prepared, extracted first where clips are given; and how many clips were left out."""
     if clips.clips is None or clips.recipe is None:
@@ -224,7 +231,11 @@ def _extracted(
     arrays = clips.arrays or out.with_name(f"{out.name}-clips")
     if arrays.resolve() == out.resolve():
         raise ValueError("--arrays is the folder of the dataset itself: choose another")
-    found = run_extraction(clips.clips, clips.recipe, arrays, workers, asked, force=force)
+    from trainer.data.preparation.manifest_labels import check_labels
+
+    manifest = noted_manifest(clips.clips)
+    check_labels(task, manifest, drop_bad)
+    found = run_extraction(manifest, clips.recipe, arrays, workers, asked, force=force)
     tell(found)
     return [arrays / SAMPLES], len(found.report["left_out"])
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trainer.features.extract import Extraction, Report
+    from trainer.features.manifest import Manifest
 
 app = typer.Typer()
 SECONDS = 600.0  # trainer.features.extract.TIME_LIMIT, which `egmf --help` does not import
@@ -62,7 +63,8 @@ def extract(
 
     A clip that cannot be read is left out and told; the exit code is then 1. The same command continues after an interruption.
     """
-    found = run_extraction(manifest, recipe, out, workers, clips, shard=_shard(shard), force=force)
+    part = _shard(shard)
+    found = run_extraction(noted_manifest(manifest), recipe, out, workers, clips, shard=part, force=force)
     if as_json:
         print_json({**found.report, "complete": found.complete, "extracted": found.extracted, "out": str(found.out)})
     else:
@@ -71,8 +73,22 @@ def extract(
     return 1 if found.report["left_out"] else 0
 
 
+def noted_manifest(path: Path) -> Manifest:
+    """A manifest; what the user should see of it is said.
+
+    Raises:
+        ManifestError: every fault, with its line.
+    """
+    from trainer.features.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    for note in manifest.notes:
+        say(f"note: {note}")
+    return manifest
+
+
 def run_extraction(
-    manifest: Path,
+    manifest: Manifest,
     recipe: str,
     out: Path,
     workers: int,
@@ -83,16 +99,12 @@ def run_extraction(
 ) -> Extraction:
     """See :func:`trainer.features.extract.extract`; with a progress bar."""
     from trainer.features.extract import extract as extract_clips
-    from trainer.features.manifest import read_manifest
     from trainer.features.recipe import read_recipe
 
     read = read_recipe(recipe)
-    given = read_manifest(manifest)
-    for note in given.notes:
-        say(f"note: {note}")
     with _clips_bar() as progress:
         return extract_clips(
-            given,
+            manifest,
             read,
             out,
             workers=workers,

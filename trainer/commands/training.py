@@ -150,6 +150,10 @@ def predict(
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes that extract clips")] = 1,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(help="where an encoder of the recipe is on this machine (repeatable)", metavar="NAME=FOLDER"),
+    ] = None,
     clips: ClipOptions = DEFAULT_CLIPS,
     contained: Contained = False,
     plugin: Plugins = None,
@@ -167,6 +171,7 @@ def predict(
     saved_config(run, chosen)
     if "-" in source and len(source) > 1:
         raise PredictError("--input - is stdin, which is not read together with files")
+    encoders = dict(_named_folder(one) for one in encoder or ())
     if split not in (None, "train", "valid", "test"):
         raise PredictError(f"--split is train, valid or test, not {split!r}")
     places = [Path(name) for name in source if name != "-"]
@@ -179,7 +184,7 @@ def predict(
         from trainer.run.saved import open_run
         from trainer.terminal import literal_console
 
-        settings = ClipSettings(workers, clips.device, clips.time_limit)
+        settings = ClipSettings(workers, clips.device, clips.time_limit, encoders)
         console = literal_console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
         opened = open_run(run, world, chosen, agreed=trust_code)
@@ -198,6 +203,14 @@ def predict(
         return 1 if tally.bad else 0
 
     return run_as_rank(work, debug, trains=False)
+
+
+def _named_folder(given: str) -> tuple[str, str]:
+    """The parts of NAME=FOLDER."""
+    name, _, folder = given.partition("=")
+    if not (name and folder):
+        raise ValueError(f"--encoder is NAME=FOLDER, the name as the recipe has it, not {given!r}")
+    return name, folder
 
 
 @app.command()

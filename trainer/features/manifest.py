@@ -28,6 +28,7 @@ SUFFIXES = (".jsonl", ".csv")
 CLIP_KEYS = ("clip", "start", "end")
 WRITTEN = ("audio", "video", "audio_length", "video_length", "rate")  # by the extraction itself
 _LONGEST = 1e6  # seconds
+_LONGEST_HEADER = 1 << 16  # bytes
 _LONGEST_NAME = 1000  # characters of a path in a message
 _NEAR = 0.7  # of difflib: how alike a key and a known one are where it is taken for a misspelt one
 
@@ -123,6 +124,31 @@ def read_manifest(path: Path, language: str = "en") -> Manifest:
         f"{path.name}: {key!r} of {n} row(s) is no key of own data: passed on" for key, n in unknown.most_common(20)
     ]
     return Manifest(path, rows, notes)
+
+
+def is_table_of_clips(path: Path) -> bool:
+    """Whether a file is a CSV with a column `clip`."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        header = file.readline(_LONGEST_HEADER).lstrip(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
+    return "clip" in [name.strip() for name in next(csv.reader([header]), [])]
+
+
+def table_as_lines(path: Path, language: str = "en") -> bytes:
+    """The rows of a CSV as JSON lines; each stands in the line in which it ends in the CSV, other lines are empty.
+
+    Raises:
+        ManifestError: every row that is none, with its line.
+    """
+    faults: list[str] = []
+    lines: list[str] = []
+    for number, values in _csv_rows(_read(path, language), faults):
+        lines += [""] * (number - 1 - len(lines))
+        lines.append(json.dumps(values, ensure_ascii=False))
+    if faults:
+        raise ManifestError(path, faults)
+    return "\n".join(lines).encode()
 
 
 def clip_of(line: ClipLine, folder: Path, faults: list[str], *, contained: bool = False) -> Clip | None:

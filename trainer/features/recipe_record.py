@@ -66,9 +66,26 @@ def recipe_beside(source: Path) -> RecipeRecord | None:
     return read_recipe_record((source if source.is_dir() else source.parent) / RECIPE)
 
 
-def recipe_in(record: RecipeRecord, where: str) -> Recipe:
-    """The recipe whose values a record has."""
-    return check_recipe(record["values"], where)
+def recipe_in(record: RecipeRecord, where: str, folders: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe whose values a record has.
+
+    Args:
+        folders: name of an encoder, as the recipe has it -> where its files are on this machine.
+
+    Raises:
+        ValueError: `folders` names an encoder that the recipe does not have.
+    """
+    values: dict[str, Any] = {
+        key: dict(one) if isinstance(one, Mapping) else one for key, one in record["values"].items()
+    }
+    named = [one for one in values.values() if isinstance(one, dict) and "name" in one]
+    if unknown := sorted(set(folders or ()) - {str(one["name"]) for one in named}):
+        known = ", ".join(str(one["name"]) for one in named) or "none"
+        raise ValueError(f"{where} has no encoder {', '.join(unknown)}; it has {known}")
+    for section in named:
+        if (folder := (folders or {}).get(section["name"])) is not None:
+            section |= {"name": folder, "revision": None}
+    return check_recipe(values, where)
 
 
 def kinds_of(record: RecipeRecord) -> dict[str, str]:

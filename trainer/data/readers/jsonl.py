@@ -193,13 +193,16 @@ def _sample(
     line = Line.model_validate_json(data[start:stop].strip())
     prefix = path.stem if split in ("", ALL) else split
     name = f"{prefix}-{number:05d}" if line.id is None else str(line.id)
-    label = None if questions else _label(task, line)
-    sample = plain_sample(line, name, split, f"{path.name} line {number}", label)
-    if questions:
-        sample = replace(sample, answers={one.name: _answer(one, line)[1] for one in questions})
+    sample = labelled_sample(task, questions, line, name, split, f"{path.name} line {number}")
     if split == ALL:
         sample = replace(sample, fold=_fold(line, fold_column))
     return with_features(sample, path.parent, line)
+
+
+def labelled_sample(task: Task, questions: Sequence[Task], line: Line, name: str, split: str, where: str) -> RawSample:
+    """The sample `name` of a line with its label, or its answers to the `questions` where there are some; without its features."""
+    sample = plain_sample(line, name, split, where, None if questions else _label(task, line))
+    return replace(sample, answers={one.name: _answer(one, line)[1] for one in questions}) if questions else sample
 
 
 def _label(task: Task, line: Line) -> Label:

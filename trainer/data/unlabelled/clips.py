@@ -34,11 +34,15 @@ class ClipsError(ValueError):
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How clips are extracted: processes, device of the encoders, seconds for one clip; see :func:`trainer.features.extract.extract`."""
+    """How clips are extracted: processes, device of the encoders, seconds for one clip; see :func:`trainer.features.extract.extract`.
+
+    `encoders`: name of an encoder in the recipe -> the folder of its files, where that is another on this machine.
+    """
 
     workers: int = 1
     device: str = "auto"
     time_limit: float = 600.0
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.time_limit > 0:
@@ -135,7 +139,7 @@ class ClipExtraction:
         if saved["hash"] not in self._ready:
             from trainer.features.extractor import choose_device
 
-            recipe = recipe_in(saved, "the run's recipe")
+            recipe = recipe_in(saved, "the run's recipe", self.settings.encoders)
             if lines := differences_of(saved, record_of(recipe)):
                 raise ClipsError(described("this machine does not extract as the run's data were extracted", lines))
             self._ready[saved["hash"]] = _Prepared(recipe, choose_device(self.settings.device, recipe))

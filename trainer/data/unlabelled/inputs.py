@@ -32,7 +32,7 @@ from trainer.data.unlabelled.clips import (
     pending_clip,
 )
 from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
-from trainer.features.manifest import ClipLine, id_of
+from trainer.features.manifest import ClipLine, ManifestError, id_of, is_table_of_clips, table_as_lines
 from trainer.features.recipe_record import RecipeRecord, name_of
 from trainer.own_samples import ANSWERS, parse_line
 from trainer.tasks import Task
@@ -210,7 +210,10 @@ def _answer_keys(tasks: Mapping[str, TaskInput]) -> frozenset[str]:
 def _files(sources: Sequence[Path], readers: Sequence[Reader], task: Task) -> list[tuple[Path, Reader | None]]:
     files: list[tuple[Path, Reader | None]] = []
     for source in sources:
-        files += in_folder(task, source, readers)[0] if source.is_dir() else [(source, reader_of(source, readers))]
+        if source.is_dir():
+            files += in_folder(task, source, readers)[0]
+        else:
+            files.append((source, None if is_table_of_clips(source) else reader_of(source, readers)))
     return files
 
 
@@ -268,7 +271,13 @@ class JsonLinesInput:
         self._stack.close()
 
     def _opened(self, path: Path) -> BinaryIO:
-        """The file as UTF-8; where its encoding cannot be told, as it is, so that each line of it is refused by itself."""
+        """The file as UTF-8; where its encoding cannot be told, as it is, so that each line of it is refused by itself. A table of clips
+        as JSON lines."""
+        if is_table_of_clips(path):
+            try:
+                return io.BytesIO(table_as_lines(path, self._language))
+            except ManifestError as error:
+                raise PredictError(str(error)) from error
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 return path.open("rb")
