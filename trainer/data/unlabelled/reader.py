@@ -17,20 +17,22 @@ from trainer.data.preparation.resampling import Resampling
 from trainer.data.preparation.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
 from trainer.data.task_input import TaskInput
 from trainer.data.unlabelled.history import SeenSamples
-from trainer.data.unlabelled.inputs import SampleInput, UncheckedSample, askable, rate_faults, usual
+from trainer.data.unlabelled.inputs import askable, rate_faults, usual
+from trainer.data.unlabelled.lines import SampleInput, UncheckedSample
 from trainer.questions import Questions
 
 
 @dataclass
 class CheckedSample:
     """A sample that was read. `sample` is None where `faults` cost it; `notes` are repairs, and keys that are not used; `tasks`
-    are asked of it."""
+    are asked of it; `id` is "" where it has none that could be read."""
 
     where: str
     tasks: tuple[str, ...] = ()
     sample: Sample | None = None
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    id: str = ""
 
 
 class UnlabelledReader:
@@ -42,21 +44,29 @@ class UnlabelledReader:
         task: of samples that name none, or the dataset of several questions; may be None where there is only one.
         history: previous utterances of the dialogue that a sample gets. All samples of the input that can be read count,
             also later ones, and those whose features are faulty.
+        seen: what is remembered of samples before these; it is not closed.
     """
 
     def __init__(
-        self, given: SampleInput, tasks: Mapping[str, TaskInput], *, task: str | None = None, history: int = 0
+        self,
+        given: SampleInput,
+        tasks: Mapping[str, TaskInput],
+        *,
+        task: str | None = None,
+        history: int = 0,
+        seen: SeenSamples | None = None,
     ) -> None:
         self._given, self._tasks, self._history = given, tasks, history
         self._task = usual(tasks) if task is None else task
         self._askable = askable(tasks)
         self._checkers = {name: _checker(name, [tasks[one] for one in asked]) for name, asked in self._askable.items()}
         self._stack = contextlib.ExitStack()
+        self._before = seen
         self._seen: SeenSamples
 
     def __enter__(self) -> UnlabelledReader:
         with contextlib.ExitStack() as stack:
-            self._seen = stack.enter_context(contextlib.closing(SeenSamples()))
+            self._seen = self._before or stack.enter_context(contextlib.closing(SeenSamples()))
             stack.enter_context(self._given)
             self._stack = stack.pop_all()
         return self
@@ -98,6 +108,7 @@ class UnlabelledReader:
         out = CheckedSample(given.where, faults=list(given.faults), notes=list(given.notes))
         if given.raw is None:
             return out
+        out.id = given.raw.id.strip()
         out.tasks = self._askable.get(name or "", ())
         if name is None or not out.tasks:
             names = ", ".join(self._tasks)
@@ -105,7 +116,7 @@ class UnlabelledReader:
                 f"task {name!r} is none of the run's: {names}" if name else f"names no task, the run has {names}"
             )
             return out
-        expected, id = self._tasks[out.tasks[0]], given.raw.id.strip()
+        expected, id = self._tasks[out.tasks[0]], out.id
         for task in out.tasks if id else ():
             if (first := self._seen.first_place(task, id, given.where)) is not None:
                 out.faults.append(f"duplicate id ({id!r} is that of {first})")
