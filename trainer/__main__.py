@@ -14,10 +14,13 @@ def run() -> None:
     """
     code = 1  # of an exception that nobody catches
     atexit.register(lambda: _leave(code))  # what is registered first is called last, after all threads have ended
-    from trainer.cli import main
-
     try:
+        from trainer.cli import main
+
         main()
+    except KeyboardInterrupt:  # while modules are imported; later the commands answer to it
+        code = 130
+        raise SystemExit(code) from None
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise

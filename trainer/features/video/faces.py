@@ -12,8 +12,12 @@ bottom.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +177,20 @@ def _turn(eyes_22: np.ndarray) -> np.ndarray:
     return np.array([[cos, -sin], [sin, cos]])
 
 
+@contextlib.contextmanager
+def _native_output_closed() -> Iterator[None]:
+    """What libraries write to the descriptor of stderr inside the block is thrown away; exceptions are not."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class _Model:
     """A model in a file: [S, S, 3] in, its outputs out; on one thread, so that the numbers do not depend on the machine's load."""
 
@@ -181,8 +199,9 @@ class _Model:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise ValueError(f"{_MISSING}: {error}") from error
-        self._interpreter: Any = Interpreter(model_path=str(file), num_threads=1)
-        self._interpreter.allocate_tensors()
+        with _native_output_closed():  # it says on stderr that it works, once in every process
+            self._interpreter: Any = Interpreter(model_path=str(file), num_threads=1)
+            self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]
         self._outputs = [output["index"] for output in self._interpreter.get_output_details()]
         self.side = int(self._input["shape"][1])
