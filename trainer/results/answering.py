@@ -2,7 +2,7 @@
 
 `egmf predict` and :class:`trainer.Predictor` answer through it.
 
-Legend: K pseudo tokens, H hidden size of the backbone.
+Legend: K pseudo tokens, H hidden size of the backbone, L tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
+from trainer.models.layouts import PaddedLayout
 from trainer.run.evaluate import Scorer
 from trainer.run.lengths import Use, measure
 from trainer.run.model_parts import OpenedModel
@@ -113,6 +115,16 @@ class Answering:
         found = sorted(itertools.chain(*everyone), key=lambda one: one[:2])
         return [(i, names[number], answer) for i, number, answer in found]
 
+    @torch.no_grad()
+    def prompt(self, task: str, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Input embeddings [L, H] of a sample's prompt, with the pseudo tokens at their places, and its tokens [L]."""
+        collate, model = self.run.parts.collators[task], self.run.parts.model
+        with self._model, self._tokenizer:
+            layout = PaddedLayout(collate([sample], answers=False).to(self.run.world.device))
+            embeds_1LH, _ = model.embed(layout)
+            collate.forget_texts()
+        return embeds_1LH[0].cpu(), layout.token_ids[0].cpu()
+
     def probabilities(self, task: str, answer: SampleAnswer) -> dict[str, float] | None:
         """The probability of each of the task's answers, or of its labels; None for generated and invalid ones."""
         if answer.probabilities is None:
@@ -127,9 +139,8 @@ class Answering:
         fusion = self.run.parts.model.fusion
         if fusion is None or answer.gate_expert is None or answer.gate_modality is None:
             return None
-        modality = [dict(zip(fusion.modalities, _finite(weights), strict=True)) for weights in answer.gate_modality]
-        expert = dict(zip(fusion.experts_built, _finite(answer.gate_expert), strict=True))
-        return expert, dict(zip(fusion.experts_built, modality, strict=True))
+        modality = [_named(fusion.modalities, weights) for weights in answer.gate_modality]
+        return _named(fusion.experts_built, answer.gate_expert), dict(zip(fusion.experts_built, modality, strict=True))
 
 
 def chunks(samples: Iterable[AnyAsked], most: int | None = None) -> Iterator[list[AnyAsked]]:
@@ -164,6 +175,6 @@ def _length(sample: Sample) -> int:
     return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
 
 
-def _finite(values: Sequence[float]) -> list[float | None]:
+def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
     """JSON has no nan: what a diverged model gives is null."""
-    return [value if math.isfinite(value) else None for value in values]
+    return {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}
