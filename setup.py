@@ -83,6 +83,7 @@ setup(
             "silero-vad>=6.0",
         ],
         "opensmile": ["opensmile>=2.5"],  # for research only, by its licence
+        "gguf": ["gguf>=0.17"],  # egmf backbone of GGUF files
         "cuda": ["nvidia-ml-py>=12", "triton>=3.3,<3.10"],
         "flash": ["flash-attn>=2.7"],
         "dev": [

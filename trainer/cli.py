@@ -15,6 +15,7 @@ import typer
 
 from trainer import __version__
 from trainer.commands import (
+    backbone,
     baseline,
     compare,
     data,
@@ -44,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (
-    extract, data, training, sweep, reproduce, runs, baseline, compare, robustness, export, planning, doctor
+    extract, data, training, sweep, reproduce, runs, baseline, compare, robustness, export, backbone, planning, doctor
 ):  # fmt: skip
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")

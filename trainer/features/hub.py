@@ -6,9 +6,7 @@ with a model never runs.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,23 +138,6 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
         f"{name}{at} is not in the local cache of the hub ({constants.HF_HUB_CACHE}) and cannot be fetched ({first}): check the name; "
         f"where there is no network, run '{command}' on a machine that has one, or give a folder instead of the name"
     )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars, reports and warnings of transformers: many processes run at once, and what matters in a report is checked."""
-    from transformers.utils import logging
-
-    transformers_logging: Any = logging
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def pretrained_options(folder: Path) -> dict[str, Any]:

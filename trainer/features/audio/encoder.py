@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
+from trainer.features.hub import locate_model, pretrained_options
 from trainer.features.recipe import AudioEncoder
 from trainer.features.timeline import average_by_time, frame_count
 from trainer.features.types import Sound
+from trainer.transformers_logging import quiet_transformers
 
 CHUNK_SECONDS = 30
 CONTEXT_SECONDS = 2  # on each side of what a chunk gives

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
+from trainer.features.hub import locate_model, pretrained_options
 from trainer.features.recipe import Transcribed
 from trainer.features.types import Sound, Word
+from trainer.transformers_logging import quiet_transformers
 
 PIECE_SECONDS = 600
 UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})  # written without spaces: each character counts as a word

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.features.hub import locate_model, pretrained_options, quiet_transformers
+from trainer.features.hub import locate_model, pretrained_options
 from trainer.features.recipe import VideoEncoder
+from trainer.transformers_logging import quiet_transformers
 
 # Encoders of windows whose first token is a patch like the others, so that it says nothing of the whole.
 _WITHOUT_FIRST_TOKEN = ("videomae",)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from trainer.models.backbone.model_files import AGAIN
+from trainer.transformers_logging import quiet_transformers
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def faults_of_shapes(shape: PretrainedConfig, stored: Shapes, *, whole: bool, tr
     """
     stand_ins = {name: torch.empty(size, device="meta") for name, size in stored.items()}
     try:
-        with _silent():
+        with quiet_transformers(logging.CRITICAL):
             family: Any = family_of(shape, trust_remote_code)  # with loading info: a pair, which its type does not say
             _, info = family.from_pretrained(
                 None,
@@ -149,17 +148,3 @@ def _uneven_experts(stored: Shapes) -> list[str]:
             f"{len(other)} weights of experts have other sizes than those beside them: {some(other)}: {AGAIN}"
         )
     return faults
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the progress bar and the report of transformers: the report is made again, and once, where weights are read."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
