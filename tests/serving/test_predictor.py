@@ -189,18 +189,18 @@ def test_a_stream_has_answers_and_refusals_in_their_order(predictor: Predictor) 
 
 
 def test_memory_does_not_grow_with_a_stream(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.serving.predictor.CHUNK_SAMPLES", 64)
+    monkeypatch.setattr("trainer.serving.predictor.CHUNK_SAMPLES", 16)
 
     def peak(n: int) -> int:
-        rows = ({"id": f"{i:070d}", "text": f"number {i}", "task": "meld"} for i in range(n))
+        rows = ({"id": f"{i:070d}", "text": f"number {i:05d}", "task": "meld"} for i in range(n))
         tracemalloc.start()
         assert sum(isinstance(one, Prediction) for one in predictor.stream(rows)) == n
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
-    few = min(peak(128), peak(128))  # the first time, modules are loaded
-    assert peak(640) - few < 100_000
+    few = min(peak(64), peak(64))  # the first time, modules are loaded
+    assert peak(480) - few < 250_000  # the answers alone would be several times that
 
 
 def test_histories_are_those_of_the_dialogue(predictor: Predictor) -> None:
