@@ -21,7 +21,7 @@ from tests.toy import prepare_toy
 from trainer.data.preparation.prepare import prepare
 from trainer.questions import define
 from trainer.run.saved import open_run
-from trainer.serving.artefact.description import ArtefactError, Description, read_description
+from trainer.serving.artefact.description import ArtefactError, Description
 from trainer.serving.artefact.export import ExportOptions, export_run
 from trainer.serving.locate import open_model
 from trainer.tasks import get_task
