@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,17 @@ def test_the_card_is_read_by_hubs_and_has_the_runs_numbers(run: Path, artefact: 
     assert "seed 0" in card.text
     assert "independent implementation" in card.text
     assert "random weights" in (artefact / "LICENSE").read_text()
+
+
+def test_the_cards_examples_run(artefact: Path, tmp_path: Path) -> None:
+    """Its Python as it stands, with the path of the folder in it."""
+    text = (artefact / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    program = "\n".join(blocks).replace("PATH OF THIS FOLDER", str(artefact)).replace("PATH", str(artefact))
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Prediction(id='1', task='meld'" in done.stdout
 
 
 def test_intervals_are_percentiles_of_resampled_samples(run: Path, artefact: Path) -> None:
