@@ -156,6 +156,9 @@ def predict(
         list[str] | None,
         typer.Option(help="where an encoder of the recipe is on this machine (repeatable)", metavar="NAME=FOLDER"),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="where the backbone is now, if not where it was in training", metavar="PATH")
+    ] = None,
     clips: ClipOptions = DEFAULT_CLIPS,
     contained: Contained = False,
     plugin: Plugins = None,
@@ -170,6 +173,7 @@ def predict(
     from trainer.serving.check import check_source
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
+    chosen += [] if base is None else [f"model.backbone.name={base}"]
     check_source(run, chosen)
     if "-" in source and len(source) > 1:
         raise PredictError("--input - is stdin, which is not read together with files")

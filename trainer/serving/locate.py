@@ -10,6 +10,7 @@ from trainer.run.model_parts import OpenedModel
 from trainer.run.saved import open_run
 from trainer.serving.artefact.description import is_artefact
 from trainer.serving.artefact.opening import open_artefact
+from trainer.serving.check import check_place
 
 
 def open_model(
@@ -27,6 +28,7 @@ def open_model(
         ValueError: there is no such model, or it cannot be opened; the message says why and what to do.
     """
     folder = Path(source)
+    check_place(folder)
     if is_artefact(folder):
         return open_artefact(folder, world, overrides, trust_code)
     return open_run(folder, world, overrides, agreed=trust_code)

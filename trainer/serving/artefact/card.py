@@ -158,7 +158,7 @@ def _base(description: Description) -> str:
     if base.name == "tiny":
         return "the offline backbone of egmf-trainer: random weights and a tokenizer of the training texts, in `base/`"
     at = f" at revision `{base.revision}`" if base.revision else ""
-    if base.place == "folder":
+    if base.place == "folder" or Path(base.name).is_absolute():
         return f"the model in the folder `{Path(base.name).name}` of the machine that trained"
     return f"`{base.name}`{at}"
 
