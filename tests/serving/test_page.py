@@ -8,9 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.distributed.processes import egmf
 from tests.serving.conftest import ROOT
+from tests.toy import WIDTHS
+from trainer import Predictor
 
 PAGE = ROOT / "docs" / "python.md"
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
@@ -39,6 +43,31 @@ def test_the_page_does_what_it_says(run: Path, tmp_path: Path, monkeypatch: pyte
         "the data of the small run come from no recipe",
         "the small run asks one question of a sample",
     ]
+
+
+def test_transformers_score_as_the_page_on_engines_says(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that need no engine, on an exported folder; by their own words the scores are those of `eval.score=full`."""
+    monkeypatch.chdir(tmp_path)
+    done = egmf("export", str(run), "--out", str(tmp_path / "meld"), "--merge")
+    assert done.returncode == 0, done.stderr
+    np.save("a1.npy", np.random.default_rng(0).normal(size=(9, WIDTHS["audio"])))
+    blocks = [block["code"] for block in BLOCK.finditer((ROOT / "docs" / "engines.md").read_text(encoding="utf-8"))]
+    assert [("vllm" in block, "requests" in block) for block in blocks] == [(False, False)] * 2 + [
+        (True, False),
+        (False, True),
+    ]
+    names: dict[str, Any] = {"__name__": "__page__"}
+    for block in blocks[:2]:
+        exec(compile(block, "engines.md", "exec"), names)
+    for block in blocks[2:]:
+        compile(block, "engines.md", "exec")
+    full = Predictor.load(tmp_path / "meld", overrides=["eval.score=full"])
+    (answer,) = full.predict([{"text": "I told you so.", "audio": "a1.npy", "task": "meld"}])
+    scores = np.array([names["scores"][word] for word in answer.probabilities or {}])
+    expected = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    np.testing.assert_allclose(list((answer.probabilities or {}).values()), expected, atol=1e-5)
 
 
 def test_lines_are_not_long() -> None:

@@ -76,6 +76,14 @@ def test_none_gives_the_values_that_nf4_stands_for(run: Path, tmp_path: Path) ->
     assert np.abs(probabilities(half) - probabilities(trained)).max() < 0.05
 
 
+def test_an_exported_folder_changes_as_its_run_does(run: Path, tmp_path: Path) -> None:
+    done = egmf("export", str(run), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    for options in ({}, {"dtype": "bf16"}, {"quantization": "nf4"}):
+        exported, own = Predictor.load(tmp_path / "out", **options), Predictor.load(run, **options)
+        np.testing.assert_array_equal(probabilities(exported), probabilities(own))
+
+
 def test_what_cannot_be_is_refused(run: Path) -> None:
     for device, wanted in (("gpu", "device is auto, cpu, cuda or cuda:N, not 'gpu'"), ("cuda:7", "this machine has ")):
         with pytest.raises(ValueError, match=wanted):
