@@ -373,6 +373,24 @@ def test_an_artefact_is_replaced_whole_and_stays_where_the_new_one_fails(
     assert os.listdir(tmp_path) == ["out"]
 
 
+SMALL_DISK = """
+import resource, sys
+from trainer.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.argv = ["egmf", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("room", [2_000, 300_000])  # for a description or for an adapter, and no more
+def test_a_disk_that_takes_no_more_leaves_nothing(room: int, run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SMALL_DISK, str(room), "export", str(run), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "out cannot be written: File too large; nothing is left of it: make room" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

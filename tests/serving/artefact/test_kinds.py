@@ -122,15 +122,15 @@ def test_several_questions_about_the_same_samples(exported: Exported, tmp_path: 
 
 
 def test_several_labels_a_sample_by_a_yaml_file(exported: Exported, tmp_path: Path) -> None:
-    file = tmp_path / "topics.yaml"
-    file.write_text(
-        yaml.safe_dump(TOPICS | {"prompts": {"en": {"instruction": "Which of {answers}?", "cue": "They are:"}}})
-    )
+    file, labels = tmp_path / "topics.yaml", ["work", "<b>home *x*</b>"]
+    prompts = {"en": {"instruction": "Which of {answers}?", "cue": "They are:"}}
+    file.write_text(yaml.safe_dump(TOPICS | {"labels": labels, "prompts": prompts}))
     prepare_toy(str(file), tmp_path)
     run, out, described = exported(f"task={file}", data=f"data.path={tmp_path}/{{task}}")
     entry = described.tasks["topics"]
-    assert entry.answers == [" work: yes", " work: no", " home: yes", " home: no"]
-    assert entry.prompt.before.startswith("Which of work, home?")
+    assert entry.answers == [f" {label}: {says}" for label in labels for says in ("yes", "no")]
+    assert entry.prompt.before.startswith("Which of work, <b>home *x*</b>?")
+    assert r"(multilabel, en): work, &lt;b>home \*x\*&lt;/b>." in (out / "README.md").read_text()  # no markup
     asked = sample_lines(tmp_path / "topics", "topics", tmp_path)
     before = answers(open_run(run, WORLD), asked, tmp_path)
     file.unlink()
