@@ -1,0 +1,150 @@
+"""What the MLflow model takes and gives, as MLflow's signature says it; and tables to samples, predictions to tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from trainer.data.task_input import TaskInput
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+    from trainer.tasks import Task
+
+TEXTS = ("text", "task", "clip", "language")  # columns of text
+OTHERS = ("id", "audio", "video", "audio_length", "video_length", "rate", "speaker", "dialogue", "turn", "start", "end")
+COLUMNS = (
+    "id",
+    "text",
+    "task",
+    "audio",
+    "video",
+    *(c for c in (*TEXTS, *OTHERS) if c not in {"id", "text", "task", "audio", "video"}),
+)
+FILES = ("audio", "video", "clip")  # columns that may name a file
+WHOLE = (
+    "id",
+    "speaker",
+    "dialogue",
+    "turn",
+    "audio_length",
+    "video_length",
+)  # never fractions: pandas makes floats of gaps
+OUTPUT = ("id", "task", "prediction", "valid", "answer", "probabilities", "fault")
+TASK, FAULTY = "task", "faulty"  # parameters of a call
+REFUSE, REPORT = "refuse", "report"  # values of `faulty`
+EXAMPLE_FRAMES, EXAMPLE_ROWS = 2, 3
+EXAMPLE_TEXTS = {"en": "I did not expect that at all.", "zh": "这个我完全没有想到。"}
+
+
+def signature(tasks: Mapping[str, Task]) -> ModelSignature:
+    """The columns, the parameters and the columns of the answer.
+
+    All columns of the input are optional for MLflow, since samples may lack any modality; what a sample must have is checked where it
+    is read. Those that hold arrays or a path, or numbers with gaps, have MLflow's type `any`: it has no other for either-or, and turns
+    no integer into a float. `prediction` is a double where all tasks are numbers, else text (numbers as Python writes them).
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, Map
+
+    inputs = [ColSpec(DataType.string if name in TEXTS else AnyType(), name, required=False) for name in COLUMNS]
+    prediction = DataType.double if numbers_alone(tasks) else DataType.string
+    outputs = [
+        ColSpec(DataType.string, "id"),
+        ColSpec(DataType.string, "task"),
+        ColSpec(prediction, "prediction", required=False),
+        ColSpec(DataType.boolean, "valid"),
+        ColSpec(DataType.string, "answer", required=False),
+        ColSpec(Map(DataType.double), "probabilities"),
+        ColSpec(DataType.string, "fault", required=False),
+    ]
+    parameters = [ParamSpec(TASK, DataType.string, ""), ParamSpec(FAULTY, DataType.string, REFUSE)]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=ParamSchema(parameters))
+
+
+def numbers_alone(tasks: Mapping[str, Task]) -> bool:
+    """Whether every prediction is a number."""
+    return all(task.kind == "regression" for task in tasks.values())
+
+
+def input_example(inputs: Mapping[str, TaskInput]) -> pd.DataFrame:
+    """Made-up samples, one for each of the first tasks, with features of the model's widths: nobody's data get into a registry."""
+    rows = []
+    for i, (name, one) in enumerate(list(inputs.items())[:EXAMPLE_ROWS]):
+        row: dict[str, Any] = {"id": f"example-{i + 1}", "text": EXAMPLE_TEXTS[one.task.language], "task": name}
+        for stream, width in one.widths.items():
+            if width:
+                row[stream] = [[round(0.1 * (frame + 1), 1)] * width for frame in range(EXAMPLE_FRAMES)]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def samples_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A sample for each row: keys of own data, without empty cells; arrays as they come from JSON, from pandas and from Spark."""
+    columns = [str(column) for column in table.columns]
+    return [
+        {name: _plain(name, value) for name, value in zip(columns, row, strict=True) if not _absent(value)}
+        for row in table.itertuples(index=False, name=None)
+    ]
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, (float, np.floating)) and math.isnan(value))
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _stacked(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if name in WHOLE and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hasattr(value, "asDict"):  # a row of Spark
+        value = value.asDict()
+    if name == "rate" and isinstance(value, (list, tuple)):  # a map of Arrow
+        value = dict(value)
+    if isinstance(value, Mapping):
+        return {str(key): one for key, one in value.items() if not _absent(one)}
+    return value
+
+
+def _stacked(value: np.ndarray) -> Any:
+    """An array of frames: Spark gives an array of arrays; where these differ in length, lists, which the reader then refuses."""
+    if value.dtype != object:
+        return value
+    try:
+        return np.stack([np.asarray(frame, dtype=np.float64) for frame in value])
+    except (ValueError, TypeError):
+        return [frame.tolist() if isinstance(frame, np.ndarray) else frame for frame in value]
+
+
+def answer_table(rows: Iterable[Mapping[str, Any]], *, numbers: bool) -> pd.DataFrame:
+    """Predictions as a table with the columns of the signature.
+
+    Args:
+        rows: the keys of :data:`OUTPUT`; what is absent is null, and of probabilities an empty mapping.
+        numbers: whether `prediction` is a column of numbers.
+    """
+    found = list(rows)
+    columns: dict[str, Any] = {}
+    for name in OUTPUT:
+        values = [row.get(name) for row in found]
+        if name == "valid":
+            columns[name] = np.array([bool(value) for value in values], dtype=bool)
+        elif name == "prediction" and numbers:
+            columns[name] = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        elif name == "probabilities":
+            columns[name] = pd.Series([value or {} for value in values], dtype=object)
+        else:
+            columns[name] = pd.Series([None if value is None else str(value) for value in values], dtype=object)
+    return pd.DataFrame(columns)
+
+
+def faults_text(faults: Sequence[str]) -> str:
+    return "; ".join(faults)
