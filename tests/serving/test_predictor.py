@@ -56,7 +56,9 @@ def test_equal_to_the_evaluation_bit_by_bit(run: Path, predictor: Predictor, sam
         assert [list(of.values()) for of in one.gate_modality.values()] == [list(w) for w in row.gate_modality]
 
 
-def test_equal_to_the_command(predictor: Predictor, opened: SavedRun, samples: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_equal_to_the_command(
+    predictor: Predictor, opened: SavedRun, samples: list[dict[str, Any]], tmp_path: Path
+) -> None:
     lines = []
     for n, sample in enumerate(samples):
         line = dict(sample)

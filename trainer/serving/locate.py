@@ -8,6 +8,7 @@ from pathlib import Path
 from trainer.distributed.world import World
 from trainer.run.model_parts import OpenedModel
 from trainer.run.saved import open_run
+from trainer.serving.mlflow_model.registry import downloaded, is_address
 
 
 def open_model(
@@ -22,4 +23,7 @@ def open_model(
     Raises:
         ValueError: nothing that can be opened.
     """
+    if is_address(source):
+        with downloaded(str(source)) as folder:
+            return open_model(folder, world, overrides, trust_code)
     return open_run(Path(source), world, overrides, agreed=trust_code)

@@ -10,6 +10,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from trainer.serving.given import samples_in
 from trainer.serving.mlflow_model.schema import (
     FAULTY,
     FILES,
@@ -17,18 +18,17 @@ from trainer.serving.mlflow_model.schema import (
     REPORT,
     TASK,
     answer_table,
-    faults_text,
     numbers_alone,
-    samples_of,
 )
+from trainer.serving.prediction import Prepared, Rejected, SampleError
 
 if TYPE_CHECKING:
     from trainer.serving.predictor import Predictor
 
 ARTEFACT = "egmf"  # the name of the exported folder inside the MLflow model
 # What whoever loads the model may set, with the values where they do not: `files` is the folder in which feature files and clips may
-# lie that samples name ("": none may), the others are those of Predictor.load.
-CONFIG = {"files": "", "device": "auto", "dtype": "", "quantization": "", "trust_code": ""}
+# lie that samples name ("": none may), `base` where a local base model lies now; the others are those of Predictor.load.
+CONFIG = {"files": "", "device": "auto", "dtype": "", "quantization": "", "base": "", "trust_code": ""}
 
 
 class EmotionModel(PythonModel):
@@ -52,6 +52,7 @@ class EmotionModel(PythonModel):
             dtype=config["dtype"] or None,
             quantization=config["quantization"] or None,
             trust_code=config["trust_code"] or None,
+            overrides=[f"model.backbone.name={config['base']}"] if config["base"] else [],
         )
 
     def predict(
@@ -62,62 +63,63 @@ class EmotionModel(PythonModel):
         Raises:
             MlflowException: samples that cannot be answered, all in one message, unless `faulty` is ``report``.
         """
-        from trainer.serving.predictor import Prepared, Rejected
-
         task, faulty = _parameters(params or {})
-        samples = samples_of(model_input)
-        places = [self._file_faults(sample) for sample in samples]
-        try:
-            prepared = self._predictor.prepare(
-                [sample for sample, faults in zip(samples, places, strict=True) if not faults], task=task
-            )
-        except ValueError as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from error
-        waiting = iter(prepared)
-        read: list[Prepared | Rejected] = [
-            Rejected(id=str(sample.get("id", "")), where=f"sample {i}", faults=tuple(faults))
-            if faults
-            else next(waiting)
-            for i, (sample, faults) in enumerate(zip(samples, places, strict=True), 1)
-        ]
+        read = self._read(list(samples_in(model_input)), task)
         bad = [one for one in read if isinstance(one, Rejected)]
         if bad and faulty == REFUSE:
-            lines = [f"{one.where}: {faults_text(one.faults)}" for one in bad]
             raise MlflowException.invalid_parameter_value(
-                "\n  ".join(
-                    [f"{len(bad)} of {len(read)} samples cannot be answered (faulty=report answers the others)", *lines]
-                )
+                f"{SampleError(bad, len(read))}\nWith the parameter {FAULTY}={REPORT!r} the others are answered"
             )
-        good = [one for one in read if not isinstance(one, Rejected)]
-        answers = iter(self._predictor.answer(good))
+        answers = iter(self._predictor.answer([one for one in read if isinstance(one, Prepared)]))
         rows: list[Mapping[str, Any]] = []
         for one in read:
             if isinstance(one, Rejected):
-                rows.append({"id": one.id, "task": "", "valid": False, "fault": faults_text(one.faults)})
+                rows.append({"id": one.id, "task": "", "valid": False, "fault": "; ".join(one.faults)})
             else:
-                for _ in one.tasks:
-                    found = next(answers)
-                    rows.append({**found.plain(), "probabilities": found.probabilities})
+                rows += [next(answers).plain() for _ in one.tasks]
         return answer_table(rows, numbers=numbers_alone(self._predictor.tasks))
 
-    def _file_faults(self, sample: dict[str, Any]) -> list[str]:
-        """Faults of the files that a sample names, whose paths are made absolute: only those in the folder `files` are read."""
+    def _read(self, samples: list[dict[str, Any]], task: str | None) -> list[Prepared | Rejected]:
+        """Every sample, checked and read; those that name files which may not be read are among the rejected."""
+        forbidden = [self._files_of(sample) for sample in samples]
+        try:
+            found = self._predictor.prepare(map(_as_json_has_it, samples), task=task)
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        where = [f"samples[{place}]" for place in range(len(samples))]
+        return [
+            Rejected(one.id, place, tuple(faults)) if faults else one
+            for one, place, faults in zip(found, where, forbidden, strict=True)
+        ]
+
+    def _files_of(self, sample: dict[str, Any]) -> list[str]:
+        """Make the paths of a sample absolute, and take away, with the reason, those that do not lie in the folder `files`."""
         faults = []
         for name in FILES:
             value = sample.get(name)
             if not isinstance(value, str):
                 continue
-            if self._files is None:
-                faults.append(
-                    f"{name}: names a file, and this model reads none; load it with model_config={{'files': FOLDER}} to allow those in a folder"
-                )
-                continue
-            path = (self._files / value).resolve()
-            if path.is_relative_to(self._files):
+            path = None if self._files is None else (self._files / value).resolve()
+            if self._files is not None and path is not None and path.is_relative_to(self._files):
                 sample[name] = str(path)
-            else:
-                faults.append(f"{name}: {value} does not lie in the folder whose files this model reads")
+                continue
+            del sample[name]
+            faults.append(
+                f"{name}: names a file, and this model reads none; whoever loads it can allow those in a folder "
+                "(model_config={'files': FOLDER})"
+                if path is None
+                else f"{name}: {value} does not lie in the folder whose files this model reads"
+            )
         return faults
+
+
+def _as_json_has_it(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with `rate` as a mapping, of which Spark makes a row or pairs."""
+    rate = sample.get("rate")
+    if rate is None or isinstance(rate, str):
+        return sample
+    pairs = rate.asDict() if hasattr(rate, "asDict") else dict(rate)
+    return {**sample, "rate": {key: value for key, value in pairs.items() if value is not None}}
 
 
 def _parameters(params: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ def _save(
     clips = any(one.recipe is not None for one in inputs.values())
     with tempfile.TemporaryDirectory(prefix="egmf-mlflow-") as scratch:
         named = Path(scratch) / ARTEFACT  # MLflow calls the folder in the model as it is called here
-        named.symlink_to(artefact.resolve(), target_is_directory=True)
+        shutil.copytree(artefact, named, copy_function=_link_or_copy)
         mlflow.pyfunc.save_model(
             path=str(folder),
             mlflow_model=Model(
@@ -242,6 +243,14 @@ def _save(
             code_paths=code or None,
             model_config=dict(CONFIG),
         )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Have a file under a second name, which takes no space on the same disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _link(client: MlflowClient, entity: MlflowEntity, model_id: str, step: int) -> None:

@@ -1,9 +1,8 @@
-"""What the MLflow model takes and gives, as MLflow's signature says it; and tables to samples, predictions to tables."""
+"""What the MLflow model takes and gives, as MLflow's signature says it; and predictions as a table."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +26,6 @@ COLUMNS = (
     *(c for c in (*TEXTS, *OTHERS) if c not in {"id", "text", "task", "audio", "video"}),
 )
 FILES = ("audio", "video", "clip")  # columns that may name a file
-WHOLE = (
-    "id",
-    "speaker",
-    "dialogue",
-    "turn",
-    "audio_length",
-    "video_length",
-)  # never fractions: pandas makes floats of gaps
 OUTPUT = ("id", "task", "prediction", "valid", "answer", "probabilities", "fault")
 TASK, FAULTY = "task", "faulty"  # parameters of a call
 REFUSE, REPORT = "refuse", "report"  # values of `faulty`
@@ -85,45 +76,6 @@ def input_example(inputs: Mapping[str, TaskInput]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def samples_of(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A sample for each row: keys of own data, without empty cells; arrays as they come from JSON, from pandas and from Spark."""
-    columns = [str(column) for column in table.columns]
-    return [
-        {name: _plain(name, value) for name, value in zip(columns, row, strict=True) if not _absent(value)}
-        for row in table.itertuples(index=False, name=None)
-    ]
-
-
-def _absent(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, (float, np.floating)) and math.isnan(value))
-
-
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _stacked(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if name in WHOLE and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hasattr(value, "asDict"):  # a row of Spark
-        value = value.asDict()
-    if name == "rate" and isinstance(value, (list, tuple)):  # a map of Arrow
-        value = dict(value)
-    if isinstance(value, Mapping):
-        return {str(key): one for key, one in value.items() if not _absent(one)}
-    return value
-
-
-def _stacked(value: np.ndarray) -> Any:
-    """An array of frames: Spark gives an array of arrays; where these differ in length, lists, which the reader then refuses."""
-    if value.dtype != object:
-        return value
-    try:
-        return np.stack([np.asarray(frame, dtype=np.float64) for frame in value])
-    except (ValueError, TypeError):
-        return [frame.tolist() if isinstance(frame, np.ndarray) else frame for frame in value]
-
-
 def answer_table(rows: Iterable[Mapping[str, Any]], *, numbers: bool) -> pd.DataFrame:
     """Predictions as a table with the columns of the signature.
 
@@ -144,7 +96,3 @@ def answer_table(rows: Iterable[Mapping[str, Any]], *, numbers: bool) -> pd.Data
         else:
             columns[name] = pd.Series([None if value is None else str(value) for value in values], dtype=object)
     return pd.DataFrame(columns)
-
-
-def faults_text(faults: Sequence[str]) -> str:
-    return "; ".join(faults)
