@@ -25,6 +25,7 @@ from trainer.distributed.world import World
 from trainer.models.backbone.positions import PositionLimit, position_limit, skeleton
 from trainer.results.predict import Options, predict
 from trainer.run import assemble as assembling
+from trainer.run import model_parts
 from trainer.run.assemble import assemble
 from trainer.run.evaluate import Scorer
 from trainer.run.guards import probe
@@ -119,7 +120,7 @@ def test_every_split_is_compared_before_weights_are_read(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(assembling, "build_backbone", never)
+    monkeypatch.setattr(model_parts, "build_backbone", never)
     text = refusal(config(folder), tmp_path)
     assert "its table of positions has 192" in text
     assert "task meld, train: 1 of 10 samples, the longest of" in text
@@ -349,7 +350,7 @@ def test_layers_that_lora_cannot_adapt_are_refused_before_weights_are_read(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(assembling, "build_backbone", never)
+    monkeypatch.setattr(model_parts, "build_backbone", never)
     save_public(FAMILIES["Qwen 2 MoE"], tmp_path / "model")
     asked = config(folder, "model.adapter.targets=[q_proj,gate_proj]", model=str(tmp_path / "model"), data="short")
     with pytest.raises(ValueError, match=r"'gate_proj' names experts, which are fused here"):

@@ -180,7 +180,7 @@ def _promoted(
 ) -> Promotion | ValueError:
     """The promotion, or why there is none, which is told after the comparison's tables."""
     from trainer.serving.mlflow_model.promotion import promote
-    from trainer.serving.mlflow_model.registry import registry_uri
+    from trainer.serving.mlflow_model.store import registry_uri
 
     try:
         return promote(comparison, target, registry_uri(uri, folders))

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.task_input import TaskInput
-from trainer.features.recipe_record import RecipeRecord
 from trainer.files import load_json
 from trainer.results.compare.sources.from_mlflow import connect
 from trainer.run.record import RecordValues, read_record
 from trainer.saved_config import saved_config
+from trainer.serving.artefact.description import Description, check_files, read_description
 from trainer.serving.mlflow_model import tags as names
+from trainer.serving.mlflow_model.store import PREFIX
 from trainer.tracking.outbox import Outbox, tracking_uri
-from trainer.tracking.sqlite_uri import sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MODEL = "egmf"  # the name of the logged model in its run
-PREFIX = "models:/"
+VERSIONS = "mlflow.modelVersions"  # a tag of a logged model, from which MLflow's pages link its versions
 SPLITS = ("valid", "test")  # whose metrics a version shows
 METRICS = 1000  # of one request
-_ID = re.compile(r"m-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,10 @@ class Registered:
         return f"{PREFIX}{self.name}/{self.version}"
 
 
-def is_address(source: object) -> bool:
-    """Whether `source` is an address of MLflow's registry, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``."""
-    return isinstance(source, str) and source.startswith("models:")
-
-
 def log_model(
     run: Path,
     artefact: Path,
     name: str,
-    inputs: Mapping[str, TaskInput],
     *,
     uri: str | None = None,
     requirement: str | None = None,
@@ -72,15 +65,19 @@ def log_model(
 
     Args:
         run: the run folder from which `artefact` was exported.
-        inputs: task -> what the model reads of it, for the signature and the example.
+        artefact: the folder of :func:`trainer.serving.artefact.export.export_run`.
         uri: the MLflow store; default: where ``run.json`` says that the run was recorded.
         requirement: from what pip installs egmf-trainer; default: its code travels with the model.
         report: gets what is worth saying.
 
     Raises:
-        ValueError: the run was never recorded in MLflow, or MLflow refuses.
+        ValueError: an artefact that is damaged, of another run, or has the merged backbone too; a run that was never recorded in MLflow;
+            or MLflow refuses.
     """
     check_name(name)
+    description = read_description(artefact)
+    check_files(artefact, description)
+    _check_artefact(run, artefact, description)
     record = read_record(run) or {}
     place, run_id = recorded_at(run, record, uri)
     from mlflow.exceptions import MlflowException
@@ -88,12 +85,12 @@ def log_model(
     client = connect(place)
     try:
         entity = _active_run(client, run, run_id, place)
-        step = _step(run)
-        tags = version_tags(run, record, step)
+        step = description.run.step
+        tags = version_tags(run, record, description)
         with _logged(client, entity, tags) as model:
             with tempfile.TemporaryDirectory(prefix="egmf-mlflow-") as scratch:
                 folder = Path(scratch) / "model"
-                _save(folder, artefact, inputs, model, requirement)
+                _save(folder, artefact, description, model, requirement)
                 client.log_model_artifacts(model.model_id, str(folder))
             client.finalize_logged_model(model.model_id, "READY")
             _link(client, entity, model.model_id, step)
@@ -113,6 +110,21 @@ def check_name(name: str) -> None:
     if not name.strip() or re.search(r"""[/:@"'.%\n]""", name):
         raise ValueError(
             f"{name!r} cannot name a registered model: choose one without / : @ . % and quotes, such as meld"
+        )
+
+
+def _check_artefact(run: Path, artefact: Path, description: Description) -> None:
+    """Refuse an artefact that another run, or another checkpoint of this one, made, and one that carries its base along twice."""
+    chosen = _metrics(run).get("checkpoint")
+    about = description.run
+    if about.name != run.resolve().name or (chosen is not None and chosen != about.checkpoint):
+        raise ValueError(
+            f"{artefact} was exported from {about.name}, {about.checkpoint}, and the run is {run.resolve().name}"
+            f"{'' if chosen is None else f', {chosen}'}: export it anew"
+        )
+    if description.merged is not None:
+        raise ValueError(
+            f"{artefact} holds the merged backbone, and a registry keeps the adapter alone: export without --merge"
         )
 
 
@@ -166,23 +178,16 @@ def _metrics(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _step(run: Path) -> int:
-    """The step of the checkpoint that validation chose; 0 where the run does not say."""
-    match = re.fullmatch(r"step-(\d+)", str(_metrics(run).get("checkpoint", "")))
-    return int(match[1]) if match else 0
-
-
-def version_tags(run: Path, record: RecordValues, step: int) -> dict[str, str]:
-    """Metrics of all tasks on validation and test, fingerprints of the data, hashes of recipes, run, seed, step and commit."""
-    tags = {names.RUN: run.resolve().name, names.STEP: str(step)}
-    if "seed" in record:
-        tags[names.SEED] = str(record["seed"])
-    commit = (record.get("git") or {}).get("commit")
-    if commit:
-        tags[names.COMMIT] = f"{commit}{' (changed)' if (record.get('git') or {}).get('changed') else ''}"
-    tags |= {names.data_tag(task): str(value) for task, value in (record.get("data") or {}).items()}
-    recipes: Mapping[str, RecipeRecord] = record.get("recipe") or {}
-    tags |= {names.recipe_tag(task): recipe["hash"] for task, recipe in recipes.items()}
+def version_tags(run: Path, record: RecordValues, description: Description) -> dict[str, str]:
+    """Metrics of all tasks on validation and test, fingerprints of the data, hashes of recipes and artefact, run, seed, step and commit."""
+    about = description.run
+    tags = {names.RUN: about.name, names.STEP: str(about.step), names.SEED: str(about.seed), names.ARTEFACT: description.hash}
+    if about.commit:
+        tags[names.COMMIT] = f"{about.commit}{' (changed)' if (record.get('git') or {}).get('changed') else ''}"
+    tags |= {names.data_tag(task): entry.fingerprint for task, entry in description.tasks.items()}
+    tags |= {
+        names.recipe_tag(task): str(entry.recipe["hash"]) for task, entry in description.tasks.items() if entry.recipe is not None
+    }
     metrics = _metrics(run)
     for split in SPLITS:
         for task, scores in (metrics.get(split) or {}).items():
@@ -211,17 +216,20 @@ def _logged(client: MlflowClient, entity: MlflowEntity, tags: dict[str, str]) ->
 
 
 def _save(
-    folder: Path, artefact: Path, inputs: Mapping[str, TaskInput], model: LoggedModel, requirement: str | None
+    folder: Path, artefact: Path, description: Description, model: LoggedModel, requirement: str | None
 ) -> None:
     """Write the MLflow model: code, artefact, signature, example and requirements."""
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # what lies in the current folder is no part of a model
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    from trainer.serving.artefact.config import opened_config
+    from trainer.serving.artefact.opening import task_inputs
     from trainer.serving.mlflow_model.model import ARTEFACT, CONFIG
     from trainer.serving.mlflow_model.requirements import own_code, pinned
     from trainer.serving.mlflow_model.schema import input_example, signature
 
+    inputs = task_inputs(description, opened_config(artefact, description))
     code, more = own_code(requirement)
     clips = any(one.recipe is not None for one in inputs.values())
     with tempfile.TemporaryDirectory(prefix="egmf-mlflow-") as scratch:
@@ -278,7 +286,7 @@ def _register(client: MlflowClient, name: str, model: LoggedModel, tags: Mapping
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(
+    version = client.create_model_version(
         name,
         source=model.artifact_location,
         run_id=model.source_run_id,
@@ -286,74 +294,5 @@ def _register(client: MlflowClient, name: str, model: LoggedModel, tags: Mapping
         description=f"Exported from the run {run.resolve().name} by egmf-trainer",
         model_id=model.model_id,
     )
-
-
-def registry_uri(named: str | None = None, folders: Sequence[Path] = ()) -> str:
-    """The user's MLflow store: the `named` one, that of ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the folders, in ``runs`` or here.
-
-    Raises:
-        ValueError: there is none.
-    """
-    own = named or os.environ.get("MLFLOW_TRACKING_URI")
-    if own:
-        return own
-    for place in [*(p for f in folders for p in (f, f.resolve().parent)), Path("runs"), Path()]:
-        if (place / "mlflow.db").is_file():
-            return sqlite_uri((place / "mlflow.db").resolve())
-    raise ValueError(
-        "there is no MLflow store: set MLFLOW_TRACKING_URI, or name one with --uri, such as sqlite:///runs/mlflow.db or http://host:5000"
-    )
-
-
-@contextlib.contextmanager
-def downloaded(address: str, uri: str | None = None) -> Iterator[Path]:
-    """The artefact's folder of a registered version, downloaded by MLflow; it is gone after the block.
-
-    Args:
-        address: ``models:/NAME/VERSION``, ``models:/NAME@ALIAS`` or ``models:/m-…``, the id of a logged model.
-        uri: as of :func:`registry_uri`.
-
-    Raises:
-        ValueError: no such version, one that egmf-trainer did not log, or a store that cannot be read.
-    """
-    place = registry_uri(uri)
-    client = connect(place)
-    import mlflow.artifacts
-    from mlflow.exceptions import MlflowException
-
-    from trainer.serving.mlflow_model.model import ARTEFACT
-
-    with tempfile.TemporaryDirectory(prefix="egmf-mlflow-") as scratch:
-        try:
-            source = _location(client, address)
-            folder = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{source.rstrip('/')}/artifacts/{ARTEFACT}", dst_path=scratch, tracking_uri=place
-            )
-        except (MlflowException, OSError) as error:
-            raise ValueError(
-                f"{address} cannot be read from MLflow at {place}: {str(error).splitlines()[0]}"
-            ) from error
-        if not Path(folder).is_dir():
-            raise ValueError(
-                f"{address} of MLflow at {place} holds no artefact of egmf-trainer: egmf export RUN --mlflow NAME registers one"
-            )
-        yield Path(folder)
-
-
-def _location(client: MlflowClient, address: str) -> str:
-    """Where the files of a version lie.
-
-    Raises:
-        ValueError: an address of another form.
-    """
-    rest = address.removeprefix(PREFIX)
-    if _ID.fullmatch(rest):
-        return str(client.get_logged_model(rest).artifact_location)
-    alias = re.fullmatch(r"([^/@:]+)@([^/@:]+)", rest)
-    if alias is not None:
-        version = client.get_model_version_by_alias(alias[1], alias[2]).version
-        return str(client.get_model_version_download_uri(alias[1], str(version)))
-    plain = re.fullmatch(r"([^/@:]+)/(\d+)", rest)
-    if not address.startswith(PREFIX) or plain is None:
-        raise ValueError(f"{address!r} is no address of a model: write models:/NAME/VERSION or models:/NAME@ALIAS")
-    return str(client.get_model_version_download_uri(plain[1], plain[2]))
+    client.set_logged_model_tags(model.model_id, {VERSIONS: json.dumps([{"name": name, "version": version.version}])})
+    return version

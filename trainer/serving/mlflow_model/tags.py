@@ -5,6 +5,7 @@ from __future__ import annotations
 SEED = "egmf.seed"
 STEP = "egmf.step"
 RUN = "egmf.run"  # the name of the run's folder
+ARTEFACT = "egmf.artefact"  # the hash of the exported folder
 COMMIT = "git.commit"
 
 
