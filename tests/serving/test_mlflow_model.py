@@ -30,6 +30,7 @@ from mlflow.exceptions import MlflowException
 from tests.distributed.processes import environment, free_port
 from tests.tracking.mlflow_server import MlflowServer, Proxy, histories
 from trainer.data.dataset import open_dataset
+from trainer.serving.artefact.export import export_run
 from trainer.serving.mlflow_model.registry import Registered, log_model
 from trainer.serving.mlflow_model.schema import OUTPUT
 from trainer.serving.predictor import Predictor
@@ -59,8 +60,15 @@ def tracked(run: Path, server: MlflowServer, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def registered(tracked: Path, predictor: Predictor) -> Registered:
-    return log_model(tracked, tracked, "emotions", predictor.inputs)
+def artefact(tracked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "emotions"
+    export_run(tracked, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def registered(tracked: Path, artefact: Path) -> Registered:
+    return log_model(tracked, artefact, "emotions")
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +224,7 @@ def test_the_version_and_its_run(store: Registered, tracked: Path) -> None:
     version = client.get_model_version("emotions", store.version)
     record, metrics = (json.loads((tracked / name).read_text()) for name in ("run.json", "metrics.json"))
     assert version.run_id == store.run_id == record["mlflow"]["run_id"]
-    assert (version.status, version.model_id) == ("READY", store.model_id)
+    assert version.status == "READY"
     assert version.tags["egmf.run"] == "emotions-s0"
     assert (version.tags["egmf.seed"], version.tags["egmf.step"]) == (
         str(record["seed"]),
@@ -229,6 +237,7 @@ def test_the_version_and_its_run(store: Registered, tracked: Path) -> None:
     assert float(version.tags["test/simsv2/mae"]) == metrics["test"]["simsv2"]["mae"]
     model = client.get_logged_model(store.model_id)
     assert str(model.status) == "READY"
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "emotions", "version": version.version}]
     assert model.source_run_id == store.run_id
     entity = client.get_run(store.run_id)
     assert [one.model_id for one in entity.outputs.model_outputs] == [store.model_id]
@@ -239,14 +248,12 @@ def test_the_version_and_its_run(store: Registered, tracked: Path) -> None:
 
 
 def test_another_registration_is_another_version_and_leaves_the_run_alone(
-    store: Registered, tracked: Path, predictor: Predictor
+    store: Registered, tracked: Path, artefact: Path
 ) -> None:
     client = MlflowClient(store.uri)
     before = client.get_run(store.run_id).info
     said: list[str] = []
-    second = log_model(
-        tracked, tracked, "emotions", predictor.inputs, requirement="egmf-trainer==0.1", report=said.append
-    )
+    second = log_model(tracked, artefact, "emotions", requirement="egmf-trainer==0.1", report=said.append)
     assert int(second.version) > int(store.version)
     assert f"version {second.version} of emotions" in said[0]
     after = client.get_run(store.run_id).info
@@ -324,7 +331,7 @@ def test_served_over_http(store: Registered, predictor: Predictor, run: Path, tm
         status, answer = post(f"{address}/invocations", body)
         assert status == 200
         assert "'none' is none of the run's" in answer["predictions"][0]["fault"]
-    assert not listening(port)
+    assert_free(port)
 
 
 def test_in_a_fresh_process_with_the_code_that_travels(
@@ -375,49 +382,48 @@ def test_a_batch_of_spark(store: Registered, predictor: Predictor, run: Path, tm
     check_same([by_id[row["task"], row["id"]] for row in given], predictor, given, within=1e-5)
 
 
-def test_a_run_that_was_never_recorded(run: Path, predictor: Predictor) -> None:
+def test_a_run_that_was_never_recorded(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "egmf")
     with pytest.raises(ValueError, match=r"never recorded in MLflow[\s\S]*egmf track sync"):
-        log_model(run, run, "emotions", predictor.inputs)
+        log_model(run, tmp_path / "egmf", "emotions")
 
 
 def test_a_run_whose_journal_was_sent_later(
-    server: MlflowServer, tracked: Path, predictor: Predictor, tmp_path: Path
+    server: MlflowServer, tracked: Path, artefact: Path, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(tracked, tmp_path / "run"))
+    copy = Path(shutil.copytree(tracked, tmp_path / tracked.name))
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "mlflow": None}))
-    made = log_model(copy, copy, "later", predictor.inputs, uri=server.uri)
+    made = log_model(copy, artefact, "later", uri=server.uri)
     assert made.run_id == record["mlflow"]["run_id"]
 
 
-def test_runs_that_the_store_does_not_have(
-    server: MlflowServer, tracked: Path, predictor: Predictor, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(tracked, tmp_path / "run"))
+def test_runs_that_the_store_does_not_have(server: MlflowServer, tracked: Path, artefact: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tracked, tmp_path / tracked.name))
     record = json.loads((copy / "run.json").read_text())
     gone = {"uri": server.uri, "run_id": "0" * 32}
     (copy / "run.json").write_text(json.dumps({**record, "mlflow": gone}))
     with pytest.raises(ValueError, match="has no run 0000"):
-        log_model(copy, copy, "emotions", predictor.inputs)
+        log_model(copy, artefact, "emotions")
     client = MlflowClient(server.uri)
     deleted = client.create_run(client.get_experiment_by_name("egmf").experiment_id).info.run_id
     client.delete_run(deleted)
     (copy / "run.json").write_text(json.dumps({**record, "mlflow": {"uri": server.uri, "run_id": deleted}}))
     with pytest.raises(ValueError, match="is deleted at"):
-        log_model(copy, copy, "emotions", predictor.inputs)
+        log_model(copy, artefact, "emotions")
     nowhere = {"uri": f"http://127.0.0.1:{free_port()}", "run_id": "0" * 32}
     (copy / "run.json").write_text(json.dumps({**record, "mlflow": nowhere}))
     with pytest.raises(ValueError, match="does not take the model"):
-        log_model(copy, copy, "emotions", predictor.inputs)
+        log_model(copy, artefact, "emotions")
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "a@b", "it's"])
 def test_names_that_mlflow_cannot_have(name: str, run: Path) -> None:
     with pytest.raises(ValueError, match="cannot name a registered model"):
-        log_model(run, run, name, {})
+        log_model(run, run, name)
 
 
-def test_a_store_that_fails_half_way_keeps_nothing(server: MlflowServer, tracked: Path, predictor: Predictor) -> None:
+def test_a_store_that_fails_half_way_keeps_nothing(server: MlflowServer, tracked: Path, artefact: Path) -> None:
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("egmf").experiment_id
     before = {model.model_id for model in client.search_logged_models([experiment])}
@@ -428,7 +434,7 @@ def test_a_store_that_fails_half_way_keeps_nothing(server: MlflowServer, tracked
         )
         try:
             with pytest.raises(ValueError, match="does not take the model"):
-                log_model(tracked, tracked, "half", predictor.inputs, uri=proxy.uri)
+                log_model(tracked, artefact, "half", uri=proxy.uri)
         finally:
             proxy.close()
     assert {model.model_id for model in client.search_logged_models([experiment])} == before
@@ -454,6 +460,12 @@ def post(url: str, body: Any) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def assert_free(port: int, seconds: float = 10) -> None:
+    """Nothing listens at the port, soon after what did was killed."""
+    end = time.monotonic() + seconds
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from trainer.saved_config import saved_config
 from trainer.serving.artefact.description import Description, check_files, read_description
 from trainer.serving.mlflow_model import tags as names
 from trainer.serving.mlflow_model.store import PREFIX
+from trainer.serving.mlflow_model.tags import check_name
 from trainer.tracking.outbox import Outbox, tracking_uri
 
 if TYPE_CHECKING:
@@ -101,18 +101,6 @@ def log_model(
     return Registered(name, str(version.version), model.model_id, run_id, place)
 
 
-def check_name(name: str) -> None:
-    """Refuse what MLflow does not take as the name of a registered model, and what would be an address.
-
-    Raises:
-        ValueError: it is such a name.
-    """
-    if not name.strip() or re.search(r"""[/:@"'.%\n]""", name):
-        raise ValueError(
-            f"{name!r} cannot name a registered model: choose one without / : @ . % and quotes, such as meld"
-        )
-
-
 def _check_artefact(run: Path, artefact: Path, description: Description) -> None:
     """Refuse an artefact that another run, or another checkpoint of this one, made, and one that carries its base along twice."""
     chosen = _metrics(run).get("checkpoint")
@@ -181,12 +169,19 @@ def _metrics(run: Path) -> dict[str, Any]:
 def version_tags(run: Path, record: RecordValues, description: Description) -> dict[str, str]:
     """Metrics of all tasks on validation and test, fingerprints of the data, hashes of recipes and artefact, run, seed, step and commit."""
     about = description.run
-    tags = {names.RUN: about.name, names.STEP: str(about.step), names.SEED: str(about.seed), names.ARTEFACT: description.hash}
+    tags = {
+        names.RUN: about.name,
+        names.STEP: str(about.step),
+        names.SEED: str(about.seed),
+        names.ARTEFACT: description.hash,
+    }
     if about.commit:
         tags[names.COMMIT] = f"{about.commit}{' (changed)' if (record.get('git') or {}).get('changed') else ''}"
     tags |= {names.data_tag(task): entry.fingerprint for task, entry in description.tasks.items()}
     tags |= {
-        names.recipe_tag(task): str(entry.recipe["hash"]) for task, entry in description.tasks.items() if entry.recipe is not None
+        names.recipe_tag(task): str(entry.recipe["hash"])
+        for task, entry in description.tasks.items()
+        if entry.recipe is not None
     }
     metrics = _metrics(run)
     for split in SPLITS:
@@ -215,9 +210,7 @@ def _logged(client: MlflowClient, entity: MlflowEntity, tags: dict[str, str]) ->
         raise
 
 
-def _save(
-    folder: Path, artefact: Path, description: Description, model: LoggedModel, requirement: str | None
-) -> None:
+def _save(folder: Path, artefact: Path, description: Description, model: LoggedModel, requirement: str | None) -> None:
     """Write the MLflow model: code, artefact, signature, example and requirements."""
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # what lies in the current folder is no part of a model
     import mlflow.pyfunc

@@ -1,6 +1,8 @@
-"""Names of the tags of a registered version, by which it is found and checked again."""
+"""Names that a registered version goes by: its model's, and those of its tags, by which it is found and checked again."""
 
 from __future__ import annotations
+
+import re
 
 SEED = "egmf.seed"
 STEP = "egmf.step"
@@ -26,3 +28,15 @@ def metric_tag(split: str, task: str, metric: str) -> str:
 
 def validation_tag(task: str, metric: str) -> str:
     return metric_tag("valid", task, metric)
+
+
+def check_name(name: str) -> None:
+    """Refuse what MLflow does not take as the name of a registered model, and what would be an address.
+
+    Raises:
+        ValueError: it is such a name.
+    """
+    if not name.strip() or re.search(r"""[/:@"'.%\n]""", name):
+        raise ValueError(
+            f"{name!r} cannot name a registered model: choose one without / : @ . % and quotes, such as meld"
+        )
