@@ -25,7 +25,10 @@ def main(address: str, given: str, out: str) -> None:
         arrays = "audio array<array<double>>, video array<array<double>>"
         names = [part.split()[0] for part in f"{columns}, {arrays}".split(", ")]
         rows = [tuple(sample.get(name) for name in names) for sample in samples]
-        table = spark.createDataFrame(rows, f"{columns}, {arrays}").repartition(2)
+        table = spark.createDataFrame(rows, f"{columns}, {arrays}")
+        table = table.repartition(2, "task", "dialogue").sortWithinPartitions(
+            "dialogue", "turn"
+        )  # histories stay together
         answer = mlflow.pyfunc.spark_udf(spark, address, env_manager="local")
         answered = table.select(answer(struct(*names)).alias("answer"), spark_partition_id().alias("part")).collect()
         found = {
