@@ -26,9 +26,12 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from typer.testing import CliRunner
 
-from tests.distributed.processes import environment, free_port
+from tests.distributed.processes import egmf, environment, free_port
+from tests.serving.mlflow_page import block
 from tests.tracking.mlflow_server import MlflowServer, Proxy, histories
+from trainer.cli import app
 from trainer.data.dataset import open_dataset
 from trainer.serving.artefact.export import export_run
 from trainer.serving.mlflow_model.registry import Registered, log_model
@@ -293,6 +296,8 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_served_over_http(store: Registered, predictor: Predictor, run: Path, tmp_path: Path) -> None:
     port = free_port()
+    (tmp_path / "files").mkdir()
+    files = {"MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps({"files": str(tmp_path / "files")})}
     command = [
         sys.executable, "-m", "mlflow", "models", "serve", "-m", store.address, "--host", "127.0.0.1", "--port", str(port),
         "--env-manager", "local",
@@ -304,7 +309,7 @@ def test_served_over_http(store: Registered, predictor: Predictor, run: Path, tm
         ended(
             subprocess.Popen(
                 command,
-                env=elsewhere(tmp_path, store.uri),
+                env=elsewhere(tmp_path, store.uri) | files,
                 cwd=tmp_path,
                 stdout=log,
                 stderr=log,
@@ -321,12 +326,14 @@ def test_served_over_http(store: Registered, predictor: Predictor, run: Path, tm
         split = {"columns": columns, "data": [[row[name] for name in columns] for row in given[:3]]}
         status, answer = post(f"{address}/invocations", {"dataframe_split": split})
         check_same(answer["predictions"], predictor, [{name: row[name] for name in columns} for row in given[:3]])
-        status, answer = post(
-            f"{address}/invocations",
-            {"dataframe_records": [{"id": "a", "text": "x", "task": "meld", "audio": "/etc/passwd"}]},
-        )
+        voiced = next(row for row in given if row["task"] == "meld" and "audio" in row)
+        np.save(tmp_path / "files" / "voice.npy", np.array(voiced["audio"]))
+        status, answer = post(f"{address}/invocations", {"dataframe_records": [{**voiced, "audio": "voice.npy"}]})
+        assert status == 200, answer
+        check_same(answer["predictions"], predictor, [voiced])
+        status, answer = post(f"{address}/invocations", {"dataframe_records": [{**voiced, "audio": "/etc/passwd"}]})
         assert status == 400
-        assert "reads none" in answer["message"]
+        assert "does not lie in the folder" in answer["message"]
         body = {"dataframe_records": [{"id": "a", "text": "x", "task": "none"}], "params": {"faulty": "report"}}
         status, answer = post(f"{address}/invocations", body)
         assert status == 200
@@ -366,7 +373,9 @@ def test_a_batch_of_spark(store: Registered, predictor: Predictor, run: Path, tm
         pytest.skip("Spark needs Java, which is not installed")
     given = samples(run)
     (tmp_path / "in.json").write_text(json.dumps(given))
-    command = [sys.executable, str(Path(__file__).parent / "spark_job.py"), store.address, "in.json", "out.json"]
+    assert store.address == "models:/emotions/1"  # as in the page
+    (tmp_path / "block.py").write_text(block("spark"))
+    command = [sys.executable, str(Path(__file__).parent / "spark_job.py"), "block.py", "in.json", "out.json"]
     env = elsewhere(tmp_path, store.uri) | {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
     log = tmp_path / "log.txt"
     with (
@@ -415,6 +424,46 @@ def test_runs_that_the_store_does_not_have(server: MlflowServer, tracked: Path, 
     (copy / "run.json").write_text(json.dumps({**record, "mlflow": nowhere}))
     with pytest.raises(ValueError, match="does not take the model"):
         log_model(copy, artefact, "emotions")
+
+
+def test_artefacts_that_are_not_the_run_s(tracked: Path, artefact: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tracked, tmp_path / "another-run"))
+    with pytest.raises(ValueError, match="was exported from emotions-s0, step-00000003, and the run is another-run"):
+        log_model(other, artefact, "emotions")
+    older = Path(shutil.copytree(tracked, tmp_path / tracked.name))
+    metrics = json.loads((older / "metrics.json").read_text())
+    (older / "metrics.json").write_text(json.dumps({**metrics, "checkpoint": "step-00000002"}))
+    with pytest.raises(ValueError, match="the run is emotions-s0, step-00000002: export it anew"):
+        log_model(older, artefact, "emotions")
+    damaged = Path(shutil.copytree(artefact, tmp_path / "damaged"))
+    with (damaged / "fusion.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ValueError, match=r"fusion\.safetensors"):
+        log_model(tracked, damaged, "emotions")
+
+
+def test_the_command(tracked: Path, server: MlflowServer, tmp_path: Path) -> None:
+    for words, why in {
+        (): "where does the model go",
+        ("--uri", server.uri, "--out", str(tmp_path / "out")): "are of --mlflow NAME",
+        ("--mlflow", "a/b"): "cannot name a registered model",
+        ("--mlflow", "merged", "--merge"): "a registry keeps the adapter alone",
+    }.items():
+        result = CliRunner().invoke(app, ["export", str(tracked), *words])
+        assert isinstance(result.exception, ValueError)
+        assert why in str(result.exception)
+    left = set(Path(tempfile.gettempdir()).glob("egmf-*"))
+    done = egmf("export", str(tracked), "--mlflow", "by-command", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["mlflow"]["name"], found["mlflow"]["version"]) == ("by-command", "1")
+    assert "path" not in found
+    version = MlflowClient(server.uri).get_model_version("by-command", "1")
+    assert version.tags["egmf.artefact"] == found["hash"]
+    assert set(Path(tempfile.gettempdir()).glob("egmf-*")) <= left
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "a@b", "it's"])

@@ -234,6 +234,8 @@ def _winner(comparison: Comparison, holder: Group | None) -> tuple[Group, list[s
             + (f"{comparison.baseline}" if comparison.baseline is not None else "every other")
             + f" with significance on {SPLIT}"
         )
+        if holder is not None and comparison.baseline is None and len(comparison.groups) > 2:
+            what += f" (--baseline {holder.name!r} compares with the group that has the alias alone)"
         raise PromotionError("\n  ".join([f"nothing is promoted: {what}", *numbers, about]))
     winner = better[0]
     if winner.baseline is not None:

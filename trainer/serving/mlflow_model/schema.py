@@ -44,7 +44,8 @@ def signature(tasks: Mapping[str, Task]) -> ModelSignature:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType, Map
 
-    inputs = [ColSpec(DataType.string if name in TEXTS else AnyType(), name, required=False) for name in COLUMNS]
+    either = AnyType()  # type: ignore[no-untyped-call]
+    inputs = [ColSpec(DataType.string if name in TEXTS else either, name, required=False) for name in COLUMNS]
     prediction = DataType.double if numbers_alone(tasks) else DataType.string
     outputs = [
         ColSpec(DataType.string, "id"),
@@ -56,7 +57,7 @@ def signature(tasks: Mapping[str, Task]) -> ModelSignature:
         ColSpec(DataType.string, "fault", required=False),
     ]
     parameters = [ParamSpec(TASK, DataType.string, ""), ParamSpec(FAULTY, DataType.string, REFUSE)]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=ParamSchema(parameters))
+    return ModelSignature(inputs=Schema([*inputs]), outputs=Schema([*outputs]), params=ParamSchema(parameters))
 
 
 def numbers_alone(tasks: Mapping[str, Task]) -> bool:
