@@ -35,6 +35,7 @@ from trainer.cli import app
 from trainer.data.dataset import open_dataset
 from trainer.serving.artefact.export import export_run
 from trainer.serving.mlflow_model.registry import Registered, log_model
+from trainer.serving.mlflow_model.requirements import TRAINING
 from trainer.serving.mlflow_model.schema import OUTPUT
 from trainer.serving.predictor import Predictor
 from trainer.tracking.journal import read_journal
@@ -350,6 +351,7 @@ def test_in_a_fresh_process_with_the_code_that_travels(
     code = (
         "import sys, mlflow.models\n"
         f"mlflow.models.predict({store.address!r}, input_path='in.json', output_path='out.json', env_manager='local')\n"
+        f"print(sorted({set(TRAINING)} & set(sys.modules)))\n"
         "print(sys.modules['trainer'].__file__)"
     )
     done = subprocess.run(
@@ -361,7 +363,9 @@ def test_in_a_fresh_process_with_the_code_that_travels(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1].endswith("/code/trainer/__init__.py"), done.stdout
+    unpinned, code_of = done.stdout.strip().splitlines()[-2:]
+    assert unpinned == "[]"  # what the requirements leave out is not imported
+    assert code_of.endswith("/code/trainer/__init__.py")
     check_same(json.loads((tmp_path / "out.json").read_text())["predictions"], predictor, given)
 
 

@@ -228,6 +228,8 @@ def _save(folder: Path, artefact: Path, description: Description, model: LoggedM
     with tempfile.TemporaryDirectory(prefix="egmf-mlflow-") as scratch:
         named = Path(scratch) / ARTEFACT  # MLflow calls the folder in the model as it is called here
         shutil.copytree(artefact, named, copy_function=_link_or_copy)
+        code_file = Path(scratch) / "pyfunc.py"  # MLflow writes down where it was: not where this package lies
+        shutil.copyfile(Path(__file__).parent / "pyfunc.py", code_file)
         mlflow.pyfunc.save_model(
             path=str(folder),
             mlflow_model=Model(
@@ -236,7 +238,7 @@ def _save(folder: Path, artefact: Path, description: Description, model: LoggedM
                 model_uuid=model.model_id,
                 model_id=model.model_id,
             ),
-            python_model=str(Path(__file__).parent / "pyfunc.py"),
+            python_model=str(code_file),
             artifacts={ARTEFACT: str(named)},
             signature=signature({name: one.task for name, one in inputs.items()}),
             input_example=input_example(inputs),

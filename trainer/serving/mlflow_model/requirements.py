@@ -15,7 +15,7 @@ from packaging.version import Version
 import trainer
 
 DISTRIBUTION = "egmf-trainer"
-TRAINING = frozenset({"deepspeed", "ninja", "matplotlib", "Jinja2", "MarkupSafe"})  # not imported to answer
+TRAINING = frozenset({"deepspeed", "ninja", "matplotlib"})  # not imported to answer
 
 
 def pinned(*, clips: bool = False) -> list[str]:
