@@ -152,6 +152,9 @@ def predict(
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes that extract clips")] = 1,
+    base: Annotated[
+        str | None, typer.Option(help="where the backbone is now, if not where it was in training", metavar="PATH")
+    ] = None,
     clips: ClipOptions = DEFAULT_CLIPS,
     contained: Contained = False,
     plugin: Plugins = None,
@@ -166,6 +169,7 @@ def predict(
     from trainer.serving.check import check_source
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
+    chosen += [] if base is None else [f"model.backbone.name={base}"]
     check_source(run, chosen)
     if "-" in source and len(source) > 1:
         raise PredictError("--input - is stdin, which is not read together with files")

@@ -26,11 +26,21 @@ def check_source(source: Path, overrides: Sequence[str] = ()) -> None:
     if is_artefact(source):
         opened_config(source, read_description(source), overrides)
         return
-    if not (source / "config.yaml").is_file():
-        raise ValueError(
-            f"{source} is not a run folder: it has no config.yaml (egmf train writes one); nor is it an exported model, which has an egmf.json"
-        )
+    check_place(source)
     saved_config(source, overrides)
+
+
+def check_place(source: Path) -> None:
+    """Refuse a place that holds neither an exported model nor a run.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not is_artefact(source) and not (source / "config.yaml").is_file():
+        raise ValueError(
+            f"{source} is not a run folder: it has no config.yaml (egmf train writes one); nor is it an exported model, which has an egmf.json "
+            "(egmf export writes one)"
+        )
 
 
 def refuse_artefact(source: Path, command: str) -> None:

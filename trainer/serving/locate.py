@@ -10,7 +10,7 @@ from trainer.run.model_parts import OpenedModel
 from trainer.run.saved import open_run
 from trainer.serving.artefact.description import is_artefact
 from trainer.serving.artefact.opening import open_artefact
-from trainer.serving.check import is_address
+from trainer.serving.check import check_place, is_address
 
 
 def open_model(
@@ -36,6 +36,7 @@ def open_model(
         with downloaded(str(source)) as place:
             return open_model(place, world, overrides, trust_code)
     folder = Path(source)
+    check_place(folder)
     if is_artefact(folder):
         return open_artefact(folder, world, overrides, trust_code)
     return open_run(folder, world, overrides, agreed=trust_code)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig
 
 from trainer.checkpoint.state import differs_from_base
 from trainer.config import AdapterConfig, BackboneConfig, RunConfig
@@ -21,6 +21,7 @@ from trainer.serving.artefact.description import ArtefactError, BaseEntry
 
 log = logging.getLogger(__name__)
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 PRECISIONS: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -51,15 +52,10 @@ def describe_base(config: RunConfig, folder: Path, recorded: str) -> BaseEntry:
 
 
 def revision_of(config: BackboneConfig) -> str | None:
-    """The commit of a hub's model that is read on this machine; what the config says where the commit is not known."""
-    try:
-        found = AutoConfig.from_pretrained(
-            config.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError):
-        return config.revision
-    commit = getattr(found, "_commit_hash", None)
-    return commit if isinstance(commit, str) else config.revision
+    """The commit of a hub's model that is read on this machine, by its place in the cache; what the config says where that does not tell."""
+    path = model_file(config, "config.json")
+    found = None if path is None else COMMIT.fullmatch(path.parent.name)
+    return config.revision if found is None else found[0]
 
 
 def license_of(config: BackboneConfig, folder: Path) -> str | None:

@@ -6,6 +6,7 @@ Every number is the run's own: of `metrics.json`, with an interval from `predict
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ from trainer.features.recipe_record import RecipeRecord, name_of
 from trainer.files import write_text
 from trainer.results.compare.sources.compared_run import Answers, read_answers
 from trainer.results.compare.statistics import DEFINED, resample_counts
-from trainer.results.printable import format_metric
+from trainer.results.printable import format_metric, printable
 from trainer.results.run_folder import PREDICTIONS, RunFolder, read_run
 from trainer.serving.artefact.description import CARD, LICENSE, Description, TaskEntry
 from trainer.tasks import Task, define_task
 
 log = logging.getLogger(__name__)
 
+MARKUP = re.compile(r"[\\`*\[\]|]")
 RESAMPLES, LEVEL = 1000, 0.95
 SPLITS = ("test", "valid")
 
@@ -157,10 +159,10 @@ def _base(description: Description) -> str:
     base = description.base
     if base.name == "tiny":
         return "the offline backbone of egmf-trainer: random weights and a tokenizer of the training texts, in `base/`"
-    at = f" at revision `{base.revision}`" if base.revision else ""
-    if base.place == "folder":
-        return f"the model in the folder `{Path(base.name).name}` of the machine that trained"
-    return f"`{base.name}`{at}"
+    at = f" at revision {as_text(base.revision)}" if base.revision else ""
+    if base.place == "folder" or Path(base.name).is_absolute():
+        return f"the model in the folder {as_text(Path(base.name).name)} of the machine that trained"
+    return f"{as_text(base.name)}{at}"
 
 
 def _recipe(entry: TaskEntry) -> str:
@@ -185,14 +187,21 @@ def _example(task: str, several: bool) -> str:
     return f'{{"id": "1", "text": "I did not expect that."{named}}}'
 
 
+def as_text(value: object) -> str:
+    """A name, label or other text of a run's as it stands in Markdown: on one line, no markup in it."""
+    return MARKUP.sub(r"\\\g<0>", printable(str(value))).replace("<", "&lt;")
+
+
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("trainer.serving.artefact", "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,  # Markdown and plain text
     )
+    environment.filters["text"] = as_text
+    return environment
 
 
 def _page() -> Any:

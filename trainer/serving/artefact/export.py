@@ -198,7 +198,7 @@ def _write(out: Path, source: _Source, options: ExportOptions) -> Description:
     for doubt in doubts:
         log.warning("--force: %s", doubt)
     base = describe_base(config, source.folder, source.state.base)
-    if options.merge or model.backbone.name == "tiny":
+    if options.merge or options.base is not None or model.backbone.name == "tiny":
         check_base(config, source.folder, source.state.base, source.checkpoint)
     named = None if base.place == "inside" else base.name
     adapter = write_weights(out, weights, model, expected, named)
