@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +15,7 @@ from trainer.commands.output import print_json, say, wide
 if TYPE_CHECKING:
     from trainer.results.compare.files import Store
     from trainer.results.compare.result import Comparison
+    from trainer.serving.mlflow_model.promotion import Promotion, Target
 
 app = typer.Typer()
 
@@ -40,8 +42,9 @@ def compare(
     task: Annotated[str | None, typer.Option(help="compare on this task only")] = None,
     baseline: Annotated[str | None, typer.Option(help="compare all groups with this one", metavar="GROUP")] = None,
     split: Annotated[
-        Literal["test", "valid", "train"], typer.Option(help="split whose predictions are compared")
-    ] = "test",
+        Literal["test", "valid", "train"] | None,
+        typer.Option(help="split whose predictions are compared; default: test, with --promote valid"),
+    ] = None,
     sort_by: Annotated[
         str | None, typer.Option(help="sort groups by a metric on validation (never on test)", metavar="METRIC")
     ] = None,
@@ -71,15 +74,22 @@ def compare(
             metavar="URI",
         ),
     ] = None,
+    promote: Annotated[
+        str | None,
+        typer.Option(
+            help="give this alias of a registered model to the version of the group that is better with significance on "
+            "validation; refused where none is (docs/mlflow.md)",
+            metavar="NAME@ALIAS",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs: mean and deviation over seeds and folds, intervals, paired tests, cost, and settings that differ."""
     from trainer.results.compare.comparison import compare as compare_runs
-    from trainer.results.compare.files import store_for
-    from trainer.results.compare.output import as_json as comparison_json
-    from trainer.results.compare.output import terminal
     from trainer.results.compare.sources.find import find_runs
 
+    target = _promotion_target(promote, split, force=force, correction=correction, kinds=kinds)
+    split = split or ("test" if target is None else "valid")
     found = find_runs(what, {split, *(["valid"] if sort_by else [])}, uri)
     for note in found.notes:
         say(f"warning: {note}")
@@ -97,16 +107,44 @@ def compare(
         resamples=resamples,
         force=force,
     )
-    store = store_for(comparison, log_to or uri, [Path(word) for word in what if Path(word).is_dir()]) if log else None
+    comparison.notes[:0] = found.notes
+    folders = [Path(word) for word in what if Path(word).is_dir()]
+    _tell(comparison, target, log_to or uri, folders, out, log=log, as_json=as_json)
+
+
+def _tell(
+    comparison: Comparison,
+    target: Target | None,
+    uri: str | None,
+    folders: Sequence[Path],
+    out: Path | None,
+    *,
+    log: bool,
+    as_json: bool,
+) -> None:
+    """Print the comparison, keep its files, and promote what it shows to be better, or refuse to.
+
+    Raises:
+        ValueError: a promotion was asked for, and is refused.
+    """
+    from trainer.results.compare.files import store_for
+    from trainer.results.compare.output import as_json as comparison_json
+    from trainer.results.compare.output import terminal
+
+    store = store_for(comparison, uri, folders) if log else None
     for note in comparison.notes:
         if note.startswith("WARNING: "):
             say(note)
-    comparison.notes[:0] = found.notes
+    outcome = None if target is None else _promoted(comparison, target, uri, folders)
     if as_json:
-        print_json(comparison_json(comparison))
+        print_json({**comparison_json(comparison), **({} if outcome is None else {"promotion": _plain(outcome)})})
     else:
         wide().print(terminal(comparison))
     _keep(comparison, out, store)
+    if isinstance(outcome, ValueError):
+        raise outcome
+    for line in outcome.lines if outcome else []:
+        say(line)
 
 
 def _keep(comparison: Comparison, out: Path | None, store: Store | None) -> None:
@@ -124,3 +162,31 @@ def _keep(comparison: Comparison, out: Path | None, store: Store | None) -> None
                 say(f"logged to MLflow at {store.uri}: run {run_id} ({NAME}) of the experiment {store.experiment}")
             except ValueError as error:
                 say(f"warning: {error}; --no-log turns logging off")
+
+
+def _promotion_target(
+    promote: str | None, split: str | None, *, force: bool, correction: str, kinds: bool
+) -> Target | None:
+    """What ``--promote`` names, checked against the other options before anything is read."""
+    if promote is None:
+        return None
+    from trainer.serving.mlflow_model.promotion import check_request
+
+    return check_request(promote, split=split, force=force, correction=correction, kinds=kinds)
+
+
+def _promoted(
+    comparison: Comparison, target: Target, uri: str | None, folders: Sequence[Path]
+) -> Promotion | ValueError:
+    """The promotion, or why there is none, which is told after the comparison's tables."""
+    from trainer.serving.mlflow_model.promotion import promote
+    from trainer.serving.mlflow_model.store import registry_uri
+
+    try:
+        return promote(comparison, target, registry_uri(uri, folders))
+    except ValueError as error:
+        return error
+
+
+def _plain(outcome: Promotion | ValueError) -> dict[str, Any]:
+    return {"refused": str(outcome)} if isinstance(outcome, ValueError) else outcome.plain()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainer.commands.options import Debug, DryRun, Json
 from trainer.commands.output import print_json, say, wide
+
+if TYPE_CHECKING:
+    from trainer.serving.mlflow_model.registry import Registered
 
 app = typer.Typer()
 
@@ -16,7 +21,7 @@ app = typer.Typer()
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
-    out: Annotated[Path, typer.Option(help="the folder to be made", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option(help="the folder to be made", metavar="DIR")] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="also write backbone and adapter as one model, in merged/")
     ] = False,
@@ -35,13 +40,31 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="where the backbone is now, a folder or a hub name", metavar="PATH")
     ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            help="log the model into the MLflow run that it came from, and register it there as a new version of NAME",
+            metavar="NAME",
+        ),
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="with --mlflow: the MLflow store; default: where the run was recorded")
+    ] = None,
+    requirement: Annotated[
+        str | None,
+        typer.Option(
+            help="with --mlflow: from what pip installs egmf-trainer where the model is loaded; default: its code travels along",
+            metavar="REQ",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Write a trained run as a folder that answers without run and dataset; no GPU is needed."""
+    """Write a trained run as a folder that answers without run and dataset, or register it in MLflow; no GPU is needed."""
     from trainer.serving.check import refuse_artefact
 
     refuse_artefact(run, "egmf export")
+    _check_destinations(out, mlflow, uri, requirement, merge=merge)
     if dtype not in (None, "bf16", "fp16", "fp32"):
         raise ValueError(f"--dtype is bf16, fp16 or fp32, not {dtype!r}")
 
@@ -50,13 +73,43 @@ def export(
 
     set_up_logging(None, 0, debug=debug)
     precision: Precision | None = dtype  # type: ignore[assignment]  # one of these, as seen above
-    described = export_run(run, out, ExportOptions(merge, precision, force, data, base))
-    total = sum(entry.bytes for entry in described.files.values())
+    options = ExportOptions(merge, precision, force, data, base)
+    with tempfile.TemporaryDirectory(prefix="egmf-export-") as scratch:
+        folder = out or Path(scratch) / "egmf"
+        described = export_run(run, folder, options)
+        total = sum(entry.bytes for entry in described.files.values())
+        if out is not None:
+            say(f"exported: {out} ({len(described.files)} files, {total / 2**20:,.1f} MiB, hash {described.hash[:16]})")
+        version = None if mlflow is None else _register(run, folder, mlflow, uri, requirement)
     if as_json:
-        print_json({"path": str(out), "hash": described.hash, "bytes": total, "files": sorted(described.files)})
-    else:
-        say(f"exported: {out} ({len(described.files)} files, {total / 2**20:,.1f} MiB, hash {described.hash[:16]})")
+        told: dict[str, Any] = {} if out is None else {"path": str(out)}
+        told |= {"hash": described.hash, "bytes": total, "files": sorted(described.files)}
+        print_json(told if version is None else {**told, "mlflow": dataclasses.asdict(version)})
     return 0
+
+
+def _check_destinations(
+    out: Path | None, mlflow: str | None, uri: str | None, requirement: str | None, *, merge: bool
+) -> None:
+    """Refuse a model that would go nowhere, and options of a place that it does not go to."""
+    if out is None and mlflow is None:
+        raise ValueError("where does the model go? --out DIR writes a folder, --mlflow NAME registers a version")
+    if mlflow is None and (uri is not None or requirement is not None):
+        raise ValueError("--uri and --requirement are of --mlflow NAME, which is not given")
+    if mlflow is not None and merge:
+        raise ValueError(
+            "--merge: a registry keeps the adapter alone; export once with --mlflow, and once with --out and --merge"
+        )
+    if mlflow is not None:
+        from trainer.serving.mlflow_model.tags import check_name
+
+        check_name(mlflow)
+
+
+def _register(run: Path, folder: Path, name: str, uri: str | None, requirement: str | None) -> Registered:
+    from trainer.serving.mlflow_model.registry import log_model
+
+    return log_model(run, folder, name, uri=uri, requirement=requirement, report=say)
 
 
 @app.command()

@@ -10,12 +10,19 @@ from trainer.serving.artefact.config import opened_config
 from trainer.serving.artefact.description import is_artefact, read_description
 
 
+def is_address(source: str | Path) -> bool:
+    """Whether `source` is an address in MLflow's registry, and no folder."""
+    return str(source).startswith("models:")
+
+
 def check_source(source: Path, overrides: Sequence[str] = ()) -> None:
     """Refuse a place that holds neither an exported model nor a run, and overrides that make no config of its own.
 
     Raises:
         ValueError: what is wrong.
     """
+    if is_address(source):
+        return
     if is_artefact(source):
         opened_config(source, read_description(source), overrides)
         return
