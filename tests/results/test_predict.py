@@ -33,7 +33,7 @@ from trainer.data.task_input import TaskInput
 from trainer.data.unlabelled.inputs import LONGEST, PredictError, check_places, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.distributed.world import World
-from trainer.results import predict as module
+from trainer.results import answering as module
 from trainer.results.predict import Options, Tally, predict
 from trainer.run.saved import SavedRun, open_run
 from trainer.tasks import get_task

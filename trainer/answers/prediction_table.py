@@ -1,12 +1,12 @@
 """Predictions of a split: what the model answered to each sample, their table, and the file.
 
-Legend: C answers of the task, E experts, M modalities.
+Legend: C answers of the task, E experts, M modalities, B samples, K pseudo tokens, H hidden size of the backbone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,8 @@ class SampleAnswer:
     `value` is the label's index or the number, nan where the answer is invalid; `prediction` is the label's word or the
     number, None where invalid (of a multi-label task the set's number, and its labels); `answer` is the text behind it.
     Probabilities [C], of the task's answers or of its labels, are None for generated or invalid answers,
-    gate weights [E] and [E, M] without a fusion network and for generated answers.
+    gate weights [E] and [E, M] without a fusion network and for generated answers, pseudo tokens [K, H] (float32) where nobody asks for
+    them too.
     """
 
     value: float
@@ -56,6 +57,7 @@ class SampleAnswer:
     probabilities: list[float] | None
     gate_expert: list[float] | None = None
     gate_modality: list[list[float]] | None = None
+    pseudo_KH: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,12 @@ class PredictionRow:
         return cls(task.name, sample.id, task.word(sample.target), sample.kind, sample.target, answer, shares)
 
 
-def sample_answers(task: Task, predictions: Predictions, gates: Sequence[Gates] | None = None) -> list[SampleAnswer]:
+def sample_answers(
+    task: Task,
+    predictions: Predictions,
+    gates: Sequence[Gates] | None = None,
+    pseudo_BKH: np.ndarray | None = None,
+) -> list[SampleAnswer]:
     """The answers to a batch, one a sample."""
     answers = []
     for b, (value, valid) in enumerate(zip(predictions.value_B, predictions.valid_B, strict=True)):
@@ -87,9 +94,9 @@ def sample_answers(task: Task, predictions: Predictions, gates: Sequence[Gates] 
         probability_BC = predictions.probability_BC
         probabilities = probability_BC[b].tolist() if probability_BC is not None and valid else None
         expert, modality = (None, None) if gates is None else gates[b]
-        answers.append(
-            SampleAnswer(value, prediction, bool(valid), predictions.answers[b], probabilities, expert, modality)
-        )
+        pseudo_KH = None if pseudo_BKH is None else pseudo_BKH[b].copy()
+        text = predictions.answers[b]
+        answers.append(SampleAnswer(value, prediction, bool(valid), text, probabilities, expert, modality, pseudo_KH))
     return answers
 
 

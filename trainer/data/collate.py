@@ -285,9 +285,14 @@ class Collator:
         return dropped
 
     def _text(self, text: str) -> list[int]:
-        if text not in self._tokens:
-            self._tokens[text] = self.pieces.following(text)[-self.config.max_text_tokens :]
-        return self._tokens[text]
+        tokens = self._tokens.get(text)
+        if tokens is None:
+            tokens = self._tokens[text] = self.pieces.following(text)[-self.config.max_text_tokens :]
+        return tokens
+
+    def forget_texts(self) -> None:
+        """Drop the tokens that are kept of every text: of samples that do not come again they would only grow."""
+        self._tokens.clear()
 
     def _connected(self, sample: Sample) -> list[str]:
         """The utterances of a sample's history, and its own text behind them."""

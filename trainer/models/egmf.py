@@ -41,11 +41,13 @@ class LossOutput(NamedTuple):
 
 class ScoreOutput(NamedTuple):
     """`logprob_BC`: the score of every answer (:mod:`trainer.answer_tree`), float32. Constrained ones are log-probabilities among the
-    answers; full ones, log p of all tokens, are not normalised over them."""
+    answers; full ones, log p of all tokens, are not normalised over them. `pseudo_BKH`: the pseudo tokens as they entered the backbone;
+    None without a fusion network."""
 
     logprob_BC: Tensor
     gate_expert_BKE: Tensor | None
     gate_modality_BKEM: Tensor | None
+    pseudo_BKH: Tensor | None = None
 
 
 class EGMF(nn.Module):
@@ -75,7 +77,8 @@ class EGMF(nn.Module):
         hidden = layout.hidden(self.backbone, embeds)
         gates = (None, None) if fused is None else (fused.gate_expert_BKE, fused.gate_modality_BKEM)
         if layout.scored:
-            return ScoreOutput(self._scores(layout, hidden), *gates)
+            pseudo_BKH = None if fused is None else fused.pseudo_BKH.to(embeds.dtype)
+            return ScoreOutput(self._scores(layout, hidden), *gates, pseudo_BKH)
         loss_B = self._loss(layout, hidden)
         if fused is None or self.fusion is None:
             return LossOutput(loss_B, torch.zeros_like(loss_B), loss_B.new_zeros(()), *gates)

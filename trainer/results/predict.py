@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-import torch
-
 from trainer.answers.prediction_table import SampleAnswer
-from trainer.batch import Sample
 from trainer.data.preparation.folder import exit_on_termination
 from trainer.data.unlabelled.clips import ClipSettings
 from trainer.data.unlabelled.inputs import PredictError, askable, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
-from trainer.run.evaluate import Scorer
-from trainer.run.lengths import Use, measure
+from trainer.results.answering import Answering, chunks
 from trainer.run.model_parts import OpenedModel
-
-CHUNK_SAMPLES = 512  # that are sorted by length together
-CHUNK_BYTES = 256 << 20  # of features in a chunk
 
 Row = dict[str, Any]
 
@@ -55,7 +45,6 @@ class Tally:
     bad: int = 0
 
 
-@torch.no_grad()
 def predict(
     run: OpenedModel,
     sources: Sequence[Path] | BinaryIO,
@@ -88,23 +77,23 @@ def predict(
         ClipsError: clips, and the run has no recipe, or another than this machine gives.
     """
     _check_options(run, options)
-    tally, lengths = Tally(), _Lengths(run)
+    answering = Answering(run)
+    tally, lengths = Tally(), _Lengths(answering)
     with contextlib.ExitStack() as stack:
-        chunks: Iterator[list[CheckedSample]] = iter(())
+        parts: Iterator[list[CheckedSample]] = iter(())
         write: Callable[[Iterable[Row]], None] = lambda rows: None  # noqa: E731
         if run.world.is_rank_zero:
             stack.enter_context(exit_on_termination())
             reader = stack.enter_context(_reader(run, sources, options, folder))
             for note in reader.notes:
                 report(f"note: {note}")
-            chunks = map(lengths.checked, _chunks(reader, CHUNK_SAMPLES))
+            parts = map(lengths.checked, chunks(reader))
             write = stack.enter_context(_writing(out))
-        scorers = {name: Scorer(run.forward, run.parts, run.config, name, run.world) for name in run.parts.tasks}
-        while (chunk := run.world.broadcast_object(next(chunks, None))) is not None:
-            answered = _answered(run, scorers, chunk)
+        while (chunk := run.world.broadcast_object(next(parts, None))) is not None:
+            answered = answering.answers(chunk)
             if run.world.is_rank_zero:
                 _report(chunk, report)
-                write(_line(run, checked, name, answer, options) for checked, name, answer in answered)
+                write(_line(answering, chunk[i], name, answer, options) for i, name, answer in answered)
                 tally.answered += sum(checked.sample is not None for checked in chunk)
                 tally.bad += sum(bool(checked.faults) for checked in chunk)
                 advance(len(chunk))
@@ -148,59 +137,28 @@ def _check_options(run: OpenedModel, options: Options) -> None:
         raise PredictError("\n".join(faults))
 
 
-def _chunks(samples: Iterable[CheckedSample], most: int) -> Iterator[list[CheckedSample]]:
-    """Samples in lists of bounded length and bytes of features."""
-    chunk: list[CheckedSample] = []
-    size = 0
-    for checked in samples:
-        chunk.append(checked)
-        size += _bytes(checked.sample)
-        if len(chunk) >= most or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
 class _Lengths:
     """Leaves out samples that are longer than the model's positions, and counts those whose texts are cut; on rank 0."""
 
-    def __init__(self, run: OpenedModel) -> None:
-        self._run, self._cut, self._texts, self._longest, self._beyond = run, 0, 0, 0, 0
+    def __init__(self, answering: Answering) -> None:
+        self._answering, self._run = answering, answering.run
+        self._cut, self._texts, self._longest, self._beyond = 0, 0, 0, 0
 
     def checked(self, chunk: list[CheckedSample]) -> list[CheckedSample]:
         """The same samples, those that are too long with their fault instead of what was read."""
-        parts, config = self._run.parts, self._run.config
-        use: Use = "generated" if config.eval.mode == "generate" else "scored"
-        name, limit, most = config.model.backbone.name, parts.limit, config.data.max_text_tokens
-        beyond: dict[int, int] = {}
-        texts: dict[int, int] = {}
-        for task in parts.tasks:
-            places = [i for i, one in enumerate(chunk) if one.sample is not None and task in one.tasks]
-            samples = [sample for i in places if (sample := chunk[i].sample) is not None]
-            if not samples:
+        limit, most = self._run.parts.limit, self._run.config.data.max_text_tokens
+        out = []
+        for one, length in zip(chunk, self._answering.lengths(chunk), strict=True):
+            if (fault := self._answering.too_long(length)) is not None:
+                out.append(replace(one, sample=None, faults=[*one.faults, fault]))
                 continue
-            found = measure(parts.collators[task], parts.tries[task], "input", samples, use, limit)
-            texts |= {i: n for i, n in zip(places, found.text_N.tolist(), strict=True) if n}
-            if limit is not None:
-                needed = zip(places, found.positions_N.tolist(), strict=True)
-                beyond |= {i: max(n, beyond.get(i, 0)) for i, n in needed if n > limit.positions}
-        faults: dict[int, str] = {}
-        if limit is not None and limit.hard:
-            faults = {
-                i: f"too long for {name} ({limit.reason}): {n} positions with the longest answer"
-                for i, n in beyond.items()
-            }
-        else:
-            self._beyond += len(beyond)
-        answered = [n for i, n in texts.items() if i not in faults]
-        self._texts += len(answered)
-        self._cut += sum(n > most for n in answered)
-        self._longest = max([self._longest, *answered])
-        return [
-            replace(one, sample=None, faults=[*one.faults, faults[i]]) if i in faults else one
-            for i, one in enumerate(chunk)
-        ]
+            out.append(one)
+            if length is not None:
+                self._beyond += limit is not None and length.positions > limit.positions
+                self._texts += length.text > 0
+                self._cut += length.text > most
+                self._longest = max(self._longest, length.text)
+        return out
 
     def notes(self) -> list[str]:
         """What is to be said of the whole input."""
@@ -219,58 +177,17 @@ class _Lengths:
         return notes
 
 
-def _bytes(sample: Sample | None) -> int:
-    streams = () if sample is None else (sample.audio_TF, sample.video_TF)
-    return sum(stream.nbytes for stream in streams if stream is not None)
-
-
-def _answered(
-    run: OpenedModel, scorers: dict[str, Scorer], chunk: Sequence[CheckedSample]
-) -> list[tuple[CheckedSample, str, SampleAnswer]]:
-    """The good samples of a chunk, the tasks asked of them and the answers, in order, on rank 0; batches are those of an
-    evaluation of these samples."""
-    mine: list[tuple[int, int, SampleAnswer]] = []
-    for number, (name, scorer) in enumerate(scorers.items()):
-        places = [i for i, checked in enumerate(chunk) if checked.sample is not None and name in checked.tasks]
-        samples = [sample for i in places if (sample := chunk[i].sample) is not None]
-        lengths = np.array([_length(sample) for sample in samples], dtype=np.int64)
-        for micro in scorer.batches(samples, lengths):
-            answers = scorer.answer([samples[i] for i in micro.indices], micro)
-            if micro.weight:
-                mine += [(places[i], number, answer) for i, answer in zip(micro.indices, answers, strict=True)]
-    everyone = run.world.gather(mine) or []
-    names = list(scorers)
-    found = sorted(itertools.chain(*everyone), key=lambda one: one[:2])
-    return [(chunk[i], names[number], answer) for i, number, answer in found]
-
-
-def _length(sample: Sample) -> int:
-    """As :meth:`trainer.data.dataset.SplitView.lengths`."""
-    return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
-
-
-def _line(run: OpenedModel, checked: CheckedSample, name: str, answer: SampleAnswer, options: Options) -> Row:
+def _line(answering: Answering, checked: CheckedSample, name: str, answer: SampleAnswer, options: Options) -> Row:
     assert checked.sample is not None
     line: Row = {"id": checked.sample.id, "task": name}
     line |= {"prediction": answer.prediction, "valid": answer.valid, "answer": answer.answer}
     if options.probabilities:
-        task, given = run.parts.tasks[name], answer.probabilities
-        words = task.labels if task.kind == "multilabel" else task.answers()
-        line["probabilities"] = None if given is None else dict(zip(words, given, strict=True))
+        line["probabilities"] = answering.probabilities(name, answer)
     if options.gates:
-        fusion = run.parts.model.fusion
-        assert fusion is not None
-        assert answer.gate_expert is not None
-        assert answer.gate_modality is not None
-        modality = [dict(zip(fusion.modalities, _finite(weights), strict=True)) for weights in answer.gate_modality]
-        line["gate_expert"] = dict(zip(fusion.experts_built, _finite(answer.gate_expert), strict=True))
-        line["gate_modality"] = dict(zip(fusion.experts_built, modality, strict=True))
+        weights = answering.gates(answer)
+        assert weights is not None
+        line["gate_expert"], line["gate_modality"] = weights
     return line
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    """JSON has no nan: what a diverged model gives is null."""
-    return [value if math.isfinite(value) else None for value in values]
 
 
 def _report(chunk: Iterable[CheckedSample], report: Callable[[str], None]) -> None:

@@ -139,8 +139,10 @@ class Scorer:
         if order:
             yield from micro_batches(order, self.sizes(samples), self.limits, self.world.rank, self.world.size)
 
-    def answer(self, samples: Sequence[Sample], micro: MicroBatch) -> list[SampleAnswer]:
-        """The answer to each sample of a batch."""
+    def answer(
+        self, samples: Sequence[Sample], micro: MicroBatch, *, pseudo_tokens: bool = False
+    ) -> list[SampleAnswer]:
+        """The answer to each sample of a batch; `pseudo_tokens`: with these embeddings, as they enter the backbone."""
         if self.config.eval.mode == "generate":
             batch = self.collate(samples, answers=False, weight=micro.weight).to(self.world.device)
             longest = max(map(len, self.collate.answers))
@@ -151,7 +153,11 @@ class Scorer:
             return sample_answers(self.task, parse_answers(self.task, texts, self.config.data.answers))
         output = self._output(samples, micro)
         predictions = predict(self.task, output.logprob_BC, self.config.data.answers, self.config.eval.prediction)
-        return sample_answers(self.task, predictions, mean_gates(output.gate_expert_BKE, output.gate_modality_BKEM))
+        gates = mean_gates(output.gate_expert_BKE, output.gate_modality_BKEM)
+        pseudo_BKH = output.pseudo_BKH if pseudo_tokens else None
+        return sample_answers(
+            self.task, predictions, gates, None if pseudo_BKH is None else pseudo_BKH.float().cpu().numpy()
+        )
 
     def _output(self, samples: Sequence[Sample], micro: MicroBatch) -> Any:
         device = self.world.device

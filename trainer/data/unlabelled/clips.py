@@ -20,7 +20,7 @@ from trainer.features.recipe_record import RecipeRecord, described, differences_
 from trainer.features.types import Clip
 
 if TYPE_CHECKING:
-    from trainer.data.unlabelled.inputs import UncheckedSample
+    from trainer.data.unlabelled.lines import UncheckedSample
     from trainer.features.extraction_folder import RowRecord
     from trainer.features.extractor import Job
     from trainer.features.recipe import Recipe
@@ -54,7 +54,7 @@ class PendingClip:
 
 
 @dataclass
-class _Prepared:
+class PreparedRecipe:
     """One recipe, ready to be used here."""
 
     recipe: Recipe
@@ -68,12 +68,13 @@ class ClipExtraction:
     Args:
         recipe_of: the recipe of the data that a sample is like, by the task that it names (None: none).
         keep: whether samples are read twice: what was extracted is then kept until the end.
+        ready: the recipes that were found to be usable here, by their hashes; several extractions may share them.
     """
 
     recipe_of: Callable[[str | None], RecipeRecord | None]
     settings: ClipSettings = field(default_factory=ClipSettings)
     keep: bool = False
-    _ready: dict[str, _Prepared] = field(default_factory=dict)
+    ready: dict[str, PreparedRecipe] = field(default_factory=dict)
     _kept: dict[int, RowRecord] = field(default_factory=dict)
     _temporary: tempfile.TemporaryDirectory[str] | None = None
 
@@ -119,7 +120,7 @@ class ClipExtraction:
         for name, jobs in by_recipe.items():
             from trainer.features.extractor import extract_all
 
-            ready, settings = self._ready[name], self.settings
+            ready, settings = self.ready[name], self.settings
             workers = min(settings.workers, len(jobs))
             for job, record in extract_all(iter(jobs), ready.recipe, ready.device, workers, settings.time_limit):
                 self._kept[job.number] = record
@@ -132,13 +133,13 @@ class ClipExtraction:
                 f"{sample.where} names a clip, and the run's data come from no recipe: extract features as the run's data have them, "
                 "and give own data with audio and video; or train a run on data of egmf extract"
             )
-        if saved["hash"] not in self._ready:
+        if saved["hash"] not in self.ready:
             from trainer.features.extractor import choose_device
 
             recipe = recipe_in(saved, "the run's recipe")
             if lines := differences_of(saved, record_of(recipe)):
                 raise ClipsError(described("this machine does not extract as the run's data were extracted", lines))
-            self._ready[saved["hash"]] = _Prepared(recipe, choose_device(self.settings.device, recipe))
+            self.ready[saved["hash"]] = PreparedRecipe(recipe, choose_device(self.settings.device, recipe))
         return saved["hash"]
 
     def _job(self, order: int, pending: PendingClip) -> Job:

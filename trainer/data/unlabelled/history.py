@@ -12,7 +12,7 @@ class SeenSamples:
     """A temporary SQLite database that moves to disk as it grows. `order` is a sample's place in the whole input."""
 
     def __init__(self) -> None:
-        self._base = sqlite3.connect("")
+        self._base = sqlite3.connect("", check_same_thread=False)  # one thread at a time uses it
         self._base.execute("CREATE TABLE ids (task, id, place, PRIMARY KEY (task, id)) WITHOUT ROWID")
         self._base.execute(
             "CREATE TABLE utterances (task, id, dialogue, turn, sequence, speaker, text, UNIQUE (task, id))"

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 from trainer.data.preparation.columns import STREAMS
 from trainer.data.preparation.resampling import resampled_rate
-from trainer.data.readers.jsonl import JsonlReader, plain_sample
+from trainer.data.readers.jsonl import JsonlReader
 from trainer.data.readers.raw import SPLIT_NAMES, RawSample, Source, split_of
 from trainer.data.readers.registry import Reader, in_folder, known_readers, reader_of
 from trainer.data.readers.source import open_source
 from trainer.data.task_input import TaskInput
-from trainer.data.unlabelled.clips import (
-    ClipExtraction,
-    ClipSettings,
-    PendingClip,
-    load_line,
-    other_recipes,
-    pending_clip,
-)
+from trainer.data.unlabelled.clips import ClipExtraction, ClipSettings, other_recipes
+from trainer.data.unlabelled.lines import SampleInput, UncheckedSample, take_line
 from trainer.encodings import EncodingError, decode_file, is_plain_utf_8
 from trainer.features.manifest import ClipLine, id_of
 from trainer.features.recipe_record import RecipeRecord, name_of
@@ -40,8 +32,6 @@ from trainer.tasks import Task
 log = logging.getLogger(__name__)
 
 LONGEST = 16 << 20  # bytes of a line
-_KNOWN_KEYS = ("id", "text", "audio", "video", "audio_length", "video_length", "speaker", "dialogue", "turn", "task")
-_LIKE_CLIP = 0.74  # of difflib: `cilp` is a misspelt `clip`, `clip_id` is none
 
 
 class PredictError(ValueError):
@@ -60,39 +50,6 @@ def askable(tasks: Mapping[str, TaskInput]) -> dict[str, tuple[str, ...]]:
 def usual(tasks: Mapping[str, TaskInput]) -> str | None:
     """What a sample that names nothing is asked: everything, where that is one task or the questions of one dataset."""
     return next((name for name, asked in askable(tasks).items() if len(asked) == len(tasks)), None)
-
-
-@dataclass
-class UncheckedSample:
-    """A sample as given. `raw` has everything but features, None where it cannot be read; `load(faults)` has the features
-    too, or reports why it cannot be had. A `clip` is still to be extracted. `order` counts all samples of the input, `where` names the place for the user."""
-
-    order: int
-    where: str
-    task: str | None = None
-    raw: RawSample | None = None
-    load: Callable[[list[str]], RawSample | None] = lambda faults: None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    clip: PendingClip | None = None
-
-
-class SampleInput(Protocol):
-    """Samples to be predicted. `notes` is what the user should see of the whole input."""
-
-    notes: list[str]
-
-    def __enter__(self) -> SampleInput: ...
-    def __exit__(self, *_: object) -> None: ...
-
-    def samples(self) -> Iterator[UncheckedSample]:
-        """All samples in order. A second call reads anew, where `reread` was asked for."""
-        ...
-
-    def wanted(self, sample: UncheckedSample) -> bool:
-        """Whether the sample is to be answered; the others count for histories alone."""
-        ...
 
 
 def check_places(sources: Sequence[Path], out: Path | None, plugins: Sequence[str] = ()) -> None:
@@ -149,11 +106,11 @@ def open_input(
     """
     chosen = usual(tasks) if task is None else task
     asked = askable(tasks).get(chosen or "", tuple(tasks))
-    unsure = _check_recipes(sources, {name: tasks[name].recipe for name in asked})
-    extraction = ClipExtraction(partial(_recipe_of, tasks, chosen), clips or ClipSettings(), keep=reread)
+    unsure = check_recipes(sources, {name: tasks[name].recipe for name in asked})
+    extraction = ClipExtraction(partial(recipe_of, tasks, chosen), clips or ClipSettings(), keep=reread)
     if not isinstance(sources, Sequence):
         return JsonLinesInput(
-            [(sources, folder, "")], task, split, reread, "en", _answer_keys(tasks), contained, extraction, unsure
+            [(sources, folder, "")], task, split, reread, "en", answer_keys(tasks), contained, extraction, unsure
         )
     readers = known_readers(tuple(plugins))
     first = tasks[askable(tasks)[chosen][0]] if chosen else next(iter(tasks.values()))
@@ -162,7 +119,7 @@ def open_input(
         named = [(path, path.parent, f"{path.name} " if len(files) > 1 else "") for path, _ in files]
         chinese = any(one.task.language == "zh" for one in tasks.values())
         language = "zh" if chinese else "en"
-        return JsonLinesInput(named, task, split, reread, language, _answer_keys(tasks), contained, extraction, unsure)
+        return JsonLinesInput(named, task, split, reread, language, answer_keys(tasks), contained, extraction, unsure)
     if chosen is None:
         raise PredictError(
             f"samples of {sources[0]} name no task, and the run has {', '.join(tasks)}: give one with --task"
@@ -172,7 +129,7 @@ def open_input(
     return SourceInput(sources, chosen, first, split, plugins, contained)
 
 
-def _check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, RecipeRecord | None]) -> str:
+def check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, RecipeRecord | None]) -> str:
     """What is to be said where nothing tells by what given features were extracted, but it does of the run's; else "".
 
     Raises:
@@ -193,13 +150,13 @@ def _check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, Rec
     )
 
 
-def _recipe_of(tasks: Mapping[str, TaskInput], chosen: str | None, task: str | None) -> RecipeRecord | None:
+def recipe_of(tasks: Mapping[str, TaskInput], chosen: str | None, task: str | None) -> RecipeRecord | None:
     """By what the data were extracted that a sample which names `task` is like."""
     asked = askable(tasks).get((chosen if task is None else task) or "", ())
     return tasks[asked[0]].recipe if asked else None
 
 
-def _answer_keys(tasks: Mapping[str, TaskInput]) -> frozenset[str]:
+def answer_keys(tasks: Mapping[str, TaskInput]) -> frozenset[str]:
     """Keys in which prepared samples of several questions have their answers: they are not read, and not misspelt."""
     several = [known.task for known in tasks.values() if known.dataset is not None]
     return frozenset(
@@ -304,24 +261,23 @@ class JsonLinesInput:
         sample.faults += [fault.removeprefix(": ") for fault in faults]
         if line is None:
             return
-        _check_keys(line, sample, self._answers)
-        sample.task = self._task if line.task is None else line.task
-        sample.rates = {str(name): rate for name, rate in line.rate.items()}
         id = "" if line.id is None and line.clip is None else id_of(line, place)
         split = line.split if line.split is not None else source.split if self._split is not None else None
         if self._split is not None and SPLIT_NAMES.get((split or "").lower()) is None:
             sample.faults.append(f"split {split!r} is none of train, valid, test, and --split asks for {self._split}")
-        sample.raw = plain_sample(line, id, split or "", "")
-        if line.clip is not None and (line.audio is not None or line.video is not None):
-            sample.notes.append("clip: not used beside audio or video")
-        elif line.clip is not None:
-            if not sample.faults:
-                sample.clip = pending_clip(line, source.folder, sample.faults, contained=self._contained)
-            return
+        take_line(
+            sample,
+            line,
+            id,
+            source.folder,
+            task=self._task,
+            split=split or "",
+            answers=self._answers,
+            contained=self._contained,
+        )
         if self._unsure and (line.audio is not None or line.video is not None):
             log.warning("%s", self._unsure)
             self._unsure = ""
-        sample.load = partial(load_line, sample.raw, source.folder, line, self._contained)
 
     def wanted(self, sample: UncheckedSample) -> bool:
         if self._split is None or sample.raw is None:
@@ -342,19 +298,6 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes, str]]:
         raw = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
         if raw:
             yield number, raw, ""
-
-
-def _check_keys(line: ClipLine, sample: UncheckedSample, answers: frozenset[str]) -> None:
-    """A key that is probably a misspelt one costs the line: without it, a part of the sample would be missing."""
-    for key in (key for key in line.model_extra or {} if key not in answers):
-        near = difflib.get_close_matches(key, [k for k in _KNOWN_KEYS if k not in line.model_fields_set], n=1)
-        if not near and line.audio is None and line.video is None:
-            known = ("clip",) if line.clip is None else ("start", "end")
-            near = difflib.get_close_matches(key, known, n=1, cutoff=_LIKE_CLIP)
-        if near:
-            sample.faults.append(f"unknown key {key[:40]!r} (did you mean {near[0]}?)")
-        else:
-            sample.notes.append(f"unknown key {key[:40]!r}: not used")
 
 
 # ── other formats ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,8 @@ from trainer.data.preparation.resampling import Resampling
 from trainer.data.preparation.rows import Checker, QuestionsChecker, Row, checker_of, wrong_width
 from trainer.data.task_input import TaskInput
 from trainer.data.unlabelled.history import SeenSamples
-from trainer.data.unlabelled.inputs import SampleInput, UncheckedSample, askable, rate_faults, usual
+from trainer.data.unlabelled.inputs import askable, rate_faults, usual
+from trainer.data.unlabelled.lines import SampleInput, UncheckedSample
 from trainer.questions import Questions
 
 
@@ -42,21 +43,29 @@ class UnlabelledReader:
         task: of samples that name none, or the dataset of several questions; may be None where there is only one.
         history: previous utterances of the dialogue that a sample gets. All samples of the input that can be read count,
             also later ones, and those whose features are faulty.
+        seen: what is remembered of samples before these; it is not closed.
     """
 
     def __init__(
-        self, given: SampleInput, tasks: Mapping[str, TaskInput], *, task: str | None = None, history: int = 0
+        self,
+        given: SampleInput,
+        tasks: Mapping[str, TaskInput],
+        *,
+        task: str | None = None,
+        history: int = 0,
+        seen: SeenSamples | None = None,
     ) -> None:
         self._given, self._tasks, self._history = given, tasks, history
         self._task = usual(tasks) if task is None else task
         self._askable = askable(tasks)
         self._checkers = {name: _checker(name, [tasks[one] for one in asked]) for name, asked in self._askable.items()}
         self._stack = contextlib.ExitStack()
+        self._before = seen
         self._seen: SeenSamples
 
     def __enter__(self) -> UnlabelledReader:
         with contextlib.ExitStack() as stack:
-            self._seen = stack.enter_context(contextlib.closing(SeenSamples()))
+            self._seen = self._before or stack.enter_context(contextlib.closing(SeenSamples()))
             stack.enter_context(self._given)
             self._stack = stack.pop_all()
         return self
