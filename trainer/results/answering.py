@@ -2,7 +2,7 @@
 
 `egmf predict` and :class:`trainer.Predictor` answer through it.
 
-Legend: K pseudo tokens, H hidden size of the backbone.
+Legend: K pseudo tokens, H hidden size of the backbone, L tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.answers.prediction_table import SampleAnswer
 from trainer.batch import Sample
+from trainer.models.layouts import PaddedLayout
 from trainer.run.evaluate import Scorer
 from trainer.run.lengths import Use, measure
 from trainer.run.model_parts import OpenedModel
@@ -112,6 +114,16 @@ class Answering:
         names = list(self._scorers)
         found = sorted(itertools.chain(*everyone), key=lambda one: one[:2])
         return [(i, names[number], answer) for i, number, answer in found]
+
+    @torch.no_grad()
+    def prompt(self, task: str, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Input embeddings [L, H] of a sample's prompt, with the pseudo tokens at their places, and its tokens [L]."""
+        collate, model = self.run.parts.collators[task], self.run.parts.model
+        with self._model, self._tokenizer:
+            layout = PaddedLayout(collate([sample], answers=False).to(self.run.world.device))
+            embeds_1LH, _ = model.embed(layout)
+            collate.forget_texts()
+        return embeds_1LH[0].cpu(), layout.token_ids[0].cpu()
 
     def probabilities(self, task: str, answer: SampleAnswer) -> dict[str, float] | None:
         """The probability of each of the task's answers, or of its labels; None for generated and invalid ones."""

@@ -1,4 +1,4 @@
-"""A trained model outside its run: the exported artefact, and the doors to it in Python, MLflow and HTTP.
+"""A trained model outside of its run folder: exported, and answering in Python, in MLflow and over HTTP.
 
-A run folder or an artefact enters; answers to samples leave. Light to import: each door loads what it needs.
+In: an exported folder, a run folder or a version of a registered model (`locate.py`). Out: answers (`predictor.py`).
 """

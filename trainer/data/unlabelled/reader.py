@@ -25,13 +25,14 @@ from trainer.questions import Questions
 @dataclass
 class CheckedSample:
     """A sample that was read. `sample` is None where `faults` cost it; `notes` are repairs, and keys that are not used; `tasks`
-    are asked of it."""
+    are asked of it; `id` is "" where it has none that could be read."""
 
     where: str
     tasks: tuple[str, ...] = ()
     sample: Sample | None = None
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    id: str = ""
 
 
 class UnlabelledReader:
@@ -107,6 +108,7 @@ class UnlabelledReader:
         out = CheckedSample(given.where, faults=list(given.faults), notes=list(given.notes))
         if given.raw is None:
             return out
+        out.id = given.raw.id.strip()
         out.tasks = self._askable.get(name or "", ())
         if name is None or not out.tasks:
             names = ", ".join(self._tasks)
@@ -114,7 +116,7 @@ class UnlabelledReader:
                 f"task {name!r} is none of the run's: {names}" if name else f"names no task, the run has {names}"
             )
             return out
-        expected, id = self._tasks[out.tasks[0]], given.raw.id.strip()
+        expected, id = self._tasks[out.tasks[0]], out.id
         for task in out.tasks if id else ():
             if (first := self._seen.first_place(task, id, given.where)) is not None:
                 out.faults.append(f"duplicate id ({id!r} is that of {first})")
