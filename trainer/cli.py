@@ -25,6 +25,7 @@ from trainer.commands import (
     reproduce,
     robustness,
     runs,
+    serve,
     slurm,
     sweep,
     training,
@@ -42,7 +43,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (extract, data, training, sweep, reproduce, runs, baseline, compare, robustness, planning, doctor):
+for commands in (
+    extract,
+    data,
+    training,
+    sweep,
+    reproduce,
+    runs,
+    baseline,
+    compare,
+    robustness,
+    serve,
+    planning,
+    doctor,
+):
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")
 app.add_typer(runs.config_app, name="config")

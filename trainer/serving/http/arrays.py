@@ -66,7 +66,9 @@ def npy_arrays(
             shape, dtype = array_header(file)
             size = _checked(shape, dtype, limits)
             if len(content) - file.tell() != size:
-                raise UnreadableArrayError(f"claims shape {shape} of type {dtype}, which is not the size of what it holds")
+                raise UnreadableArrayError(
+                    f"claims shape {shape} of type {dtype}, which is not the size of what it holds"
+                )
             file.seek(0)
             array = np.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:

@@ -57,7 +57,7 @@ class Asking:
     width: int = 0
     clips: str | None = "the model has no recipe for clips"
 
-    def of_json(self, body: bytes, hold: Callable[[int], None]) -> Asked:
+    def of_json(self, body: bytes | bytearray, hold: Callable[[int], None]) -> Asked:
         """Raises RefusedError with all faults."""
         brackets = body.count(b"[") + body.count(b"{")
         if brackets > (most := self.limits.max_samples * (2 * self.limits.max_frames + _BRACKETS)):
@@ -72,7 +72,9 @@ class Asking:
             faults.append(Fault(where, reason))
 
         if not isinstance(given, dict):
-            raise RefusedError(422, "bad_request", 'the body must be a JSON object such as {"samples": [{"text": "…"}]}')
+            raise RefusedError(
+                422, "bad_request", 'the body must be a JSON object such as {"samples": [{"text": "…"}]}'
+            )
         for key in given:
             if key not in ("samples", "options"):
                 report(key[:40], "is no key of a request: these are samples and options")
@@ -82,7 +84,7 @@ class Asking:
             given.get("samples"), self.tasks, self.limits.max_samples, self.limits.max_text, limits, report
         )
         _refuse(faults)
-        return Asked(samples, **options)
+        return Asked(samples, options.get("probabilities", False), options.get("gates", False))
 
     def of_form(self, body: bytes, content_type: str, hold: Callable[[int], None]) -> Asked:
         """Raises RefusedError with all faults."""
@@ -105,7 +107,12 @@ class Asking:
         clip = self._clip(form, bool(arrays), report)
         bare = clip is not None or arrays or "text" in given
         sample = check_sample(
-            {"id": "0", **given, **({} if "text" in given else {"text": ""})}, "form", self.tasks, self.limits.max_text, limits, report
+            {"id": "0", **given, **({} if "text" in given else {"text": ""})},
+            "form",
+            self.tasks,
+            self.limits.max_text,
+            limits,
+            report,
         )
         if not bare and not faults:
             report("form", "has no text, no clip and no features")
@@ -113,17 +120,10 @@ class Asking:
             sample.pop("text", None)
         options = {name: _flag(name, form.fields.get(name, ""), report) for name in OPTIONS}
         _refuse(faults)
-        return Asked([{**sample, **arrays}], clip=clip, **options)
+        return Asked([{**sample, **arrays}], options["probabilities"], options["gates"], clip)
 
     def _clip(self, form: Form, arrays: bool, report: Callable[[str, str], None]) -> ClipFile | None:
-        span = {}
-        for key in SPAN:
-            text = form.fields.get(key, "").strip()
-            span[key] = None if not text else _number(text)
-            if text and not (isinstance(span[key], float) and 0 <= span[key] <= LONGEST_SECONDS):
-                report(key, f"must be a number of seconds, from 0 to {LONGEST_SECONDS:g}")
-                span[key] = None
-        start, end = span["start"], span["end"]
+        start, end = (_seconds(key, form.fields.get(key, "").strip(), report) for key in SPAN)
         if end is not None and (start or 0.0) >= end:
             report("start", f"({start or 0:g}) is not before end ({end:g})")
         if "clip" not in form.files:
@@ -135,6 +135,14 @@ class Asking:
         elif not form.files["clip"]:
             report("clip", "is an empty file")
         return ClipFile(form.files["clip"], start, end)
+
+
+def _seconds(key: str, text: str, report: Callable[[str, str], None]) -> float | None:
+    found = _number(text) if text else None
+    if text and not (isinstance(found, float) and 0 <= found <= LONGEST_SECONDS):
+        report(key, f"must be a number of seconds, from 0 to {LONGEST_SECONDS:g}")
+        return None
+    return found
 
 
 def _options(given: Any, report: Callable[[str, str], None]) -> dict[str, bool]:
@@ -186,7 +194,11 @@ def _flag(name: str, text: str, report: Callable[[str, str], None]) -> bool:
 def _whole(text: str) -> Any:
     """A whole number where the text is one, else the text, for the checks to name."""
     plain = text.strip()
-    return int(plain) if len(plain) <= 20 and plain.removeprefix("-").isascii() and plain.removeprefix("-").isdecimal() else text
+    return (
+        int(plain)
+        if len(plain) <= 20 and plain.removeprefix("-").isascii() and plain.removeprefix("-").isdecimal()
+        else text
+    )
 
 
 def _number(text: str) -> Any:

@@ -9,16 +9,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from trainer.serving.prediction import Prediction, Prepared
+if TYPE_CHECKING:  # they import torch
+    from trainer.serving.prediction import Prediction, Prepared
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[Sequence[Prepared]], list[Prediction]]  # one call, one batch; predictions in the order of the samples
+
+class Answer(Protocol):
+    """Passes samples through the model; predictions come in the order of the samples."""
+
+    def __call__(self, prepared: Sequence[Prepared]) -> list[Prediction]: ...
 
 
 class Observer(Protocol):
@@ -140,7 +145,10 @@ class Batcher:
     def _pass(self, batch: Sequence[_Waiting]) -> None:
         """Answer a batch. Where that fails, each request of it is tried alone, so that it costs none but the one that is at fault."""
         try:
-            self._hand_out(batch, self._answer([one.prepared for one in batch]))
+            predictions = self._answer([one.prepared for one in batch])
+            wanted = sum(len(one.prepared.tasks) for one in batch)
+            if len(predictions) != wanted:
+                raise RuntimeError(f"the model gave {len(predictions)} answers to {wanted} questions")
         except Exception as error:
             tickets = list({id(one.ticket): one.ticket for one in batch}.values())
             if len(tickets) == 1:
@@ -150,8 +158,7 @@ class Batcher:
             log.warning("the model failed on a batch of %d requests; each is tried alone", len(tickets))
             for ticket in tickets:
                 self._pass([one for one in batch if one.ticket is ticket])
-
-    def _hand_out(self, batch: Sequence[_Waiting], predictions: Sequence[Prediction]) -> None:
+            return
         rest = iter(predictions)
         for one in batch:
             one.ticket.put(one.place, [next(rest) for _ in one.prepared.tasks])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from trainer.serving.http.faults import RefusedError
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 FILES = ("clip", "features", "audio", "video")
 PARTS = 32  # of one request
@@ -56,7 +59,7 @@ class _Parts:
         self._headers: dict[bytes, bytes] = {}
         self._content = bytearray()
 
-    def callbacks(self) -> Mapping[str, object]:
+    def callbacks(self) -> MultipartCallbacks:
         return {
             "on_part_begin": self._begin,
             "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -31,7 +32,9 @@ class Metrics:
         if not self._shared:
             ProcessCollector(registry=own)
         self.requests = Counter("egmf_requests", "requests answered", ["path", "status"], registry=own)
-        self.seconds = Histogram("egmf_request_seconds", "seconds of a request", ["path"], buckets=_SECONDS, registry=own)
+        self.seconds = Histogram(
+            "egmf_request_seconds", "seconds of a request", ["path"], buckets=_SECONDS, registry=own
+        )
         self.refused = Counter("egmf_refused", "requests refused, by the code of the error", ["code"], registry=own)
         self.predictions = Counter("egmf_predictions", "answers given", ["task"], registry=own)
         self.cancelled = Counter("egmf_cancelled", "requests whose client left before the answer", registry=own)
@@ -62,5 +65,6 @@ class Metrics:
         if not self._shared:
             return generate_latest(self._own)
         everyone = CollectorRegistry()
-        MultiProcessCollector(everyone)
+        collect: Any = MultiProcessCollector  # which has no types
+        collect(everyone)
         return generate_latest(everyone)

@@ -66,7 +66,10 @@ def check_sample(
             report(at, "clips come in a multipart request, as a file: the server opens none that a request names")
         elif key not in KEYS:
             near = difflib.get_close_matches(key[:40], KEYS, n=1)
-            report(at, "is no key of a sample" + (f" (did you mean {near[0]}?)" if near else f": these are {', '.join(KEYS)}"))
+            report(
+                at,
+                "is no key of a sample" + (f" (did you mean {near[0]}?)" if near else f": these are {', '.join(KEYS)}"),
+            )
         elif reason := _fault(key, value, tasks, most_text):
             report(at, reason)
         else:
@@ -106,6 +109,11 @@ def _rate_fault(value: Any) -> str | None:
     if not isinstance(value, dict) or not set(value) <= set(STREAMS):
         return 'must be an object such as {"audio": 100, "video": 25}, frames a second'
     for name, rate in value.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1e6 or not math.isfinite(rate):
+        if (
+            isinstance(rate, bool)
+            or not isinstance(rate, (int, float))
+            or not 0 < rate <= 1e6
+            or not math.isfinite(rate)
+        ):
             return f"of {name} must be a number of frames a second, more than 0 and at most a million"
     return None
