@@ -184,5 +184,6 @@ class Guard:
         self._service.metrics.seconds.labels(path).observe(seconds)
         samples = scope.get("state", {}).get("samples")
         of = f" {samples} predictions" if samples else ""
-        level = logging.INFO if path.startswith("/v1/") or status >= 400 else logging.DEBUG
+        seen = path.startswith("/v1/") or (status >= 400 and path != "/readyz")
+        level = logging.INFO if seen else logging.DEBUG
         log.log(level, "%s %s %d %.0f ms%s", method, path, status, 1000 * seconds, of)
