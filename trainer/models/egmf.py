@@ -78,7 +78,7 @@ class EGMF(nn.Module):
         gates = (None, None) if fused is None else (fused.gate_expert_BKE, fused.gate_modality_BKEM)
         if layout.scored:
             pseudo_BKH = None if fused is None else fused.pseudo_BKH.to(embeds.dtype)
-            return ScoreOutput(self._scores(layout, hidden), *gates, pseudo_BKH)
+            return ScoreOutput(self._scores(layout, hidden), gates[0], gates[1], pseudo_BKH)
         loss_B = self._loss(layout, hidden)
         if fused is None or self.fusion is None:
             return LossOutput(loss_B, torch.zeros_like(loss_B), loss_B.new_zeros(()), *gates)

@@ -139,9 +139,8 @@ class Answering:
         fusion = self.run.parts.model.fusion
         if fusion is None or answer.gate_expert is None or answer.gate_modality is None:
             return None
-        modality = [dict(zip(fusion.modalities, _finite(weights), strict=True)) for weights in answer.gate_modality]
-        expert = dict(zip(fusion.experts_built, _finite(answer.gate_expert), strict=True))
-        return expert, dict(zip(fusion.experts_built, modality, strict=True))
+        modality = [_named(fusion.modalities, weights) for weights in answer.gate_modality]
+        return _named(fusion.experts_built, answer.gate_expert), dict(zip(fusion.experts_built, modality, strict=True))
 
 
 def chunks(samples: Iterable[AnyAsked], most: int | None = None) -> Iterator[list[AnyAsked]]:
@@ -176,6 +175,6 @@ def _length(sample: Sample) -> int:
     return len(sample.text) + sum(len(s) for s in (sample.audio_TF, sample.video_TF) if s is not None)
 
 
-def _finite(values: Sequence[float]) -> list[float | None]:
+def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
     """JSON has no nan: what a diverged model gives is null."""
-    return [value if math.isfinite(value) else None for value in values]
+    return {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}

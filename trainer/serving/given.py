@@ -143,7 +143,13 @@ class GivenSamples:
 def _load(raw: RawSample, line: ClipLine, arrays: Mapping[str, Any], faults: list[str]) -> RawSample | None:
     """The sample with its arrays, and with those that lie in files."""
     found = load_line(raw, Path(), line, False, faults)
-    return None if found is None else replace(found, **{name: _features(value) for name, value in arrays.items()})
+    if found is None:
+        return None
+    audio, video = (
+        _features(arrays[name]) if name in arrays else own
+        for name, own in (("audio", found.audio), ("video", found.video))
+    )
+    return replace(found, audio=audio, video=video)
 
 
 def _features(value: Any) -> np.ndarray | None:

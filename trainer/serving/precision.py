@@ -82,7 +82,8 @@ def convert(opened: OpenedModel, dtype: str | None, quantization: str | None) ->
         for module in backbone.modules():
             if isinstance(module, Linear4bit):
                 module.compute_dtype = DTYPES[wanted]
-                module.weight.quant_state.dtype = DTYPES[wanted]
+                weight: Any = module.weight
+                weight.quant_state.dtype = DTYPES[wanted]
     opened.config = _changed(config, wanted, after)
 
 
@@ -92,7 +93,7 @@ def _quantise(base: nn.Module, dtype: torch.dtype, double: bool) -> None:
     for name, layer in list(base.named_modules()):
         if type(layer) is not nn.Linear or layer is head or "lora_" in name:
             continue
-        packed = Linear4bit(
+        packed: Any = Linear4bit(  # type: ignore[no-untyped-call]
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
@@ -102,7 +103,7 @@ def _quantise(base: nn.Module, dtype: torch.dtype, double: bool) -> None:
             quant_storage=torch.uint8,
             device="meta",
         )
-        weight = Params4bit(
+        weight: Any = Params4bit(
             layer.weight.data,
             requires_grad=False,
             compress_statistics=double,
@@ -120,7 +121,8 @@ def _dequantise(base: nn.Module, dtype: torch.dtype) -> None:
     """Turn 4-bit layers into dense ones that hold the same values."""
     for name, layer in list(base.named_modules()):
         if isinstance(layer, Linear4bit):
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+            packed: Any = layer.weight
+            weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
             dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             dense.weight = nn.Parameter(weight, requires_grad=False)
             dense.bias = layer.bias

@@ -12,6 +12,7 @@ Legend: K pseudo tokens, H hidden size of the backbone, L tokens of a prompt, B 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -214,13 +215,10 @@ class Predictor:
         with contextlib.closing(SeenSamples()) as seen:
             for values in chunks_of_given(samples_in(samples), CHUNK_SAMPLES, CHUNK_BYTES):
                 for part in self._prepared(values, task, first, seen):
-                    good = [i for i, one in enumerate(part) if isinstance(one, Prepared)]
-                    answers = self._answering.answers([part[i] for i in good], pseudo_tokens=pseudo_tokens)
-                    of_place: dict[int, list[Prediction | Rejected]] = {}
-                    for i, name, answer in answers:
-                        of_place.setdefault(good[i], []).append(self._prediction(part[good[i]].id, name, answer))
-                    for i, one in enumerate(part):
-                        yield from [one] if isinstance(one, Rejected) else of_place.get(i, [])
+                    good = [one for one in part if isinstance(one, Prepared)]
+                    answers = iter(self.answer(good, pseudo_tokens=pseudo_tokens))
+                    for one in part:
+                        yield from [one] if isinstance(one, Rejected) else itertools.islice(answers, len(one.tasks))
                 first += len(values)
 
     def _prepared(
