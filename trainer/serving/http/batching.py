@@ -95,12 +95,13 @@ class Batcher:
             self._changed.notify()
         return ticket
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
         """Answer what waits, then end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _work(self) -> None:
         while batch := self._next():

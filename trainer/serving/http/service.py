@@ -102,8 +102,7 @@ class Service:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._open is not None:
             self._open.model.close()
-            if not self.busy:
-                self._open.batcher.stop()
+            self._open.batcher.stop(wait=not self.busy)
 
     def ready(self) -> ServedModel:
         """The model; raises RefusedError (503) where it is not there."""

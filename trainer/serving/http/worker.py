@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -47,13 +48,28 @@ def run_worker(
     Raises:
         ValueError: the model cannot be opened.
     """
-    token = None if settings.token_file is None else read_token(settings.token_file)[0]
 
     def load() -> ServedModel:
         from trainer.serving.http.model import ServedModel
 
         return ServedModel.load(settings.model, settings.limits, settings.clips)
 
+    server = make_server(settings, load, parent=parent, ready=ready)
+    server.run([listening])
+    if server.service.fault is not None:
+        raise server.service.fault
+    return STOPPED_LATE if server.late else 0
+
+
+def make_server(
+    settings: ServerSettings,
+    load: Callable[[], ServedModel],
+    *,
+    parent: int | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> Server:
+    """A server that is not yet running; `load` gives it its model."""
+    token = None if settings.token_file is None else read_token(settings.token_file)[0]
     metrics = Metrics()
     service = Service(load, settings.limits, metrics, unbatched=settings.unbatched)
     gate = Gate(token, settings.hosts if is_loopback(settings.host) or settings.hosts else None)
@@ -70,22 +86,15 @@ def run_worker(
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=CLOSING,
     )
-    server = _Server(config, service, parent, ready)
-    try:
-        server.run([listening])
-    finally:
-        service.close()
-    if service.fault is not None:
-        raise service.fault
-    return STOPPED_LATE if server.late else 0
+    return Server(config, service, parent, ready)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server, which on a signal answers what it has taken while it refuses what is new, and then ends."""
 
     def __init__(self, config: uvicorn.Config, service: Service, parent: int | None, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._parent, self._ready = service, parent, ready
+        self.service, self._parent = service, parent
         self._told: Callable[[], None] | None = ready
         self._until: float | None = None  # when a stop is over
         self._sweep: asyncio.Task[None] | None = None
@@ -94,42 +103,47 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._sweep = asyncio.create_task(sweep_for_ever(self.server_state.connections))
-        self._service.start()
+        self.service.start()
 
     async def on_tick(self, counter: int) -> bool:
-        if await super().on_tick(counter) or self._service.state == "failed":
+        if await super().on_tick(counter) or self.service.state == "failed":
             return True
-        if self._told is not None and self._service.state == "ready":
+        if self._told is not None and self.service.state == "ready":
             self._told()
             self._told = None
         if self._parent is not None and os.getppid() != self._parent:
-            self._stop()
+            self.stop()
         if self._until is None:
             return False
-        self.late = self._service.busy and time.monotonic() > self._until
+        self.late = self.service.busy and time.monotonic() > self._until
         if self.late:
             log.warning("not everything that was taken could be answered in time (--stop-seconds)")
-        return self.late or not self._service.busy
+        return self.late or not self.service.busy
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
         await super().shutdown(sockets)
+        self.service.close()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Take no more requests, answer what was taken, and end."""
         if self._until is None:
             log.info("stopping: what was taken is answered")
-            self._service.stop()
-            self._until = time.monotonic() + self._service.limits.stop_seconds
+            self.service.stop()
+            self._until = time.monotonic() + self.service.limits.stop_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._until is not None and self._parent is None:
             os._exit(128 + sig)  # the second one: at once
-        self._stop()
+        self.stop()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, which raises the signal anew at the end, so that the process would not end with 0."""
+        if threading.current_thread() is not threading.main_thread():  # where no signals arrive
+            yield
+            return
         ours = {
             signal.SIGTERM: self.handle_exit,
             signal.SIGINT: self.handle_exit if self._parent is None else signal.SIG_IGN,
