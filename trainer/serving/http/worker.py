@@ -73,7 +73,8 @@ def make_server(
     metrics = Metrics()
     service = Service(load, settings.limits, metrics, unbatched=settings.unbatched)
     gate = Gate(token, settings.hosts if is_loopback(settings.host) or settings.hosts else None)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for name in ("uvicorn.error", "python_multipart"):  # they quote what clients send
+        logging.getLogger(name).setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(service, gate),
         http=protocol_class(settings.limits, lambda code: metrics.refused.labels(code).inc()),
