@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.serving.http.conftest import SMALL
-from tests.serving.http.servers import InThread, Reply, form, serving
+from tests.serving.http.servers import InThread, Reply, form, serving, until
 from tests.serving.http.test_predict import packed
 from trainer.serving.http.limits import Limits
 from trainer.serving.prediction import Prediction, Prepared
@@ -148,13 +148,6 @@ def asked_in_thread(server: InThread, samples: Any) -> tuple[threading.Thread, l
     thread = threading.Thread(target=lambda: replies.append(server.predict(samples)))
     thread.start()
     return thread, replies
-
-
-def until(condition: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_full_queue_asks_clients_to_come_back(held: Held) -> None:

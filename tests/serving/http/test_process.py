@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import signal
 import threading
 import time
@@ -11,7 +13,7 @@ import psutil
 import pytest
 
 from tests.distributed.processes import egmf, free_port
-from tests.serving.http.servers import Reply, started
+from tests.serving.http.servers import Reply, started, until
 
 MANY = [{"id": i, "task": "simsv2", "text": f"so {i} " * 30} for i in range(60)]
 
@@ -30,7 +32,7 @@ def test_from_start_to_a_graceful_end(run: Path) -> None:
                 seen.add((reply.status, reply.json["status"] if reply.status == 200 else reply.error["code"]))
                 if reply.status == 503:
                     assert server.get("/healthz").status == 200
-                    assert server.predict(MANY[:1]).status == 503
+                    assert server.predict([{}]).status in (503, 422)  # it may be ready meanwhile
             except OSError:
                 pass
             time.sleep(0.05)
@@ -59,21 +61,23 @@ def test_workers_share_the_port_and_their_figures(run: Path) -> None:
     port = free_port()
     with started(port, str(run), "--workers", "2") as server:
         server.until_ready()
-        end = time.monotonic() + 120
-        while b"egmf_ready 2.0" not in server.get("/metrics").body:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        until(lambda: b"egmf_ready 2.0" in server.get("/metrics").body, 120)
         for _ in range(8):
             assert server.predict(MANY[:1]).status == 200
         assert b'egmf_predictions_total{task="simsv2"} 8.0' in server.get("/metrics").body
-        workers = psutil.Process(server.process.pid).children()
-        workers = [one for one in workers if any("spawn_main" in word for word in one.cmdline())]
-        assert len(workers) == 2
-        workers[0].kill()
-        end = time.monotonic() + 120
-        while b"egmf_ready 2.0" not in server.get("/metrics").body or workers[0].is_running():
-            assert time.monotonic() < end
-            time.sleep(0.1)
+
+        def workers() -> set[int]:
+            children = psutil.Process(server.process.pid).children()
+            alive = [one for one in children if one.status() != psutil.STATUS_ZOMBIE]
+            return {one.pid for one in alive if any("spawn_main" in word for word in one.cmdline())}
+
+        first = workers()
+        assert len(first) == 2
+        killed = min(first)
+        psutil.Process(killed).kill()
+        until(lambda: len(workers()) == 2 and killed not in workers(), 60)
+        assert b"egmf_ready 1.0" in server.get("/metrics").body
+        until(lambda: b"egmf_ready 2.0" in server.get("/metrics").body, 120)
         server.process.send_signal(signal.SIGINT)
         code, log = server.end()
         assert code == 0, log
@@ -86,7 +90,12 @@ def test_a_second_signal_ends_at_once(run: Path) -> None:
     port = free_port()
     with started(port, str(run)) as server:
         server.until_ready()
-        threading.Thread(target=lambda: pytest.raises(OSError, server.predict, MANY), daemon=True).start()
+
+        def ask() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                server.predict(MANY)
+
+        threading.Thread(target=ask, daemon=True).start()
         while b"egmf_queue_samples 60" not in server.get("/metrics").body:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGINT)

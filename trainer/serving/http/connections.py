@@ -30,6 +30,10 @@ def protocol_class(limits: Limits, refused: Callable[[str], None]) -> type[async
         since: float  # it asks for nothing
         asked: float  # the time of its request
 
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            self.access_log = False  # whose lines have what clients wrote, wherever logging is set up anew
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.since = time.monotonic()

@@ -144,7 +144,9 @@ class _Workers:
             worker.process.terminate()
         for worker in self._workers:
             worker.process.join()
-        return 0 if all(worker.process.exitcode == 0 for worker in self._workers) else 1
+        # a worker that was not ready, and so had taken nothing, may be ended by the signal itself
+        well = [one.process.exitcode == 0 or not one.ready.is_set() for one in self._workers]
+        return 0 if all(well) else 1
 
 
 def _work(settings: ServerSettings, listening: socket.socket, parent: int, ready: Any) -> None:
