@@ -39,7 +39,12 @@ setup(
     package_dir={"trainer.configs": "configs"},
     package_data={
         "launch": ["py.typed", "templates/*"],
-        "trainer": ["py.typed", "results/report/templates/*", "serving/http/page/*"],
+        "trainer": [
+            "py.typed",
+            "results/report/templates/*",
+            "serving/artefact/templates/*",
+            "serving/http/page/*",
+        ],
         **{folder: ["*.yaml"] for folder in CONFIG_FOLDERS},
     },
     zip_safe=False,  # configs are read, and named to other processes, as files

@@ -19,6 +19,7 @@ from trainer.commands import (
     compare,
     data,
     doctor,
+    export,
     extract,
     launching,
     planning,
@@ -44,19 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (
-    extract,
-    data,
-    training,
-    sweep,
-    reproduce,
-    runs,
-    baseline,
-    compare,
-    robustness,
-    serve,
-    planning,
-    doctor,
-):
+    extract, data, training, sweep, reproduce, runs, baseline, compare, robustness, export, serve, planning, doctor
+):  # fmt: skip
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")
 app.add_typer(runs.config_app, name="config")

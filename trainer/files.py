@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 import yaml
 
 DEEPEST = 100  # levels of a YAML text
+READ = 1 << 22  # bytes at once
 LARGEST = 1_000_000  # values of one, each alias counted as what it stands for
 
 
@@ -107,6 +109,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(READ):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -32,8 +32,9 @@ def load_plugin(reference: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
+    """A file's module. Copies of one file, such as those in a run's exported models, are one module: they register the same things."""
     path = path.resolve()
-    name = f"egmf_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    name = f"egmf_plugin_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}_{path.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from trainer.config import RunConfig, check_config, flatten, is_text_setting
-from trainer.config_files import ConfigError, merge, parse_overrides, read_plain
+from trainer.config_files import ConfigError, Layer, merge, parse_overrides, read_plain
 from trainer.files import load_json
 from trainer.schema import defaults_of_missing, dotted, nest
 
@@ -39,18 +39,30 @@ def saved_config(run: Path, overrides: Sequence[str] = (), data: str | None = No
         raise ValueError(f"{run} is not a run folder: it has no config.yaml (egmf train writes one)")
     path_of_data = [] if data is None else ["data.path=" + data.replace("${", r"\${")]
     over = parse_overrides([*overrides, *path_of_data], is_text_setting)
-    written = dotted(read_plain(path))
-    kept, unknown = nest(RunConfig, written | defaults_of_missing(written, BEFORE))
+    return completed_config(dotted(read_plain(path)), over, str(path), _version_of(run))
+
+
+def completed_config(written: Mapping[str, Any], over: Layer, where: str, version: str = "") -> RunConfig:
+    """The config whose settings, dotted key -> value, some version wrote out in the place `where`; see :func:`saved_config`.
+
+    Args:
+        over: what replaces them.
+        version: of the writer, in brackets behind a space; empty where it is not known.
+
+    Raises:
+        ConfigError: it uses a setting that this version does not have, or is no config.
+    """
+    kept, unknown = nest(RunConfig, {**written, **defaults_of_missing(written, BEFORE)})
     used = {key: value for key, value in unknown.items() if value not in OFF}
     if used:
         names = ", ".join(f"{key}={value!r}" for key, value in used.items())
         raise ConfigError(
-            f"{path} has settings that this version of egmf-trainer does not have: {names}; use the version that wrote it"
-            f"{_version_of(run)}, or take them out of the file to leave them out"
+            f"{where} has settings that this version of egmf-trainer does not have: {names}; use the version that wrote it"
+            f"{version}, or take them out of the file to leave them out"
         )
     if unknown:
-        log.info("%s: not used and left out, since this version does not have them: %s", path, ", ".join(unknown))
-    return check_config(merge(kept, over, str(path)), where=str(path))
+        log.info("%s: not used and left out, since this version does not have them: %s", where, ", ".join(unknown))
+    return check_config(merge(kept, over, where), where=where)
 
 
 def as_begun(config: RunConfig, run: Path) -> RunConfig:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 MOMENTS = {  # the function in which a rank is killed, and the rank
     "before the ranks have met": ("trainer.distributed.process_group:rendezvous", 0),
     "in a step": ("trainer.run.loop:train_step", 1),
-    "in a save": ("trainer.checkpoint.store:_digest", 0),  # its files are written, and not yet hashed
+    "in a save": ("trainer.checkpoint.store:file_digest", 0),  # its files are written, and not yet hashed
     "in an evaluation": ("trainer.run.evaluate:sample_answers", 1),
 }
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from tests.distributed.processes import egmf
 from tests.features.clips import SMALL, contents, read_lines, write_lines
 from tests.tones import make_tones
+from trainer import Predictor
 from trainer.cli import app
 from trainer.data.dataset import open_dataset
 from trainer.data.preparation.summary import summary_json
@@ -30,6 +31,7 @@ from trainer.features.recipe_record import RecipeRecord, record_of
 from trainer.results.predict import Options, Tally, predict
 from trainer.run.recipes import RecipeError
 from trainer.run.saved import SavedRun, open_run
+from trainer.serving.prediction import Prepared, Rejected
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -105,6 +107,29 @@ def test_bad_clips_cost_their_row_only(place: Path, opened: SavedRun, tmp_path: 
     tally, _, told = answers(opened, write_lines(place / "both.jsonl", [bad[4]]), tmp_path / "both.jsonl")
     assert tally == Tally(answered=0, bad=1)
     assert "no video file" in told[0]
+
+
+def test_a_predictor_extracts_clips_as_the_command_does(
+    place: Path, opened: SavedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = unlabelled(place)[:6]
+    source = write_lines(place / "six.jsonl", rows)
+    expected = [json.loads(line) for line in answers(opened, source, tmp_path / "out.jsonl")[1].splitlines()]
+    predictor = Predictor(opened)
+    whole = [row | {"clip": place / row["clip"]} for row in rows]
+    assert [one.plain() for one in predictor.predict(whole)] == expected
+    good, bad = predictor.prepare([place / "0.mp4", place / "gone.mp4"])
+    assert isinstance(good, Prepared)
+    assert good.id == "0-00001"
+    assert good.sample.audio_TF is not None
+    assert isinstance(bad, Rejected)
+    assert bad.faults == (f"clip {place}/gone.mp4 does not exist",)
+    assert list(predictor.recipes) == ["tones"]
+    assert not caplog.records
+    for _ in range(2):  # nothing says how these were extracted
+        predictor.predict([{"text": "a", "audio": good.sample.audio_TF}])
+    (warning,) = (record.message for record in caplog.records)
+    assert warning.startswith("the run's data were extracted by recipe audio log_mel, video landmarks")
 
 
 def test_a_time_limit_is_more_than_nothing() -> None:
@@ -204,6 +229,8 @@ def test_a_run_without_a_recipe(place: Path, tmp_path: Path) -> None:
     run = open_run(changed_run(place, tmp_path, lambda recipe: None), WORLD, [f"data.path={tmp_path}/data"])
     with pytest.raises(ClipsError, match="line 1 names a clip, and the run's data come from no recipe"):
         answers(run, place / "all.jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(ClipsError, match=r"samples\[0\] names a clip, and the run's data come from no recipe"):
+        Predictor(run).predict([place / "0.mp4"])
     assert answers(run, place / "data-clips", tmp_path / "out.jsonl")[0].answered == 18
 
 

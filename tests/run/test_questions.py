@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from launch.plan.lengths import run_lengths
 from tests.data.test_questions import AROUSAL, EMOTION, VALENCE, corpus, write_lines
 from tests.distributed.processes import egmf
+from trainer import Predictor
 from trainer.config import load_config
 from trainer.data.dataset import open_dataset
 from trainer.data.preparation.prepare import prepare
@@ -24,6 +25,7 @@ from trainer.questions import define
 from trainer.results.compare.sources.from_folders import run_from_folder
 from trainer.results.run_folder import read_run
 from trainer.run.assemble import open_data
+from trainer.serving.prediction import Prediction, Prepared
 from trainer.tracking.journal import JOURNAL, read_journal
 
 SMALL = (
@@ -107,6 +109,31 @@ def test_all_questions_of_a_sample_are_predicted_as_they_are_evaluated(
             assert row["prediction"] == by_place["emotion", row["id"]]
     wrong = egmf("predict", str(joint), "--input", str(tmp_path / "some.jsonl"), "--out", "-", "--task", "mood")
     assert "--task mood is none of the run's tasks: valence, arousal, emotion, corpus" in wrong.stderr
+
+
+def test_a_predictor_asks_all_questions(folder: Path, joint: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    lines = [line | {"audio": folder / line["audio"]} for line in lines if line["split"] == "test"]
+    predictor = Predictor.load(joint)
+    found = predictor.predict(lines, pseudo_tokens=True)
+    names = ["valence", "arousal", "emotion"]
+    assert [(one.id, one.task) for one in found] == [(line["id"], name) for line in lines for name in names]
+    evaluated = pd.read_parquet(joint / "predictions/test.parquet").set_index(["task", "id"])
+    for one in found:
+        if (one.task, one.id) in evaluated.index:
+            assert list((one.probabilities or {}).values()) == pytest.approx(
+                evaluated.loc[(one.task, one.id), "probabilities"].tolist(), abs=1e-5
+            )
+    streamed = [one.plain() for one in predictor.stream(lines, pseudo_tokens=True) if isinstance(one, Prediction)]
+    assert streamed == [one.plain() for one in found]
+    (prepared,) = predictor.prepare(lines[:1])
+    alone = [predictor.prepare(lines[:1], task=name)[0] for name in names]
+    assert isinstance(prepared, Prepared)
+    assert prepared.tasks == ("valence", "arousal", "emotion")
+    assert prepared.cost == sum(one.cost for one in alone if isinstance(one, Prepared))
+    with pytest.raises(ValueError, match="valence, arousal, emotion are asked of the sample test0: name one of them"):
+        predictor.prompt_embeds(lines[0])
+    assert list(predictor.prompt_embeds(lines[0], task="emotion").answers) == ["joy", "anger", "sad"]
 
 
 def predicted(run: Path, source: Path, out: Path) -> list[Any]:

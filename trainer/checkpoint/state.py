@@ -111,25 +111,34 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 
 def is_other_base(state: CheckpointState, now: BaseFingerprint, checkpoint: Path) -> bool:
-    """Whether a checkpoint's frozen base is another than `now`'s.
-
-    Earlier versions recorded the hash of what is stored. Of doubly quantised weights that hangs on threads and devices, so another hash may
-    be the same model: which it is cannot be told, and is a warning.
-    """
-    if state.base in (now.source, now.stored):
-        return False
+    """Whether a checkpoint's frozen base is another than `now`'s; see :func:`differs_from_base`."""
     before = state.settings
     doubly = before.get("model.backbone.quantization") == "nf4" and before.get(
         "model.backbone.double_quantization", True
     )
-    if state.base.startswith(SOURCE) or now.exact or not doubly:
+    return differs_from_base(state.base, now, doubly, checkpoint)
+
+
+def differs_from_base(recorded: str, now: BaseFingerprint, doubly: bool, where: Path) -> bool:
+    """Whether the frozen base that `recorded` is the hash of is another than `now`'s.
+
+    Earlier versions recorded the hash of what is stored. Of doubly quantised weights that hangs on threads and devices, so another hash may
+    be the same model: which it is cannot be told, and is a warning.
+
+    Args:
+        doubly: the base was doubly quantised.
+        where: what the warning calls the place of `recorded`.
+    """
+    if recorded in (now.source, now.stored):
+        return False
+    if recorded.startswith(SOURCE) or now.exact or not doubly:
         return True
     log.warning(
         "%s was written by an earlier version, whose hash of doubly quantised weights (%s, here %s) hangs on the number of threads and the kind "
         "of GPU: the same model may have another one. Whether the weights of model.backbone.name are those of the training cannot be told; "
         "see that they are. Checkpoints from now on hold a hash that tells",
-        checkpoint,
-        state.base,
+        where,
+        recorded,
         now.stored,
     )
     return False

@@ -15,7 +15,6 @@ named classes of DeepSpeed's.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -33,7 +32,7 @@ from trainer.checkpoint.torch_files import ForbiddenContentError, tensors_only, 
 from trainer.checkpoint.universal import load_universal, universal
 from trainer.checkpoint.weights import WEIGHTS, CheckpointError, load_weights, trainable_state
 from trainer.distributed.world import World
-from trainer.files import load_json, sync, write_json, write_text
+from trainer.files import file_digest, load_json, sync, write_json, write_text
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 
 MANIFEST, ENGINE, BEST = "manifest.json", "engine", "best"
 RANDOM = "random.rank{}.safetensors"
-READ = 1 << 22  # bytes at once
 STEP_NAME, READ_NAME = re.compile(rb"step-[0-9]{8,}"), 64
 
 
@@ -109,7 +107,7 @@ class Checkpoints:
         with self.world.fail_together():
             for name in names[self.world.rank :: self.world.size]:
                 sync(writing / name)
-                mine[name] = {"bytes": (writing / name).stat().st_size, "sha256": _digest(writing / name)}
+                mine[name] = {"bytes": (writing / name).stat().st_size, "sha256": file_digest(writing / name)}
         parts = self.world.gather(mine)
         with self.world.on_rank_zero() as first:
             if first:
@@ -281,16 +279,8 @@ def _fault(path: Path, about: FileRecord) -> str | None:
     size = path.stat().st_size
     if size != about["bytes"]:
         return f"{path.name} has {size} bytes and not {about['bytes']}"
-    return None if _digest(path) == about["sha256"] else f"{path.name} has changed since it was written"
+    return None if file_digest(path) == about["sha256"] else f"{path.name} has changed since it was written"
 
 
 def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(READ):
-            digest.update(block)
-    return digest.hexdigest()

@@ -91,7 +91,9 @@ def evaluate(
 ) -> int:
     """Score a split with a run's best checkpoint. Works on several processes too, under any launcher."""
     from trainer.saved_config import saved_config
+    from trainer.serving.check import refuse_artefact
 
+    refuse_artefact(run, "egmf evaluate")
     saved_config(run, overrides or [], data)
 
     def work(world: World) -> int:
@@ -126,7 +128,7 @@ def _reserve_stdout_for_dash(context: typer.Context, value: str) -> str:
 @app.command()
 @option_groups
 def predict(
-    run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="a run folder, or one of egmf export", metavar="RUN|DIR")],
     source: Annotated[
         list[str],
         typer.Option(
@@ -150,21 +152,25 @@ def predict(
         int | None, typer.Option(min=1, help="samples at once; default: eval.batch, or as many as eval.tokens holds")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes that extract clips")] = 1,
+    base: Annotated[
+        str | None, typer.Option(help="where the backbone is now, if not where it was in training", metavar="PATH")
+    ] = None,
     clips: ClipOptions = DEFAULT_CLIPS,
     contained: Contained = False,
     plugin: Plugins = None,
     trust_code: TrustCode = None,
     debug: Debug = False,
 ) -> int:
-    """Answer samples without labels, or clips, with a run's best checkpoint.
+    """Answer samples without labels, or clips, with a run's best checkpoint or an exported model.
 
     Faulty samples are left out and reported on stderr with their place and the reasons; the exit code is then 1.
     """
     from trainer.data.unlabelled.inputs import PredictError, check_places
-    from trainer.saved_config import saved_config
+    from trainer.serving.check import check_source
 
     chosen = [*(overrides or []), *([] if batch is None else [f"eval.batch={batch}"])]
-    saved_config(run, chosen)
+    chosen += [] if base is None else [f"model.backbone.name={base}"]
+    check_source(run, chosen)
     if "-" in source and len(source) > 1:
         raise PredictError("--input - is stdin, which is not read together with files")
     if split not in (None, "train", "valid", "test"):
@@ -176,13 +182,13 @@ def predict(
         from trainer.data.unlabelled.clips import ClipSettings
         from trainer.logs import set_up_logging
         from trainer.results.predict import Options, predict
-        from trainer.run.saved import open_run
+        from trainer.serving.locate import open_model
         from trainer.terminal import literal_console
 
         settings = ClipSettings(workers, clips.device, clips.time_limit)
         console = literal_console(stderr=True)
         set_up_logging(None, world.rank, debug=debug, console=console)
-        opened = open_run(run, world, chosen, agreed=trust_code)
+        opened = open_model(run, world, chosen, trust_code)
         with progress_bar(visible=world.is_rank_zero, console=console) as bar:
             row = bar.add_task("samples", total=None)
             tally = predict(

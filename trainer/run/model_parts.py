@@ -70,25 +70,35 @@ def check_fusion(config: FusionConfig, widths: Mapping[str, Mapping[str, int]], 
 
 
 def model_parts(
-    config: RunConfig, inputs: Mapping[str, TaskInput], folder: Path, world: World, dtype: torch.dtype, joining: Joining
+    config: RunConfig,
+    inputs: Mapping[str, TaskInput],
+    folder: Path,
+    world: World,
+    dtype: torch.dtype,
+    joining: Joining,
+    *,
+    partition: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ModelParts:
-    """All parts, with the backbone whole and the fusion network's weights as initialised: load trained ones.
+    """All parts, with the fusion network's weights as initialised: load trained ones. The backbone is whole, unless `partition` is asked for.
 
     Args:
         folder: holds the tiny backbone, where the config names it.
         joining: how prompts are tokenised (:class:`trainer.text.Pieces`).
+        partition: under ZeRO-3 each rank loads its part of the backbone alone, for an engine that is built next.
+        tokenizer: in place of the backbone's own.
 
     Raises:
         ValueError: parts that do not fit each other.
     """
     check_fusion(config.model.fusion, {name: one.widths for name, one in inputs.items()}, world)
-    tokenizer = load_tokenizer(config.model.backbone, folder)
+    tokenizer = tokenizer or load_tokenizer(config.model.backbone, folder)
     collators, tries = make_collators(config, inputs, tokenizer, joining)
     return ModelParts(
         tasks={name: one.task for name, one in inputs.items()},
         collators=collators,
         tries=tries,
-        model=make_model(config, inputs, folder, world, dtype),
+        model=make_model(config, inputs, folder, world, dtype, partition=partition, tokenizer=tokenizer),
         inputs=dict(inputs),
         joining=joining,
         limit=position_limit(skeleton(config.model.backbone, folder)),
@@ -104,12 +114,21 @@ def make_model(
     *,
     partition: bool = False,
     statistics: Mapping[str, Mapping[str, Standardisation]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> EGMF:
-    """The backbone and the fusion network, initialised by the run's seed; arguments as of :func:`trainer.run.assemble.assemble`."""
+    """The backbone and the fusion network, initialised by the run's seed; arguments as of :func:`model_parts`, and `statistics` of the
+    features of each task as of :func:`trainer.models.build.build_model`."""
     torch.manual_seed(config.train.seed)
     zero3 = deepspeed_config(config) if partition and zero_stage(config) == 3 else None
     backbone = build_backbone(
-        config.model.backbone, config.model.adapter, dtype, world.device, folder=folder, zero3=zero3, ranks=world
+        config.model.backbone,
+        config.model.adapter,
+        dtype,
+        world.device,
+        folder=folder,
+        zero3=zero3,
+        ranks=world,
+        tokenizer=tokenizer,
     )
     model = build_model(
         config.model.fusion,

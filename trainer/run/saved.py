@@ -81,18 +81,7 @@ def open_run(
             f"{run} was trained to test fold {trained.fold}: other samples than those are ones that it was trained on or validated with, so "
             "data.fold, data.fold_valid and train.seed are not changed here"
         )
-    checkpoints = Checkpoints(run / "checkpoints", world, config.train.keep)
-    chosen = checkpoints.best()
-    if chosen is not None and (faults := checkpoints.verify(chosen)):
-        raise CheckpointError(
-            f"{chosen}, which validation chose, is damaged: {'; '.join(faults[:3])}; bring it back from a copy, or remove "
-            f"{chosen.parent / 'best'} to use the newest"
-        )
-    if chosen is None:
-        chosen = checkpoints.newest()
-        if chosen is None:
-            raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
-        log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
+    chosen = chosen_checkpoint(run, world)
     partition = world.size > 1
     state = read_state(chosen)
     parts = assemble(config, run, world, dtype_of(config), partition=partition, saved=True, joining=state.joining)
@@ -113,3 +102,24 @@ def open_run(
         engine.eval()  # gives nothing back, unlike a module's
         forward = engine
     return SavedRun(config, parts, world, forward, chosen)
+
+
+def chosen_checkpoint(run: Path, world: World) -> Path:
+    """The checkpoint that validation chose (the newest, with a warning, if none was), read in full and found whole.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    checkpoints = Checkpoints(run / "checkpoints", world)
+    chosen = checkpoints.best()
+    if chosen is not None and (faults := checkpoints.verify(chosen)):
+        raise CheckpointError(
+            f"{chosen}, which validation chose, is damaged: {'; '.join(faults[:3])}; bring it back from a copy, or remove "
+            f"{chosen.parent / 'best'} to use the newest"
+        )
+    if chosen is None:
+        chosen = checkpoints.newest()
+        if chosen is None:
+            raise CheckpointError(f"{run} has no checkpoint yet: train it first (egmf train)")
+        log.warning("validation has chosen no checkpoint of %s: the newest is used", run)
+    return chosen

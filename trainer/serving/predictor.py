@@ -26,7 +26,7 @@ from trainer.answers.prediction_table import SampleAnswer
 from trainer.data.task_input import TaskInput
 from trainer.data.unlabelled.clips import ClipExtraction, ClipSettings, PreparedRecipe
 from trainer.data.unlabelled.history import SeenSamples
-from trainer.data.unlabelled.inputs import answer_keys, askable, check_recipes, recipe_of, usual
+from trainer.data.unlabelled.inputs import answer_keys, askable, recipe_of, unsure_of, usual
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.distributed.world import World
 from trainer.features.recipe_record import RecipeRecord
@@ -64,7 +64,7 @@ class Predictor:
         self._clips = clips or ClipSettings()
         self._answering = Answering(opened)
         self._recipes_ready: dict[str, PreparedRecipe] = {}
-        self._unsure = check_recipes((), self._known_recipes())
+        self._unsure = unsure_of(self._known_recipes())
         self._once = threading.Lock()
 
     @classmethod

@@ -25,7 +25,7 @@ from trainer.data.preparation.arguments import DropBad, check_arguments
 from trainer.data.preparation.columns import STREAMS, features, schema
 from trainer.data.preparation.faults import DataError, Fault, describe, group_faults
 from trainer.data.preparation.feature_statistics import Standardise, measure
-from trainer.data.preparation.folder import RECORD, NewFolder, format_of, new_folder, read_record
+from trainer.data.preparation.folder import RECORD, format_of, new_folder, read_record
 from trainer.data.preparation.frames import ZeroFrames
 from trainer.data.preparation.record import DatasetRecord, DroppedSample
 from trainer.data.preparation.resampling import Resampling, resampled_rate, stated_rates
@@ -34,6 +34,7 @@ from trainer.data.preparation.summary import statistics
 from trainer.data.preparation.worker_pool import worker_pool
 from trainer.data.readers.raw import ALL, SPLITS, Source
 from trainer.data.readers.source import open_source
+from trainer.new_folder import NewFolder
 from trainer.questions import Definition, Questions
 
 log = logging.getLogger(__name__)

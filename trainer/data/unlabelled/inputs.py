@@ -106,7 +106,7 @@ def open_input(
     """
     chosen = usual(tasks) if task is None else task
     asked = askable(tasks).get(chosen or "", tuple(tasks))
-    unsure = check_recipes(sources, {name: tasks[name].recipe for name in asked})
+    unsure = _check_recipes(sources, {name: tasks[name].recipe for name in asked})
     extraction = ClipExtraction(partial(recipe_of, tasks, chosen), clips or ClipSettings(), keep=reread)
     if not isinstance(sources, Sequence):
         return JsonLinesInput(
@@ -129,7 +129,7 @@ def open_input(
     return SourceInput(sources, chosen, first, split, plugins, contained)
 
 
-def check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, RecipeRecord | None]) -> str:
+def _check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, RecipeRecord | None]) -> str:
     """What is to be said where nothing tells by what given features were extracted, but it does of the run's; else "".
 
     Raises:
@@ -141,8 +141,13 @@ def check_recipes(sources: Sequence[Path] | BinaryIO, recipes: Mapping[str, Reci
         raise PredictError(str(error)) from error
     if faults:
         raise PredictError("\n".join(faults))
+    return unsure_of(recipes) if unknown else ""
+
+
+def unsure_of(recipes: Mapping[str, RecipeRecord | None]) -> str:
+    """What is to be said of features of which no recipe is known, where those of the run have one; else ""."""
     known = next((recipe for recipe in recipes.values() if recipe is not None), None)
-    if known is None or not unknown:
+    if known is None:
         return ""
     return (
         f"the run's data were extracted by {name_of(known)}, and nothing says by what the features of the input were: predictions mean "

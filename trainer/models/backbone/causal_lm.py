@@ -304,8 +304,9 @@ def build_backbone(
     folder: Path | None = None,
     zero3: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Backbone:
-    """Load, quantise, adapt and check a backbone; `folder` holds the tiny one (name 'tiny').
+    """Load, quantise, adapt and check a backbone; `folder` holds the tiny one (name 'tiny'), `tokenizer` stands for its own.
 
     With `zero3`, DeepSpeed's JSON, each rank keeps its part of every pretrained weight. All `ranks` (default: this
     process only) call this together.
@@ -320,7 +321,7 @@ def build_backbone(
     device = torch.device(device)
     usable = resolve_attention(config.attention, device, dtype)
     asked_of_family = {"auto": None, "eager": "eager"}.get(config.attention, "sdpa")
-    tokenizer = load_tokenizer(config, folder)
+    tokenizer = tokenizer or load_tokenizer(config, folder)
     ranks = ranks or SingleProcess()
     loaded = load_model(config, dtype, device, asked_of_family, folder, zero3, ranks)
     attention = str(loaded.model.config._attn_implementation)

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from trainer.config import BackboneConfig
 from trainer.models.backbone import quantization
@@ -69,8 +70,12 @@ class UnusableAttention(BackboneError):
         self.reasons = reasons
 
 
-def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: BackboneConfig, folder: Path | None = None, *, kept: Path | None = None
+) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer; `folder` is where `build_tiny` wrote the tiny backbone.
+
+    `kept`: a folder with its files, which are read in place of the backbone's own.
 
     Raises:
         BackboneError: not found, not usable offline, or without an end-of-sequence token.
@@ -81,7 +86,7 @@ def load_tokenizer(config: BackboneConfig, folder: Path | None = None) -> PreTra
             config.name,
             config.revision or "newest",
         )
-    source = _source(config, folder)
+    source = _source(config, folder) if kept is None else str(kept)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_common(config))
     except UNREADABLE as error:
@@ -351,6 +356,33 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str
     if backend == "flex" and importlib.util.find_spec("triton") is None:
         reasons.append("it is compiled by Triton, which is not installed")
     return reasons
+
+
+def model_file(config: BackboneConfig, name: str, folder: Path | None = None) -> Path | None:
+    """One file of the backbone by its name in the folder or the hub's repository; None where there is none.
+
+    Raises:
+        BackboneError: not found, or it cannot be fetched.
+    """
+    source = _source(config, folder)
+    try:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_common(config))
+    except (OSError, ValueError) as error:
+        raise BackboneError(_explain(config, source, name, error)) from error
+    return None if found is None else Path(found)
+
+
+def model_weights(config: BackboneConfig, folder: Path | None = None) -> list[Path]:
+    """The safetensors files of the backbone; those of a hub's model are fetched where they are not here.
+
+    Raises:
+        BackboneError: there are none, or they cannot be fetched.
+    """
+    source = _source(config, folder)
+    try:
+        return safetensors_files(source, **_common(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(_explain(config, source, "weights", error)) from error
 
 
 def _source(config: BackboneConfig, folder: Path | None) -> str:
