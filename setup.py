@@ -39,7 +39,12 @@ setup(
     package_dir={"trainer.configs": "configs"},
     package_data={
         "launch": ["py.typed", "templates/*"],
-        "trainer": ["py.typed", "results/report/templates/*", "serving/artefact/templates/*"],
+        "trainer": [
+            "py.typed",
+            "results/report/templates/*",
+            "serving/artefact/templates/*",
+            "serving/http/page/*",
+        ],
         **{folder: ["*.yaml"] for folder in CONFIG_FOLDERS},
     },
     zip_safe=False,  # configs are read, and named to other processes, as files
@@ -84,6 +89,7 @@ setup(
         ],
         "opensmile": ["opensmile>=2.5"],  # for research only, by its licence
         "gguf": ["gguf>=0.17"],  # egmf backbone of GGUF files
+        "serve": ["fastapi>=0.115.2", "prometheus-client>=0.20", "python-multipart>=0.0.20", "uvicorn>=0.34"],
         "cuda": ["nvidia-ml-py>=12", "triton>=3.3,<3.10"],
         "flash": ["flash-attn>=2.7"],
         "dev": [

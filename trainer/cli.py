@@ -27,6 +27,7 @@ from trainer.commands import (
     reproduce,
     robustness,
     runs,
+    serve,
     slurm,
     sweep,
     training,
@@ -45,7 +46,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (
-    extract, data, training, sweep, reproduce, runs, baseline, compare, robustness, export, backbone, planning, doctor
+    extract, data, training, sweep, reproduce, runs, baseline, compare, robustness, export, serve, backbone, planning,
+    doctor,
 ):  # fmt: skip
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data")

@@ -49,7 +49,7 @@ POOR_CONTRAST = """
 class Browser:
     """One page of one browser. `requests` are the addresses the page asked for, `messages` the lines of its console."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, profile: Path, *flags: str) -> None:
         to_read, self._out = os.pipe()
         self._in, to_write = os.pipe()
         os.set_inheritable(to_read, True)
@@ -63,7 +63,7 @@ class Browser:
 
         assert CHROMIUM
         self._process = subprocess.Popen(
-            [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"],
             preexec_fn=as_3_and_4, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         os.close(to_read)
@@ -110,6 +110,24 @@ class Browser:
         """Press a key; `text` is what it writes."""
         self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, text=text)
         self.ask("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+
+    def type(self, selector: str, text: str) -> None:
+        """Focus an element and write into it, as its user would."""
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.ask("Input.insertText", text=text)
+
+    def upload(self, selector: str, *files: Path) -> None:
+        """Choose files in a file input."""
+        document = self.ask("DOM.getDocument", depth=0)["root"]["nodeId"]
+        node = self.ask("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+        self.ask("DOM.setFileInputFiles", nodeId=node, files=[str(file.resolve()) for file in files])
+
+    def until(self, expression: str, seconds: float = 30.0) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"{expression} did not become true"
+            time.sleep(0.05)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """What is seen, or the whole page, as PNG."""

@@ -16,8 +16,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from tests.distributed.processes import ROOT, egmf
-from tests.features.clips import SMALL, contents, make_clip, make_wav, read_lines, write_lines
+from tests.distributed.processes import egmf
+from tests.features.clips import SMALL, contents, read_lines, write_lines
+from tests.tones import make_tones
 from trainer import Predictor
 from trainer.cli import app
 from trainer.data.dataset import open_dataset
@@ -39,65 +40,12 @@ from trainer.serving.prediction import Prepared, Rejected
 from trainer.tasks import define_task
 
 WORLD = World(0, 1, torch.device("cpu"))
-TASK = "name: tones\nkind: classification\nlabels: [low, high]\nlanguage: en\n"
-STEPS = (
-    "train.steps=2", "model.backbone.tiny.vocab_size=300", "train.global_batch=8", "train.micro_batch=4", "eval.batch=4",
-    "data.history=1", "track.mlflow=false", "track.report=false",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips with labels, and what `egmf prepare` and `egmf train` made of them."""
-    folder = tmp_path_factory.mktemp("tones")
-    rows = []
-    for k in range(18):
-        label, name = ("low", "high")[k % 2], f"{k}.mp4"
-        if k < 4:
-            make_clip(folder / name, 0.5 + k / 10, 120 + 200 * (k % 2))
-        elif k % 3 == 1:
-            name = f"{k}.wav"
-            make_wav(folder / name, 0.4 + k / 50, 120 + 200 * (k % 2))
-        else:
-            shutil.copy(folder / f"{k % 4}.mp4", folder / name)
-        split = "train" if k < 10 else "valid" if k < 14 else "test"
-        rows.append(
-            {
-                "id": f"c{k}",
-                "clip": name,
-                "text": f"number {k}",
-                "label": label,
-                "split": split,
-                "dialogue": f"d{k // 3}",
-                "turn": k % 3,
-            }
-        )
-    write_lines(folder / "all.jsonl", rows)
-    (folder / "tones.yaml").write_text(TASK)
-    (folder / "small.yaml").write_text(SMALL)
-    words = [
-        "prepare",
-        "tones",
-        "--task",
-        f"{folder}/tones.yaml",
-        "--clips",
-        f"{folder}/all.jsonl",
-        "--recipe",
-        f"{folder}/small.yaml",
-    ]
-    made = CliRunner().invoke(app, [*words, "--out", f"{folder}/data", "--workers", "2"], catch_exceptions=False)
-    assert made.exit_code == 0, made.output
-    done = egmf(
-        "train",
-        f"{ROOT}/configs/tiny.yaml",
-        *STEPS,
-        f"task={folder}/tones.yaml",
-        f"data.path={folder}/data",
-        "--out",
-        f"{folder}/run",
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+    return make_tones(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +187,7 @@ def test_labels_are_checked_before_a_clip_is_read(place: Path, tmp_path: Path) -
     assert "unknown label: 2 (train 1, valid 1)" in made.stderr
     assert "no label: 1 (valid 1)" in made.stderr
     assert list(tmp_path.iterdir()) == []
-    definition, read = define_task(yaml.safe_load(TASK)), read_manifest(manifest)
+    definition, read = define_task(yaml.safe_load((place / "tones.yaml").read_text())), read_manifest(manifest)
     check_labels(definition, read, "all")
     with pytest.raises(DataError, match=r"unknown label: 1 \(valid 1\)"):
         check_labels(definition, read, "train")

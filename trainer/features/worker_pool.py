@@ -87,6 +87,38 @@ def run_in_processes(
             yield from results
 
 
+class StandingProcess:
+    """One process that waits for items as long as it is not closed; for services, which do not know their items beforehand.
+
+    Arguments are those of :func:`run_in_processes`. One thread at a time may use it.
+    """
+
+    def __init__(
+        self,
+        time_limit: float | None = None,
+        memory_limit: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        arguments: tuple[Any, ...] = (),
+    ) -> None:
+        self._process = _Process(functools.partial(_begin, memory_limit, initializer, arguments), time_limit)
+        self._memory_limit = memory_limit
+
+    def run(self, function: Callable[[Item], Value], item: Item) -> Value | ClipError:
+        """`function(item)`, or why there is no value; raises as :func:`run_in_processes` does."""
+        while True:
+            future = self._process.start(function, item)
+            wait([future])
+            outcome = self._process.outcome(future, self._memory_limit)
+            if outcome is not None:
+                found: Value | ClipError = outcome[0]
+                return found
+
+    def close(self) -> None:
+        """End the process, also in the middle of an item."""
+        self._process.stop()
+        self._process.join()
+
+
 def _take(waiting: Iterator[Item]) -> list[Item]:
     """The next item, in a list; an empty one where there is none."""
     for item in waiting:

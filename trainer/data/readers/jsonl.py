@@ -7,35 +7,25 @@ JSONL. The split may be the file's name instead; or samples have a `fold` and no
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
-import lzma
-import math
 import mmap
-import tokenize
-import warnings
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from trainer.data.readers.array_files import UnreadableArrayError, array_header, check_member, check_size, reading
 from trainer.data.readers.raw import ALL, CLIPS, SPLIT_NAMES, RawSample, ReaderError, Table, as_label
 from trainer.data.readers.registry import ReadContext, Reader, decoded
 from trainer.encodings import is_plain_utf_8
 from trainer.own_samples import ANSWERS, FOLD, Label, Line, Word, parse_line
 from trainer.questions import is_built_in
 from trainer.tasks import Task
-
-MOST_BYTES = 1 << 30  # of the features of one clip, uncompressed
-_LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
-_DEFLATE = 1100  # what a compressed byte can expand to, at most
 
 
 class JsonlReader(Reader):
@@ -320,81 +310,26 @@ def load_features(path: Path, name: str, *, check: bool = False) -> np.ndarray |
             if file.read(6) != b"\x93NUMPY":
                 raise ValueError("is not a .npy array")
             file.seek(0)
-            with _reading("array"):
-                shape, dtype = _header(file)
+            with reading("array"):
+                shape, dtype = array_header(file)
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-                _check_size(shape, dtype)
+                check_size(shape, dtype)
         return None if check else array
     if path.suffix != ".npz":
         raise ValueError("features are .npy or .npz files")
     if not path.is_file():
         raise FileNotFoundError(path)
-    with _reading(".npz"):
+    with reading(".npz"):
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
             key = name if name in names else names[0] if len(names) == 1 else None
             if key is None:
                 stored = ", ".join(names[:8]) or "nothing"
-                raise _UnreadableError(f"holds {stored}; one array, or one called {name!r}, was expected")
+                raise UnreadableArrayError(f"holds {stored}; one array, or one called {name!r}, was expected")
             info = archive.getinfo(f"{key}.npy")
             with archive.open(info) as member:
-                _check_member(member, info)
+                check_member(member, info)
         if check:
             return None
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays[key])
-
-
-class _UnreadableError(ValueError):
-    """A feature file that does not hold a usable array; the message says why."""
-
-
-@contextlib.contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Whatever numpy and zipfile raise on a damaged file is a ValueError that says so; their warnings are dropped."""
-    damage = (ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, NotImplementedError, RuntimeError)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (_UnreadableError, FileNotFoundError):
-        raise
-    except (*damage, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError) as error:
-        raise _UnreadableError(f"is not a readable {what}: {error}") from error
-
-
-def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the array that begins here; no more is read than a header may be long."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise _UnreadableError(f"is an array of format {version}")
-    size = file.read(2 if version == (1, 0) else 4)
-    length = int.from_bytes(size, "little")
-    if length > _LONGEST_HEADER:
-        raise _UnreadableError(f"has a header of {length} bytes; at most {_LONGEST_HEADER} are read")
-    text = io.BytesIO(size + file.read(length))
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(text)
-    return shape, dtype
-
-
-def _check_size(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    size = math.prod(shape) * dtype.itemsize
-    if size > MOST_BYTES:
-        raise _UnreadableError(
-            f"holds {size / (1 << 30):.1f} GiB (shape {shape}); the features of one clip are at most {MOST_BYTES / (1 << 30):g} GiB: cut it "
-            "into clips, or take fewer frames a second"
-        )
-
-
-def _check_member(member: Any, info: zipfile.ZipInfo) -> None:
-    """Refuse an array in an archive that holds objects or claims more than the archive has."""
-    shape, dtype = _header(member)
-    if dtype.hasobject:
-        raise _UnreadableError("holds Python objects")
-    if (
-        member.tell() + math.prod(shape) * dtype.itemsize != info.file_size
-        or info.file_size > _DEFLATE * info.compress_size
-    ):
-        raise _UnreadableError(f"claims shape {shape} of type {dtype}, which is not the size of what it holds")
-    _check_size(shape, dtype)
