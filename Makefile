@@ -4,14 +4,14 @@
 #
 # TORCH="torch==2.13.0"   the torch to install; on a GPU machine name the build that fits its driver, with pip's options
 #                         if it needs any: make demo TORCH="torch==2.13.0 --index-url URL"
-# EXTRAS=dev,clips        extras of the package; opensmile, for research only by its licence, is tested where it is among them
+# EXTRAS=dev,clips,serve,gguf   extras of the package; opensmile, for research only by its licence, is tested where it is among them
 # JOBS=3                  processes that run tests side by side
 # PYTHON=python3          the interpreter the environment is made from (3.10 or later)
 
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,clips
+EXTRAS ?= dev,clips,serve,gguf
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs

@@ -90,6 +90,7 @@ setup(
         "opensmile": ["opensmile>=2.5"],  # for research only, by its licence
         "gguf": ["gguf>=0.17"],  # egmf backbone of GGUF files
         "serve": ["fastapi>=0.115.2", "prometheus-client>=0.20", "python-multipart>=0.0.20", "uvicorn>=0.34"],
+        "spark": ["pyspark>=3.5"],  # batches of an MLflow model on a cluster; needs Java
         "cuda": ["nvidia-ml-py>=12", "triton>=3.3,<3.10"],
         "flash": ["flash-attn>=2.7"],
         "dev": [
