@@ -72,6 +72,7 @@ def test_every_command_of_the_page(run: Path, tmp_path: Path) -> None:
     assert_free(int(port))
     assert "version 1 of emotions" in output["egmf export runs/emotions-s0"]
     assert "meld@champion is now version" in output["egmf compare runs/full-s1"]
+    assert (tmp_path / "from-registry.jsonl").read_text() == (tmp_path / "answers.jsonl").read_text()
     (line,) = [json.loads(text) for text in (tmp_path / "answers.jsonl").read_text().splitlines()]
     served = json.loads(output["curl -sf http://127.0.0.1:5001/invocations".replace("5001", port)])["predictions"][0]
     (from_file,) = json.loads((tmp_path / "response.json").read_text())["predictions"]

@@ -148,6 +148,8 @@ def test_of_three_groups_the_best_must_beat_both_unless_one_is_named(tmp_path: P
         promote(compared(tmp_path, baseline="width=64"), CHAMPION, store(tmp_path))
     client = MlflowClient(store(tmp_path))
     client.set_registered_model_alias("meld", "champion", versions["b-s1"])
+    with pytest.raises(PromotionError, match="--baseline 'width=128' compares with the group that has the alias alone"):
+        promote(compared(tmp_path), CHAMPION, store(tmp_path))
     with pytest.raises(PromotionError, match="none with width=128, which has the alias now"):
         promote(compared(tmp_path, baseline="width=64"), CHAMPION, store(tmp_path))
     for seed in (1, 2, 3):  # where `b` is as bad as `c`, `a` beats both
@@ -191,6 +193,14 @@ def test_several_metrics_must_all_agree(filled: tuple[Path, dict[str, str]], tmp
     fill(filled, tmp_path)
     done = promote(compared(tmp_path, metrics=["wf1", "acc"]), CHAMPION, store(tmp_path))
     assert sum("significant" in line for line in done.lines) == 2
+
+
+def test_runs_that_are_named_by_their_experiment(filled: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    versions = fill(filled, tmp_path)
+    found = find_runs(["egmf"], ["valid"], store(tmp_path))
+    done = promote(compare(found.runs, split="valid", resamples=200), CHAMPION, store(tmp_path))
+    assert done.version in {version for name, version in versions.items() if name.startswith("full")}
+    assert holder(tmp_path) == done.version
 
 
 def test_folds_promote_nothing(tmp_path: Path) -> None:

@@ -128,7 +128,10 @@ def _reserve_stdout_for_dash(context: typer.Context, value: str) -> str:
 @app.command()
 @option_groups
 def predict(
-    run: Annotated[Path, typer.Argument(help="a run folder, or one of egmf export", metavar="RUN|DIR")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="a run folder, one of egmf export, or models:/NAME/VERSION of MLflow", metavar="RUN|DIR"),
+    ],
     source: Annotated[
         list[str],
         typer.Option(
