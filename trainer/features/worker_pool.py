@@ -113,6 +113,10 @@ class StandingProcess:
                 found: Value | ClipError = outcome[0]
                 return found
 
+    def start(self) -> None:
+        """Start the process and what is built in it, before the first item; raises as :func:`run_in_processes` does."""
+        self.run(_nothing, None)
+
     def close(self) -> None:
         """End the process, also in the middle of an item."""
         self._process.stop()
@@ -212,6 +216,10 @@ def _end(code: int, memory_limit: int | None) -> str:
 
 
 # ── in the process ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _nothing(item: None) -> None:
+    """What a process does that is only to be started."""
 
 
 class _State:

@@ -121,3 +121,9 @@ def test_tokens_that_are_none(tmp_path: Path) -> None:
     assert read_token(file) == (TOKEN, [f"{file} can be read by other users: chmod 600 {file}"])
     file.chmod(0o600)
     assert read_token(file) == (TOKEN, [])
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.serving.http.server.PACKAGES", {"json": "json", "no_such_module": "no-such-package"})
+    with pytest.raises(ValueError, match=r"needs no-such-package: pip install 'egmf-trainer\[serve\]'"):
+        serve(ServerSettings(ModelChoice("/nowhere")))

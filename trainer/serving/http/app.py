@@ -51,6 +51,7 @@ def make_app(service: Service, gate: Gate) -> Guard:
         summary="Answers of a trained EGMF model to samples of text, audio and video.",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=nothing,
     )
     _add_pages(app)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ import numpy as np
 from trainer.features.extractor import Job, begin, choose_device, extract_to_files
 from trainer.features.recipe_record import RecipeRecord, described, differences_of, recipe_in, record_of
 from trainer.features.types import Clip, ClipError
-from trainer.features.worker_pool import StandingProcess
+from trainer.features.worker_pool import StandingProcess, WorkerError
 from trainer.serving.http.arrays import STREAMS
 from trainer.serving.http.asking import ClipFile
-from trainer.serving.http.faults import Fault, RefusedError, busy
+from trainer.serving.http.faults import Fault, RefusedError, busy, unavailable
+
+log = logging.getLogger(__name__)
 
 MEMORY = 4 << 30  # bytes that a process may take for one clip
 
@@ -50,11 +54,11 @@ class ClipWorkers:
         if lines := differences_of(record, record_of(recipe)):
             raise ValueError(described("this machine does not extract as the model's data were extracted", lines))
         arguments = (recipe, choose_device(device, recipe))
-        self._seconds = seconds
+        self._seconds, self._closed = seconds, False
         self._all = [StandingProcess(seconds, MEMORY, begin, arguments) for _ in range(workers)]
         self._free: queue.SimpleQueue[StandingProcess] = queue.SimpleQueue()
         for one in self._all:
-            self._free.put(one)
+            threading.Thread(target=self._start, args=(one,), daemon=True).start()
         self._folder = tempfile.TemporaryDirectory(prefix="egmf-serve-")
 
     def extract(self, file: ClipFile, text: str | None) -> ExtractedClip:
@@ -66,7 +70,11 @@ class ClipWorkers:
         with self._process() as process, self._places() as (clip, audio, video):
             clip.write_bytes(file.content)
             given = text if (text or "").strip() else None
-            found = process.run(extract_to_files, Job(0, Clip(clip, file.start, file.end), given, audio, video))
+            try:
+                found = process.run(extract_to_files, Job(0, Clip(clip, file.start, file.end), given, audio, video))
+            except (ValueError, WorkerError) as error:
+                log.error("clips cannot be extracted: %s", error)
+                raise unavailable("clips_unavailable", "clips cannot be extracted at the moment") from error
             left_out = (found.kind, str(found)) if isinstance(found, ClipError) else found["left_out"]
             if left_out is not None:
                 kind, why = left_out
@@ -87,9 +95,22 @@ class ClipWorkers:
 
     def close(self) -> None:
         """End the processes and remove what they wrote."""
+        self._closed = True
         for one in self._all:
             one.close()
         self._folder.cleanup()
+
+    def _start(self, process: StandingProcess) -> None:
+        """Load the encoders, so that the first clip need not wait for them."""
+        try:
+            process.start()
+        except (ValueError, WorkerError) as error:
+            log.error("clips cannot be extracted: %s", error)
+        except Exception:
+            if not self._closed:
+                raise
+        finally:
+            self._free.put(process)
 
     @contextlib.contextmanager
     def _process(self) -> Iterator[StandingProcess]:

@@ -5,7 +5,9 @@ It imports torch, so it is imported by the thread that loads the model, while th
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,9 @@ from trainer.serving.predictor import Predictor
 
 log = logging.getLogger(__name__)
 
+LARGE = (
+    4 << 20
+)  # bytes of JSON, which takes several times as many when it is parsed: larger ones are, one after the other
 Hold = Callable[[int], None]
 
 
@@ -50,7 +55,7 @@ class ServedModel:
     """A predictor, and what the server adds to it. Its methods are thread-safe."""
 
     def __init__(self, predictor: Predictor, limits: Limits, clips: ClipProcesses) -> None:
-        self.predictor = predictor
+        self.predictor, self._large = predictor, threading.Lock()
         self._clips, why = _clip_workers(predictor, limits, clips)
         width = max((width for one in predictor.inputs.values() for width in one.widths.values()), default=0)
         self._asking = Asking(limits, list(askable(predictor.inputs)), width, why)
@@ -95,7 +100,8 @@ class ServedModel:
             RefusedError: the request is refused, with all faults.
         """
         if content_type is None:
-            asked = self._asking.of_json(body, hold)
+            with self._large if len(body) > LARGE else contextlib.nullcontext():
+                asked = self._asking.of_json(body, hold)
         else:
             hold(2 * len(body))  # for the copies that are made of it
             asked = self._asking.of_form(bytes(body), content_type, hold)

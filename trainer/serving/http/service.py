@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # they import torch
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "stopping", "failed"]
-THREADS = 4  # that read and check samples; numpy and the tokenizer let the others go on
+THREADS = 4  # that read and check samples, and as many for forms: whoever waits for a clip keeps no JSON waiting
 
 
 @dataclass
@@ -63,6 +63,8 @@ class Service:
             limits.max_queue, lambda: busy("queue_full", "too many samples wait: ask again", self._wait())
         )
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
+        self._form_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="form")
+        self._lock = threading.Lock()  # of the state
         self._requests = 0
         metrics.watch(lambda: self.places.held, lambda: self.held.held)
 
@@ -81,16 +83,19 @@ class Service:
         most = 1 if self._unbatched else model.batch or self.limits.max_queue
         wait = 0.0 if self._unbatched else self.limits.max_wait_ms / 1000
         self._open = _Open(model, Batcher(model.answer, model.tokens, most, wait, self._observe))
-        if self.state == "loading":
+        with self._lock:
+            if self.state != "loading":
+                return
             self.state = "ready"
             self.metrics.ready.set(1)
             log.info("ready: answers %s", ", ".join(model.tasks["tasks"]))
 
     def stop(self) -> None:
         """Take no more requests; those that were taken are answered, and :attr:`busy` is false once they are."""
-        if self.state != "failed":
-            self.state = "stopping"
-        self.metrics.ready.set(0)
+        with self._lock:
+            if self.state != "failed":
+                self.state = "stopping"
+            self.metrics.ready.set(0)
 
     @property
     def busy(self) -> bool:
@@ -99,7 +104,8 @@ class Service:
 
     def close(self) -> None:
         """End threads and processes."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._form_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._open is not None:
             self._open.model.close()
             self._open.batcher.stop(wait=not self.busy)
@@ -136,7 +142,7 @@ class Service:
             most = self.limits.clip_bytes if form else self.limits.body_bytes
             body = await read_body(receive, headers, most, self.limits.body_seconds, held.take)
             until = time.monotonic() + self.limits.answer_seconds
-            preparing = self._threads.submit(
+            preparing = (self._form_threads if form else self._threads).submit(
                 there.model.read, body, content_type if form else None, held.take, lambda n: places.take(n - 1)
             )
             del body
