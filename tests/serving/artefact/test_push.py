@@ -97,7 +97,7 @@ def test_nothing_else_in_the_folder_is_uploaded(hub: Hub, artefact: Path, copy: 
     [
         ({}, "hf_wrong", "log in with a token that may write"),
         ({"/api/repos/create": 403}, "hf_right", "log in with a token that may write"),
-        ({"/preupload/": 500}, "hf_right", "could not be pushed to group/model"),
+        ({"/preupload/": 400}, "hf_right", "could not be pushed to group/model"),
         ({"/blobs/": 400}, "hf_right", "could not be pushed to group/model"),
         ({"/commit/": 403}, "hf_right", "log in with a token that may write"),
     ],
