@@ -60,8 +60,8 @@ def chunks_of_given(given: Iterable[Any], most: int, most_bytes: int) -> Iterato
     size = 0
     for value in given:
         chunk.append(value)
-        if isinstance(value, Mapping):
-            size += sum(int(getattr(value.get(name), "nbytes", 0)) for name in STREAMS)
+        values = _as_mapping(value) or {}
+        size += sum(int(getattr(values.get(name), "nbytes", 0)) for name in STREAMS)
         if len(chunk) >= most or size >= most_bytes:
             yield chunk
             chunk, size = [], 0

@@ -6,7 +6,7 @@ Legend: K pseudo tokens, H hidden size of the backbone, L tokens of a prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Prediction:
     probabilities: dict[str, float] | None = None
     gate_expert: dict[str, float | None] | None = None
     gate_modality: dict[str, dict[str, float | None]] | None = None
-    pseudo_KH: np.ndarray | None = None
+    pseudo_KH: np.ndarray | None = field(default=None, compare=False)
 
     def plain(self) -> dict[str, Any]:
         """What JSON can hold, under the keys of `egmf predict`'s lines; `pseudo_tokens`, nested lists, where they were asked for."""
