@@ -407,7 +407,7 @@ def test_a_run_whose_journal_was_sent_later(
     copy = Path(shutil.copytree(tracked, tmp_path / tracked.name))
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "mlflow": None}))
-    made = log_model(copy, artefact, "later", uri=server.uri)
+    made = log_model(copy, artefact, "later", uri=server.uri, requirement="egmf-trainer")
     assert made.run_id == record["mlflow"]["run_id"]
 
 
@@ -487,7 +487,7 @@ def test_a_store_that_fails_half_way_keeps_nothing(server: MlflowServer, tracked
         )
         try:
             with pytest.raises(ValueError, match="does not take the model"):
-                log_model(tracked, artefact, "half", uri=proxy.uri)
+                log_model(tracked, artefact, "half", uri=proxy.uri, requirement="egmf-trainer")
         finally:
             proxy.close()
     assert {model.model_id for model in client.search_logged_models([experiment])} == before
