@@ -13,7 +13,15 @@ import psutil
 import pytest
 
 from tests.distributed.processes import egmf, free_port
-from tests.serving.http.servers import Reply, started, until
+from tests.serving.http.servers import Reply, serving, started, until
+from tests.tones import make_tones
+from trainer.serving.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tones(tmp_path_factory.mktemp("tones"))
+
 
 MANY = [{"id": i, "task": "simsv2", "text": f"so {i} " * 30} for i in range(60)]
 
@@ -83,6 +91,31 @@ def test_workers_share_the_port_and_their_figures(run: Path) -> None:
         assert code == 0, log
         assert "another one takes its place" in log
         assert "Traceback" not in log
+
+
+def test_a_signal_takes_no_lock_that_its_thread_may_hold(predictor: Predictor) -> None:
+    with serving(predictor) as server:
+        with server.server.service._lock:
+            server.server.handle_exit(signal.SIGTERM, None)  # as if it came while the lock is held
+        until(lambda: not server.thread.is_alive())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_leaves_no_clip_behind(tones: Path, tmp_path: Path, workers: str) -> None:
+    port = free_port()
+    with started(port, str(tones / "run"), "--workers", workers, TMPDIR=str(tmp_path)) as server:
+        server.until_ready()
+        folders = tmp_path.glob("egmf-serve-*") if workers == "1" else tmp_path.glob("egmf-serve-*/egmf-serve-*")
+        clip = next(folders) / "sent.clip"
+        clip.write_bytes(b"of a client")
+        server.process.send_signal(signal.SIGSTOP)
+        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
+        code, _ = server.end(10)
+        assert code != 0
+        until(lambda: not clip.exists(), 5)
 
 
 @pytest.mark.distributed

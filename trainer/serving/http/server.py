@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -95,6 +96,7 @@ class _Workers:
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
         self._signals = 0
         self._workers: list[_Worker] = []
+        self._shared = ""  # where workers have their figures, and clips while they read them
 
     def run(self) -> int:
         """Until a signal comes; 0 where every worker ended well."""
@@ -102,8 +104,8 @@ class _Workers:
             signal.signal(number, self._stop)
         threads = max(1, len(os.sched_getaffinity(0)) // self._settings.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each worker has its share of the cores
-        with tempfile.TemporaryDirectory(prefix="egmf-metrics-") as shared:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
+        with tempfile.TemporaryDirectory(prefix="egmf-serve-") as self._shared:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = self._shared
             self._workers = [self._start() for _ in range(self._settings.workers)]
             while not self._signals:
                 time.sleep(TICK)
@@ -136,6 +138,8 @@ class _Workers:
         if self._signals > 1:
             for worker in self._workers:
                 worker.process.kill()
+            if self._shared:
+                shutil.rmtree(self._shared, ignore_errors=True)
             os._exit(128 + number)
 
     def _end(self) -> int:
@@ -157,6 +161,7 @@ def _work(settings: ServerSettings, listening: socket.socket, parent: int, ready
     from trainer.serving.http.worker import run_worker
 
     set_up_logging(None, 0, debug=settings.debug)
+    tempfile.tempdir = os.environ["PROMETHEUS_MULTIPROC_DIR"]  # which the first process removes, however this one ends
     try:
         code = run_worker(settings, listening, parent=parent, ready=ready.set)
     except ValueError as error:
