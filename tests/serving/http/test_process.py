@@ -29,7 +29,8 @@ MANY = [{"id": i, "task": "simsv2", "text": f"so {i} " * 30} for i in range(60)]
 @pytest.mark.distributed
 def test_from_start_to_a_graceful_end(run: Path) -> None:
     port = free_port()
-    with started(port, str(run), "--max-wait-ms", "0") as server:
+    elsewhere = {"PROMETHEUS_MULTIPROC_DIR": "/no/such/folder"}  # as another service's environment may have it
+    with started(port, str(run), "--max-wait-ms", "0", **elsewhere) as server:
         seen: set[tuple[int, str]] = set()
         end = time.monotonic() + 120
         while (200, "ready") not in seen:
@@ -147,6 +148,7 @@ def test_what_cannot_be_served_is_said(run: Path, tmp_path: Path) -> None:
         done = egmf("serve", *words, "--port", str(free_port()))
         assert done.returncode == 1
         assert told in done.stderr
+        assert "listening" not in done.stderr
         assert "Traceback" not in done.stderr
     from trainer.serving.http.server import listen
 

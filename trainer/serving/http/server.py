@@ -13,15 +13,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from trainer.serving.check import check_source
 from trainer.serving.http.security import check_host, read_token
 from trainer.serving.http.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where workers share their figures; prometheus_client reads it when it is imported
 TICK = 0.1  # seconds between two looks at the workers
 PACKAGES = {
     "fastapi": "fastapi",
@@ -45,12 +48,14 @@ def serve(settings: ServerSettings) -> int:
         for warning in warnings:
             log.warning("%s", warning)
     check_host(settings.host, token)
+    check_source(Path(settings.model.source))
     listening = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("listening on http://%s:%d", host, listening.getsockname()[1])
     with listening:
         if settings.workers > 1:
             return _Workers(settings, listening).run()
+        os.environ.pop(SHARED, None)  # that of another service, in whose environment this one was started
         from trainer.serving.http.worker import run_worker
 
         return run_worker(settings, listening)
@@ -105,7 +110,7 @@ class _Workers:
         threads = max(1, len(os.sched_getaffinity(0)) // self._settings.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each worker has its share of the cores
         with tempfile.TemporaryDirectory(prefix="egmf-serve-") as self._shared:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = self._shared
+            os.environ[SHARED] = self._shared
             self._workers = [self._start() for _ in range(self._settings.workers)]
             while not self._signals:
                 time.sleep(TICK)
@@ -161,7 +166,7 @@ def _work(settings: ServerSettings, listening: socket.socket, parent: int, ready
     from trainer.serving.http.worker import run_worker
 
     set_up_logging(None, 0, debug=settings.debug)
-    tempfile.tempdir = os.environ["PROMETHEUS_MULTIPROC_DIR"]  # which the first process removes, however this one ends
+    tempfile.tempdir = os.environ[SHARED]  # which the first process removes, however this one ends
     try:
         code = run_worker(settings, listening, parent=parent, ready=ready.set)
     except ValueError as error:
