@@ -158,6 +158,23 @@ def test_what_is_no_sample_is_told(tmp_path: Path) -> None:
         read(pd.DataFrame([["a", "b"]], columns=["text", "text"]))
 
 
+class Broken:
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise RuntimeError("not today")
+
+
+def test_tensors_are_arrays_and_what_makes_none_costs_its_sample_alone() -> None:
+    whole = np.arange(7 * WIDTHS["audio"], dtype="f4").reshape(7, -1)
+    tensor = torch.tensor(whole)
+    given = [tensor, tensor.clone().requires_grad_(), tensor.bfloat16(), Broken(), torch.tensor(whole > 3).to_sparse()]
+    found = read([{"text": "a", "audio": audio} for audio in given], task="meld")
+    for one in found[:3]:
+        assert one.sample is not None, one.faults
+        np.testing.assert_array_equal(one.sample.audio_TF, whole)
+    for one in found[3:]:
+        assert one.faults == ["audio that is no array of numbers (dtype object)"]
+
+
 def test_chunks_are_bounded_in_number_and_bytes() -> None:
     heavy = {"audio": np.zeros(100, "u1")}
     given = [heavy, heavy, heavy, {}, {}, {}, {}]

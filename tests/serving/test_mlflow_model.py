@@ -180,6 +180,12 @@ def test_faulty_samples_refuse_the_call_or_are_reported(loaded: Any, predictor: 
     assert [bool(row["fault"]) for row in rows] == [False, True, False, True]
     assert (rows[3]["prediction"], rows[3]["valid"], rows[3]["probabilities"]) == (None, False, {})
     check_same([rows[0], rows[2]], predictor, good[:2])
+    for rate in (5, True, [1, 2], "x"):
+        [row] = loaded.predict(
+            pd.DataFrame([{**good[0], "id": "r", "rate": rate}]), params={"faulty": "report"}
+        ).to_dict("records")
+        assert (row["id"], row["valid"]) == ("r", False)
+        assert row["fault"].startswith("rate: ")
     with pytest.raises(MlflowException, match="refuse or report, not 'perhaps'"):
         loaded.predict(given, params={"faulty": "perhaps"})
     with pytest.raises(MlflowException, match="'mel' is none of the model's"):

@@ -91,9 +91,11 @@ def test_what_cannot_be_is_refused(run: Path) -> None:
     with pytest.raises(
         ValueError, match=r"(?s)dtype is fp32, bf16, fp16, not 'int8'.*quantization is none or nf4, not 'q4'"
     ):
-        Predictor.load(run, device="cpu", dtype="int8", quantization="q4")
+        Predictor.load(run / "none", device="cpu", dtype="int8", quantization="q4")  # before anything is opened
     with pytest.raises(ValueError, match="dtype=fp16 needs a GPU: on a CPU use fp32 or bf16"):
-        Predictor.load(run, device="cpu", dtype="fp16")
+        Predictor.load(run / "none", device="cpu", dtype="fp16")
+    with pytest.raises(ValueError, match=r"overrides is a list of key=value, such as \['eval\.batch=8'\]"):
+        Predictor.load(run, overrides="eval.batch=8")
     with pytest.raises(ValueError, match=r"eval\.tokens"):
         Predictor.load(run, tokens=0)
     with pytest.raises(ValueError, match="is not a run folder"):

@@ -21,6 +21,7 @@ import torch
 import trainer
 from tests.distributed.processes import environment
 from tests.serving.conftest import ROOT, TASKS
+from tests.toy import WIDTHS
 from trainer import Predictor
 from trainer.data.dataset import open_dataset
 from trainer.models.backbone.causal_lm import Backbone
@@ -258,6 +259,13 @@ def test_what_cannot_be_answered_is_told_at_once(predictor: Predictor) -> None:
         predictor.stream([], task="mosei")
     assert predictor.predict([]) == []
     assert list(predictor.stream([])) == []
+
+
+def test_an_answer_says_what_was_repaired_in_its_sample(predictor: Predictor) -> None:
+    nothing = {"text": "a", "task": "meld", "audio": np.full((3, WIDTHS["audio"]), np.nan)}
+    good, repaired = predictor.predict([{"text": "a", "task": "meld"}, nothing])
+    assert (good.notes, repaired.notes) == ((), ("no finite frame in audio: counted as missing",))
+    assert repaired.probabilities == pytest.approx(good.probabilities, abs=1e-5)
 
 
 def test_the_package_stays_light_until_a_predictor_is_asked_for() -> None:

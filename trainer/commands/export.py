@@ -125,12 +125,13 @@ def push(
 ) -> int:
     """Upload an exported model to a hub, after all of its files were checked."""
     from trainer.logs import set_up_logging
-    from trainer.serving.artefact.push import list_files, push_artefact
+    from trainer.serving.artefact.push import check_repo, list_files, push_artefact
 
     set_up_logging(None, 0, debug=debug)
     if dry_run:
         from rich.table import Table
 
+        check_repo(repo)
         files = list_files(folder)
         table = Table("file", "bytes", title=f"would be uploaded to {repo}", title_justify="left")
         for name, size in files.items():

@@ -156,7 +156,19 @@ def _features(value: Any) -> np.ndarray | None:
     """The array [T, F] that a value is; what is none becomes one of objects, for the checks to name."""
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()  # a column of a table has an array of arrays
-    return as_features(value)
+    try:
+        return as_features(_of_torch(value))
+    except Exception:  # noqa: BLE001 - of `__array__` of a type that is not ours; it costs this sample alone
+        return np.array([None], dtype=object)
+
+
+def _of_torch(value: Any) -> Any:
+    """A tensor on the CPU, without its gradient, and in a type that numpy has; anything else as it is."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return value.float() if value.dtype is torch.bfloat16 else value
 
 
 def _is_array(value: Any) -> bool:

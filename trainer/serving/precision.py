@@ -42,6 +42,27 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+def check_choice(device: torch.device, dtype: str | None, quantization: str | None) -> None:
+    """Refuse what no model can compute in here, before one is opened, which may take minutes.
+
+    Raises:
+        ValueError: everything that is wrong.
+    """
+    if faults := _faults(device, dtype or "fp32", quantization or "none"):
+        raise ValueError("\n".join(faults))
+
+
+def _faults(device: torch.device, dtype: str, quantization: str) -> list[str]:
+    faults = []
+    if dtype not in DTYPES:
+        faults.append(f"dtype is {', '.join(DTYPES)}, not {dtype!r}")
+    if quantization not in QUANTIZATIONS:
+        faults.append(f"quantization is {' or '.join(QUANTIZATIONS)}, not {quantization!r}")
+    if dtype == "fp16" and device.type == "cpu":
+        faults.append("dtype=fp16 needs a GPU: on a CPU use fp32 or bf16")
+    return faults
+
+
 def convert(opened: OpenedModel, dtype: str | None, quantization: str | None) -> None:
     """Let an opened model compute in another precision, or with another quantisation of its backbone; None: as it was trained.
 
@@ -55,13 +76,7 @@ def convert(opened: OpenedModel, dtype: str | None, quantization: str | None) ->
     was = next(name for name, known in DTYPES.items() if known is dtype_of(config))
     before = config.model.backbone.quantization
     wanted, after = dtype or was, quantization or before
-    faults = []
-    if wanted not in DTYPES:
-        faults.append(f"dtype is {', '.join(DTYPES)}, not {wanted!r}")
-    if after not in QUANTIZATIONS:
-        faults.append(f"quantization is {' or '.join(QUANTIZATIONS)}, not {after!r}")
-    if wanted == "fp16" and device.type == "cpu":
-        faults.append("dtype=fp16 needs a GPU: on a CPU use fp32 or bf16")
+    faults = _faults(device, wanted, after)
     exact = wanted == "fp32" and device.type == "cuda" and backbone.attention in _HALF_ONLY
     if exact and config.model.backbone.attention != "auto":
         faults.append(

@@ -26,7 +26,8 @@ class Prediction:
     Attributes: `prediction`, a label or a number (None where the answer is not `valid`); `answer`, the text behind it;
     `probabilities`, answer -> p (None for generated answers); `gate_expert`, expert -> weight, and `gate_modality`, expert -> modality ->
     weight, means over the slots (None without a fusion network, and for generated answers); `pseudo_KH`, the pseudo tokens as they
-    entered the backbone, float32 (None unless asked for).
+    entered the backbone, float32 (None unless asked for); `notes`, what was repaired in the sample, cut or not used: of features that are
+    nan, these frames are masked, and a stream of nothing else counts as missing.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Prediction:
     gate_expert: dict[str, float | None] | None = None
     gate_modality: dict[str, dict[str, float | None]] | None = None
     pseudo_KH: np.ndarray | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """What JSON can hold, under the keys of `egmf predict`'s lines; `pseudo_tokens`, nested lists, where they were asked for."""

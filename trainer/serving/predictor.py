@@ -34,7 +34,7 @@ from trainer.results.answering import CHUNK_BYTES, CHUNK_SAMPLES, Answering, Len
 from trainer.run.model_parts import OpenedModel
 from trainer.serving.given import GivenSamples, chunks_of_given, has_features, samples_in
 from trainer.serving.locate import open_model
-from trainer.serving.precision import choose_device, convert
+from trainer.serving.precision import check_choice, choose_device, convert
 from trainer.serving.prediction import Prediction, Prepared, PromptEmbeds, Rejected, SampleError
 from trainer.tasks import Task
 
@@ -96,6 +96,9 @@ class Predictor:
             ValueError: nothing that can be opened, or what this machine cannot do.
         """
         world = World(0, 1, choose_device(device))
+        check_choice(world.device, dtype, quantization)
+        if isinstance(overrides, str):
+            raise ValueError(f"overrides is a list of key=value, such as [{overrides!r}]")
         settings = [*overrides, *([] if tokens is None else [f"eval.tokens={tokens}"])]
         opened = open_model(source, world, settings, trust_code)
         convert(opened, dtype, quantization)
@@ -159,7 +162,7 @@ class Predictor:
         """The answers to samples of :meth:`prepare`, as :meth:`predict` gives them."""
         self._check_pseudo(pseudo_tokens)
         found = self._answering.answers(prepared, pseudo_tokens=pseudo_tokens)
-        return [self._prediction(prepared[i].id, name, answer) for i, name, answer in found]
+        return [self._prediction(prepared[i], name, answer) for i, name, answer in found]
 
     @torch.no_grad()
     def prompt_embeds(self, sample: Any, *, task: str | None = None) -> PromptEmbeds:
@@ -259,10 +262,10 @@ class Predictor:
                 log.warning("%s", self._unsure)
                 self._unsure = ""
 
-    def _prediction(self, id: str, task: str, answer: SampleAnswer) -> Prediction:
+    def _prediction(self, prepared: Prepared, task: str, answer: SampleAnswer) -> Prediction:
         gate_expert, gate_modality = self._answering.gates(answer) or (None, None)
         return Prediction(
-            id=id,
+            id=prepared.id,
             task=task,
             prediction=answer.prediction,
             valid=answer.valid,
@@ -271,4 +274,5 @@ class Predictor:
             gate_expert=gate_expert,
             gate_modality=gate_modality,
             pseudo_KH=answer.pseudo_KH,
+            notes=prepared.notes,
         )

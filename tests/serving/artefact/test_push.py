@@ -69,6 +69,9 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub: Hub, artefact: Pat
     listed = dict(re.findall(r"│ (\S+) +│ ([\d,]+) +│", done.stdout))
     assert {name: int(size.replace(",", "")) for name, size in listed.items()} == list_files(artefact)
     assert re.search(rf"{len(listed)} files, [\d,]+ bytes; nothing was uploaded", done.stderr)
+    wrong = push(hub, str(artefact), "no name", "--dry-run")
+    assert wrong.returncode == 1
+    assert "write OWNER/NAME" in wrong.stderr
     assert hub.asked == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import socket
 import threading
@@ -83,6 +85,18 @@ def test_compressed_zeros_are_refused_before_they_are_made(server: InThread) -> 
     reply = server.ask("POST", "/v1/predict", *form({"task": "meld"}, {"audio": bomb}))
     assert reply.status == 422
     assert "2000000 frames; at most 200" in faults(reply)["audio"]
+
+
+def test_a_negative_shape_does_not_make_room_for_others(server: InThread) -> None:
+    negative, large = io.BytesIO(), np.zeros((200, 8192))
+    np.lib.format.write_array_header_1_0(negative, {"descr": "<f4", "fortran_order": False, "shape": (-(10**9), 6)})
+    audio = {"npy": base64.b64encode(negative.getvalue()).decode()}
+    reply = server.predict([{"task": "meld", "audio": audio}])
+    assert (reply.status, set(faults(reply))) == (422, {"samples[0].audio.npy"})
+    video = {"npz": base64.b64encode(packed(large, "compressed", "video")).decode()}
+    alone = server.predict([{"task": "meld", "video": video}])
+    beside = server.predict([{"task": "meld", "audio": audio}, {"task": "meld", "video": video}])
+    assert [(one.status, one.error["code"]) for one in (alone, beside)] == [(429, "too_much_held")] * 2
 
 
 def test_bodies_are_limited_with_and_without_a_length(server: InThread) -> None:

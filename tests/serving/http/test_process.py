@@ -13,7 +13,15 @@ import psutil
 import pytest
 
 from tests.distributed.processes import egmf, free_port
-from tests.serving.http.servers import Reply, started, until
+from tests.serving.http.servers import Reply, serving, started, until
+from tests.tones import make_tones
+from trainer.serving.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tones(tmp_path_factory.mktemp("tones"))
+
 
 MANY = [{"id": i, "task": "simsv2", "text": f"so {i} " * 30} for i in range(60)]
 
@@ -21,7 +29,8 @@ MANY = [{"id": i, "task": "simsv2", "text": f"so {i} " * 30} for i in range(60)]
 @pytest.mark.distributed
 def test_from_start_to_a_graceful_end(run: Path) -> None:
     port = free_port()
-    with started(port, str(run), "--max-wait-ms", "0") as server:
+    elsewhere = {"PROMETHEUS_MULTIPROC_DIR": "/no/such/folder"}  # as another service's environment may have it
+    with started(port, str(run), "--max-wait-ms", "0", **elsewhere) as server:
         seen: set[tuple[int, str]] = set()
         end = time.monotonic() + 120
         while (200, "ready") not in seen:
@@ -85,6 +94,31 @@ def test_workers_share_the_port_and_their_figures(run: Path) -> None:
         assert "Traceback" not in log
 
 
+def test_a_signal_takes_no_lock_that_its_thread_may_hold(predictor: Predictor) -> None:
+    with serving(predictor) as server:
+        with server.server.service._lock:
+            server.server.handle_exit(signal.SIGTERM, None)  # as if it came while the lock is held
+        until(lambda: not server.thread.is_alive())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_leaves_no_clip_behind(tones: Path, tmp_path: Path, workers: str) -> None:
+    port = free_port()
+    with started(port, str(tones / "run"), "--workers", workers, TMPDIR=str(tmp_path)) as server:
+        server.until_ready()
+        folders = tmp_path.glob("egmf-serve-*") if workers == "1" else tmp_path.glob("egmf-serve-*/egmf-serve-*")
+        clip = next(folders) / "sent.clip"
+        clip.write_bytes(b"of a client")
+        server.process.send_signal(signal.SIGSTOP)
+        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
+        code, _ = server.end(10)
+        assert code != 0
+        until(lambda: not clip.exists(), 5)
+
+
 @pytest.mark.distributed
 def test_a_second_signal_ends_at_once(run: Path) -> None:
     port = free_port()
@@ -114,6 +148,7 @@ def test_what_cannot_be_served_is_said(run: Path, tmp_path: Path) -> None:
         done = egmf("serve", *words, "--port", str(free_port()))
         assert done.returncode == 1
         assert told in done.stderr
+        assert "listening" not in done.stderr
         assert "Traceback" not in done.stderr
     from trainer.serving.http.server import listen
 

@@ -16,6 +16,12 @@ log = logging.getLogger(__name__)
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
+def check_repo(repo: str) -> None:
+    """Raises ArtefactError for what cannot be the name of a hub's repository."""
+    if not REPO.fullmatch(repo):
+        raise ArtefactError(f"{repo!r} is no name of a hub's repository: write OWNER/NAME")
+
+
 def list_files(folder: Path) -> dict[str, int]:
     """The files of an artefact with their sizes in bytes, after all were checked.
 
@@ -36,8 +42,7 @@ def push_artefact(folder: Path, repo: str, *, private: bool = False, revision: s
     Raises:
         ArtefactError: no artefact, a file that has changed, or a hub that refuses; the message says why.
     """
-    if not REPO.fullmatch(repo):
-        raise ArtefactError(f"{repo!r} is no name of a hub's repository: write OWNER/NAME")
+    check_repo(repo)
     files = list_files(folder)
     description = read_description(folder)
     if description.base.place == "folder":

@@ -131,7 +131,7 @@ def _checked(shape: tuple[int, ...], dtype: np.dtype[Any], limits: ArrayLimits) 
         raise UnreadableArrayError("holds Python objects, which are never read")
     if dtype.kind not in "fiu":
         raise UnreadableArrayError(f"is of type {dtype}: numbers are needed")
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) != 2 or min(shape) < 1:  # negative ones would give bytes back
         raise UnreadableArrayError(f"has shape {list(shape)}; [frames, features] is needed, with at least one of each")
     if fault := _too_long(shape[0], shape[1], limits):
         raise UnreadableArrayError(fault)

@@ -43,7 +43,9 @@ class Share:
         return self._mine
 
     def take(self, n: int) -> None:
-        """Hold `n` more; raises RefusedError where they are not there."""
+        """Hold `n` more, never fewer; raises RefusedError where they are not there."""
+        if n < 0:
+            raise ValueError(f"{n} cannot be held")
         with self._lock:
             self._budget._take(n)
             self._mine += n

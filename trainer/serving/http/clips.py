@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import shutil
 import tempfile
 import threading
 import uuid
@@ -99,6 +100,10 @@ class ClipWorkers:
         for one in self._all:
             one.close()
         self._folder.cleanup()
+
+    def remove_files(self) -> None:
+        """Remove what lies in the temporary folder, whoever still reads it."""
+        shutil.rmtree(self._folder.name, ignore_errors=True)
 
     def _start(self, process: StandingProcess) -> None:
         """Load the encoders, so that the first clip need not wait for them."""

@@ -17,8 +17,9 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from trainer.serving.http.server import SHARED
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where workers share their figures; read by prometheus_client itself, when it is imported
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -131,6 +131,11 @@ class ServedModel:
         if self._clips is not None:
             self._clips.close()
 
+    def remove_files(self) -> None:
+        """Remove the clips that are being read."""
+        if self._clips is not None:
+            self._clips.remove_files()
+
     def _refuse_impossible(self, asked: Asked) -> None:
         """Raise RefusedError where what is asked for does not exist."""
         opened = self.predictor.opened

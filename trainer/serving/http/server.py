@@ -6,21 +6,25 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from trainer.serving.check import check_source
 from trainer.serving.http.security import check_host, read_token
 from trainer.serving.http.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where workers share their figures; prometheus_client reads it when it is imported
 TICK = 0.1  # seconds between two looks at the workers
 # how many kernels oneDNN keeps, one for each shape of a batch; of its 1024 memory grows by a hundred MiB over thousands of requests
 KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -46,6 +50,7 @@ def serve(settings: ServerSettings) -> int:
         for warning in warnings:
             log.warning("%s", warning)
     check_host(settings.host, token)
+    check_source(Path(settings.model.source))
     os.environ.setdefault(*KERNELS)
     listening = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -53,6 +58,7 @@ def serve(settings: ServerSettings) -> int:
     with listening:
         if settings.workers > 1:
             return _Workers(settings, listening).run()
+        os.environ.pop(SHARED, None)  # that of another service, in whose environment this one was started
         from trainer.serving.http.worker import run_worker
 
         return run_worker(settings, listening)
@@ -98,6 +104,7 @@ class _Workers:
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
         self._signals = 0
         self._workers: list[_Worker] = []
+        self._shared = ""  # where workers have their figures, and clips while they read them
 
     def run(self) -> int:
         """Until a signal comes; 0 where every worker ended well."""
@@ -105,8 +112,8 @@ class _Workers:
             signal.signal(number, self._stop)
         threads = max(1, len(os.sched_getaffinity(0)) // self._settings.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each worker has its share of the cores
-        with tempfile.TemporaryDirectory(prefix="egmf-metrics-") as shared:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
+        with tempfile.TemporaryDirectory(prefix="egmf-serve-") as self._shared:
+            os.environ[SHARED] = self._shared
             self._workers = [self._start() for _ in range(self._settings.workers)]
             while not self._signals:
                 time.sleep(TICK)
@@ -139,6 +146,8 @@ class _Workers:
         if self._signals > 1:
             for worker in self._workers:
                 worker.process.kill()
+            if self._shared:
+                shutil.rmtree(self._shared, ignore_errors=True)
             os._exit(128 + number)
 
     def _end(self) -> int:
@@ -160,6 +169,7 @@ def _work(settings: ServerSettings, listening: socket.socket, parent: int, ready
     from trainer.serving.http.worker import run_worker
 
     set_up_logging(None, 0, debug=settings.debug)
+    tempfile.tempdir = os.environ[SHARED]  # which the first process removes, however this one ends
     try:
         code = run_worker(settings, listening, parent=parent, ready=ready.set)
     except ValueError as error:

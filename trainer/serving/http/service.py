@@ -110,6 +110,11 @@ class Service:
             self._open.model.close()
             self._open.batcher.stop(wait=not self.busy)
 
+    def remove_files(self) -> None:
+        """Remove what clients sent, where the process ends without :meth:`close`; no lock is taken."""
+        if self._open is not None:
+            self._open.model.remove_files()
+
     def ready(self) -> ServedModel:
         """The model; raises RefusedError (503) where it is not there."""
         return self._ready().model

@@ -98,6 +98,7 @@ class Server(uvicorn.Server):
         self.service, self._parent = service, parent
         self._told: Callable[[], None] | None = ready
         self._until: float | None = None  # when a stop is over
+        self._signalled = False
         self._sweep: asyncio.Task[None] | None = None
         self.late = False
 
@@ -112,7 +113,7 @@ class Server(uvicorn.Server):
         if self._told is not None and self.service.state == "ready":
             self._told()
             self._told = None
-        if self._parent is not None and os.getppid() != self._parent:
+        if self._signalled or (self._parent is not None and os.getppid() != self._parent):
             self.stop()
         if self._until is None:
             return False
@@ -135,9 +136,13 @@ class Server(uvicorn.Server):
             self._until = time.monotonic() + self.service.limits.stop_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._until is not None and self._parent is None:
-            os._exit(128 + sig)  # the second one: at once
-        self.stop()
+        """Have the event loop stop the server: the code that a signal interrupts may hold the locks that stopping needs."""
+        if self._signalled and self._parent is None:  # the second one: at once
+            self.service.remove_files()
+            os._exit(128 + sig)
+        self._signalled = True  # which on_tick sees where no loop runs yet
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().call_soon_threadsafe(self.stop)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -86,11 +86,13 @@ class EmotionModel(PythonModel):
             found = self._predictor.prepare(map(_as_json_has_it, samples), task=task)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        where = [f"samples[{place}]" for place in range(len(samples))]
-        return [
-            Rejected(one.id, place, tuple(faults)) if faults else one
-            for one, place, faults in zip(found, where, forbidden, strict=True)
-        ]
+        read: list[Prepared | Rejected] = []
+        for place, (one, sample, faults) in enumerate(zip(found, samples, forbidden, strict=True)):
+            own = [*faults] or (list(one.faults) if isinstance(one, Rejected) else [])
+            given = sample.get("id")  # the checks tell none of a sample of which they cannot read the keys
+            id = one.id or (str(given) if isinstance(given, (str, int)) else "")
+            read.append(Rejected(id, f"samples[{place}]", tuple(own)) if own else one)
+        return read
 
     def _files_of(self, sample: dict[str, Any]) -> list[str]:
         """Make the paths of a sample absolute, and take away, with the reason, those that do not lie in the folder `files`."""
@@ -118,7 +120,10 @@ def _as_json_has_it(sample: dict[str, Any]) -> dict[str, Any]:
     rate = sample.get("rate")
     if rate is None or isinstance(rate, str):
         return sample
-    pairs = rate.asDict() if hasattr(rate, "asDict") else dict(rate)
+    try:
+        pairs = rate.asDict() if hasattr(rate, "asDict") else dict(rate)
+    except (TypeError, ValueError):
+        return sample  # for the checks to name
     return {**sample, "rate": {key: value for key, value in pairs.items() if value is not None}}
 
 
