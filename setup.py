@@ -9,7 +9,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (HERE / "trainer" / "__init__.py").read_text().splitlines() if "__version__" in line
+    line.split('"')[1]
+    for line in (HERE / "trainer" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 CONFIG_FOLDERS = [
     ".".join(("trainer", *path.parent.relative_to(HERE).parts)) for path in sorted(HERE.glob("configs/**/*.yaml"))

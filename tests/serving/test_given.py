@@ -179,3 +179,10 @@ def test_chunks_are_bounded_in_number_and_bytes() -> None:
     heavy = {"audio": np.zeros(100, "u1")}
     given = [heavy, heavy, heavy, {}, {}, {}, {}]
     assert [len(chunk) for chunk in chunks_of_given(iter(given), 3, 200)] == [2, 3, 2]
+
+
+def test_one_row_of_a_table_is_not_several_samples() -> None:
+    table = pd.DataFrame({"id": ["a", "b"], "text": ["No!", "Yes."]})
+    with pytest.raises(ValueError, match="one row of a table was given where several are expected"):
+        list(samples_in(table.iloc[0]))
+    assert list(samples_in(pd.Series(["a.mp4", "b.mp4"], index=["first", "second"]))) == ["a.mp4", "b.mp4"]

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from trainer.data.preparation.columns import STREAMS
 from trainer.data.readers.raw import RawSample, as_features
 from trainer.data.unlabelled.clips import ClipExtraction, load_line
 from trainer.data.unlabelled.lines import UncheckedSample, take_line
 from trainer.features.manifest import ClipLine, id_of
 from trainer.own_samples import describe_errors
 
-STREAMS = ("audio", "video")
 _WHOLE = (
     "id",
     "turn",
@@ -44,6 +44,8 @@ def samples_in(given: Iterable[Any]) -> Iterator[Any]:
     if isinstance(given, (Mapping, str, bytes, os.PathLike)) or dataclasses.is_dataclass(given):
         raise ValueError("one sample was given where several are expected: put it into a list, as in predict([sample])")
     pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(given, pandas.Series) and {"clip", "text", *STREAMS} & set(given.index):
+        raise ValueError("one row of a table was given where several are expected: give the table, or predict([row])")
     if pandas is None or not isinstance(given, pandas.DataFrame):
         yield from given
         return

@@ -96,7 +96,8 @@ def test_a_negative_shape_does_not_make_room_for_others(server: InThread) -> Non
     video = {"npz": base64.b64encode(packed(large, "compressed", "video")).decode()}
     alone = server.predict([{"task": "meld", "video": video}])
     beside = server.predict([{"task": "meld", "audio": audio}, {"task": "meld", "video": video}])
-    assert [(one.status, one.error["code"]) for one in (alone, beside)] == [(429, "too_much_held")] * 2
+    assert [(one.status, one.error["code"]) for one in (alone, beside)] == [(413, "too_large")] * 2
+    assert "take more than" in alone.error["message"]
 
 
 def test_bodies_are_limited_with_and_without_a_length(server: InThread) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 
 from trainer.data.readers.array_files import UnreadableArrayError, array_header, check_member, reading
 
-STREAMS = ("audio", "video")
 MEMBERS = 8  # arrays in one archive
 FORMS = "[[…], …] with a list of numbers for each frame, or an object with npz or npy in base64"
 Report = Callable[[str, str], None]  # where in the request, and the reason

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from trainer.serving.http.arrays import STREAMS, ArrayLimits, npy_arrays, npz_arrays
+from trainer.data.preparation.columns import STREAMS
+from trainer.serving.http.arrays import ArrayLimits, npy_arrays, npz_arrays
 from trainer.serving.http.faults import Fault, RefusedError
 from trainer.serving.http.form import FILES, Form, read_form
 from trainer.serving.http.limits import Limits

@@ -9,16 +9,20 @@ from trainer.serving.http.faults import RefusedError
 
 
 class Budget:
-    """What there is at most, and how much of it is held; `refusal` makes the error where it does not suffice."""
+    """What there is at most, and how much of it is held; `refusal` makes the error where it does not suffice now, `never` where one
+    request asks for more than there is."""
 
-    def __init__(self, most: int, refusal: Callable[[], RefusedError]) -> None:
-        self.most, self._refusal, self._held, self._lock = most, refusal, 0, threading.Lock()
+    def __init__(self, most: int, refusal: Callable[[], RefusedError], never: Callable[[], RefusedError]) -> None:
+        self.most, self._refusal, self._never = most, refusal, never
+        self._held, self._lock = 0, threading.Lock()
 
     @property
     def held(self) -> int:
         return self._held
 
-    def _take(self, n: int) -> None:
+    def _take(self, n: int, mine: int) -> None:
+        if mine + n > self.most:
+            raise self._never()
         with self._lock:
             if self._held + n > self.most:
                 raise self._refusal()
@@ -47,7 +51,7 @@ class Share:
         if n < 0:
             raise ValueError(f"{n} cannot be held")
         with self._lock:
-            self._budget._take(n)
+            self._budget._take(n, self._mine)
             self._mine += n
 
     def close(self) -> None:

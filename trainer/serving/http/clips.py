@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.preparation.columns import STREAMS
 from trainer.features.extractor import Job, begin, choose_device, extract_to_files
 from trainer.features.recipe_record import RecipeRecord, described, differences_of, recipe_in, record_of
 from trainer.features.types import Clip, ClipError
 from trainer.features.worker_pool import StandingProcess, WorkerError
-from trainer.serving.http.arrays import STREAMS
 from trainer.serving.http.asking import ClipFile
 from trainer.serving.http.faults import Fault, RefusedError, busy, unavailable
 

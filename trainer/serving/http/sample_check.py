@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.serving.http.arrays import STREAMS, ArrayLimits, Report, read_array
+from trainer.data.preparation.columns import STREAMS
+from trainer.serving.http.arrays import ArrayLimits, Report, read_array
 
 KEYS = (
     "id", "text", "task", "audio", "video", "audio_length", "video_length", "rate", "speaker", "dialogue", "turn", "language",

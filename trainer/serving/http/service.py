@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainer.serving.http.batching import Batcher
 from trainer.serving.http.body import ClientGoneError, Receive, read_body, wait_for_answer
 from trainer.serving.http.budget import Budget, Share
-from trainer.serving.http.faults import RefusedError, busy, unavailable
+from trainer.serving.http.faults import RefusedError, busy, too_large, unavailable
 from trainer.serving.http.form import is_multipart
 from trainer.serving.http.limits import Limits
 from trainer.serving.http.metrics import Metrics
@@ -58,9 +58,12 @@ class Service:
         self.held = Budget(
             limits.held_bytes,
             lambda: busy("too_much_held", "the server holds too many bytes: ask again", self._wait()),
+            lambda: too_large(f"the arrays of the request take more than {limits.max_held_mib:g} MiB"),
         )
         self.places = Budget(
-            limits.max_queue, lambda: busy("queue_full", "too many samples wait: ask again", self._wait())
+            limits.max_queue,
+            lambda: busy("queue_full", "too many samples wait: ask again", self._wait()),
+            lambda: too_large(f"the request has more samples than {limits.max_queue} that may wait"),
         )
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
         self._form_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="form")
