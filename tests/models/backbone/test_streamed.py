@@ -52,8 +52,13 @@ def test_in_4_bits_values_are_what_the_bits_stand_for(
 
 @pytest.mark.parametrize(("name", "part"), [("Mixtral", ".experts."), ("GPT-NeoX, Pythia", "embed_out")])
 def test_a_family_whose_files_have_other_tensors_has_no_fingerprint(name: str, part: str, tmp_path: Path) -> None:
-    """Experts one by one, that the model has in one weight; a head of another name."""
-    streamed = StreamedBase(BackboneConfig(name=str(save_public(FAMILIES[name], tmp_path))), torch.float32)
+    """Experts one by one, that the model has in one weight; a head of another name, in versions of transformers that rename it."""
+    folder = save_public(FAMILIES[name], tmp_path)
+    streamed = StreamedBase(BackboneConfig(name=str(folder)), torch.float32)
+    if any(part in own and own in streamed.files for own, _ in load(folder, torch.float32).base.named_parameters()):
+        assert streamed.is_whole
+        assert streamed.fingerprint() == load(folder, torch.float32).fingerprints
+        return
     assert not streamed.is_whole
     assert streamed.fingerprint() is None
     assert any(part in file for file in streamed.files.keys() - streamed.parameter_of.keys())
