@@ -385,7 +385,8 @@ def test_a_batch_of_spark(store: Registered, predictor: Predictor, run: Path, tm
     (tmp_path / "in.json").write_text(json.dumps(given))
     assert store.address == "models:/emotions/1"  # as in the page
     (tmp_path / "block.py").write_text(block("spark"))
-    job = shutil.copy(Path(__file__).parent / "spark_job.py", tmp_path)  # beside it a folder is called as a module of Python: http
+    # away from the folder beside it that is called as a module of Python, http
+    job = shutil.copy(Path(__file__).parent / "spark_job.py", tmp_path)
     command = [sys.executable, str(job), "block.py", "in.json", "out.json"]
     env = elsewhere(tmp_path, store.uri) | {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
     log = tmp_path / "log.txt"
