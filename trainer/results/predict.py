@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.answers.prediction_table import SampleAnswer
-from trainer.data.preparation.folder import exit_on_termination
 from trainer.data.unlabelled.clips import ClipSettings
 from trainer.data.unlabelled.inputs import PredictError, askable, open_input
 from trainer.data.unlabelled.reader import CheckedSample, UnlabelledReader
 from trainer.files import new_file
 from trainer.results.answering import Answering, chunks
 from trainer.run.model_parts import OpenedModel
+from trainer.termination import exit_on_termination
 
 Row = dict[str, Any]
 

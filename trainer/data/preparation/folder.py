@@ -12,7 +12,6 @@ from trainer.data.preparation.record import DatasetRecord
 from trainer.files import load_json
 from trainer.new_folder import FolderKind, NewFolder
 from trainer.questions import Definition, Questions
-from trainer.termination import exit_on_termination as exit_on_termination
 
 RECORD = "record.json"
 FORMAT = 2  # the newest that this version reads
